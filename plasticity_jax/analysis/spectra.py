@@ -1,0 +1,155 @@
+"""Singular values of the attention products W_QK and W_VO of every head, and what is read from them."""
+
+import functools
+import time
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from plasticity_jax.config import ModelConfig
+from plasticity_jax.records import Context
+
+if TYPE_CHECKING:
+    from plasticity_jax.model.load import LoadedModel
+
+
+def attention_spectra(model: "LoadedModel | tuple[ModelConfig, dict]", fold_norms: bool = False) -> dict[str, Float[np.ndarray, "layer head rank"]]:
+    """Singular values of W_Q[h] W_K[g]^T and W_V[g] W_O[h] for every query head h with its key-value head g.
+
+    A product of two factors has the singular values of R_A R_B^T, where R_A and R_B come from QR of the factors: nothing of size
+    d_model x d_model is formed. Rotary embedding, which differs from position to position, is left out.
+
+    Args:
+      model: what `load_model` returns, or (config, params).
+      fold_norms: multiply the gain of the attention's input norm into the sides that read from it (both of W_QK, the value side of W_VO).
+    Returns:
+      "W_QK" and "W_VO", float32 [n_layers, n_heads, head_dim] each, descending along the last axis.
+    Source: Kobayashi et al. 2024 (arXiv 2410.23819).
+    """
+    config, params = model if isinstance(model, tuple) else (model.config, model.params)
+    return {name: np.asarray(values) for name, values in _spectra(config, params["blocks"], fold_norms).items()}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "fold_norms"))
+@jax.default_matmul_precision("highest")
+def _spectra(config: ModelConfig, blocks: dict, fold_norms: bool) -> dict[str, Float[Array, "layer head rank"]]:
+    gain_LxDx1 = blocks["attn_norm"]["scale"][..., None] if fold_norms else 1.0
+    kernels = {name: jnp.asarray(blocks["attn"][name]["kernel"], jnp.float32) for name in ("q", "k", "v", "o")}
+    # The output side is read transposed: its head index lies on the rows.
+    q = _triangles(gain_LxDx1 * kernels["q"], config.n_heads)
+    k = _triangles(gain_LxDx1 * kernels["k"], config.n_kv_heads)
+    v = _triangles(gain_LxDx1 * kernels["v"], config.n_kv_heads)
+    o = _triangles(jnp.swapaxes(kernels["o"], 1, 2), config.n_heads)
+    queries_per_key = config.n_heads // config.n_kv_heads
+    k, v = (jnp.repeat(x, queries_per_key, axis=1) for x in (k, v))
+    return {name: jnp.linalg.svd(a @ jnp.swapaxes(b, -1, -2), compute_uv=False) for name, (a, b) in {"W_QK": (q, k), "W_VO": (v, o)}.items()}
+
+
+def _triangles(kernel_LxDxHR: Float[Array, "layer d_model features"], n_heads: int) -> Float[Array, "layer head rank rank"]:
+    n_layers, d_model, features = kernel_LxDxHR.shape
+    factors_LxHxDxR = kernel_LxDxHR.reshape(n_layers, d_model, n_heads, features // n_heads).transpose(0, 2, 1, 3)
+    return jnp.linalg.qr(factors_LxHxDxR, mode="r")
+
+
+def pseudo_rank(s: Float[ArrayLike, "*batch r"], mass: float = 0.95, power: int = 1) -> Float[np.ndarray, "*batch"]:
+    """Share of the singular values that is needed to hold `mass` of their sum.
+
+    Args:
+      s: singular values, not negative, in descending order along the last axis.
+      mass: share of the sum to hold, in (0, 1].
+      power: 1 sums the values, 2 their squares.
+    Returns:
+      Number of leading values needed, at least one, divided by r. In (0, 1]; 1/r for a rank-one matrix and for the zero matrix; NaN where a
+      value is not finite.
+    Raises:
+      ValueError: `mass` or `power` out of range, no values, negative values, or values not in descending order.
+    Source: Kobayashi et al. 2024 (arXiv 2410.23819), section on attention rank; threshold unverified.
+    """
+    if not 0 < mass <= 1:
+        raise ValueError(f"mass={mass} must lie in (0, 1]; 0.95 is usual.")
+    if power not in (1, 2):
+        raise ValueError(f"power={power} must be 1 (values) or 2 (squares).")
+    s, finite = _checked(s)
+    r = s.shape[-1]
+    held = np.cumsum(_relative(s) ** power, axis=-1)
+    # r equal values hold exactly k/r with k of them; the slack covers the rounding of the sums, and nothing else.
+    needed = held[..., -1:] * mass * (1 - r * np.finfo(np.float64).eps)
+    # Index of the first value that reaches the mass; 0 for the zero matrix.
+    leading = np.argmax(held >= needed, axis=-1) + 1
+    return np.where(finite, leading / r, np.nan)
+
+
+def spectra_summary(s: Float[ArrayLike, "*batch r"]) -> dict[str, Float[np.ndarray, "*batch"]]:
+    """Norms and soft ranks of spectra.
+
+    Args:
+      s: as in `pseudo_rank`.
+    Returns:
+      "nuclear_norm" (sum), "frobenius_norm", "stable_rank" (squared Frobenius norm over squared spectral norm) and "effective_rank" (exponential of
+      the entropy of the values as shares of their sum; Roy & Vetterli 2007). Both ranks lie in [1, r], and are 0 for the zero matrix.
+      NaN where a value is not finite.
+    Raises:
+      ValueError: as in `pseudo_rank`.
+    """
+    s, finite = _checked(s)
+    relative = _relative(s)
+    share = relative / np.maximum(relative.sum(axis=-1, keepdims=True), 1.0)
+    entropy = -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=-1)
+    summary = {
+        "nuclear_norm": s.sum(axis=-1),
+        "frobenius_norm": s[..., 0] * np.sqrt(np.sum(relative**2, axis=-1)),
+        "stable_rank": np.sum(relative**2, axis=-1),
+        "effective_rank": np.where(s[..., 0] > 0, np.exp(entropy), 0.0),
+    }
+    return {name: np.where(finite, values, np.nan) for name, values in summary.items()}
+
+
+def _checked(s: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """(float64 spectra with those that are not finite set to zero, which ones are finite)."""
+    s = np.asarray(s, np.float64)
+    if s.ndim == 0 or s.shape[-1] == 0:
+        raise ValueError(f"singular values have shape {s.shape}; the last axis must hold at least one.")
+    finite = np.isfinite(s).all(axis=-1)
+    s = np.where(finite[..., None], s, 0.0)
+    if (s < 0).any():
+        raise ValueError(f"singular value {s.min()} is negative; give singular values, not eigenvalues.")
+    if (np.diff(s, axis=-1) > 0).any():
+        raise ValueError("singular values must be in descending order along the last axis; sort them first.")
+    return s, finite
+
+
+def _relative(s: np.ndarray) -> np.ndarray:
+    """Values over the largest one, so that squares neither overflow nor vanish; zeros for the zero matrix."""
+    largest = s[..., :1]
+    return np.divide(s, largest, out=np.zeros_like(s), where=largest > 0)
+
+
+def run(context: Context) -> dict:
+    """The stage "spectra": reads the parent "model".
+
+    Returns:
+      For "W_QK" and "W_VO": singular_values [layer][head][rank] and, [layer][head] each, pseudo_rank and the entries of `spectra_summary`; the
+      settings mass, power and fold_norms; norm_gains: root mean square of each norm's gain ([layer], or one number); seconds.
+    """
+    from plasticity_jax.model.load import load_model
+    from plasticity_jax.parallel.rules import param_paths
+
+    start = time.monotonic()
+    settings = context.config.spectra
+    model = load_model(context.parents["model"])
+    results: dict = {}
+    for name, values in attention_spectra(model, fold_norms=settings.fold_norms).items():
+        summary = {"pseudo_rank": pseudo_rank(values, mass=settings.mass, power=settings.power)} | spectra_summary(values)
+        results[name] = {key: value.tolist() for key, value in ({"singular_values": values} | summary).items()}
+    gains = {path: leaf for path, leaf in zip(param_paths(model.params), jax.tree.leaves(model.params)) if path.endswith("norm/scale")}
+    return results | {
+        "mass": settings.mass,
+        "power": settings.power,
+        "fold_norms": settings.fold_norms,
+        "norm_gains": {path: np.sqrt(np.mean(np.asarray(gain, np.float64) ** 2, axis=-1)).tolist() for path, gain in gains.items()},
+        "seconds": time.monotonic() - start,
+    }

@@ -1,0 +1,310 @@
+"""The command line: one sub-command per stage. It parses, calls a library function, and prints."""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from plasticity_jax.config import StudyConfig, grid_members, load_config
+from plasticity_jax.errors import UserError
+
+log = logging.getLogger("plasticity_jax")
+
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="plasticity", description="What does a pretraining hyperparameter do to what a language model can still learn?")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, does: str, *, config: bool = True, workdir: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=does, description=does, allow_abbrev=False)
+        if config:
+            sub.add_argument(
+                "--config", type=Path, required=True, metavar="C", help="Python config file; --config.a.b=value overrides one of its keys"
+            )
+        if workdir:
+            sub.add_argument("--workdir", type=Path, required=True, metavar="W", help="folder that holds the studies")
+        sub.set_defaults(takes_config=config)
+        return sub
+
+    study = command("study", "the whole graph; run again, it does only what is missing")
+    study.add_argument("--stages", metavar="A,B", help="only these stages, comma-separated")
+    study.add_argument("--dry-run", action="store_true", help="print the graph and do nothing")
+    status = command("status", "every run: done, running, failed, diverged, stale or missing", config=False)
+    status.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    command("prepare", "corpus, tokenizer, token records, task and probe files")
+    pretrain = command("pretrain", "pretrain the members of the grid, or one of them")
+    pretrain.add_argument("--member", metavar="NAME", help="only this member, such as wd0.1")
+    finetune = command("finetune", "fine-tune a pretrained model on a task")
+    finetune.add_argument("--base", type=Path, required=True, metavar="RUN", help="directory of a finished pretrain run")
+    finetune.add_argument("--task", required=True, metavar="T")
+    finetune.add_argument("--seed", type=int, metavar="S", help="of the order of the rows; the config's first otherwise")
+    evaluate = command("evaluate", "generate answers to a task's test rows and grade them")
+    evaluate.add_argument("--model", type=Path, required=True, metavar="RUN", help="directory of a finished pretrain or finetune run")
+    evaluate.add_argument("--task", required=True, metavar="T")
+    analyze = command("analyze", "probes, attention spectra, and the gap between seen and held-out text")
+    analyze.add_argument("--model", type=Path, required=True, metavar="RUN", help="directory of a finished pretrain or finetune run")
+    analyze.add_argument("--only", metavar="A,B", help="some of probe,spectra,gap")
+    command("report", "write <workdir>/<study>/report/index.html, figures and tables", config=False)
+    generate = command("generate", "continue a prompt", config=False, workdir=False)
+    generate.add_argument("--model", type=Path, required=True, metavar="RUN", help="directory of a finished run with parameters")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the most likely token")
+    generate.add_argument("--seed", type=int, default=0, metavar="S")
+    return parser
+
+
+def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes `--config.a.b=value` (or `--config.a.b value`) out of the arguments."""
+    rest, overrides = [], []
+    words = iter(argv)
+    for word in words:
+        if word.startswith("--config."):
+            key, equals, value = word.removeprefix("--config.").partition("=")
+            if not equals:
+                value = next(words, None)
+                if value is None:
+                    raise UserError(f"{word} has no value; write {word}=VALUE.")
+            overrides.append((key, value))
+        else:
+            rest.append(word)
+    return rest, overrides
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0 done, 1 a run failed, 2 the input was refused, 130 interrupted."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)
+    try:
+        rest, overrides = _split_overrides(sys.argv[1:] if argv is None else argv)
+        arguments = _parser().parse_args(rest)
+        if overrides and not arguments.takes_config:
+            raise UserError(f"plasticity {arguments.command} reads no config; leave out --config.{overrides[0][0]}.")
+        if arguments.takes_config:
+            arguments.config = load_config(arguments.config, overrides)
+        signal.signal(signal.SIGTERM, _interrupt)
+        return _COMMANDS[arguments.command](arguments)
+    except UserError as error:
+        print(f"plasticity: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("plasticity: interrupted; the same command resumes.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except OSError as error:
+        from plasticity_jax.study.execute import storage_problem
+
+        problem = storage_problem(error)
+        if problem is None:
+            raise
+        print(f"plasticity: {problem}; make room or give another --workdir, then run again: it resumes.", file=sys.stderr)
+        return 2
+
+
+def _interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
+def _study(arguments) -> int:
+    from plasticity_jax.records import STAGES
+    from plasticity_jax.study.execute import check_workdir, resolve
+    from plasticity_jax.study.graph import build_graph, save_study
+
+    workdir, stages = arguments.workdir, _choices("--stages", arguments.stages, STAGES)
+    config = resolve(arguments.config, workdir)
+    runs = build_graph(config)
+    if arguments.dry_run:
+        _print_graph(workdir, config, runs)
+        return 0
+    check_workdir(workdir, config)
+    save_study(workdir, config, runs)
+    code = _execute(config, workdir, [run for run in runs if run.stage in stages])
+    if set(stages) == set(STAGES):
+        _report(workdir / config.name)
+    return code
+
+
+def _status(arguments) -> int:
+    from plasticity_jax.records import to_json
+    from plasticity_jax.study.graph import study_status
+
+    rows = study_status(arguments.workdir)
+    if arguments.json:
+        print(to_json({"runs": rows}))
+        return 0
+    width = max(len(row["id"]) for row in rows)
+    for study in dict.fromkeys(row["study"] for row in rows):
+        mine = [row for row in rows if row["study"] == study]
+        counts = {state: sum(row["state"] == state for row in mine) for state in dict.fromkeys(row["state"] for row in mine)}
+        print(f"{study}: {len(mine)} runs, " + ", ".join(f"{n} {state}" for state, n in counts.items()))
+        for row in mine:
+            print(f"  {row['id']:<{width}}  {row['state']:<8}  {row['reason']}".rstrip())
+    return 0
+
+
+def _prepare(arguments) -> int:
+    return _stages(arguments, ("prepare",))
+
+
+def _pretrain(arguments) -> int:
+    names = [member.name for member in grid_members(arguments.config)]
+    if arguments.member is not None and arguments.member not in names:
+        raise UserError(f"--member={arguments.member} is not in the grid; its members are {', '.join(names)}.")
+    return _stages(arguments, ("prepare", "init", "pretrain"), member=arguments.member)
+
+
+def _stages(arguments, stages: Sequence[str], member: str | None = None) -> int:
+    """Carries out whole stages of the graph; of pretrain, only `member` and what it is built from, if given."""
+    from plasticity_jax.study.execute import check_workdir, resolve
+    from plasticity_jax.study.graph import build_graph, save_study
+
+    workdir = arguments.workdir
+    config = resolve(arguments.config, workdir)
+    check_workdir(workdir, config)
+    graph = build_graph(config)
+    save_study(workdir, config, graph)
+    runs = [run for run in graph if run.stage in stages]
+    if "pretrain" in stages:
+        chosen = [run for run in runs if run.stage == "pretrain" and member in (None, run.member)]
+        needed = {parent for run in chosen for parent in run.parents.values()}
+        runs = [run for run in runs if run.id in needed] + chosen
+    return _execute(config, workdir, runs)
+
+
+def _finetune(arguments) -> int:
+    from plasticity_jax.study.graph import finetune_run
+
+    seed = arguments.config.finetune.seeds[0] if arguments.seed is None else arguments.seed
+    return _on_model(arguments, arguments.base, "--base", lambda config, base: [finetune_run(config, base, arguments.task, seed)])
+
+
+def _evaluate(arguments) -> int:
+    from plasticity_jax.study.graph import evaluate_run
+
+    return _on_model(arguments, arguments.model, "--model", lambda config, model: [evaluate_run(config, model, arguments.task)])
+
+
+def _analyze(arguments) -> int:
+    from plasticity_jax.study import graph
+
+    only = _choices("--only", arguments.only, ("probe", "spectra", "gap"))
+    make = {"probe": graph.probe_run, "spectra": graph.spectra_run, "gap": graph.gap_run}
+    return _on_model(arguments, arguments.model, "--model", lambda config, model: [make[kind](config, model) for kind in only])
+
+
+def _on_model(arguments, path: Path, flag: str, make) -> int:
+    """Carries out runs on a given model directory, with the prepare runs that they need."""
+    from plasticity_jax.records import open_run
+    from plasticity_jax.study.execute import check_workdir, resolve
+    from plasticity_jax.study.graph import build_graph, corpus_run, probe_set_run, save_study, study_dir, task_run
+
+    directory = open_run(path)
+    model = directory.run()
+    if model.stage not in ("init", "pretrain", "finetune"):
+        raise UserError(f"{flag}={path} is a {model.stage} run and holds no model; give the directory of a pretrain or finetune run.")
+    workdir = arguments.workdir
+    config = resolve(arguments.config, workdir)
+    runs = make(config, model)
+    check_workdir(workdir, config)
+    if not (study_dir(workdir, config) / "study.json").is_file():
+        save_study(workdir, config, build_graph(config))
+    external = {model.id: path.resolve()}
+    corpus = path.resolve().parents[1] / model.parents["corpus"] if "corpus" in model.parents else None
+    if corpus is not None and corpus.is_dir():
+        external[model.parents["corpus"]] = corpus
+    candidates = [
+        corpus_run(config),
+        *(task_run(config, task) for task in config.tasks),
+        *(probe_set_run(config, name) for name in config.probe.sets),
+    ]
+    needed = {parent for run in runs for parent in run.parents.values()} - set(external)
+    return _execute(config, workdir, [run for run in candidates if run.id in needed] + runs, external)
+
+
+def _execute(config: StudyConfig, workdir: Path, runs, external=None) -> int:
+    from plasticity_jax.study.execute import execute
+
+    outcome = execute(config, workdir, runs, external=external)
+    log.info(
+        "%d runs carried out, %d were done already, %d failed, %d wait for a missing parent",
+        *map(len, (outcome.carried_out, outcome.skipped, outcome.failed, outcome.waiting)),
+    )
+    if len(runs) <= 3:
+        for run in runs:
+            print((external or {}).get(run.id, workdir / config.name / run.id))
+    return 1 if outcome.failed or outcome.waiting else 0
+
+
+def _report_command(arguments) -> int:
+    from plasticity_jax.study.graph import study_files
+
+    for path in study_files(arguments.workdir):
+        _report(path.parent)
+    return 0
+
+
+def _report(folder: Path) -> None:
+    from plasticity_jax.study.report import format_summary, summary_table, write_report
+
+    page = write_report(folder)
+    print(format_summary(summary_table(folder)))
+    print(f"report: {page}")
+
+
+def _generate(arguments) -> int:
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens={arguments.max_new_tokens} must be at least 1.")
+    if not 0 <= arguments.temperature < float("inf"):
+        raise UserError(f"--temperature={arguments.temperature} must be 0 or more.")
+    from plasticity_jax.evaluate.generate import complete
+    from plasticity_jax.model.load import load_model
+
+    model = load_model(arguments.model)
+    print(complete(model, arguments.prompt, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed))
+    return 0
+
+
+def _choices(flag: str, text: str | None, known: Sequence[str]) -> tuple[str, ...]:
+    if text is None:
+        return tuple(known)
+    chosen = tuple(part.strip() for part in text.split(",") if part.strip())
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        raise UserError(f"{flag}={text}: {', '.join(unknown) or 'nothing'} is not one of {', '.join(known)}.")
+    return chosen
+
+
+def _print_graph(workdir: Path, config: StudyConfig, runs) -> None:
+    from plasticity_jax.records import RunDirectory
+
+    for member in grid_members(config):
+        share = "no decay" if member.timescale is None else f"timescale {member.timescale:.3g} of the run"
+        print(f"{member.name}: λ = {member.weight_decay:.6g}, peak lr·λ = {config.train.peak_lr * member.weight_decay:.4g}, {share}")
+    for run in runs:
+        state, reason = RunDirectory(workdir / config.name / run.id).state()
+        parents = ", ".join(run.parents.values())
+        print(f"{run.id}  {state}{f' ({reason})' if reason else ''}" + (f"  ← {parents}" if parents else ""))
+
+
+_COMMANDS = {
+    "study": _study,
+    "status": _status,
+    "prepare": _prepare,
+    "pretrain": _pretrain,
+    "finetune": _finetune,
+    "evaluate": _evaluate,
+    "analyze": _analyze,
+    "report": _report_command,
+    "generate": _generate,
+}

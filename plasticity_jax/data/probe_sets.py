@@ -1,0 +1,163 @@
+"""Labelled texts for linear probes: raw text without a template, training and test rows that share no text."""
+
+import difflib
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plasticity_jax.data.sources import SOURCES, split_of
+from plasticity_jax.data.tasks import news, sentiment
+from plasticity_jax.data.tasks.base import RowSettings, majority_share, shuffled, without_leaks
+from plasticity_jax.data.tasks.files import licences_of, read_jsonl, read_summary, write_jsonl, write_summary
+from plasticity_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from plasticity_jax.data.wheels import Wheels
+
+Rows = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class ProbeRows:
+    """All rows of a probe set, (text, label) each, before a number of them is drawn.
+
+    Attributes:
+      dropped_leaks: training rows dropped because their text is a test text too.
+      sources: "package==version:member", or a package's name and version where the rows come from many of its files.
+      source_splits: for "train" and "test", the split the rows had where they were published.
+    """
+
+    train: Rows
+    test: Rows
+    dropped_leaks: int
+    sources: tuple[str, ...]
+    source_splits: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """A data set to probe for.
+
+    Attributes:
+      name: key of the set.
+      labels: every label; the position of a label here is its class number.
+      packages: wheels the rows are read from.
+      build: (wheels, held_out_share) -> all rows.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    packages: tuple[str, ...]
+    build: Callable[["Wheels", float], ProbeRows]
+
+
+def _build_sentiment(wheels: "Wheels", held_out_share: float) -> ProbeRows:
+    # SST-2's validation split is published apart, so no share of the training file is held out.
+    del held_out_share
+    sentences = sentiment.read_sentences(wheels)
+    return ProbeRows(
+        train=[(sentence.text, sentence.label) for sentence in sentences.train],
+        test=[(sentence.text, sentence.label) for sentence in sentences.test],
+        dropped_leaks=sentences.dropped_leaks,
+        sources=(wheels.source(sentiment.VADER_PACKAGE, sentiment.VADER_FILE), wheels.source(sentiment.SST2_PACKAGE, sentiment.SST2_FILE)),
+        source_splits={"train": "none", "test": "validation"},
+    )
+
+
+def _build_topic(wheels: "Wheels", held_out_share: float) -> ProbeRows:
+    rows: dict[str, Rows] = {"train": [], "held_out": []}
+    packages = set()
+    for document in SOURCES["bbc"].read(wheels):
+        rows[split_of(document.text, held_out_share)].append((document.text, document.label))
+        packages.add(document.source.partition(":")[0])
+    train, dropped = without_leaks(rows["train"], [text for text, _ in rows["held_out"]], lambda row: row[0])
+    return ProbeRows(train=train, test=rows["held_out"], dropped_leaks=dropped, sources=tuple(sorted(packages)),
+                     source_splits={"train": "train", "test": "held_out"})
+
+
+PROBE_SETS: dict[str, ProbeSet] = {
+    probe_set.name: probe_set
+    for probe_set in (
+        ProbeSet(name="sentiment", labels=sentiment.LABELS, packages=sentiment.PACKAGES, build=_build_sentiment),
+        ProbeSet(name="topic", labels=news.CATEGORIES, packages=news.NEWS.packages, build=_build_topic),
+    )
+}
+
+
+def get_probe_set(name: str) -> ProbeSet:
+    """The probe set of that name.
+
+    Raises:
+      UserError: there is none; the message names the nearest one and lists them all.
+    """
+    if name not in PROBE_SETS:
+        nearest = difflib.get_close_matches(name, PROBE_SETS, n=1, cutoff=0.0)[0]
+        raise UserError(f"probe set {name!r} is unknown; did you mean {nearest!r}? The probe sets are {', '.join(PROBE_SETS)}.")
+    return PROBE_SETS[name]
+
+
+def build_probe_set(name: str, wheels: "Wheels", *, train_rows: int, test_rows: int, held_out_share: float, seed: int) -> dict:
+    """Makes the rows of a probe set; the same arguments give the same rows.
+
+    Args:
+      name: a key of `PROBE_SETS`.
+      wheels: where the set's packages are read from.
+      train_rows, test_rows: upper limits; a source that has fewer rows gives all it has.
+      held_out_share: share of the documents kept for test rows; not used where the test split was published apart.
+      seed: the order in which rows are drawn.
+    Returns:
+      `name`, `labels`, `train` and `test` (lists of (text, label)), `dropped_leaks`, `sources`, `source_splits`.
+    Raises:
+      UserError: unknown set, a number out of range, a missing or altered wheel, or a split without rows.
+    """
+    probe_set = get_probe_set(name)
+    settings = RowSettings(train_rows, test_rows, held_out_share, seed)
+    rows = probe_set.build(wheels, settings.held_out_share)
+    train, test = shuffled(rows.train, seed)[:train_rows], shuffled(rows.test, seed)[:test_rows]
+    if not train or not test:
+        raise UserError(f"held_out_share={held_out_share} leaves a split of probe set {name!r} without rows; use a share such as 0.1.")
+    return {"name": name, "labels": probe_set.labels, "train": train, "test": test, "dropped_leaks": rows.dropped_leaks,
+            "sources": rows.sources, "source_splits": rows.source_splits}
+
+
+def write_probe_set(directory: Path, probe_rows: dict) -> dict:
+    """Writes what `build_probe_set` returned to `directory`: `train.jsonl`, `test.jsonl` and, last, `summary.json`.
+
+    Returns:
+      The summary: `name`, `labels`, `rows`, `majority_share` (accuracy of always giving the most common test label), `dropped_leaks`,
+      `sources`, `source_splits`, `licences`, `sha256` (per file) and `fingerprint` (sha256 over both).
+    """
+    (directory / "summary.json").unlink(missing_ok=True)
+    hashes = {split: write_jsonl(directory / f"{split}.jsonl", [{"text": text, "label": label} for text, label in probe_rows[split]])
+              for split in ("train", "test")}
+    summary = {
+        "name": probe_rows["name"],
+        "labels": list(probe_rows["labels"]),
+        "rows": {split: len(probe_rows[split]) for split in ("train", "test")},
+        "majority_share": majority_share([label for _, label in probe_rows["test"]]),
+        "dropped_leaks": probe_rows["dropped_leaks"],
+        "sources": list(probe_rows["sources"]),
+        "source_splits": probe_rows["source_splits"],
+        "licences": licences_of(set(probe_rows["sources"])),
+        "sha256": hashes,
+        "fingerprint": hashlib.sha256("".join(hashes.values()).encode()).hexdigest(),
+    }
+    write_summary(directory, summary)
+    return summary
+
+
+def read_probe_set(directory: Path) -> dict:
+    """Reads what `write_probe_set` wrote.
+
+    Returns:
+      The summary's entries, with `labels` as a tuple, and `train` and `test` (lists of (text, label)).
+    Raises:
+      UserError: no finished rows there, or rows that were altered.
+    """
+    summary = read_summary(directory)
+    splits = {split: [(row["text"], row["label"]) for row in
+                      read_jsonl(directory / f"{split}.jsonl", ("text", "label"), sha256=summary["sha256"][split])]
+              for split in ("train", "test")}
+    return summary | splits | {"labels": tuple(summary["labels"])}

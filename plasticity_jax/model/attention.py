@@ -1,0 +1,83 @@
+"""Grouped-query attention with rotary positions."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from plasticity_jax.config import ModelConfig
+from plasticity_jax.model.layers import Linear
+
+
+def rope_tables(positions_BxT: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """Cosines and sines of position · theta^(-2i/head_dim), i < head_dim/2, in float32.
+
+    Source: Su et al. 2021 (arXiv 2104.09864), in the half-split layout of Llama.
+    """
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle_BxTxE = positions_BxT[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle_BxTxE), jnp.sin(angle_BxTxE)
+
+
+def apply_rope(x_BxTxHxD: Float[Array, "B T H D"], rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]) -> Float[Array, "B T H D"]:
+    """Rotates the pairs (i, i + head_dim/2) of every head, in float32; returned in the input's type."""
+    cos, sin = (table[..., None, :] for table in rope)
+    first, second = jnp.split(x_BxTxHxD.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxHxD.dtype)
+
+
+def attention_mask(length: int, segment_ids_BxT: Int[Array, "B T"] | None) -> Bool[Array, "B T T"]:
+    """True where query i may read key j: j <= i, and the same segment where segments are given. The first axis is 1 without segments."""
+    causal_1xTxT = jnp.tril(jnp.ones((1, length, length), bool))
+    if segment_ids_BxT is None:
+        return causal_1xTxT
+    return causal_1xTxT & (segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :])
+
+
+def attend(
+    q_BxTxHxD: Float[Array, "B T H D"],
+    k_BxSxKxD: Float[Array, "B S K D"],
+    v_BxSxKxD: Float[Array, "B S K D"],
+    mask_BxTxS: Bool[Array, "b T S"],
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T S"]]:
+    """Softmax attention with scale 1/sqrt(D); query head h reads key-value head h // (H/K). Scores and softmax in float32.
+
+    Returns the output in the type of q and the probabilities in float32. A query that may read nothing reads everything evenly.
+    """
+    batch, queries, n_heads, head_dim = q_BxTxHxD.shape
+    keys, n_kv_heads = k_BxSxKxD.shape[1:3]
+    group = n_heads // n_kv_heads
+    # The heads of a group lie side by side as rows of one product, so keys and values are never repeated.
+    q_BxKxGTxD = q_BxTxHxD.reshape(batch, queries, n_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    q_BxKxGTxD = q_BxKxGTxD.reshape(batch, n_kv_heads, group * queries, head_dim)
+    scores = jnp.einsum("bkrd,bskd->bkrs", q_BxKxGTxD, k_BxSxKxD, preferred_element_type=jnp.float32)
+    scores_BxKxGxTxS = scores.reshape(batch, n_kv_heads, group, queries, keys) * head_dim**-0.5
+    scores_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS, jnp.finfo(jnp.float32).min)
+    probs_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1)
+    rows_BxKxGTxS = probs_BxKxGxTxS.reshape(batch, n_kv_heads, group * queries, keys).astype(v_BxSxKxD.dtype)
+    out = jnp.einsum("bkrs,bskd->bkrd", rows_BxKxGTxS, v_BxSxKxD)
+    out_BxTxKxGxD = out.reshape(batch, n_kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4)
+    return out_BxTxKxGxD.reshape(q_BxTxHxD.shape), probs_BxKxGxTxS.reshape(batch, n_heads, queries, keys)
+
+
+class Attention(nnx.Module):
+    """The four projections of grouped-query attention. What lies between them, `attend`, has no parameters."""
+
+    def __init__(self, config: ModelConfig, std: float, out_std: float, rngs: nnx.Rngs):
+        self.head_dim = config.head_dim
+        self.q = Linear(config.d_model, config.n_heads * config.head_dim, std, rngs)
+        self.k = Linear(config.d_model, config.n_kv_heads * config.head_dim, std, rngs)
+        self.v = Linear(config.d_model, config.n_kv_heads * config.head_dim, std, rngs)
+        self.o = Linear(config.n_heads * config.head_dim, config.d_model, out_std, rngs)
+
+    def qkv(
+        self, x_BxTxD: Float[Array, "B T D"], rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]], dtype: jnp.dtype
+    ) -> tuple[Float[Array, "B T H Dh"], Float[Array, "B T K Dh"], Float[Array, "B T K Dh"]]:
+        """Queries and keys, both rotated, and values."""
+        q, k, v = (linear(x_BxTxD, dtype) for linear in (self.q, self.k, self.v))
+        q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in (q, k, v))
+        return apply_rope(q, rope), apply_rope(k, rope), v
+
+    def merge(self, out_BxTxHxD: Float[Array, "B T H Dh"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        """The output projection over all heads."""
+        return self.o(out_BxTxHxD.reshape(*out_BxTxHxD.shape[:-2], -1), dtype)

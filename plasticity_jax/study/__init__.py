@@ -1,0 +1,1 @@
+"""The whole experiment: graph, execution, status, report."""

@@ -1,0 +1,89 @@
+"""Intervals of differences between weight decays, from what is paired: problems, heads, blocks of text."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from plasticity_jax.analysis.statistics import Blocks, cluster_bootstrap_gap, paired_bootstrap
+from plasticity_jax.study.results import MemberResults, StudyResults
+
+Interval = tuple[float, float, float]  # mean, lower and upper end of the 95% interval
+
+
+def score_difference(results: StudyResults, low: float, high: float, tasks: Sequence[str], *, gain: bool) -> Interval | None:
+    """Mean over tasks of (value at `high` − value at `low`), paired by problem; the value is the greedy score after fine-tuning, or the gain.
+
+    Returns:
+      (mean, lower, upper); None unless both decays have every task.
+    """
+    differences = []
+    for task in tasks:
+        pair = results.pair(low, high, lambda m, t=task: m.gain(t) if gain else m.after_task(t))
+        if pair is None:
+            return None
+        differences.append(pair[1] - pair[0])
+    return mean_of_means(differences, results) if differences else None
+
+
+def mean_of_means(values: Sequence[np.ndarray], results: StudyResults) -> Interval:
+    """Mean over groups of their means, each group resampled by itself. 95% percentile bootstrap."""
+    settings = results.config.report
+    generator = np.random.default_rng(settings.seed)
+    draws = np.zeros(settings.bootstrap_samples)
+    for group in values:
+        chosen = generator.integers(len(group), size=(settings.bootstrap_samples, len(group)))
+        draws += np.asarray(group)[chosen].mean(axis=1)
+    lower, upper = np.quantile(draws / len(values), [0.025, 0.975])
+    return float(np.mean([np.mean(group) for group in values])), float(lower), float(upper)
+
+
+def rank_drop(results: StudyResults, low: float, high: float, product: str) -> np.ndarray | None:
+    """[L * H] pseudo-rank at `low` − at `high`, head by head: the heads start from the same parameters."""
+    pair = results.pair(low, high, lambda m: m.pseudo_rank(product))
+    return None if pair is None else (pair[0] - pair[1]).ravel()
+
+
+def probe_difference(results: StudyResults, low: float, high: float, name: str) -> Interval | None:
+    """Probe accuracy at `high` − at `low`, averaged over the blocks, paired by test text."""
+    pair = results.pair(low, high, lambda m: probe_correct(m, name))
+    if pair is None:
+        return None
+    settings = results.config.report
+    return tuple(paired_bootstrap(pair[1], pair[0], samples=settings.bootstrap_samples, seed=settings.seed))
+
+
+def probe_correct(member: MemberResults, name: str) -> np.ndarray | None:
+    """[n_test] share of the blocks whose probe is right on each test text; the embedding layer is left out."""
+    if member.probe is None or name not in member.probe["sets"]:
+        return None
+    found = member.probe["sets"][name]
+    rows = [row for layer, row in zip(found["layers"], found["correct"]) if layer != "embed"]
+    return np.asarray(rows, dtype=np.float64).mean(axis=0)
+
+
+def gap_difference(results: StudyResults, low: float, high: float) -> Interval | None:
+    """Gap at `low` − gap at `high`, paired block by block; documents are resampled within each domain and side.
+
+    Members of a seed are scored on the same blocks, so the difference of their losses is free of how hard each block is: the gap of that
+    difference is the difference of the gaps.
+
+    Returns:
+      (mean, lower, upper); None if no seed has both, or if two members were not scored on the same blocks.
+    """
+    highs = {m.member.seed: m for m in results.at(high) if m.gap is not None}
+    pairs = [(m, highs[m.member.seed]) for m in results.at(low) if m.gap is not None and m.member.seed in highs]
+    sides = {side: [_paired_blocks(a.gap["blocks"][side], b.gap["blocks"][side], a.member.seed) for a, b in pairs] for side in ("seen", "held_out")}
+    if not pairs or any(blocks is None for found in sides.values() for blocks in found):
+        return None
+    joined = {side: Blocks(*(sum(field, []) for field in zip(*found))) for side, found in sides.items()}
+    settings = results.config.report
+    return tuple(cluster_bootstrap_gap(joined["seen"], joined["held_out"], samples=settings.bootstrap_samples, seed=settings.seed))
+
+
+def _paired_blocks(lows: list[dict], highs: list[dict], seed: int) -> Blocks | None:
+    """Losses of one member less those of the other, block by block. Seeds see other blocks of a document, so they count as documents of their own."""
+    domains, documents = ([b[key] for b in lows] for key in ("domain", "document"))
+    if (domains, documents) != tuple([b[key] for b in highs] for key in ("domain", "document")):
+        return None
+    losses = [float(a["loss"]) - float(b["loss"]) for a, b in zip(lows, highs)]
+    return Blocks(losses, domains, [f"{seed}/{document}" for document in documents])

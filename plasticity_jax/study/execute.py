@@ -1,0 +1,200 @@
+"""Carries out runs in order: skips what is done, goes on after a failure, stops when the disk does."""
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from plasticity_jax.config import StudyConfig, for_device, grid_members
+from plasticity_jax.errors import UserError
+from plasticity_jax.records import Context, Run, RunDirectory, read_json
+from plasticity_jax.study.graph import study_dir
+
+log = logging.getLogger("plasticity_jax")
+
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
+_STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")
+
+
+def stage_function(stage: str) -> Callable[[Sequence[Context]], list[dict]]:
+    """The library function of a stage, as contexts → results. Imported only when it is needed."""
+    if stage == "pretrain":
+        from plasticity_jax.train.pretrain import run
+
+        return run
+    if stage == "prepare":
+        from plasticity_jax.data.stage import run as one
+    elif stage == "init":
+        from plasticity_jax.train.initial import run as one
+    elif stage == "finetune":
+        from plasticity_jax.train.finetune import run as one
+    elif stage == "evaluate":
+        from plasticity_jax.evaluate.evaluate import run as one
+    elif stage == "probe":
+        from plasticity_jax.analysis.probes import run as one
+    elif stage == "spectra":
+        from plasticity_jax.analysis.spectra import run as one
+    else:
+        from plasticity_jax.analysis.gap import run as one
+    return lambda contexts: [one(context) for context in contexts]
+
+
+def resolve(config: StudyConfig, workdir: Path) -> StudyConfig:
+    """Replaces `train.compute_dtype = "auto"` by what this study uses: the value stored with it, or what this machine favours."""
+    if config.train.compute_dtype != "auto":
+        return config
+    stored = study_dir(workdir, config) / "study.json"
+    if stored.is_file():
+        dtype = read_json(stored).get("resolved", {}).get("compute_dtype")
+        if dtype:
+            return replace(config, train=replace(config.train, compute_dtype=dtype))
+    from plasticity_jax.train.precision import resolve_compute_dtype
+
+    dtype = resolve_compute_dtype("auto")
+    log.info("train.compute_dtype auto → %s on this machine", dtype)
+    return replace(config, train=replace(config.train, compute_dtype=dtype))
+
+
+def check_workdir(workdir: Path, config: StudyConfig) -> None:
+    """Refuses a workdir that cannot be written to, or has less room than the study's files need. Raises UserError."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written to ({error.strerror}); give a folder on a writable disk with free space.") from error
+    needed, free = _bytes_needed(config), shutil.disk_usage(workdir).free
+    if free < needed:
+        raise UserError(
+            f"--workdir={workdir} has {free / 1e6:,.0f} MB free, and this study needs about {needed / 1e6:,.0f} MB; make room or give another --workdir."
+        )
+
+
+def _bytes_needed(config: StudyConfig) -> int:
+    """Rough size of a study on disk: float32 parameters and two moments per pretrained model (twice while one is being saved), parameters of each tuned one, data."""
+    model = config.model
+    attention = 2 * model.d_model * (model.n_heads + model.n_kv_heads) * model.head_dim
+    parameters = 2 * model.vocab_size * model.d_model + model.n_layers * (attention + 3 * model.d_model * model.d_ff)
+    members = len(grid_members(config))
+    tuned = members * len(config.tasks) * len(config.finetune.seeds)
+    data = 30e6 * len(config.data.sources) if config.data.max_documents is None else 20e3 * config.data.max_documents * len(config.data.sources)
+    return int(12 * parameters * (members + tuned + 1) + data + 10e6)
+
+
+@dataclass
+class Outcome:
+    """What became of the runs asked for: ids of those carried out, skipped as done, failed, and not reached because a parent is missing."""
+
+    carried_out: list[str]
+    skipped: list[str]
+    failed: list[str]
+    waiting: list[str]
+
+
+def execute(config: StudyConfig, workdir: Path, runs: Sequence[Run], *, external: dict[str, Path] | None = None) -> Outcome:
+    """Carries out the runs that are not done, parents first.
+
+    A run that fails is recorded and the rest goes on. A diverged parent makes its children diverged: that is a result.
+
+    Args:
+      runs: in topological order, as build_graph gives them.
+      external: id → directory of parents that lie outside this study's folder.
+    Raises:
+      UserError: the disk is full or read-only, or another process works on the same run.
+      KeyboardInterrupt: passed on; what is done stays done, and the next call resumes.
+    """
+    folder = study_dir(workdir, config)
+    outcome = Outcome([], [], [], [])
+    located = {run.id: folder / run.id for run in runs} | (external or {})
+
+    def path_of(run_id: str) -> Path:
+        return located.get(run_id, folder / run_id)
+
+    todo = []
+    for run in runs:
+        if RunDirectory(path_of(run.id)).done:
+            outcome.skipped.append(run.id)
+        else:
+            todo.append(run)
+    if not todo:
+        return outcome
+    if {run.stage for run in todo} != {"prepare"}:  # preparing needs no accelerator
+        import jax
+
+        config = for_device(config, jax.devices()[0].device_kind)
+    groups = _groups(config, todo)
+    for number, group in enumerate(groups, 1):
+        ready = []
+        for run in group:
+            missing = [parent for parent in run.parents.values() if not RunDirectory(path_of(parent)).done]
+            if missing:
+                log.warning("%s waits for %s", run.id, ", ".join(missing))
+                outcome.waiting.append(run.id)
+            else:
+                ready.append(run)
+        if not ready:
+            continue
+        log.info("[%d/%d] %s", number, len(groups), ", ".join(run.id for run in ready))
+        try:
+            _carry_out(config, ready, path_of)
+            outcome.carried_out += [run.id for run in ready]
+        except UserError:
+            raise
+        except Exception as error:
+            problem = storage_problem(error)
+            if problem:
+                raise UserError(f"--workdir={workdir}: {problem}; make room or give another --workdir, then run again: it resumes.") from error
+            log.error("%s failed: %s (%s)", ready[0].id, " ".join(str(error).split())[:300], path_of(ready[0].id) / "error.log")
+            outcome.failed += [run.id for run in ready]
+    return outcome
+
+
+def _groups(config: StudyConfig, runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs carried out by one call: each alone, but for the pretraining members of a seed in vmapped mode."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        together = config.grid.mode == "vmapped" and run.stage == "pretrain"
+        if together and groups and groups[-1][0].stage == "pretrain" and groups[-1][0].seed == run.seed:
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return groups
+
+
+def _carry_out(config: StudyConfig, group: Sequence[Run], path_of: Callable[[str], Path]) -> None:
+    with contextlib.ExitStack() as stack:
+        contexts = []
+        for run in group:
+            directory = stack.enter_context(RunDirectory(path_of(run.id)).work(run, config))
+            parents = {role: path_of(parent) for role, parent in run.parents.items()}
+            directory.provenance["parent_paths"] = {role: os.path.relpath(path, directory.path) for role, path in parents.items()}
+            contexts.append(Context(config, run, directory, parents))
+        diverged = [role for role, path in contexts[0].parents.items() if RunDirectory(path).state()[0] == "diverged"]
+        start = time.monotonic()
+        if diverged:
+            results = [{"diverged": f"its {diverged[0]} diverged"} for _ in contexts]
+        else:
+            results = stage_function(group[0].stage)(contexts)
+        for context, result in zip(contexts, results, strict=True):
+            context.directory.provenance["seconds"] = time.monotonic() - start
+            context.directory.finish(result)
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """Says in a few words that the disk is full or cannot be written, if that is what the error (or its cause) means."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+            return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
+        for words in _STORAGE_WORDS:
+            if words in str(error).lower():
+                return words
+        error = error.__cause__ or error.__context__
+    return None

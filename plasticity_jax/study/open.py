@@ -1,0 +1,43 @@
+"""A study on disk, for notebooks."""
+
+from pathlib import Path
+from typing import Any
+
+from plasticity_jax.errors import UserError
+from plasticity_jax.study.graph import study_files, study_status
+from plasticity_jax.study.report import collect, figure, summary_table
+
+
+class Study:
+    """A study to read: its runs, its summary and its figures.
+
+    Attributes:
+      path: the study's folder.
+      runs: one dict per run, as `plasticity status --json` gives them.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.runs: list[dict[str, Any]] = [row for row in study_status(path.parent) if row["study"] == path.name]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per member of the grid: λ, timescale, held-out loss, scores before and after, gain, pseudo-rank, gap, state."""
+        return summary_table(self.path)
+
+    def figure(self, name: str):
+        """A figure of the report as a matplotlib Figure. Raises UserError for an unknown name."""
+        return figure(collect(self.path), name)
+
+
+def open_study(workdir: str | Path, name: str | None = None) -> Study:
+    """Opens the study in `workdir`, or the one called `name` where there are several.
+
+    Raises:
+      UserError: there is no study, or several and no name to choose by.
+    """
+    folders = {path.parent.name: path.parent for path in study_files(Path(workdir))}
+    if name is None and len(folders) == 1:
+        return Study(next(iter(folders.values())))
+    if name not in folders:
+        raise UserError(f"{workdir} holds the studies {', '.join(folders)}; name one of them, as in open_study(workdir, {next(iter(folders))!r}).")
+    return Study(folders[name])

@@ -1,0 +1,248 @@
+"""What a study has found so far, read from its runs' directories into typed records. What is missing stays missing, and is never a number."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plasticity_jax.analysis.statistics import wilson_interval
+from plasticity_jax.config import Member, StudyConfig, from_dict, grid_members
+from plasticity_jax.errors import UserError
+from plasticity_jax.records import Run, RunDirectory, read_json, read_jsonl
+
+
+def number(value: Any) -> float | None:
+    """The value as a finite float; None for what is absent, not finite, or no number."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run of the study and how far it has come: done, diverged, running, failed or missing."""
+
+    run: Run
+    state: str
+    reason: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Score:
+    """One member on one task, before or after fine-tuning; averaged over the fine-tuning seeds.
+
+    Attributes:
+      metrics: name ("pass@1", "maj@8") → value in [0, 1].
+      greedy: [P] share of the seeds whose greedy answer is right, per problem; problems in the order of the task's test rows.
+      no_answer: share of the greedy completions without an answer.
+      majority_class: score of always giving the most frequent answer.
+      runs: directories of the evaluate runs, one per fine-tuning seed.
+    """
+
+    metrics: dict[str, float]
+    greedy: np.ndarray
+    no_answer: float | None
+    majority_class: float
+    runs: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class MemberResults:
+    """Everything known of one member of the grid.
+
+    Attributes:
+      state, reason: of its pretraining run.
+      pretrain: results of a finished, not diverged run; None otherwise.
+      curve: rows of its metrics.jsonl, however far it has come.
+      before, after: task → score.
+      probe, spectra, gap: results of those stages, None where they are missing.
+      provenance: of the pretraining run.
+    """
+
+    member: Member
+    state: str
+    reason: str
+    pretrain: dict[str, Any] | None
+    curve: tuple[dict[str, Any], ...]
+    before: dict[str, Score]
+    after: dict[str, Score]
+    probe: dict[str, Any] | None
+    spectra: dict[str, Any] | None
+    gap: dict[str, Any] | None
+    provenance: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.member.name
+
+    @property
+    def weight_decay(self) -> float:
+        return self.member.weight_decay
+
+    @property
+    def loss(self) -> float | None:
+        """Held-out loss at the end, nats per token over all domains."""
+        return None if self.pretrain is None else number(self.pretrain["held_out"]["loss"])
+
+    def gain(self, task: str) -> np.ndarray | None:
+        """[P] after − before per problem, greedy."""
+        if task not in self.before or task not in self.after:
+            return None
+        return self.after[task].greedy - self.before[task].greedy
+
+    def after_task(self, task: str) -> np.ndarray | None:
+        """[P] greedy score after fine-tuning, per problem."""
+        return self.after[task].greedy if task in self.after else None
+
+    def pseudo_rank(self, product: str) -> np.ndarray | None:
+        """[L, H] pseudo-rank of "W_QK" or "W_VO"."""
+        return None if self.spectra is None else np.asarray(self.spectra[product]["pseudo_rank"], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """A study as read from disk. Weight decays are compared within pretraining seeds and averaged over them."""
+
+    path: Path
+    config: StudyConfig
+    resolved: dict[str, Any]
+    members: tuple[MemberResults, ...]
+    tasks: tuple[str, ...]
+    prepared: dict[str, dict[str, Any]]  # name of a finished prepare run ("corpus", "task-topic") → its summary
+    runs: tuple[RunState, ...]
+
+    @cached_property
+    def decays(self) -> tuple[float, ...]:
+        """The weight decays of the grid, ascending."""
+        return tuple(sorted({m.weight_decay for m in self.members}))
+
+    def timescale(self, decay: float) -> float | None:
+        """AdamW's timescale at this decay as a share of the run; None without decay."""
+        return next(m.member.timescale for m in self.members if m.weight_decay == decay)
+
+    def at(self, decay: float) -> list[MemberResults]:
+        """Members with this decay, one per pretraining seed."""
+        return [m for m in self.members if m.weight_decay == decay]
+
+    def mean(self, decay: float, value: Callable[[MemberResults], Any]) -> Any:
+        """Mean of a member's number or array over the seeds that have it; None if none has."""
+        found = [v for m in self.at(decay) if (v := value(m)) is not None]
+        return np.mean(found, axis=0) if found else None
+
+    def pair(self, low: float, high: float, value: Callable[[MemberResults], Any]) -> tuple[Any, Any] | None:
+        """The values at two decays, each averaged over the seeds that have both; None if no seed has."""
+        lows = {m.member.seed: v for m in self.at(low) if (v := value(m)) is not None}
+        highs = {m.member.seed: v for m in self.at(high) if (v := value(m)) is not None}
+        seeds = sorted(set(lows) & set(highs))
+        if not seeds:
+            return None
+        return np.mean([lows[s] for s in seeds], axis=0), np.mean([highs[s] for s in seeds], axis=0)
+
+    @cached_property
+    def losses(self) -> dict[float, float]:
+        """Decay → held-out loss, for the decays that have one."""
+        found = {decay: self.mean(decay, lambda m: m.loss) for decay in self.decays}
+        return {decay: float(loss) for decay, loss in found.items() if loss is not None}
+
+    @cached_property
+    def learnt(self) -> tuple[str, ...]:
+        """Tasks whose best fine-tuned member has a 95% (Wilson) lower bound above the majority class."""
+        return tuple(task for task in self.tasks if (bound := self.lower_bound(task)) is not None and bound[0] > bound[1])
+
+    def lower_bound(self, task: str) -> tuple[float, float] | None:
+        """(95% lower bound of the best member's greedy score after fine-tuning, majority class); None if no member has one."""
+        scores = [m.after[task] for m in self.members if task in m.after]
+        if not scores:
+            return None
+        best = max(scores, key=lambda score: score.greedy.mean())
+        return wilson_interval(round(float(best.greedy.sum())), len(best.greedy))[0], best.majority_class
+
+    def task_mean(self, decay: float, value: Callable[[MemberResults, str], Any]) -> float | None:
+        """Mean over the learnt tasks of the mean over problems; None unless every learnt task has a value."""
+        means = [None if (v := self.mean(decay, lambda m, t=task: value(m, t))) is None else float(np.mean(v)) for task in self.learnt]
+        return float(np.mean(means)) if means and None not in means else None
+
+
+def collect(study_dir: Path) -> StudyResults:
+    """Reads a study directory, finished or not.
+
+    Args:
+      study_dir: `<workdir>/<study>`, with its study.json.
+    Raises:
+      UserError: no study.json there, or one of another version.
+    """
+    study_dir = Path(study_dir)
+    file = study_dir / "study.json"
+    if not file.is_file():
+        raise UserError(f"{study_dir} holds no study.json; run plasticity study first, or give the folder of a study.")
+    tree = read_json(file)
+    try:
+        runs = [Run.from_dict(row) for row in tree["runs"]]
+        config, resolved = from_dict(tree["config"]), dict(tree["resolved"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is no study of this version ({error!r} is missing); run plasticity study again.") from error
+    states = tuple(_state(study_dir, run) for run in runs)
+    prepared = {s.run.name: RunDirectory(s.path).results() for s in states if s.run.stage == "prepare" and s.state == "done"}
+    members = tuple(_member(member, [s for s in states if s.run.member == member.name]) for member in grid_members(config))
+    return StudyResults(study_dir, config, resolved, members, tuple(config.tasks), prepared, states)
+
+
+def _state(study_dir: Path, run: Run) -> RunState:
+    path = study_dir / run.id
+    state, reason = RunDirectory(path).state()
+    return RunState(run, state, reason, path)
+
+
+def _member(member: Member, states: list[RunState]) -> MemberResults:
+    pretrain = next((s for s in states if s.run.stage == "pretrain"), None)
+    finished = pretrain is not None and pretrain.state == "done"
+
+    def of(stage: str) -> dict[str, Any] | None:
+        found = next((s for s in states if s.run.stage == stage and s.state == "done"), None)
+        return None if found is None else RunDirectory(found.path).results()
+
+    return MemberResults(
+        member=member,
+        state="missing" if pretrain is None else pretrain.state,
+        reason="" if pretrain is None else pretrain.reason,
+        pretrain=RunDirectory(pretrain.path).results() if finished else None,
+        curve=tuple(_curve(pretrain.path)) if pretrain is not None else (),
+        before=_scores(states, "before"),
+        after=_scores(states, "after"),
+        probe=of("probe"),
+        spectra=of("spectra"),
+        gap=of("gap"),
+        provenance=read_json(pretrain.path / "provenance.json") if finished and (pretrain.path / "provenance.json").is_file() else {},
+    )
+
+
+def _curve(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "metrics.jsonl"
+    return read_jsonl(path) if path.is_file() else []
+
+
+def _scores(states: list[RunState], when: str) -> dict[str, Score]:
+    by_task: dict[str, list[RunState]] = {}
+    for s in states:
+        if s.run.stage == "evaluate" and s.state == "done" and s.run.fields.get("when") == when:
+            by_task.setdefault(s.run.task, []).append(s)
+    return {task: _score(found) for task, found in by_task.items()}
+
+
+def _score(states: list[RunState]) -> Score:
+    results = [RunDirectory(s.path).results() for s in states]
+    silent = [share for r in results if (share := number(r["no_answer"]["greedy"])) is not None]
+    return Score(
+        metrics={name: float(np.mean([float(r["metrics"][name]) for r in results])) for name in results[0]["metrics"]},
+        greedy=np.mean([np.asarray(r["per_problem"]["greedy"], dtype=np.float64) for r in results], axis=0),
+        no_answer=float(np.mean(silent)) if silent else None,
+        majority_class=float(results[0]["majority_class"]),
+        runs=tuple(s.path for s in states),
+    )
