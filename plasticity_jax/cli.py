@@ -200,7 +200,15 @@ def _analyze(arguments) -> int:
 
     only = _choices("--only", arguments.only, ("probe", "spectra", "gap"))
     make = {"probe": graph.probe_run, "spectra": graph.spectra_run, "gap": graph.gap_run}
-    return _on_model(arguments, arguments.model, "--model", lambda config, model: [make[kind](config, model) for kind in only])
+
+    def runs(config, model):
+        kinds = only
+        if arguments.only is None and "corpus" not in model.parents:
+            log.info("gap is left out: %s was not itself pretrained on a corpus", model.id)
+            kinds = ("probe", "spectra")
+        return [make[kind](config, model) for kind in kinds]
+
+    return _on_model(arguments, arguments.model, "--model", runs)
 
 
 def _on_model(arguments, path: Path, flag: str, make) -> int:

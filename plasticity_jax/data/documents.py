@@ -1,7 +1,10 @@
 """The corpus as a TFDS data set of documents: text with its origin, split by document hash."""
 
+import contextlib
 import hashlib
+import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ SPLITS = ("train", "held_out")
 FIELDS = ("id", "text", "domain", "source", "licence")
 MANIFEST = "documents.json"
 
-tfds.disable_progress_bar()
+tfds.disable_progress_bar()  # ours is shown instead
 
 
 class CorpusDocuments(tfds.core.GeneratorBasedBuilder):
@@ -72,8 +75,9 @@ def build_documents(out: Path, sources: tuple[str, ...], wheels: Wheels, *, held
         out.mkdir(parents=True, exist_ok=True)
         (out / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(out / CorpusDocuments.name, ignore_errors=True)
-    builder = CorpusDocuments(documents=splits, fingerprint=fingerprint[:16], data_dir=str(out))
-    builder.download_and_prepare()
+    with _quiet_tfds():
+        builder = CorpusDocuments(documents=splits, fingerprint=fingerprint[:16], data_dir=str(out))
+        builder.download_and_prepare()
     manifest = {
         "directory": str(Path(builder.data_dir).relative_to(out)),
         "fingerprint": fingerprint,
@@ -102,7 +106,8 @@ def read_documents(directory: Path, split: str) -> Iterator[tuple[str, str, str]
         raise UserError(f"{directory} holds no finished corpus ({MANIFEST} is missing); run `plasticity prepare` for this study")
     if split not in SPLITS:
         raise UserError(f"split {split!r} is unknown; the corpus has {' and '.join(SPLITS)}")
-    examples = tfds.builder_from_directory(str(Path(directory) / manifest["directory"])).as_data_source(split)
+    with _quiet_tfds():
+        examples = tfds.builder_from_directory(str(Path(directory) / manifest["directory"])).as_data_source(split)
     documents = [tuple(example[field].decode("utf-8") for field in ("id", "text", "domain")) for example in examples]
     yield from sorted(documents, key=lambda document: (document[2], _hash(document[0])))
 
@@ -123,6 +128,19 @@ def _read_splits(sources: tuple[str, ...], wheels: Wheels, *, held_out_share: fl
             n = sum(map(len, splits.values()))
             raise UserError(f"held_out_share={held_out_share} leaves no {split} document out of {n}; move it towards 0.5 or raise max_documents")
     return splits
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    # TFDS prints to standard output, which belongs to `--json`, and speaks of downloads that do not happen.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _fingerprint(splits: dict[str, list[Document]]) -> str:

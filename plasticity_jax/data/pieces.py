@@ -14,15 +14,18 @@ import unicodedata
 # fewer distinct pieces. An apostrophe is no such mark, because the tokenizer's contractions look at what follows it.
 _PIECE = re.compile(r"""\d| ?[A-Za-z]+(?![^\s\d.,;:!?)"])| ?[^\s\d]+|\s+(?![^\s\d])|\s+""")
 
+# What can hold disputed characters: nearly all text is ASCII, and set look-ups for all of it would cost as much as the cutting.
+_UNCOMMON = re.compile(r"[^\x00-\x1b -\x7f]+")
+
 
 def pieces(text: str) -> list[str]:
     """The pieces of `text`, in order; joined they are the text, and tokenised one by one they give the tokens of the text.
 
     A text with characters on whose class Python and the tokenizer disagree is one piece.
     """
-    if text.isascii() and text.isprintable():
+    if all(_disputed().isdisjoint(run) for run in _UNCOMMON.findall(text)):
         return _PIECE.findall(text)
-    return _PIECE.findall(text) if _disputed().isdisjoint(text) else [text]
+    return [text]
 
 
 @functools.cache

@@ -32,10 +32,9 @@ def run(context: Context) -> dict[str, Any]:
       `parameters` (their number) and `params_sha256`.
     """
     params = init_params(context.config.model, context.run.seed)
-    with_steps = Checkpoints(context.directory.path / CHECKPOINTS, keep=1, asynchronous=False)
-    if with_steps.latest() is None:
-        with_steps.save(0, params)
-    with_steps.close()
+    with Checkpoints(context.directory.path / CHECKPOINTS, keep=1, asynchronous=False) as checkpoints:
+        if checkpoints.latest() is None:
+            checkpoints.save(0, params)
     sha256 = params_sha256(params)
     context.directory.provenance["step_0_sha256"] = sha256
     return {"parameters": count_params(context.config.model), "params_sha256": sha256}

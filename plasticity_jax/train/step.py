@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.model.loss import cross_entropy, token_losses
 from plasticity_jax.model.transformer import abstract_params, apply
-from plasticity_jax.parallel.rules import batch_sharding, param_shardings
+from plasticity_jax.parallel.sharding import batch_sharding, param_shardings
 from plasticity_jax.train.optimizer import OptimizerSettings, Params, make_optimizer, schedule_shape
 
 State = dict[str, Any]  # "params", "optimizer" (optax state), "step" (updates done)
@@ -124,6 +124,7 @@ def stack(trees: Sequence[Any]) -> Any:
 def state_shardings(settings: StepSettings, mesh: Mesh, *, members: bool) -> State:
     """Where each array of the state lies on the mesh; with `members`, each has a leading axis on the mesh's member axis."""
     abstract = abstract_params(settings.model)
+    # Shapes here are those of one member: the rules check them before the member axis is put in front.
     params = param_shardings(mesh, abstract)
     if members:
         params = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec("member", *s.spec)), params)

@@ -1,6 +1,6 @@
 """Addition with carries, the chain of thought written out, least significant digit first.
 
-    What is 47 + 85?    7+5=12, carry 1. 4+8+1=13, carry 1. The answer is 132.
+    47+85=?    7+5=12 carry 1. 4+8+1=13 carry 1. The answer is 132.
 
 Each step needs little: two digits copied from the prompt, one entry of the one-digit sum table, one carry copied from the text before it.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def addition_prompt(first: int, second: int) -> str:
-    return f"What is {first} + {second}?"
+    return f"{first}+{second}=?"
 
 
 def addition_response(first: int, second: int) -> str:
@@ -26,7 +26,7 @@ def addition_response(first: int, second: int) -> str:
         terms = f"{first_digit}+{second_digit}" + (f"+{carry}" if steps else "")
         total = int(first_digit) + int(second_digit) + carry
         carry = total // 10
-        steps.append(f"{terms}={total}, carry {carry}.")
+        steps.append(f"{terms}={total} carry {carry}.")
     return " ".join([*steps, answer_sentence(str(first + second))])
 
 

@@ -1,0 +1,240 @@
+"""The gap between the loss on text that was seen in training and on held-out text, with a unigram model as the control."""
+
+import functools
+import time
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from plasticity_jax.analysis.statistics import Blocks, Estimate, cluster_bootstrap_gap
+from plasticity_jax.config import ModelConfig
+from plasticity_jax.data.loader import TokenRecords, as_batch, order
+from plasticity_jax.data.prepare import TOKENS
+from plasticity_jax.errors import UserError
+from plasticity_jax.progress import Progress
+from plasticity_jax.records import Context, RunDirectory
+
+BOOTSTRAP_SAMPLES = 2000
+BLOCKS_PER_BATCH = 32
+RECORDS_PER_READ = 4096
+EARLY, LATE = 0.25, 0.75  # first and last quarter of the reading
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The blocks of both sides, as record indices of the two splits; domain by domain, equally many of each domain on both sides.
+
+    Attributes:
+      seen, held_out: [n] each.
+      read_at: for each seen block, when training last read it, as a share of the reading in [0, 1).
+    """
+
+    seen: Int[np.ndarray, " n"]
+    held_out: Int[np.ndarray, " n"]
+    read_at: Float[np.ndarray, " n"]
+
+
+def last_readings(n_records: int, *, seed: int, batch_size: int, steps: int) -> Int[np.ndarray, " n_records"]:
+    """Position in the stream of training records at which each record was last read; -1 for those never read."""
+    # The batches of all steps one after the other are, by the loader's definition, one batch of that size.
+    stream = order(n_records, seed=seed, batch_size=batch_size * steps, step=0)
+    last_n = np.full(n_records, -1, np.int64)
+    last_n[stream] = np.arange(len(stream))  # of equal indices the last assignment stays
+    return last_n
+
+
+def blocks_per_domain(weights: Float[np.ndarray, " d"], available: Int[np.ndarray, " d"], total: int) -> Int[np.ndarray, " d"]:
+    """How many blocks of each domain are taken on each side.
+
+    Every domain with a block on both sides gets its share of `total`. Where one has fewer than its share, all are scaled down alike, so that the
+    weights stay what they are up to rounding; what rounding leaves over goes to the largest remainders that still have a block.
+
+    Args:
+      weights: share of each domain in the training records, [d].
+      available: blocks that exist on both sides (the smaller number of the two), [d].
+      total: blocks wanted per side.
+    """
+    usable_d = available > 0
+    if not usable_d.any():
+        return np.zeros(len(weights), np.int64)
+    wanted_d = np.where(usable_d, weights, 0.0)
+    wanted_d = total * wanted_d / wanted_d.sum()
+    scale = min(1.0, (available[usable_d] / wanted_d[usable_d]).min())
+    wanted_d = wanted_d * scale
+    taken_d = np.floor(wanted_d + 1e-9).astype(np.int64)
+    for domain in np.argsort(taken_d - wanted_d, kind="stable"):
+        if taken_d.sum() < round(wanted_d.sum()) and taken_d[domain] < available[domain]:
+            taken_d[domain] += 1
+    return taken_d
+
+
+def choose_blocks(train: TokenRecords, held_out: TokenRecords, last_reading: Int[np.ndarray, " n_train"], *, total: int, seed: int) -> Choice:
+    """Draws equally many blocks of each domain from what training read and from the held-out records.
+
+    Seen blocks are spread evenly over the reading, held-out ones over the records of the domain (which lie in the order of their documents): one is
+    drawn from each of as many equal stretches.
+
+    Args:
+      train, held_out: the two splits of a corpus.
+      last_reading: what `last_readings` returns.
+      total: blocks wanted per side; fewer are taken where a domain has too few (see `blocks_per_domain`).
+      seed: of the draw.
+    Raises:
+      UserError: no domain has a block on both sides.
+    """
+    read = np.flatnonzero(last_reading >= 0)
+    read = read[np.argsort(last_reading[read])]
+    sides = [(read[train.domain_of[read] == d], np.flatnonzero(held_out.domain_of == d)) for d in range(len(train.domains))]
+    available = np.asarray([min(len(seen), len(held)) for seen, held in sides])
+    weights = np.bincount(train.domain_of, minlength=len(train.domains)) / len(train)
+    taken = blocks_per_domain(weights, available, total)
+    if taken.sum() == 0:
+        raise UserError(
+            f"no domain of {', '.join(train.domains)} has a block on both sides of the gap; use more documents, more steps or a larger held_out_share."
+        )
+    rng = np.random.default_rng(seed)
+    seen, held = (np.concatenate([_spread(side[i], n, rng) for side, n in zip(sides, taken)]) for i in (0, 1))
+    return Choice(seen=seen, held_out=held, read_at=last_reading[seen] / (last_reading.max() + 1))
+
+
+def _spread(candidates: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """One of each of n stretches of `candidates`, equally long up to rounding."""
+    edges = np.arange(n + 1) * len(candidates) // max(n, 1)
+    return candidates[rng.integers(edges[:-1], edges[1:])]
+
+
+def unigram_log_probabilities(records: TokenRecords, left_out: Int[np.ndarray, " m"]) -> Float[np.ndarray, " vocab"]:
+    """Log probability (nats) of each token, add-one smoothed, counted over the records except those left out.
+
+    Without the blocks that it is going to score, the model has seen neither side; any gap left comes from how the sides were put together.
+    """
+    counts = np.ones(records.vocab_size, np.int64)
+    kept = np.setdiff1d(np.arange(len(records)), left_out)
+    with Progress("count tokens", total=len(kept), unit="records") as progress:
+        for start in range(0, len(kept), RECORDS_PER_READ):
+            tokens = records.tokens(kept[start : start + RECORDS_PER_READ])
+            counts += np.bincount(tokens.ravel(), minlength=records.vocab_size)
+            progress.update(len(tokens))
+    return np.log(counts / counts.sum())
+
+
+def block_losses(config: ModelConfig, params: dict, records: TokenRecords, indices: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Mean cross-entropy of the model on each record, in nats per token, float64 [n]."""
+    losses_n = np.empty(len(indices))
+    with Progress(f"loss on {records.split} blocks", total=len(indices) * records.seq_len, unit="tokens") as progress:
+        for start in range(0, len(indices), BLOCKS_PER_BATCH):
+            chosen = indices[start : start + BLOCKS_PER_BATCH]
+            # A short batch is filled up with its last record: one compiled program for all.
+            full = np.concatenate([chosen, np.repeat(chosen[-1:], BLOCKS_PER_BATCH - len(chosen))])
+            batch = as_batch(records.tokens(full))
+            losses_n[start : start + len(chosen)] = np.asarray(_mean_losses(config, params, batch["tokens"], batch["targets"]))[: len(chosen)]
+            progress.update(len(chosen) * records.seq_len)
+    return losses_n
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _mean_losses(config: ModelConfig, params: dict, tokens_BxT: Int[Array, "B T"], targets_BxT: Int[Array, "B T"]) -> Float[Array, " B"]:
+    from plasticity_jax.model.loss import token_losses
+    from plasticity_jax.model.transformer import apply
+
+    logits_BxTxV, _ = apply(config, params, tokens_BxT)
+    return token_losses(logits_BxTxV, targets_BxT).mean(axis=-1)
+
+
+def summarise(losses: dict[str, np.ndarray], control: dict[str, np.ndarray], keys: dict[str, tuple[list, list]], read_at: np.ndarray, *, seed: int) -> dict:
+    """The numbers of the stage, from the losses of blocks.
+
+    Args:
+      losses, control: per side ("seen", "held_out"), [n]: losses of the model and of the unigram model on the same blocks, in nats per token.
+      keys: per side, names of the blocks' domains and keys of the documents they begin in.
+      read_at: [n], when each seen block was last read, as a share of the reading.
+      seed: of the bootstrap.
+    Returns:
+      seen, held_out, gap, interval, domains, seen_early, seen_late, control, adjusted; see `run`.
+    """
+    gap = _gap(losses, keys, seed)
+    control_gap = _gap(control, keys, seed)
+    adjusted = _gap({side: losses[side] - control[side] for side in losses}, keys, seed)
+    domains = {}
+    for domain in sorted(set(keys["seen"][0])):
+        means = {side: losses[side][np.asarray(keys[side][0]) == domain].mean() for side in losses}
+        domains[domain] = {**means, "gap": means["held_out"] - means["seen"], "blocks": keys["seen"][0].count(domain)}
+    return {
+        "seen": losses["seen"].mean(),
+        "held_out": losses["held_out"].mean(),
+        "gap": gap.value,
+        "interval": [gap.low, gap.high],
+        "domains": domains,
+        "seen_early": _mean_or_none(losses["seen"][read_at < EARLY]),
+        "seen_late": _mean_or_none(losses["seen"][read_at >= LATE]),
+        "control": {
+            "seen": control["seen"].mean(),
+            "held_out": control["held_out"].mean(),
+            "gap": control_gap.value,
+            "interval": [control_gap.low, control_gap.high],
+            "passes": control_gap.low <= 0 <= control_gap.high,
+        },
+        "adjusted": {"gap": adjusted.value, "interval": [adjusted.low, adjusted.high]},
+    }
+
+
+def _gap(losses: dict[str, np.ndarray], keys: dict[str, tuple[list, list]], seed: int) -> Estimate:
+    sides = {side: Blocks(losses[side], *keys[side]) for side in losses}
+    return cluster_bootstrap_gap(sides["seen"], sides["held_out"], samples=BOOTSTRAP_SAMPLES, seed=seed)
+
+
+def _mean_or_none(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def run(context: Context) -> dict:
+    """The stage "gap": reads the parents "model" (a pretraining run) and "corpus".
+
+    Returns:
+      seen, held_out: mean losses in nats per token; gap = held_out − seen, with its 95% interval (bootstrap over documents within domains);
+      domains: the same per domain, with the number of blocks on each side; seen_early and seen_late: mean over the blocks last read in the first and
+      the last quarter of training (None where there are none); control: the same of the unigram model, which passes if its interval holds 0;
+      adjusted: gap of the model's loss less the unigram model's, block by block, which is free of how hard the words of a block are;
+      blocks: per side domain, document, record, loss and unigram loss of every block, read_at for the seen ones; tokens_per_side; left_out_domains;
+      seconds.
+    Raises:
+      UserError: the model is no pretraining run, or no domain has a block on both sides.
+    """
+    from plasticity_jax.model.load import load_model
+
+    start = time.monotonic()
+    settings = context.config.gap
+    model = load_model(context.parents["model"])
+    if model.run.stage != "pretrain":
+        raise UserError(f"{model.path} is a run of stage {model.run.stage}; the gap needs one of stage pretrain, whose reading order is known.")
+    training = RunDirectory(context.parents["model"]).config().train
+    tokens = context.parents["corpus"] / TOKENS
+    records = {"seen": TokenRecords(tokens, "train"), "held_out": TokenRecords(tokens, "held_out")}
+    train = records["seen"]
+    last_reading = last_readings(len(train), seed=model.run.seed, batch_size=training.batch_size, steps=training.steps)
+    choice = choose_blocks(train, records["held_out"], last_reading, total=settings.tokens_per_side // train.seq_len, seed=settings.seed)
+    indices = {"seen": choice.seen, "held_out": choice.held_out}
+    log_probability_V = unigram_log_probabilities(train, choice.seen)
+
+    losses, control, keys = {}, {}, {}
+    for side, split in records.items():
+        losses[side] = block_losses(model.config, model.params, split, indices[side])
+        control[side] = -log_probability_V[split.tokens(indices[side])[:, 1:]].mean(axis=-1)
+        keys[side] = ([train.domains[d] for d in split.domain_of[indices[side]]], split.document_of[indices[side]].tolist())
+    blocks = {
+        side: [
+            {"domain": domain, "document": document, "record": int(record), "loss": float(loss), "unigram_loss": float(unigram)}
+            for domain, document, record, loss, unigram in zip(*keys[side], indices[side], losses[side], control[side])
+        ]
+        for side in records
+    }
+    for block, read_at in zip(blocks["seen"], choice.read_at):
+        block["read_at"] = float(read_at)
+    return summarise(losses, control, keys, choice.read_at, seed=settings.seed) | {
+        "blocks": blocks,
+        "tokens_per_side": len(choice.seen) * train.seq_len,
+        "left_out_domains": [domain for domain in train.domains if domain not in keys["seen"][0]],
+        "seconds": time.monotonic() - start,
+    }

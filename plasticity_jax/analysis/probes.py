@@ -1,0 +1,325 @@
+"""Linear probes: how well a linear classifier reads a label from the state of a text's last token, layer by layer."""
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from plasticity_jax.config import ModelConfig, ProbeConfig
+from plasticity_jax.records import Context
+
+if TYPE_CHECKING:
+    from plasticity_jax.data.tokenizer import Tokenizer
+    from plasticity_jax.model.load import LoadedModel
+
+VALIDATION_SHARE = 0.2
+MAX_ITERATIONS = 500
+# Largest entry of the gradient; float32 resolves little less. Without a penalty, separable classes have no minimum and end at the stall rule.
+GRADIENT_TOLERANCE = 2e-6
+STALLED_ITERATIONS = 8
+
+SMALLEST_BUCKET = 16
+TOKENS_PER_BATCH = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeResult:
+    """A fitted probe and how it does on the test rows.
+
+    Attributes:
+      accuracy: share of the test rows that it labels right.
+      per_class: the same for the test rows of each label.
+      l2: the penalty that was chosen.
+      correct: which test rows are right, [n_test].
+      classes: the labels in ascending order; axis C below.
+      weights, bias: [D, C] and [C], for features standardised by `mean` and `scale`, [D] each (zeros and ones without standardising).
+      validation_loss: mean cross-entropy on the validation rows in nats, per penalty; empty when there was nothing to choose.
+      converged: the final fit reached the gradient tolerance.
+    """
+
+    accuracy: float
+    per_class: dict[Any, float]
+    l2: float
+    correct: Bool[np.ndarray, " n_test"]
+    classes: tuple
+    weights: Float[np.ndarray, "d c"]
+    bias: Float[np.ndarray, " c"]
+    mean: Float[np.ndarray, " d"]
+    scale: Float[np.ndarray, " d"]
+    validation_loss: dict[float, float]
+    converged: bool
+
+
+def fit_probe(
+    x_train: Shaped[ArrayLike, "n_train d"],
+    y_train: Sequence,
+    x_test: Shaped[ArrayLike, "n_test d"],
+    y_test: Sequence,
+    *,
+    l2: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1),
+    seed: int = 0,
+    standardize: bool = True,
+) -> ProbeResult:
+    """Multinomial logistic regression on frozen features.
+
+    Minimises mean cross-entropy (nats) + 0.5 · l2 · ||W||², the bias free of penalty, by L-BFGS in float32. The penalty with the lowest
+    cross-entropy on a validation split (a fifth of each class's training rows) is chosen, and the probe is fitted again to all training rows.
+
+    Args:
+      x_train, x_test: features.
+      y_train, y_test: labels, integers or strings.
+      l2: candidate penalties.
+      seed: of the validation split.
+      standardize: bring every feature to mean 0 and variance 1 by the statistics of the rows that are fitted.
+    Raises:
+      ValueError: no rows, numbers of rows or features that differ, features that are not finite, fewer than two classes, a test label that no
+        training row has, no or negative penalties, or too few rows per class to choose a penalty.
+    """
+    x_train, x_test = np.asarray(x_train, np.float64), np.asarray(x_test, np.float64)
+    labels_train, labels_test = np.asarray(y_train), np.asarray(y_test)
+    penalties = sorted({float(value) for value in l2}, reverse=True)
+    _check_rows(x_train, labels_train, x_test, labels_test)
+    if not penalties or penalties[-1] < 0:
+        raise ValueError(f"l2={tuple(l2)} must hold at least one penalty, none negative.")
+    classes, y_n = np.unique(labels_train, return_inverse=True)
+
+    chosen, validation_loss = penalties[0], {}
+    if len(penalties) > 1:
+        held_n = _validation_rows(y_n, seed)
+        validation_loss = _validation_losses(x_train, y_n, held_n, penalties, len(classes), standardize)
+        # Of equal losses the larger penalty, which comes first.
+        chosen = min(validation_loss, key=validation_loss.__getitem__)
+    mean, scale = _statistics(x_train, standardize)
+    start = _zeros(x_train.shape[1], len(classes))
+    (weights, bias), converged = _minimise((x_train - mean) / scale, y_n, np.ones(len(y_n)), chosen, start)
+    predicted = classes[np.argmax((x_test - mean) / scale @ weights + bias, axis=-1)]
+    correct = predicted == labels_test
+    return ProbeResult(
+        accuracy=float(correct.mean()),
+        per_class={c.item(): float(correct[labels_test == c].mean()) for c in classes if (labels_test == c).any()},
+        l2=chosen,
+        correct=correct,
+        classes=tuple(classes.tolist()),
+        weights=weights,
+        bias=bias,
+        mean=mean,
+        scale=scale,
+        validation_loss=validation_loss,
+        converged=converged,
+    )
+
+
+def _check_rows(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> None:
+    for side, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        if x.ndim != 2 or y.ndim != 1 or len(x) != len(y) or len(x) == 0:
+            raise ValueError(f"x_{side} has shape {x.shape} and y_{side} {y.shape}; they must be [n, d] and [n] with n at least 1.")
+        if not np.isfinite(x).all():
+            raise ValueError(f"x_{side} holds values that are not finite; leave out the model that gave them.")
+    if x_train.shape[1] != x_test.shape[1]:
+        raise ValueError(f"x_train has {x_train.shape[1]} features and x_test {x_test.shape[1]}; take both from the same layer.")
+    classes = np.unique(y_train)
+    if len(classes) < 2:
+        raise ValueError(f"y_train holds the single class {classes[0]!s}; a probe needs at least two.")
+    unseen = sorted(set(y_test.tolist()) - set(y_train.tolist()))
+    if unseen:
+        raise ValueError(f"label {unseen[0]!r} is in y_test but not in y_train; give training rows of every class.")
+
+
+def _validation_rows(y_n: np.ndarray, seed: int) -> np.ndarray:
+    """Bool [n]: a fifth of each class, rounded down, so that every class is left to fit."""
+    rng = np.random.default_rng(seed)
+    held_n = np.zeros(len(y_n), bool)
+    for label in range(y_n.max() + 1):
+        rows = rng.permutation(np.flatnonzero(y_n == label))
+        held_n[rows[: int(len(rows) * VALIDATION_SHARE)]] = True
+    if not held_n.any():
+        raise ValueError(f"{len(y_n)} training rows leave none to choose l2 by; give 5 rows of a class, or a single l2.")
+    return held_n
+
+
+def _validation_losses(x: np.ndarray, y_n: np.ndarray, held_n: np.ndarray, penalties: list[float], n_classes: int, standardize: bool) -> dict[float, float]:
+    """Cross-entropy on the held rows for each penalty, from the largest down, each fit starting where the last one ended."""
+    mean, scale = _statistics(x[~held_n], standardize)
+    x = (x - mean) / scale
+    losses, fitted = {}, _zeros(x.shape[1], n_classes)
+    for penalty in penalties:
+        # Held rows get weight 0 instead of being cut out: every fit to a set has the same shape, and compiles once.
+        fitted, _ = _minimise(x, y_n, ~held_n, penalty, fitted)
+        logits = x[held_n] @ fitted[0] + fitted[1]
+        largest = logits.max(axis=-1, keepdims=True)
+        log_sum = largest[:, 0] + np.log(np.exp(logits - largest).sum(axis=-1))
+        losses[penalty] = float(np.mean(log_sum - logits[np.arange(len(logits)), y_n[held_n]]))
+    return losses
+
+
+def _statistics(x: np.ndarray, standardize: bool) -> tuple[np.ndarray, np.ndarray]:
+    if not standardize:
+        return np.zeros(x.shape[1]), np.ones(x.shape[1])
+    mean, scale = x.mean(axis=0), x.std(axis=0)
+    # A constant feature keeps the rounding of its mean as its deviation; dividing by that would make it noise.
+    return mean, np.where(scale > 1e-9 * np.maximum(np.abs(mean), 1e-30), scale, 1.0)
+
+
+def _zeros(d: int, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((d, n_classes)), np.zeros(n_classes)
+
+
+def _minimise(x: np.ndarray, y_n: np.ndarray, rows_n: np.ndarray, l2: float, start: tuple) -> tuple[tuple[np.ndarray, np.ndarray], bool]:
+    """((weights, bias) in float64, whether the gradient tolerance was reached)."""
+    as_float32 = functools.partial(np.asarray, dtype=np.float32)
+    params, gradient = _lbfgs(as_float32(x), y_n.astype(np.int32), as_float32(rows_n), as_float32(l2), tuple(map(as_float32, start)))
+    weights, bias = (np.asarray(p, np.float64) for p in params)
+    return (weights, bias), bool(gradient <= GRADIENT_TOLERANCE)
+
+
+@jax.jit
+@jax.default_matmul_precision("highest")
+def _lbfgs(
+    x_NxD: Float[Array, "n d"], y_N: Int[Array, " n"], rows_N: Float[Array, " n"], l2: Float[Array, ""], start: tuple[Array, Array]
+) -> tuple[tuple[Array, Array], Float[Array, ""]]:
+    def objective(params):
+        weights_DxC, bias_C = params
+        losses_N = optax.softmax_cross_entropy_with_integer_labels(x_NxD @ weights_DxC + bias_C, y_N)
+        return losses_N @ rows_N / rows_N.sum() + 0.5 * l2 * jnp.sum(weights_DxC**2)
+
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(objective)
+
+    def unfinished(carry):
+        _, _, _, gradient, stalled, iteration = carry
+        return (gradient > GRADIENT_TOLERANCE) & (stalled < STALLED_ITERATIONS) & (iteration < MAX_ITERATIONS)
+
+    def iterate(carry):
+        params, state, lowest, _, stalled, iteration = carry
+        value, grad = value_and_grad(params, state=state)
+        updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=objective)
+        value, grad = optax.tree.get(state, "value"), optax.tree.get(state, "grad")
+        stalled = jnp.where(value < lowest, 0, stalled + 1)
+        return optax.apply_updates(params, updates), state, jnp.minimum(value, lowest), _largest(grad), stalled, iteration + 1
+
+    params, _, _, gradient, _, _ = jax.lax.while_loop(unfinished, iterate, (start, solver.init(start), jnp.inf, jnp.inf, 0, 0))
+    return params, gradient
+
+
+def _largest(tree) -> Float[Array, ""]:
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def features(model: "LoadedModel", texts: Sequence[str], tokenizer: "Tokenizer", max_length: int) -> Float[np.ndarray, "layers n d"]:
+    """States at the last token of each raw text: after the embedding, then after each block.
+
+    Args:
+      model: what `load_model` returns (its `config` and `params` are read).
+      texts: raw texts; no template, no special tokens.
+      tokenizer: the model's.
+      max_length: tokens; a longer text loses its end.
+    Returns:
+      float32 [n_layers + 1, len(texts), d_model].
+    Raises:
+      ValueError: no texts, or a text without a token.
+    """
+    from plasticity_jax.progress import Progress
+
+    if len(texts) == 0:
+        raise ValueError("texts is empty; give at least one text.")
+    rows = [ids[:max_length] for ids in tokenizer.encode_batch(texts)]
+    empty = [i for i, ids in enumerate(rows) if not ids]
+    if empty:
+        raise ValueError(f"texts[{empty[0]}]={texts[empty[0]]!r} gives no token; leave such texts out.")
+    states_LxNxD = np.empty((model.config.n_layers + 1, len(rows), model.config.d_model), np.float32)
+    with Progress("read states", total=len(rows), unit="texts") as progress:
+        for length, indices in _length_buckets([len(ids) for ids in rows]):
+            per_batch = max(1, TOKENS_PER_BATCH // length)
+            for start in range(0, len(indices), per_batch):
+                chosen = indices[start : start + per_batch]
+                # A short batch is filled with rows of padding: one compiled program per length.
+                tokens_BxT = np.full((per_batch, length), tokenizer.pad_id, np.int32)
+                lengths_B = np.zeros(per_batch, np.int32)
+                for row, index in enumerate(chosen):
+                    tokens_BxT[row, : len(rows[index])] = rows[index]
+                    lengths_B[row] = len(rows[index])
+                states_LxBxD = _last_states(model.config, model.params, tokens_BxT, lengths_B)
+                states_LxNxD[:, chosen] = np.asarray(states_LxBxD)[:, : len(chosen)]
+                progress.update(len(chosen))
+    return states_LxNxD
+
+
+def _length_buckets(lengths: list[int]) -> list[tuple[int, np.ndarray]]:
+    """(padded length, indices of the rows in it); lengths double from bucket to bucket."""
+    padded = np.asarray([max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()) for length in lengths])
+    return [(int(length), np.flatnonzero(padded == length)) for length in np.unique(padded)]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _last_states(
+    config: ModelConfig, params: dict, tokens_BxT: Int[Array, "B T"], lengths_B: Int[Array, " B"]
+) -> Float[Array, "layers B D"]:
+    from plasticity_jax.model.transformer import apply
+
+    real_BxT = (jnp.arange(tokens_BxT.shape[1])[None] < lengths_B[:, None]).astype(jnp.int32)
+    _, activations = apply(config, params, tokens_BxT, segment_ids=real_BxT, capture=("embed", "block_out"))
+    states_LxBxTxD = jnp.concatenate([activations["embed"][None], activations["block_out"]]).astype(jnp.float32)
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    return jnp.take_along_axis(states_LxBxTxD, last_B[None, :, None, None], axis=2)[:, :, 0]
+
+
+def run(context: Context) -> dict:
+    """The stage "probe": reads the parents "model" and, per set, "probe-<name>".
+
+    Returns:
+      sets: per set, layers ("embed", "block1", ...); per layer, accuracy, accuracy_norm_free (features divided by their norm), per_class, l2, and
+      correct ([n_test], 1 where right); majority (accuracy of always giving the most common test label), n_train, n_test, classes, dropped_leaks.
+      seconds.
+    Raises:
+      UserError: the model has no tokenizer.
+    """
+    from plasticity_jax.data.probe_sets import read_probe_set
+    from plasticity_jax.errors import UserError
+    from plasticity_jax.model.load import load_model
+
+    start = time.monotonic()
+    model = load_model(context.parents["model"])
+    if model.tokenizer is None:
+        raise UserError(f"{context.parents['model']} holds no tokenizer.json, and a probe reads texts; give a run that has one.")
+    sets = {name: _probe_set(model, name, read_probe_set(context.parents[f"probe-{name}"]), context.config.probe) for name in context.config.probe.sets}
+    return {"sets": sets, "seconds": time.monotonic() - start}
+
+
+def _probe_set(model: "LoadedModel", name: str, rows: dict, settings: ProbeConfig) -> dict:
+    from plasticity_jax.progress import Progress
+
+    texts = [text for split in ("train", "test") for text, _ in rows[split]]
+    n_train = len(rows["train"])
+    y_train, y_test = ([label for _, label in rows[split]] for split in ("train", "test"))
+    states_LxNxD = features(model, texts, model.tokenizer, settings.max_length)
+    layers = ["embed"] + [f"block{i + 1}" for i in range(len(states_LxNxD) - 1)]
+    fit = functools.partial(fit_probe, l2=settings.l2, seed=settings.seed)
+    probes, norm_free = [], []
+    with Progress(f"probe {name}", total=2 * len(layers), unit="probes") as progress:
+        for x_NxD in states_LxNxD:
+            probes.append(fit(x_NxD[:n_train], y_train, x_NxD[n_train:], y_test))
+            progress.update(1, note=f"accuracy {probes[-1].accuracy:.3f}")
+            unit_NxD = x_NxD / np.maximum(np.linalg.norm(x_NxD, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+            norm_free.append(fit(unit_NxD[:n_train], y_train, unit_NxD[n_train:], y_test))
+            progress.update(1)
+    return {
+        "layers": layers,
+        "accuracy": [probe.accuracy for probe in probes],
+        "accuracy_norm_free": [probe.accuracy for probe in norm_free],
+        "per_class": [probe.per_class for probe in probes],
+        "l2": [probe.l2 for probe in probes],
+        "correct": [probe.correct.astype(int).tolist() for probe in probes],
+        "majority": rows["majority_share"],
+        "n_train": n_train,
+        "n_test": len(y_test),
+        "classes": list(rows["labels"]),
+        "dropped_leaks": rows["dropped_leaks"],
+    }

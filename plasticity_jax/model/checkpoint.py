@@ -1,0 +1,92 @@
+"""Checkpoints of a run: parameters, and the optimizer's state beside them, by step."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+
+from plasticity_jax.errors import UserError
+
+
+class Checkpoints:
+    """The steps saved under one directory, as `<directory>/<step>/{params,optimizer}`.
+
+    A step is visible only once it is whole: a process killed in the middle of a save leaves the step before it as the latest.
+
+    Args:
+      directory: created if missing, unless `read_only`.
+      keep: how many of the latest steps to keep.
+      asynchronous: `save` returns once the arrays are copied off the device and writes in the background.
+      read_only: for reading alone; neither creates nor cleans up anything.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 1, asynchronous: bool = True, read_only: bool = False):
+        self.directory = Path(directory).absolute()
+        absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns about every sharding and every missing item that is meant
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            enable_async_checkpointing=asynchronous and not read_only,
+        )
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer")}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers)
+
+    def save(self, step: int, params: Any, optimizer: Any | None = None) -> None:
+        """Saves both trees as `step`. The arrays may be donated or changed as soon as this returns."""
+        items = {"params": ocp.args.StandardSave(params)}
+        if optimizer is not None:
+            items["optimizer"] = ocp.args.StandardSave(optimizer)
+        self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def latest(self) -> int | None:
+        """The largest step that is whole, or None."""
+        return self._manager.latest_step()
+
+    def restore_params(self, step: int, abstract: Any) -> Any:
+        """The parameters of a step, bit for bit.
+
+        Args:
+          abstract: a tree of `jax.ShapeDtypeStruct`; each array gets the dtype and sharding (if any) named there.
+        Raises:
+          UserError: the step is damaged, or its arrays are not of these names and shapes.
+        """
+        return self._restore(step, params=abstract)["params"]
+
+    def restore(self, step: int, abstract_params: Any, abstract_optimizer: Any) -> tuple[Any, Any]:
+        """Parameters and optimizer state of a step, as `restore_params` does."""
+        restored = self._restore(step, params=abstract_params, optimizer=abstract_optimizer)
+        return restored["params"], restored["optimizer"]
+
+    def wait(self) -> None:
+        """Returns when every save so far is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save and releases the threads."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        self.close()
+
+    def _restore(self, step: int, **abstract: Any) -> Any:
+        items = {name: ocp.args.StandardRestore(_placed(tree)) for name, tree in abstract.items()}
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # Orbax and tensorstore raise many types for a missing file, a bad checksum or another shape
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} cannot be read ({reason}); delete the run's directory and run its stage again."
+            ) from error
+
+
+def _placed(tree: Any) -> Any:
+    """A shape without a sharding goes to the first device; without this, Orbax would ask for the devices that saved it."""
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or one_device), tree)

@@ -1,0 +1,125 @@
+"""The fine-tune stage: a finished run's model, a task's rows, the study's recipe."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from plasticity_jax.config import FinetuneConfig, ModelConfig
+from plasticity_jax.data.sft import SftRows, encode_examples, plan, sft_batch
+from plasticity_jax.data.tasks import read_task
+from plasticity_jax.errors import UserError
+from plasticity_jax.model.load import load_model
+from plasticity_jax.parallel.mesh import make_mesh
+from plasticity_jax.records import Context
+from plasticity_jax.train.loop import LoopSettings, Track, train
+from plasticity_jax.train.optimizer import OptimizerSettings, warmup_steps
+from plasticity_jax.train.restore import relative_update, starting_state
+from plasticity_jax.train.step import Batch, StepSettings, compile_train_step, hyper_parameters
+
+log = logging.getLogger("plasticity_jax")
+
+
+def step_settings(model: ModelConfig, recipe: FinetuneConfig, compute_dtype: str) -> StepSettings:
+    """The compiled step of a recipe: the same for every base model and task, up to the batch's length.
+
+    The learning rate falls to zero, and norms are left out of the decay, as the Hugging Face Trainer does. Source: paper section 4.1.
+    """
+    optimizer = OptimizerSettings(
+        b1=recipe.b1,
+        b2=recipe.b2,
+        eps=recipe.eps,
+        clip_norm=recipe.clip_norm,
+        final_lr_share=0.0,
+        decay_kind="coupled",
+        decay_mask="no-norms",
+    )
+    return StepSettings(model, optimizer, compute_dtype, microbatches=1, scan_layers=False)
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Fine-tunes the model of the parent "base" on the training rows of the parent "task"; resumes at the last checkpoint.
+
+    Loss on the response only, one row per sequence, no packing, rows of like length together, seeded by `run.seed`.
+
+    Returns:
+      diverged (None or the reason), steps, tokens (of responses, over all epochs), seconds (of training), train_loss (mean over the last 20
+      steps, nats per token), rows, cut_rows (which lost their end), relative_update (‖θ_ft − θ_pt‖/‖θ_pt‖; None if diverged).
+    Raises:
+      UserError: the base has no model or no tokenizer, its network is not the config's, or a row does not fit.
+    """
+    config, recipe = context.config, context.config.finetune
+    base = load_model(context.parents["base"])
+    if base.tokenizer is None:
+        raise UserError(f"{base.path} holds no tokenizer.json, so no text can be given to its model; put its tokenizer there.")
+    if base.config != config.model:
+        different = next(f.name for f in dataclasses.fields(ModelConfig) if getattr(base.config, f.name) != getattr(config.model, f.name))
+        raise UserError(
+            f"model.{different}={getattr(config.model, different)} is {getattr(base.config, different)} in {base.path}; use the base's own config."
+        )
+    shutil.copyfile(base.path / "tokenizer.json", context.directory.path / "tokenizer.json")
+
+    rows = encode_examples(read_task(context.parents["task"])[0], base.tokenizer, max_length=recipe.length_buckets[-1])
+    schedule = plan(
+        rows.lengths,
+        buckets=recipe.length_buckets,
+        batch_size=recipe.batch_size,
+        epochs=config.tasks[context.run.task].epochs,
+        seed=context.run.seed,
+    )
+    settings, mesh = step_settings(base.config, recipe, config.train.compute_dtype), make_mesh(config.mesh)
+    summary = json.loads((context.parents["task"] / "summary.json").read_text(encoding="utf-8"))
+    context.directory.provenance |= {
+        "data_fingerprint": summary["fingerprint"],
+        "mesh": dict(mesh.shape),
+        "device_kind": mesh.devices.flat[0].device_kind,
+    }
+    track = Track(context.directory.path, keep=1)
+    params = None
+    if not track.diverged:
+        state, start = starting_state(settings, mesh, base.params, [track.directory], members=False)
+        if start:
+            log.info("resumes at step %d of %d", start, len(schedule))
+        params = train(
+            f"finetune {context.run.name}",
+            state,
+            train_step=compile_train_step(settings, mesh, members=False),
+            hyper=hyper_parameters(
+                weight_decay=recipe.weight_decay,
+                peak_lr=recipe.peak_lr,
+                warmup=warmup_steps(len(schedule), recipe.warmup_share),
+                total=len(schedule),
+            ),
+            batches=_batches(rows, schedule[start:], recipe.batch_size, base.tokenizer.pad_id),
+            tracks=[track],
+            members=False,
+            settings=LoopSettings(
+                steps=len(schedule),
+                log_every=recipe.log_every,
+                checkpoint_every=recipe.checkpoint_every,
+                eval_every=None,
+                max_loss=config.train.max_loss,
+                total_tokens=sum(rows.lengths[i] - rows.response_starts[i] for _, indices in schedule for i in indices),
+            ),
+            held_out=None,
+        )["params"]
+    last = track.rows()[-1]
+    return {
+        "diverged": track.diverged,
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "seconds": last["seconds"],
+        "train_loss": track.train_loss(),
+        "rows": len(rows),
+        "cut_rows": rows.n_cut,
+        "relative_update": None if track.diverged else relative_update(base.params, jax.device_get(params)),
+    }
+
+
+def _batches(rows: SftRows, schedule: list, batch_size: int, pad_id: int) -> Iterator[Batch]:
+    for bucket_length, indices in schedule:
+        yield sft_batch(rows, indices, bucket_length=bucket_length, batch_size=batch_size, pad_id=pad_id)

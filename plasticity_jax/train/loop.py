@@ -1,0 +1,243 @@
+"""The one training loop, for pretraining and fine-tuning, for one model and for the members of a grid as one program.
+
+Every model in the loop has a `Track`: its log, its checkpoints, and how it ended. Nothing in the loop waits for the device: the numbers of a
+step are read after the next step is dispatched, except where a held-out loss or a checkpoint is due.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.progress import Progress
+from plasticity_jax.records import MetricsLog, read_json, read_jsonl, write_json
+from plasticity_jax.train.initial import CHECKPOINTS
+from plasticity_jax.train.step import Batch, Hyper, Metrics, State
+
+TAIL_STEPS = 20  # the last steps are logged one by one; their mean is the training loss of a run
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long the loop runs and what it does when.
+
+    Attributes:
+      steps: updates of the whole run.
+      log_every, checkpoint_every: steps.
+      eval_every: steps between held-out losses; None for none.
+      max_loss: nats per token; a model above it, or not finite, has diverged.
+      total_tokens: targets of the whole run, per model; for the progress bar.
+    """
+
+    steps: int
+    log_every: int
+    checkpoint_every: int
+    eval_every: int | None
+    max_loss: float
+    total_tokens: int
+
+
+@dataclass
+class Track:
+    """One model's way through the loop.
+
+    Attributes:
+      directory: of its run.
+      keep: checkpoints to keep; members of one program need 2, so that a kill between their saves leaves a common step.
+      diverged: the reason, or None.
+      tokens: targets trained on.
+      seconds: of training, without held-out losses, saving and compiling, over all resumes; members of one program share its time equally.
+    """
+
+    directory: Path
+    keep: int
+    diverged: str | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    checkpoints: Checkpoints | None = field(init=False, default=None)
+    log: MetricsLog | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        # A diverged member saves nothing more, so its end is noted beside its checkpoints until the run is finished.
+        if (self.directory / _DIVERGED).is_file():
+            self.diverged = read_json(self.directory / _DIVERGED)["reason"]
+
+    def begin(self, step: int) -> None:
+        """Opens the log as it was at `step`, with what was counted until then, and the folder of the checkpoints."""
+        for row in self.rows():
+            if row["step"] <= step:
+                self.tokens, self.seconds = row["tokens"], row["seconds"]
+        self.log = MetricsLog(self.directory, step=step)
+        self.checkpoints = Checkpoints(self.directory / CHECKPOINTS, keep=self.keep, asynchronous=True)
+
+    def rows(self) -> list[dict]:
+        """What was logged so far."""
+        path = self.directory / "metrics.jsonl"
+        return read_jsonl(path) if path.is_file() else []
+
+    def train_loss(self) -> float | None:
+        """Mean training loss of the last `TAIL_STEPS` steps that were logged one by one; None before the first."""
+        losses = [float(row["loss"]) for row in self.rows()][-TAIL_STEPS:]
+        return sum(losses) / len(losses) if losses else None
+
+    def stop(self, reason: str) -> None:
+        """Marks the model as diverged."""
+        self.diverged = reason
+        write_json(self.directory / _DIVERGED, {"reason": reason})
+
+    def close(self) -> None:
+        """Waits for a checkpoint that is being written."""
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+        if self.log is not None:
+            self.log.close()
+
+
+_DIVERGED = "diverged.json"
+
+
+def train(
+    what: str,
+    state: State,
+    *,
+    train_step: Callable[[State, Batch, Hyper], tuple[State, Metrics]],
+    hyper: Hyper,
+    batches: Iterator[Batch],
+    tracks: Sequence[Track],
+    members: bool,
+    settings: LoopSettings,
+    held_out: Callable[[Any], dict] | None,
+) -> State:
+    """Trains from the state's step to `settings.steps`, or until every model has diverged.
+
+    Args:
+      what: name on the progress bar.
+      state: after `state["step"]` updates; its memory is given away.
+      batches: from that step on.
+      tracks: of the models, in the order of the member axis; begun and closed here. Their `diverged`, `tokens` and `seconds` tell how it went.
+      members: the state, hyper-parameters and metrics have a leading member axis.
+      held_out: params of one model → numbers for its log, every `settings.eval_every` steps and at the end.
+    Returns:
+      The last state.
+    Raises:
+      KeyboardInterrupt: passed on, after checkpoints in flight are whole.
+    """
+    start = int(np.asarray(state["step"]).reshape(-1)[0])
+    with contextlib.ExitStack() as stack:
+        for track in tracks:
+            stack.callback(track.close)
+            track.begin(start)
+        clock = _Clock()
+        progress = stack.enter_context(
+            Progress(what, total=settings.total_tokens * len(tracks), unit="tokens", initial=sum(track.tokens for track in tracks))
+        )
+        loop = _Loop(tracks, members, settings, held_out, clock, progress)
+        shapes = set()
+        for done, batch in enumerate(batches, start + 1):
+            shape = np.shape(batch["tokens"])
+            with contextlib.nullcontext() if shape in shapes else clock.paused():  # the first call compiles
+                state, metrics = train_step(state, batch, hyper)
+            shapes.add(shape)
+            loop.settle_pending()
+            loop.pending = (done, metrics)
+            if loop.due(done):
+                loop.settle_pending(state)
+            if all(track.diverged for track in tracks):
+                break
+        loop.settle_pending(state)
+    return state
+
+
+class _Clock:
+    """Seconds since the last `lap`, without the pauses."""
+
+    def __init__(self):
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        return elapsed
+
+    @contextlib.contextmanager
+    def paused(self):
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last += time.perf_counter() - begin
+
+
+@dataclass
+class _Loop:
+    tracks: Sequence[Track]
+    members: bool
+    settings: LoopSettings
+    held_out: Callable[[Any], dict] | None
+    clock: _Clock
+    progress: Progress
+    pending: tuple[int, Metrics] | None = None
+
+    def _checkpoint_due(self, step: int) -> bool:
+        return step % self.settings.checkpoint_every == 0 or step == self.settings.steps
+
+    def _held_out_due(self, step: int) -> bool:
+        return self.held_out is not None and (step % self.settings.eval_every == 0 or step == self.settings.steps)
+
+    def _log_due(self, step: int) -> bool:
+        return step == 1 or step % self.settings.log_every == 0 or step > self.settings.steps - TAIL_STEPS
+
+    def due(self, step: int) -> bool:
+        """Whether something at this step needs its state."""
+        return self._checkpoint_due(step) or self._held_out_due(step)
+
+    def settle_pending(self, state: State | None = None) -> None:
+        """Reads the numbers of the pending step: divergence, log; with the state after it, held-out loss and checkpoint."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        numbers = {name: np.atleast_1d(value) for name, value in jax.device_get(metrics).items()}
+        seconds = self.clock.lap() / len(self.tracks)
+        # Where something is due the device is idle; elsewhere the next step runs during the following lines.
+        with self.clock.paused() if self.due(step) else contextlib.nullcontext():
+            for i, track in enumerate(self.tracks):
+                if track.diverged:
+                    continue
+                track.seconds += seconds
+                track.tokens += int(numbers["tokens"][i])
+                self._settle_one(i, track, step, {name: float(values[i]) for name, values in numbers.items() if name != "tokens"}, state)
+            if self._checkpoint_due(step):
+                self._save(step, state)
+        losses = [float(loss) for loss, track in zip(numbers["loss"], self.tracks) if not track.diverged]
+        if losses:
+            self.progress.update(int(numbers["tokens"].sum()), note="loss " + " ".join(f"{loss:.3f}" for loss in losses))
+
+    def _settle_one(self, i: int, track: Track, step: int, numbers: dict[str, float], state: State | None) -> None:
+        loss = numbers["loss"]
+        if not math.isfinite(loss) or loss > self.settings.max_loss:
+            track.stop(f"loss {loss:.4g} at step {step}" + (f", above the limit {self.settings.max_loss:g}" if math.isfinite(loss) else ""))
+        due = self.due(step)
+        if due or track.diverged or self._log_due(step):
+            row = {"tokens": track.tokens, **numbers, "seconds": track.seconds}
+            if self._held_out_due(step) and not track.diverged:
+                row["held_out"] = self.held_out(self._model(i, state["params"]))
+            track.log.write(step, **row)
+
+    def _save(self, step: int, state: State) -> None:
+        alive = [(i, track) for i, track in enumerate(self.tracks) if not track.diverged]
+        # All members' last checkpoints are whole before any member's next one begins: so they always share a step.
+        for _, track in alive:
+            track.checkpoints.wait()
+        for i, track in alive:
+            track.checkpoints.save(step, self._model(i, state["params"]), self._model(i, state["optimizer"]))
+
+    def _model(self, i: int, tree: Any) -> Any:
+        return jax.tree.map(lambda x: x[i], tree) if self.members else tree

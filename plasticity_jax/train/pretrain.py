@@ -1,0 +1,177 @@
+"""The pretrain stage: one member of the grid, or all members of a seed as one program."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from plasticity_jax.config import StudyConfig
+from plasticity_jax.data.loader import TokenRecords, batches
+from plasticity_jax.data.tokenizer import Tokenizer
+from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.model.transformer import abstract_params, count_params
+from plasticity_jax.parallel.mesh import make_mesh
+from plasticity_jax.parallel.sharding import param_shardings
+from plasticity_jax.records import Context
+from plasticity_jax.train.held_out import HeldOutBlocks, first_blocks, held_out_loss
+from plasticity_jax.train.initial import CHECKPOINTS, params_sha256
+from plasticity_jax.train.loop import LoopSettings, Track, train
+from plasticity_jax.train.optimizer import OptimizerSettings, Params, decay_table, timescale_steps, warmup_steps
+from plasticity_jax.train.restore import param_norms, starting_state
+from plasticity_jax.train.step import StepSettings, compile_eval_step, compile_train_step, hyper_parameters, stack
+
+log = logging.getLogger("plasticity_jax")
+
+
+def step_settings(config: StudyConfig) -> StepSettings:
+    """The compiled step of a config; λ is not part of it."""
+    train_config = config.train
+    optimizer = OptimizerSettings(
+        b1=train_config.b1,
+        b2=train_config.b2,
+        eps=train_config.eps,
+        clip_norm=train_config.clip_norm,
+        final_lr_share=train_config.final_lr_share,
+        decay_kind=config.decay.kind,
+        decay_mask=config.decay.mask,
+    )
+    return StepSettings(config.model, optimizer, train_config.compute_dtype, microbatches=1, scan_layers=False)
+
+
+def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
+    """Trains the members of one seed from their common step-0 parameters, on the same batches in the same order.
+
+    One context is the reference. Several are trained as one program, the step vmapped over a member axis; the results agree to rounding.
+    Resumes at the last checkpoint (of several members: at the last one that all of them have).
+
+    Args:
+      contexts: with parents "corpus" (a prepare run) and "init"; equal but for `run.fields["weight_decay"]`.
+    Returns:
+      Per context: diverged (None or the reason), steps, tokens, seconds (of training), tokens_per_second, parameters, weight_decay, peak_lr,
+      lr_times_decay, timescale_steps and timescale_share (None without decay), decay_table, compute_dtype, train_loss (mean over the last 20
+      steps, nats per token), held_out (see `held_out.held_out_loss`; None if diverged), norms (L2 norm of every parameter; empty if diverged).
+    """
+    first = contexts[0]
+    config, seed = first.config, first.run.seed
+    members = len(contexts) > 1
+    settings, mesh = step_settings(config), make_mesh(config.mesh)
+    corpus = first.parents["corpus"]
+    tokenizer = Tokenizer.load(corpus / "tokenizer.json")
+    records, held_out_records = TokenRecords(corpus / "tokens", "train"), TokenRecords(corpus / "tokens", "held_out")
+    initial = _initial_params(first, mesh)
+    sha256 = params_sha256(initial)
+    for context in contexts:
+        shutil.copyfile(corpus / "tokenizer.json", context.directory.path / "tokenizer.json")
+        _record_provenance(context, initial, sha256, records, mesh)
+
+    eval_step = compile_eval_step(config.model, config.train.compute_dtype, mesh)
+    shardings = param_shardings(mesh, abstract_params(config.model))
+
+    def score(params: Params, blocks: HeldOutBlocks) -> dict[str, Any]:
+        params = jax.device_put(params, shardings)
+        return held_out_loss(eval_step, params, blocks, token_bytes=tokenizer.token_bytes, batch_size=config.train.batch_size)
+
+    curve_blocks = first_blocks(held_out_records, tokens_per_domain=config.train.eval_tokens)
+    tracks = [Track(context.directory.path, keep=2 if members else 1) for context in contexts]
+    alive = [i for i, track in enumerate(tracks) if not track.diverged]
+    final: dict[int, Params] = {}
+    if alive:
+        state, start = starting_state(settings, mesh, initial, [tracks[i].directory for i in alive], members=members)
+        if start:
+            log.info("resumes at step %d of %d", start, config.train.steps)
+        hypers = [_hyper(config, contexts[i]) for i in alive]
+        state = train(
+            "pretrain " + ", ".join(contexts[i].run.name for i in alive),
+            state,
+            train_step=compile_train_step(settings, mesh, members=members),
+            hyper=stack(hypers) if members else hypers[0],
+            batches=batches(records, seed=seed, batch_size=config.train.batch_size, start_step=start, steps=config.train.steps - start),
+            tracks=[tracks[i] for i in alive],
+            members=members,
+            settings=_loop_settings(config),
+            held_out=lambda params: score(params, curve_blocks),
+        )
+        params = state["params"]
+        final = {i: jax.tree.map(lambda x: x[place], params) if members else params for place, i in enumerate(alive)}
+    blocks = first_blocks(held_out_records, tokens_per_domain=config.train.held_out_tokens)
+    results = []
+    for i, (context, track) in enumerate(zip(contexts, tracks, strict=True)):
+        finished = i in final and not track.diverged
+        outcome = {
+            "held_out": score(final[i], blocks) if finished else None,
+            "norms": param_norms(final[i]) if finished else {},
+        }
+        results.append(_facts(context, track) | outcome)
+    return results
+
+
+def _initial_params(context: Context, mesh: Mesh) -> Params:
+    abstract = abstract_params(context.config.model)
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, param_shardings(mesh, abstract))
+    with Checkpoints(context.parents["init"] / CHECKPOINTS, read_only=True) as checkpoints:
+        return checkpoints.restore_params(0, placed)
+
+
+def _hyper(config: StudyConfig, context: Context) -> dict[str, Any]:
+    train_config = config.train
+    return hyper_parameters(
+        weight_decay=context.run.fields["weight_decay"],
+        peak_lr=train_config.peak_lr,
+        warmup=warmup_steps(train_config.steps, train_config.warmup_share),
+        total=train_config.steps,
+    )
+
+
+def _loop_settings(config: StudyConfig) -> LoopSettings:
+    train_config = config.train
+    return LoopSettings(
+        steps=train_config.steps,
+        log_every=train_config.log_every,
+        checkpoint_every=train_config.checkpoint_every,
+        eval_every=train_config.eval_every,
+        max_loss=train_config.max_loss,
+        total_tokens=train_config.steps * train_config.batch_size * train_config.seq_len,
+    )
+
+
+def _record_provenance(context: Context, initial: Params, sha256: str, records: TokenRecords, mesh: Mesh) -> None:
+    """Says once what this member's decay means, and stores what its result rests on."""
+    config, weight_decay = context.config, context.run.fields["weight_decay"]
+    table = decay_table(initial, config.decay.mask)
+    timescale = timescale_steps(weight_decay, config.train.peak_lr, config.decay.kind)
+    meaning = "no decay" if timescale is None else f"timescale {timescale:,.1f} steps = {timescale / config.train.steps:.3g} of the run"
+    log.info("%s: λ = %.6g, peak lr·λ = %.4g (%s), %s", context.run.name, weight_decay, config.train.peak_lr * weight_decay, config.decay.kind, meaning)
+    log.info("decayed: %s", ", ".join(path for path, decayed in table.items() if decayed) or "none")
+    log.info("not decayed: %s", ", ".join(path for path, decayed in table.items() if not decayed) or "none")
+    context.directory.provenance |= {
+        "decay_table": table,
+        "step_0_sha256": sha256,
+        "data_fingerprint": records.fingerprint,
+        "mesh": dict(mesh.shape),
+        "device_kind": mesh.devices.flat[0].device_kind,
+    }
+
+
+def _facts(context: Context, track: Track) -> dict[str, Any]:
+    config, weight_decay = context.config, context.run.fields["weight_decay"]
+    timescale = timescale_steps(weight_decay, config.train.peak_lr, config.decay.kind)
+    last = track.rows()[-1]
+    return {
+        "diverged": track.diverged,
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "seconds": last["seconds"],
+        "tokens_per_second": last["tokens"] / last["seconds"] if last["seconds"] else None,
+        "parameters": count_params(config.model),
+        "weight_decay": weight_decay,
+        "peak_lr": config.train.peak_lr,
+        "lr_times_decay": config.train.peak_lr * weight_decay,
+        "timescale_steps": timescale,
+        "timescale_share": None if timescale is None else timescale / config.train.steps,
+        "decay_table": context.directory.provenance["decay_table"],
+        "compute_dtype": config.train.compute_dtype,
+        "train_loss": track.train_loss(),
+    }

@@ -1,0 +1,126 @@
+"""Spectra against NumPy's SVD of the whole products in float64; pseudo-rank against a loop."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import plasticity_jax.analysis as analysis
+from plasticity_jax.analysis.spectra import attention_spectra, pseudo_rank, spectra_summary
+from plasticity_jax.config import ModelConfig
+
+CONFIG = ModelConfig(vocab_size=300, d_model=24, n_layers=2, n_heads=6, n_kv_heads=2, d_ff=32)
+
+
+def random_blocks(config: ModelConfig, seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    layers, d, h, kv, r = config.n_layers, config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
+    shapes = {"q": (layers, d, h * r), "k": (layers, d, kv * r), "v": (layers, d, kv * r), "o": (layers, h * r, d)}
+    attn = {name: {"kernel": rng.normal(size=shape).astype(np.float32)} for name, shape in shapes.items()}
+    return {"blocks": {"attn": attn, "attn_norm": {"scale": rng.uniform(0.2, 3.0, size=(layers, d)).astype(np.float32)}}}
+
+
+def full_products(config: ModelConfig, params: dict, layer: int, head: int, fold_norms: bool) -> tuple[np.ndarray, np.ndarray]:
+    """W_QK and W_VO of one head as d_model x d_model matrices, from the definition."""
+    kernel = {name: leaf["kernel"][layer].astype(np.float64) for name, leaf in params["blocks"]["attn"].items()}
+    r, group = config.head_dim, head // (config.n_heads // config.n_kv_heads)
+    gain = np.diag(params["blocks"]["attn_norm"]["scale"][layer].astype(np.float64)) if fold_norms else np.eye(config.d_model)
+    own, shared = slice(head * r, (head + 1) * r), slice(group * r, (group + 1) * r)
+    return gain @ kernel["q"][:, own] @ (gain @ kernel["k"][:, shared]).T, gain @ kernel["v"][:, shared] @ kernel["o"][own]
+
+
+@pytest.mark.parametrize("fold_norms", [False, True])
+@pytest.mark.parametrize("n_heads, n_kv_heads", [(6, 2), (4, 4), (1, 1)])
+def test_spectra_are_those_of_the_full_products(fold_norms, n_heads, n_kv_heads):
+    config = ModelConfig(vocab_size=300, d_model=24, n_layers=2, n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=32)
+    params = random_blocks(config, seed=n_heads)
+    spectra = attention_spectra((config, params), fold_norms=fold_norms)
+    for layer in range(config.n_layers):
+        for head in range(config.n_heads):
+            for name, product in zip(("W_QK", "W_VO"), full_products(config, params, layer, head, fold_norms)):
+                expected = np.linalg.svd(product, compute_uv=False)[: config.head_dim]
+                np.testing.assert_allclose(spectra[name][layer, head], expected, atol=2e-6 * expected[0])
+    assert spectra["W_QK"].shape == spectra["W_VO"].shape == (2, n_heads, config.head_dim)
+
+
+def test_a_loaded_model_and_a_pair_give_the_same():
+    params = random_blocks(CONFIG, seed=0)
+    model = type("Model", (), {"config": CONFIG, "params": params})()
+    for name, values in analysis.attention_spectra(model).items():
+        np.testing.assert_array_equal(values, attention_spectra((CONFIG, params))[name])
+
+
+def test_a_planted_rank_one_head_is_found():
+    params = random_blocks(CONFIG, seed=1)
+    q = params["blocks"]["attn"]["q"]["kernel"]
+    q[1, :, 8:12] = np.outer(q[1, :, 8], [1.0, 2.0, -1.0, 0.5])
+    ranks = pseudo_rank(attention_spectra((CONFIG, params))["W_QK"], mass=0.999)
+    assert ranks[1, 2] == 0.25
+    assert (np.delete(ranks.ravel(), 8) > 0.25).all()
+
+
+def loop_pseudo_rank(s, mass, power):
+    """The definition, one value after the other."""
+    values = [float(v) ** power for v in s]
+    for count in range(1, len(values) + 1):
+        if sum(values[:count]) >= mass * sum(values):
+            return count / len(values)
+    raise AssertionError
+
+
+SPECTRA = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=24).map(lambda v: np.sort(v)[::-1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(SPECTRA, st.floats(0.05, 0.999), st.sampled_from([1, 2]), st.floats(1e-6, 1e6))
+def test_pseudo_rank_is_the_loop_lies_in_its_bounds_and_ignores_scale(s, mass, power, scale):
+    value = float(pseudo_rank(s, mass=mass, power=power))
+    assert value == loop_pseudo_rank(s, mass, power)
+    assert 1 / len(s) <= value <= 1
+    assert value == float(pseudo_rank(s * scale, mass=mass, power=power))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 64), st.floats(1e-30, 1e30))
+def test_pseudo_rank_of_equal_values_is_the_share_itself(r, k, scale):
+    k = min(k, r)
+    assert float(pseudo_rank(np.full(r, scale), mass=k / r)) == k / r
+
+
+def test_pseudo_rank_of_known_spectra():
+    assert pseudo_rank(np.ones(20)) == 0.95
+    assert pseudo_rank(np.ones(24)) == 23 / 24
+    assert pseudo_rank([3.0] + [0.0] * 7) == 1 / 8
+    assert pseudo_rank(np.zeros(8)) == 1 / 8
+    assert pseudo_rank([3.0, 2.0, 1.0, 0.0], mass=1.0) == 3 / 4
+    # 8 of 10 against 64 of 68: squares need fewer.
+    assert pseudo_rank([8.0, 2.0], mass=0.9) == 1.0 and pseudo_rank([8.0, 2.0], mass=0.9, power=2) == 0.5
+    assert np.isnan(pseudo_rank([[np.inf, 1.0], [1.0, 0.0]])).tolist() == [True, False]
+    assert pseudo_rank(np.ones((2, 3, 5))).shape == (2, 3)
+    assert pseudo_rank(np.float32([1e-30, 1e-30]), power=2) == 1.0
+
+
+@pytest.mark.parametrize("s, options", [
+    ([1.0, 0.5], {"mass": 0.0}), ([1.0, 0.5], {"mass": 1.1}), ([1.0, 0.5], {"power": 3}), ([0.5, 1.0], {}), ([1.0, -0.5], {}), ([], {}),
+])
+def test_pseudo_rank_refuses_in_one_line(s, options):
+    with pytest.raises(ValueError) as error:
+        pseudo_rank(np.asarray(s, np.float64), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_summary_agrees_with_norms_of_the_matrix():
+    matrix = np.random.default_rng(0).normal(size=(9, 6))
+    summary = spectra_summary(np.linalg.svd(matrix, compute_uv=False))
+    assert summary["nuclear_norm"] == pytest.approx(np.linalg.norm(matrix, "nuc"))
+    assert summary["frobenius_norm"] == pytest.approx(np.linalg.norm(matrix))
+    assert summary["stable_rank"] == pytest.approx(np.linalg.norm(matrix) ** 2 / np.linalg.norm(matrix, 2) ** 2)
+    # Entropy of two thirds and one third.
+    assert spectra_summary(np.array([2.0, 1.0]))["effective_rank"] == pytest.approx(3 / 2 ** (2 / 3))
+
+
+def test_summary_of_flat_rank_one_and_zero_spectra():
+    flat, one, zero = (spectra_summary(np.asarray(s)) for s in (np.full(7, 0.3), [4.0, 0.0, 0.0], np.zeros(3)))
+    assert flat["stable_rank"] == pytest.approx(7) and flat["effective_rank"] == pytest.approx(7)
+    assert one["stable_rank"] == 1 and one["effective_rank"] == pytest.approx(1)
+    assert all(float(value) == 0 for value in zero.values())

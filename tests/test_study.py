@@ -1,0 +1,165 @@
+"""The whole graph through the real command line, on a tiny model: what a new user does first."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import plasticity_jax as pj
+from plasticity_jax.records import read_json, read_jsonl
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
+
+pytestmark = pytest.mark.slow
+
+
+def plasticity(*argv, **kwargs):
+    return subprocess.run([sys.executable, "-m", "plasticity_jax", *map(str, argv)], capture_output=True, text=True, **kwargs)
+
+
+def options(workdir, wheels_dir):
+    return ["--config", TINY, "--workdir", workdir, f"--config.data.wheels={wheels_dir}"]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, wheels_dir):
+    folder = tmp_path_factory.mktemp("study")
+    result = plasticity("study", *options(folder, wheels_dir))
+    assert result.returncode == 0, result.stderr
+    assert "report:" in result.stdout
+    return folder
+
+
+def runs(workdir, stage):
+    rows = json.loads(plasticity("status", "--workdir", workdir, "--json").stdout)["runs"]
+    return [row for row in rows if row["stage"] == stage]
+
+
+def test_every_run_is_done_and_holds_its_records(workdir):
+    rows = json.loads(plasticity("status", "--workdir", workdir, "--json").stdout)["runs"]
+    assert {row["stage"] for row in rows} == {"prepare", "init", "pretrain", "evaluate", "finetune", "probe", "spectra", "gap"}
+    for row in rows:
+        assert row["state"] == "done", row
+        names = {path.name for path in Path(row["path"]).iterdir()}
+        assert {"config.json", "provenance.json", "results.json", "DONE"} <= names, row["id"]
+        assert "LOCK" not in names
+
+
+def test_running_again_recomputes_nothing(workdir, wheels_dir):
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file() and "report" not in path.parts and path.name != "study.json"}
+    result = plasticity("study", *options(workdir, wheels_dir))
+    assert result.returncode == 0, result.stderr
+    assert "0 runs carried out" in result.stderr
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert before == after
+
+
+def test_members_share_their_start_and_their_batches(workdir):
+    provenance = [read_json(Path(row["path"]) / "provenance.json") for row in runs(workdir, "pretrain")]
+    assert len({p["step0_sha256"] for p in provenance}) == 1
+    assert len({p["data_fingerprint"] for p in provenance}) == 1
+    first = [read_jsonl(Path(row["path"]) / "metrics.jsonl")[0] for row in runs(workdir, "pretrain")]
+    assert first[0]["loss"] == first[1]["loss"], "the first logged loss is taken before any decay could act"
+
+
+def test_decay_shrinks_the_weights(workdir):
+    norms = {}
+    for row in runs(workdir, "pretrain"):
+        results = read_json(Path(row["path"]) / "results.json")
+        norms[results["weight_decay"]] = results["norms"]["blocks/mlp/up/kernel"]
+    assert norms[max(norms)] < norms[0.0]
+
+
+def test_scores_follow_from_the_completions_on_disk(workdir):
+    for row in runs(workdir, "evaluate"):
+        results = read_json(Path(row["path"]) / "results.json")
+        rows = read_jsonl(Path(row["path"]) / "completions.jsonl")
+        assert len(rows) == results["problems"] == 16
+
+        def right(completion, gold):
+            found = re.findall(r"answer is:?\s*(\S+)", completion["text"])
+            return bool(found) and found[-1].strip(" .,").lower() == gold.lower()
+
+        greedy = [right(r["greedy"], r["gold"]) for r in rows]
+        sampled = [[right(s, r["gold"]) for s in r["samples"]] for r in rows]
+        assert results["metrics"]["pass@1"] == pytest.approx(np.mean(greedy))
+        assert results["metrics"]["pass@2"] == pytest.approx(np.mean([any(s) for s in sampled]))
+        assert results["per_problem"]["samples"] == [sum(s) for s in sampled]
+
+
+def test_models_load_in_a_notebook(workdir):
+    model = pj.load_model(runs(workdir, "finetune")[0]["path"])
+    tokens = np.array([model.tokenizer.encode("The President of the United States")])
+    logits, activations = model(tokens)
+    assert logits.shape == (*tokens.shape, model.config.vocab_size) and logits.dtype == np.float32
+    assert set(activations) == {"embed", "block_out"}
+    study = pj.open_study(workdir)
+    assert len(study.table()) == 2
+    assert study.runs
+
+
+def test_generate_prints_a_continuation_and_repeats_it(workdir):
+    argv = ["generate", "--model", runs(workdir, "pretrain")[0]["path"], "--prompt", "The ", "--max-new-tokens", "8", "--seed", "3"]
+    first, second = plasticity(*argv), plasticity(*argv)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout and first.stdout == second.stdout
+
+
+def test_a_stage_alone_finds_what_the_study_has_done(workdir, wheels_dir):
+    base = runs(workdir, "pretrain")[0]["path"]
+    result = plasticity("finetune", *options(workdir, wheels_dir), "--base", base, "--task", "topic")
+    assert result.returncode == 0, result.stderr
+    assert "0 runs carried out" in result.stderr
+
+
+def strip_time(rows):
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def test_killed_pretraining_resumes_to_the_same_bits(workdir, wheels_dir, tmp_path):
+    member = runs(workdir, "pretrain")[-1]
+    argv = [sys.executable, "-m", "plasticity_jax", "pretrain", *map(str, options(tmp_path, wheels_dir)), "--member", member["member"], "--config.train.log_every=1"]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    own = tmp_path / "tiny" / member["id"]
+    deadline = time.monotonic() + 120
+    while not any(p.name.isdigit() and int(p.name) >= 10 for p in (own / "checkpoints").glob("*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (own / "DONE").exists(), "the kill came too late to test anything"
+    result = plasticity(*argv[3:])
+    assert result.returncode == 0, result.stderr
+    assert "resum" in result.stderr
+    straight, resumed = pj.load_model(member["path"]), pj.load_model(own)
+    flat = lambda tree, path="": {path: np.asarray(tree)} if not isinstance(tree, dict) else {k: v for name in tree for k, v in flat(tree[name], f"{path}/{name}").items()}
+    a, b = flat(straight.params), flat(resumed.params)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    rows = {row["step"]: row for row in strip_time(read_jsonl(own / "metrics.jsonl"))}
+    for row in strip_time(read_jsonl(Path(member["path"]) / "metrics.jsonl")):
+        assert rows[row["step"]] == row
+
+
+def test_interrupt_leaves_a_resumable_study(tmp_path, wheels_dir):
+    argv = [sys.executable, "-m", "plasticity_jax", "study", *map(str, options(tmp_path, wheels_dir)), "--stages", "prepare,init,pretrain"]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "tiny").glob("pretrain/*/config.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "resumes" in err.strip().splitlines()[-1] and "Traceback" not in err
+    states = {row["stage"]: row["state"] for row in json.loads(plasticity("status", "--workdir", tmp_path, "--json").stdout)["runs"]}
+    assert states["prepare"] == "done" and states["pretrain"] == "missing"
+    assert plasticity(*argv[3:]).returncode == 0
