@@ -63,7 +63,7 @@ def test_running_again_recomputes_nothing(workdir, wheels_dir):
 
 def test_members_share_their_start_and_their_batches(workdir):
     provenance = [read_json(Path(row["path"]) / "provenance.json") for row in runs(workdir, "pretrain")]
-    assert len({p["step0_sha256"] for p in provenance}) == 1
+    assert len({p["step_0_sha256"] for p in provenance}) == 1
     assert len({p["data_fingerprint"] for p in provenance}) == 1
     first = [read_jsonl(Path(row["path"]) / "metrics.jsonl")[0] for row in runs(workdir, "pretrain")]
     assert first[0]["loss"] == first[1]["loss"], "the first logged loss is taken before any decay could act"

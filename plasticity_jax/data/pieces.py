@@ -6,7 +6,6 @@ every occurrence.
 
 import functools
 import re
-import sys
 import unicodedata
 
 # A piece is a digit, a word with the space before it, or a run of white space. The tokenizer (digits first, then GPT-2's pattern) never
@@ -23,13 +22,12 @@ def pieces(text: str) -> list[str]:
 
     A text with characters on whose class Python and the tokenizer disagree is one piece.
     """
-    if all(_disputed().isdisjoint(run) for run in _UNCOMMON.findall(text)):
+    if all(map(_agreed, set().union(*_UNCOMMON.findall(text)))):
         return _PIECE.findall(text)
     return [text]
 
 
 @functools.cache
-def _disputed() -> frozenset[str]:
-    # White space to Python alone (the four separators), digits to the tokenizer alone (Nl, No), or too new for one of them (Cn).
-    return frozenset("\x1c\x1d\x1e\x1f") | frozenset(c for c in map(chr, range(sys.maxunicode + 1))
-                                                     if unicodedata.category(c) in ("Nl", "No", "Cn"))
+def _agreed(character: str) -> bool:
+    # White space to Python alone (the four separators), digits to the tokenizer alone (Nl, No), or too new for one of the two (Cn).
+    return character not in "\x1c\x1d\x1e\x1f" and unicodedata.category(character) not in ("Nl", "No", "Cn")

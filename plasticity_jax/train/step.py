@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
@@ -50,7 +49,7 @@ def hyper_parameters(*, weight_decay: float, peak_lr: float, warmup: int, total:
       warmup, total: steps of the warm-up and of the run.
     """
     values = {"weight_decay": weight_decay, "peak_lr": peak_lr, "warmup_steps": warmup, "total_steps": total}
-    return {name: np.float32(value) for name, value in values.items()}
+    return {name: jnp.float32(value) for name, value in values.items()}
 
 
 def initial_state(settings: StepSettings, params: Params) -> State:

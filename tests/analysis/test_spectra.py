@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import plasticity_jax.analysis as analysis
@@ -74,6 +74,8 @@ SPECTRA = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=24).map(lambda v: 
 @settings(max_examples=200, deadline=None)
 @given(SPECTRA, st.floats(0.05, 0.999), st.sampled_from([1, 2]), st.floats(1e-6, 1e6))
 def test_pseudo_rank_is_the_loop_lies_in_its_bounds_and_ignores_scale(s, mass, power, scale):
+    # Where a sum meets the mass exactly, rounding decides; the next test has those cases.
+    assume(np.abs(np.cumsum(s**power) / np.sum(s**power) - mass).min() > 1e-9)
     value = float(pseudo_rank(s, mass=mass, power=power))
     assert value == loop_pseudo_rank(s, mass, power)
     assert 1 / len(s) <= value <= 1

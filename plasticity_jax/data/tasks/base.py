@@ -94,8 +94,9 @@ def shuffled(rows: Iterable[T], seed: int) -> list[T]:
 
     `random.Random.random` is the one generator whose sequence Python promises to keep between versions.
     """
-    draw = random.Random(seed).random
-    return [row for _, _, row in sorted((draw(), position, row) for position, row in enumerate(rows))]
+    rows, draw = list(rows), random.Random(seed).random
+    keys = [draw() for _ in rows]
+    return [rows[position] for position in sorted(range(len(rows)), key=keys.__getitem__)]
 
 
 def answer_sentence(answer: str) -> str:

@@ -1,0 +1,234 @@
+"""The page of a study: one self-contained index.html, figures as PNG and SVG, numbers as CSV. Works on partial studies too."""
+
+import io
+import itertools
+import json
+import os
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from plasticity_jax.config import to_dict
+from plasticity_jax.progress import Progress
+from plasticity_jax.records import to_json
+from plasticity_jax.study.plots import FIGURES, STYLE, figure
+from plasticity_jax.study.results import MemberResults, StudyResults, collect, number
+from plasticity_jax.study.tables import TABLES, correlation_rows, member_rows, summary_rows, summary_table, to_csv
+from plasticity_jax.study.verdicts import verdicts
+from plasticity_jax.study.wording import answer, warnings
+
+__all__ = ["FIGURES", "collect", "figure", "format_summary", "summary_table", "write_report"]
+
+SAMPLES = 2  # problems shown per task
+SAMPLE_CHARACTERS = 280  # of a prompt or completion
+PNG_DPI = 160
+
+
+def write_report(study_dir: Path) -> Path:
+    """Writes `<study_dir>/report/`: index.html, figures/*.png, figures/*.svg, tables/*.csv.
+
+    Every file is replaced as a whole, the page last: a reader sees the old page or the new one. What earlier reports left behind and this one
+    does not have is removed.
+
+    Args:
+      study_dir: `<workdir>/<study>`.
+    Returns:
+      Path of index.html.
+    Raises:
+      UserError: no study there.
+    """
+    results = collect(study_dir)
+    out = Path(study_dir) / "report"
+    written: set[Path] = set()
+    drawn: dict[str, Markup] = {}
+    with Progress("report", total=len(FIGURES) + 2, unit="parts") as progress:
+        for name, kind in FIGURES.items():
+            if kind.available(results):
+                picture = figure(results, name)
+                svg = render(picture, "svg").decode()
+                drawn[name] = inline_svg(svg, name, f"{kind.title}. {kind.caption}")
+                written.add(_replace(out / "figures" / f"{name}.svg", svg.encode()))
+                written.add(_replace(out / "figures" / f"{name}.png", render(picture, "png")))
+            progress.update(1, note=name)
+        found = verdicts(results)
+        tables = {name: rows(results) for name, rows in TABLES.items()} | {"summary": summary_rows(results), "verdicts": [vars(v) for v in found]}
+        for name, rows in tables.items():
+            written.add(_replace(out / "tables" / f"{name}.csv", to_csv(rows).encode()))
+        progress.update(1, note="tables")
+        page = render_page(results, found, drawn, sorted(tables))
+        written.add(_replace(out / "index.html", page.encode()))
+        progress.update(1, note="page")
+    for old in [*out.glob("figures/*"), *out.glob("tables/*")]:
+        if old not in written:
+            old.unlink()
+    return out / "index.html"
+
+
+def format_summary(rows: list[dict[str, Any]]) -> str:
+    """The rows of `summary_table` as aligned text, one line per member."""
+    if not rows:
+        return "no members"
+    tasks = [key.removesuffix(" before") for key in rows[0] if key.endswith(" before")]
+    header = ["member", "λ", "timescale", "held-out", *(f"{task} before→after" for task in tasks), "W_QK rank", "gap", "state"]
+    lines = [header]
+    for row in rows:
+        scores = [f"{_digits(row[f'{t} before'], 3)}→{_digits(row[f'{t} after'], 3)}" if row[f"{t} after"] is not None or row[f"{t} before"] is not None else "–" for t in tasks]
+        timescale = "none" if row["timescale"] is None else f"{row['timescale']:.3g}"
+        lines.append([row["member"], f"{row['weight_decay']:.4g}", timescale, _digits(row["held_out_loss"], 3), *scores, _digits(row["W_QK pseudo-rank"], 2), _digits(row["gap"], 3), row["state"]])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def render(picture: Figure, kind: str) -> bytes:
+    """A figure as "png" or "svg"; the same figure gives the same bytes."""
+    out = io.BytesIO()
+    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None} if kind == "svg" else {"Software": None}
+    with matplotlib.rc_context(STYLE):
+        picture.savefig(out, format=kind, dpi=PNG_DPI, metadata=metadata)
+    return out.getvalue()
+
+
+def inline_svg(svg: str, name: str, description: str) -> Markup:
+    """An SVG to stand inside a page: its ids prefixed by `name`, so that figures do not mix up each other's, its size left to the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    head, body = svg.split(">", 1)
+    head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
+    label = Markup.escape(description)
+    return Markup(f'{head} role="img" aria-label="{label}">{body}')
+
+
+def render_page(results: StudyResults, found: list, drawn: dict[str, Markup], tables: list[str]) -> str:
+    """The page's HTML.
+
+    Args:
+      found: verdicts.
+      drawn: figure name → inline SVG, for the figures that are available.
+      tables: names of the CSV files beside the page.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"digits": _digits, "count": lambda value: "–" if value is None else f"{value:,.0f}", "general": lambda value: "–" if value is None else f"{value:.3g}"}
+    folder = files("plasticity_jax.study")
+    return environment.from_string((folder / "template.html").read_text(encoding="utf-8")).render(
+        css=Markup((folder / "report.css").read_text(encoding="utf-8")),
+        results=results,
+        config=results.config,
+        answer=" ".join(answer(results, found)),
+        warnings=warnings(results),
+        verdicts=found,
+        figures=FIGURES,
+        drawn=drawn,
+        members=member_rows(results),
+        tasks=[_task_table(results, task) for task in results.tasks],
+        correlation=correlation_rows(results),
+        samples=[{"task": task, "problems": sample_completions(results, task)} for task in results.tasks],
+        config_text=json.dumps(json.loads(to_json(to_dict(results.config))), indent=2, ensure_ascii=False),
+        provenance=provenance_rows(results),
+        decay_table=next((m.pretrain["decay_table"] for m in results.members if m.pretrain and "decay_table" in m.pretrain), {}),
+        tables=tables,
+    )
+
+
+def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
+    """Every metric of a task, before and after, one row per member; the task's majority class and row counts."""
+    scores = [s[task] for m in results.members for s in (m.after, m.before) if task in s]
+    metrics = list(scores[0].metrics) if scores else []
+    summary = results.prepared.get(f"task-{task}", {})
+    rows = []
+    for m in results.members:
+        before, after = m.before.get(task), m.after.get(task)
+        cells = [(None if before is None else before.metrics.get(name), None if after is None else after.metrics.get(name)) for name in metrics]
+        cells.append((None if before is None else before.no_answer, None if after is None else after.no_answer))
+        rows.append({"member": m, "cells": cells})
+    return {
+        "name": task,
+        "learnt": task in results.learnt,
+        "metrics": [*metrics, "no answer"],
+        "rows": rows if scores else [],
+        "majority_class": scores[0].majority_class if scores else None,
+        "problems": len(scores[0].greedy) if scores else None,
+        "train_rows": summary.get("rows", {}).get("train"),
+    }
+
+
+def sample_completions(results: StudyResults, task: str) -> list[dict[str, Any]]:
+    """The first problems of a task with every member's greedy completion before and after fine-tuning.
+
+    Returns:
+      Rows {"prompt", "gold", "rows": [{"member", "before", "after"}]}, where before and after are {"text", "answer", "correct"} or None.
+    """
+    problems: dict[str, dict[str, Any]] = {}
+    for m in results.members:
+        if m.member.seed != results.config.grid.seeds[0]:
+            continue
+        both = {when: {row["id"]: row for row in _first_rows(m, task, when)} for when in ("before", "after")}
+        for key in list(dict.fromkeys([*both["before"], *both["after"]])):
+            row = both["after"].get(key) or both["before"][key]
+            shown = problems.setdefault(key, {"prompt": _cut(row["prompt"]), "gold": row["gold"], "rows": []})
+            shown["rows"].append({"member": m, **{when: _completion(both[when].get(key)) for when in both}})
+    return list(problems.values())
+
+
+def _first_rows(member: MemberResults, task: str, when: str) -> list[dict[str, Any]]:
+    score = getattr(member, when).get(task)
+    if score is None or not (score.runs[0] / "completions.jsonl").is_file():
+        return []
+    with open(score.runs[0] / "completions.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in itertools.islice(file, SAMPLES)]
+
+
+def _completion(row: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if row is None else {**row["greedy"], "text": _cut(row["greedy"]["text"])}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS].rstrip() + " …"
+
+
+def provenance_rows(results: StudyResults) -> list[tuple[str, str]]:
+    """What the results rest on, as (name, value); where members differ, every value is listed."""
+    rows: dict[str, list[str]] = {}
+    for m in results.members:
+        for name, value in _flat({k: v for k, v in m.provenance.items() if k not in ("decay_table", "parents", "parent_paths")}):
+            shown = to_json(value) if isinstance(value, (list, tuple)) else str(value)
+            if shown not in rows.setdefault(name, []):
+                rows[name].append(shown)
+    found = [("compute dtype, resolved", str(results.resolved.get("compute_dtype", "")))]
+    found += [(name, ", ".join(values)) for name, values in rows.items()]
+    for name, summary in results.prepared.items():
+        if "fingerprint" in summary:
+            found.append((f"data of {name}", str(summary["fingerprint"])))
+        found += [(f"licence of {package}", str(licence)) for package, licence in summary.get("licences", {}).items()]
+    return list(dict.fromkeys(found))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for key, value in tree.items():
+        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def _digits(value: Any, digits: int) -> str:
+    found = number(value)
+    return "–" if found is None else f"{found:.{digits}f}"
+
+
+def _replace(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

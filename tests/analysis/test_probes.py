@@ -1,0 +1,196 @@
+"""Probes against scikit-learn; features against single, unpadded texts."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from plasticity_jax.analysis import probes
+from plasticity_jax.analysis.probes import features, fit_probe
+from plasticity_jax.config import ModelConfig, ProbeConfig, StudyConfig
+from plasticity_jax.data.probe_sets import write_probe_set
+from plasticity_jax.data.tokenizer import Tokenizer
+from plasticity_jax.errors import UserError
+from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.model.transformer import apply, init_params
+from plasticity_jax.records import Context, Run, RunDirectory
+
+SEED = 3
+
+
+def clouds(n: int, seed: int, *, d: int = 12, classes: int = 4, noise: float = 1.6) -> tuple[np.ndarray, np.ndarray]:
+    """Overlapping Gaussian clouds, with features of very different scales and offsets."""
+    centres = np.random.default_rng(99).normal(size=(classes, d))
+    rng = np.random.default_rng(seed)
+    y = rng.integers(classes, size=n)
+    x = centres[y] + noise * rng.normal(size=(n, d))
+    return (x * np.logspace(-2, 2, d) + np.linspace(-50, 50, d)).astype(np.float32), y
+
+
+@pytest.mark.parametrize("l2", [1e-3, 1e-1])
+def test_fit_agrees_with_scikit_learn(l2):
+    (x_train, y_train), (x_test, y_test) = clouds(400, 0), clouds(300, 1)
+    result = fit_probe(x_train, y_train, x_test, y_test, l2=(l2,))
+    scaler = StandardScaler().fit(x_train.astype(np.float64))
+    # Scikit-learn minimises C · (sum of losses) + ||W||²/2.
+    reference = LogisticRegression(C=1 / (l2 * len(x_train)), tol=1e-10, max_iter=5000).fit(scaler.transform(x_train), y_train)
+    expected = reference.predict(scaler.transform(x_test))
+    assert result.converged
+    np.testing.assert_allclose(result.weights, reference.coef_.T, atol=2e-3)
+    # A constant added to all biases changes nothing.
+    np.testing.assert_allclose(result.bias - result.bias.mean(), reference.intercept_ - reference.intercept_.mean(), atol=2e-3)
+    np.testing.assert_array_equal(result.correct, expected == y_test)
+    assert result.accuracy == np.mean(expected == y_test)
+    assert result.per_class == {c: np.mean(expected[y_test == c] == c) for c in range(4)}
+
+
+def test_penalty_is_the_best_on_rows_that_it_was_not_fitted_to():
+    rng = np.random.default_rng(SEED)
+    # Many features of pure noise: without a strong penalty the probe fits them.
+    x = rng.normal(size=(1200, 60))
+    y = (x[:, 0] + 1.5 * rng.normal(size=1200) > 0).astype(int)
+    result = fit_probe(x[:200], y[:200], x[200:], y[200:], l2=(1e-5, 1e-1))
+    assert result.l2 == 1e-1
+    assert result.validation_loss[1e-1] < result.validation_loss[1e-5]
+    weak = fit_probe(x[:200], y[:200], x[200:], y[200:], l2=(1e-5,))
+    assert result.accuracy > weak.accuracy and weak.validation_loss == {}
+
+
+def test_chosen_penalty_is_fitted_again_to_all_rows_whatever_the_candidates():
+    (x_train, y_train), (x_test, y_test) = clouds(300, 0), clouds(100, 1)
+    chosen = fit_probe(x_train, y_train, x_test, y_test, l2=(1e-2, 10.0))
+    alone = fit_probe(x_train, y_train, x_test, y_test, l2=(1e-2,))
+    assert chosen.l2 == 1e-2
+    np.testing.assert_allclose(chosen.weights, alone.weights, atol=1e-6)
+
+
+def test_standardised_fit_ignores_scale_and_offset_of_features():
+    (x_train, y_train), (x_test, y_test) = clouds(300, 0), clouds(300, 1)
+    plain = fit_probe(x_train, y_train, x_test, y_test)
+    moved = fit_probe(x_train * 8 + 4, y_train, x_test * 8 + 4, y_test)
+    assert moved.l2 == plain.l2 and abs(moved.accuracy - plain.accuracy) < 0.01
+    raw = fit_probe(x_train, y_train, x_test, y_test, standardize=False, l2=(1.0,))
+    assert (raw.scale == 1).all() and (raw.mean == 0).all()
+
+
+def test_constant_features_and_string_labels_are_harmless():
+    (x_train, y_train), (x_test, y_test) = clouds(200, 0, classes=2), clouds(100, 1, classes=2)
+    names = np.array(["no", "yes"])
+    constant = np.full((300, 1), 0.1, np.float32)
+    with_constant = fit_probe(np.hstack([x_train, constant[:200]]), names[y_train], np.hstack([x_test, constant[200:]]), names[y_test])
+    without = fit_probe(x_train, y_train, x_test, y_test)
+    np.testing.assert_array_equal(with_constant.correct, without.correct)
+    assert set(with_constant.per_class) == {"no", "yes"} and with_constant.classes == ("no", "yes")
+    json.dumps(with_constant.per_class)
+
+
+def test_separable_classes_without_penalty_end():
+    x = np.vstack([np.full((20, 2), -1.0), np.full((20, 2), 1.0)]) + 0.1 * np.random.default_rng(0).normal(size=(40, 2))
+    result = fit_probe(x, [0] * 20 + [1] * 20, x, [0] * 20 + [1] * 20, l2=(0.0,))
+    assert result.accuracy == 1.0 and np.isfinite(result.weights).all()
+
+
+def test_one_compiled_program_serves_all_fits_of_a_shape():
+    (x_train, y_train), (x_test, y_test) = clouds(123, 0, d=7), clouds(50, 1, d=7)
+    before = probes._lbfgs._cache_size()
+    for layer in range(3):
+        fit_probe(x_train + layer, y_train, x_test, y_test)
+    assert probes._lbfgs._cache_size() == before + 1
+
+
+X, Y = np.random.default_rng(0).normal(size=(10, 3)), [0, 1] * 5
+
+
+@pytest.mark.parametrize("rows, options, message", [
+    ((X[:0], [], X, Y), {}, "x_train has shape"),
+    ((X, Y[:9], X, Y), {}, "y_train"),
+    ((X, Y, X[:, :2], Y), {}, "features"),
+    ((X, [0] * 10, X, [0] * 10), {}, "single class"),
+    ((X, Y, X, [0, 2] * 5), {}, "label 2"),
+    ((X * np.nan, Y, X, Y), {}, "not finite"),
+    ((X, Y, X, Y), {"l2": ()}, "l2="),
+    ((X, Y, X, Y), {"l2": (-1.0,)}, "l2="),
+    ((X[:4], Y[:4], X, Y), {"l2": (0.1, 1.0)}, "choose l2"),
+])
+def test_impossible_input_is_refused_in_one_line(rows, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        fit_probe(*rows, **options)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- features
+
+CONFIG = ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24)
+TEXTS = ["A fine film.", "Dull " * 30, "x", "Numbers 1234 and words, " * 3, "Good", "It rains in the north. " * 5]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["the film rains in the north and words of numbers, fine and dull good " * 20], 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return type("Model", (), {"config": CONFIG, "params": init_params(CONFIG, seed=1), "tokenizer": tokenizer})()
+
+
+def test_features_are_the_states_at_the_last_real_token(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(probes, "TOKENS_PER_BATCH", 64)  # several batches, the last one short
+    states = features(model, TEXTS, tokenizer, max_length=40)
+    assert states.shape == (3, len(TEXTS), 16) and states.dtype == np.float32
+    for i, text in enumerate(TEXTS):
+        tokens = np.asarray([tokenizer.encode(text)[:40]], np.int32)
+        _, activations = apply(CONFIG, model.params, tokens, capture=("embed", "block_out"))
+        np.testing.assert_allclose(states[0, i], activations["embed"][0, -1], atol=1e-6)
+        np.testing.assert_allclose(states[1:, i], activations["block_out"][:, 0, -1], atol=1e-5)
+    assert len(tokenizer.encode(TEXTS[1])) > 40
+
+
+def test_features_refuse_no_texts_and_empty_ones(model, tokenizer):
+    with pytest.raises(ValueError, match="texts is empty"):
+        features(model, [], tokenizer, max_length=8)
+    with pytest.raises(ValueError, match=r"texts\[1\]=''"):
+        features(model, ["a", ""], tokenizer, max_length=8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- stage
+
+
+def finished_model(tmp_path, tokenizer: Tokenizer | None):
+    directory = RunDirectory(tmp_path / "model")
+    run = Run("t", "pretrain", "wd0", {}, member="wd0", seed=0)
+    with directory.work(run, StudyConfig(model=CONFIG)):
+        with Checkpoints(directory.path / "checkpoints", asynchronous=False) as checkpoints:
+            checkpoints.save(0, init_params(CONFIG, seed=1))
+        if tokenizer is not None:
+            tokenizer.save(directory.path / "tokenizer.json")
+        directory.finish({"diverged": None})
+    return directory.path
+
+
+def test_stage_probes_every_layer_of_every_set(tmp_path, tokenizer):
+    rng = np.random.default_rng(0)
+    # The last word gives the label away, so also random weights show it.
+    rows = [(f"{' '.join(rng.choice(['the', 'film', 'words', 'north'], 5))} {word}", label)
+            for _ in range(60) for word, label in (("good", "positive"), ("dull", "negative"))]
+    write_probe_set(tmp_path / "set", {"name": "sentiment", "labels": ("negative", "positive"), "train": rows[:80], "test": rows[80:],
+                                       "dropped_leaks": 2, "sources": (), "source_splits": {}})
+    config = StudyConfig(model=CONFIG, probe=ProbeConfig(sets=("sentiment",), max_length=64))
+    parents = {"model": finished_model(tmp_path, tokenizer), "probe-sentiment": tmp_path / "set"}
+    results = probes.run(Context(config, Run("t", "probe", "wd0", {}), RunDirectory(tmp_path / "probe"), parents))
+    found = results["sets"]["sentiment"]
+    assert found["layers"] == ["embed", "block1", "block2"]
+    assert found["accuracy"][0] == 1.0 and found["accuracy_norm_free"][0] == 1.0
+    assert (found["n_train"], found["n_test"], found["majority"], found["dropped_leaks"]) == (80, 40, 0.5, 2)
+    assert [np.mean(layer) for layer in found["correct"]] == found["accuracy"]
+    json.dumps(results, allow_nan=False)
+    shutil.rmtree(tmp_path / "set")
+
+
+def test_stage_refuses_a_model_without_a_tokenizer(tmp_path):
+    parents = {"model": finished_model(tmp_path, None)}
+    with pytest.raises(UserError, match="tokenizer.json"):
+        probes.run(Context(StudyConfig(), Run("t", "probe", "wd0", {}), RunDirectory(tmp_path / "probe"), parents))
