@@ -44,7 +44,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(self.note, refresh=False)
             self._bar.update(amount)
-        elif time.monotonic() >= self._next_line:
+        elif time.monotonic() >= self._next_line and self.done != self.total:  # the end has a line of its own
             self._next_line = time.monotonic() + LOG_EVERY_SECONDS
             log.info(self._line())
 

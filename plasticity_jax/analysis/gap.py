@@ -49,7 +49,7 @@ def blocks_per_domain(weights: Float[np.ndarray, " d"], available: Int[np.ndarra
     """How many blocks of each domain are taken on each side.
 
     Every domain with a block on both sides gets its share of `total`. Where one has fewer than its share, all are scaled down alike, so that the
-    weights stay what they are up to rounding; what rounding leaves over goes to the largest remainders that still have a block.
+    weights stay what they are up to rounding; what rounding leaves over goes to the largest remainders.
 
     Args:
       weights: share of each domain in the training records, [d].
@@ -64,9 +64,9 @@ def blocks_per_domain(weights: Float[np.ndarray, " d"], available: Int[np.ndarra
     scale = min(1.0, (available[usable_d] / wanted_d[usable_d]).min())
     wanted_d = wanted_d * scale
     taken_d = np.floor(wanted_d + 1e-9).astype(np.int64)
-    for domain in np.argsort(taken_d - wanted_d, kind="stable"):
-        if taken_d.sum() < round(wanted_d.sum()) and taken_d[domain] < available[domain]:
-            taken_d[domain] += 1
+    left_over = round(wanted_d.sum()) - taken_d.sum()
+    # No more are left over than domains have a remainder, and a domain with one has a further block.
+    taken_d[np.argsort(taken_d - wanted_d, kind="stable")[:left_over]] += 1
     return taken_d
 
 

@@ -108,7 +108,8 @@ def read_documents(directory: Path, split: str) -> Iterator[tuple[str, str, str]
         raise UserError(f"split {split!r} is unknown; the corpus has {' and '.join(SPLITS)}")
     with _quiet_tfds():
         examples = tfds.builder_from_directory(str(Path(directory) / manifest["directory"])).as_data_source(split)
-    documents = [tuple(example[field].decode("utf-8") for field in ("id", "text", "domain")) for example in examples]
+    documents = [tuple(example[field].decode("utf-8") for field in ("id", "text", "domain"))
+                 for example in examples.__getitems__(range(len(examples)))]
     yield from sorted(documents, key=lambda document: (document[2], _hash(document[0])))
 
 

@@ -15,7 +15,7 @@ from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.progress import Progress
 
 MANIFEST = "tokens.json"
-# Enough text per call to keep every core busy, and little enough that a corpus never lies in memory as Python integers.
+# Enough text per call to share the work well, and little enough that the tokens of a corpus never lie in memory at once.
 CHUNK_CHARACTERS = 4_000_000
 
 
@@ -117,11 +117,10 @@ def _write_split(out: Path, split: str, documents: list[tuple[str, str, str]], t
     return counts
 
 
-def _encode_counted(texts: list[str], tokenizer: Tokenizer, count: dict, progress: Progress) -> Iterator[list[int]]:
+def _encode_counted(texts: list[str], tokenizer: Tokenizer, count: dict, progress: Progress) -> Iterator[Int[np.ndarray, "tokens"]]:
     for chunk in _chunks(texts):
-        encoded = tokenizer.encode_batch(chunk)
-        n_tokens = sum(map(len, encoded)) + len(encoded)
-        count["tokens"] += n_tokens
+        encoded = tokenizer.encode_arrays(chunk)
+        count["tokens"] += sum(map(len, encoded)) + len(encoded)
         count["bytes"] += sum(len(text.encode("utf-8")) for text in chunk)
         yield from encoded
         progress.update(len(chunk))

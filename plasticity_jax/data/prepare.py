@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from plasticity_jax.data.documents import build_documents, read_documents
-from plasticity_jax.data.packing import write_token_records
+from plasticity_jax.data.packing import MANIFEST, write_token_records
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.progress import Progress
@@ -37,12 +37,14 @@ def prepare_corpus(directory: Path, *, sources: tuple[str, ...], wheels_dir: Pat
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    # The records of an earlier run must not pass for those of this one, should it end half-way.
+    (directory / TOKENS / MANIFEST).unlink(missing_ok=True)
     start = time.monotonic()
     documents = build_documents(directory / DOCUMENTS, sources, Wheels(wheels_dir), held_out_share=held_out_share, max_documents=max_documents)
     documents_done = time.monotonic()
-    n_train = sum(count["documents"] for count in documents["splits"]["train"].values())
-    with Progress("train tokenizer", total=n_train, unit="documents") as progress:
-        tokenizer = Tokenizer.train(_train_texts(directory / DOCUMENTS, progress), vocab_size)
+    texts = [text for _, text, _ in read_documents(directory / DOCUMENTS, "train")]
+    with Progress("train tokenizer", total=len(texts), unit="documents") as progress:
+        tokenizer = Tokenizer.train(_counted(texts, progress), vocab_size)
     tokenizer.save(directory / TOKENIZER)
     tokenizer_done = time.monotonic()
     tokens = write_token_records(directory / TOKENS, directory / DOCUMENTS, tokenizer, seq_len=seq_len)
@@ -56,7 +58,7 @@ def prepare_corpus(directory: Path, *, sources: tuple[str, ...], wheels_dir: Pat
     }
 
 
-def _train_texts(documents_dir: Path, progress: Progress) -> Iterator[str]:
-    for _, text, _ in read_documents(documents_dir, "train"):
+def _counted(texts: list[str], progress: Progress) -> Iterator[str]:
+    for text in texts:
         yield text
         progress.update(1)

@@ -3,8 +3,8 @@
 import functools
 import hashlib
 import os
+from array import array
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 N_BYTES = 256
 MIN_VOCAB_SIZE = N_BYTES + 2
-# Pieces whose tokens are remembered between calls; about 200 MB of memory at most.
+# Pieces whose tokens are remembered between calls; about 100 MB of memory at most.
 MAX_PIECES = 500_000
 
 
@@ -34,7 +34,7 @@ class Tokenizer:
         self._backend = backend
         # Without this, text that spells "<|endoftext|>" would end a document. The flag is not part of tokenizer.json.
         backend.encode_special_tokens = True
-        self._ids_of_piece: dict[str, list[int]] = {}
+        self._ids_of_piece: dict[str, bytes] = {}  # int32 ids: joining bytes is the fastest concatenation there is
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_id: int = backend.token_to_id(END_OF_TEXT)
         self.pad_id: int = backend.token_to_id(PADDING)
@@ -110,13 +110,17 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without specials; the same as `encode` of each, several times faster."""
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[Int[np.ndarray, "tokens"]]:
+        """`encode_batch` with an int32 array for each text: the fast way for a corpus."""
         if len(self._ids_of_piece) > MAX_PIECES:
             self._ids_of_piece.clear()
         cut = [pieces(text) for text in texts]
         new = sorted(set().union(*cut).difference(self._ids_of_piece))
-        encoded = self._backend.encode_batch_fast(new, add_special_tokens=False)
-        self._ids_of_piece.update(zip(new, (encoding.ids for encoding in encoded)))
-        return [list(chain.from_iterable(map(self._ids_of_piece.__getitem__, text_pieces))) for text_pieces in cut]
+        for piece, encoding in zip(new, self._backend.encode_batch_fast(new, add_special_tokens=False)):
+            self._ids_of_piece[piece] = array("i", encoding.ids).tobytes()
+        return [np.frombuffer(b"".join(map(self._ids_of_piece.__getitem__, text_pieces)), np.int32) for text_pieces in cut]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""

@@ -1,5 +1,6 @@
 """Completions of many prompts: prefill once per prompt, decode all its completions together, stop when all have ended."""
 
+import collections
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -8,14 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.model.cache import decode_step, init_cache, prefill, repeat_cache
+from plasticity_jax.evaluate.decode import decode, read_prompts
 from plasticity_jax.progress import Progress
 
 STOP_STRINGS = ("Human", "Assistant")  # the paper's "Human:" and "Assistant:" begin with these two
 VOCAB_BLOCK = 32  # entries per block of the two-level draw from the vocabulary
+IN_FLIGHT = 2  # batches that the device works on at once; on a CPU they share its cores, elsewhere the second hides the host's part
 
 
 def generate(model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, n_samples: int, temperature: float, seed: int,
@@ -51,15 +53,26 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: in
     n_completions = n_samples + greedy
     rows = max(1, batch_size // n_completions)
     completions: list[list[list[int]]] = [[] for _ in prompts]
+    waiting: collections.deque[tuple[list[int], Array]] = collections.deque()
     with Progress(what, total=len(prompts) * n_completions, unit="completions") as progress:
-        for bucket, indices in _batches(prompts, buckets, rows):
-            tokens, valid, streams = _padded([prompts[i] for i in indices], bucket, rows, pad_id)
-            filled = np.arange(rows) < len(indices)
-            out = complete(config, max_new_tokens, n_samples, greedy, eos_id, pad_id, jnp.dtype(compute_dtype), params, tokens, valid, streams,
-                           filled, np.uint32(seed), np.float32(temperature))
-            for index, completion in zip(indices, np.asarray(out)):
-                completions[index] = [_until(row.tolist(), eos_id) for row in completion]
+
+        def collect() -> None:
+            indices, out = waiting.popleft()
+            for index, rows_of_prompt in zip(indices, np.asarray(out)):
+                completions[index] = [_until(row.tolist(), eos_id) for row in rows_of_prompt]
             progress.update(len(indices) * n_completions)
+
+        for bucket, indices in _batches(prompts, buckets, rows):
+            held = [prompts[index] for index in indices]
+            uniforms = _uniforms(held, rows, n_samples, greedy, max_new_tokens, seed)
+            tokens, valid = _padded(held, bucket, rows, pad_id)
+            filled = np.arange(rows) < len(indices)
+            waiting.append((indices, complete(config, max_new_tokens, n_samples, greedy, jnp.dtype(compute_dtype), params, tokens, valid, uniforms,
+                                              filled, np.float32(temperature), np.int32(eos_id), np.int32(pad_id))))
+            if len(waiting) == IN_FLIGHT:
+                collect()
+        while waiting:
+            collect()
     return completions
 
 
@@ -76,21 +89,18 @@ def cut_at_stop(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------------------------ on the device
 
 
-@functools.partial(jax.jit, static_argnums=tuple(range(7)))
-def complete(config: ModelConfig, max_new_tokens: int, n_samples: int, greedy: bool, eos_id: int, pad_id: int, compute_dtype: Any, params: Any,
-             tokens_PxS: Int[Array, "p s"], valid_PxS: Bool[Array, "p s"], streams_P: UInt32[Array, "p"], filled_P: Bool[Array, "p"],
-             seed: UInt32[Array, ""], temperature: Float[Array, ""]) -> Int[Array, "p r n"]:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def complete(config: ModelConfig, max_new_tokens: int, n_samples: int, greedy: bool, compute_dtype: Any, params: Any,
+             tokens_PxS: Int[Array, "p s"], valid_PxS: Bool[Array, "p s"], uniform_NxB: Float[Array, "n b"], filled_P: Bool[Array, "p"],
+             temperature: Float[Array, ""], eos_id: Int[Array, ""], pad_id: Int[Array, ""]) -> Int[Array, "p r n"]:
     """One batch: R completions of up to N tokens for each of P prompts, the greedy one first; `pad_id` follows the end-of-text token.
 
     The parameters are arguments, so one compiled program serves every model of the same shape. Rows that are not `filled` end at once.
     """
-    n_prompts, length = tokens_PxS.shape
-    n_rows = n_samples + greedy
-    cache = init_cache(config, n_prompts, length + max_new_tokens - 1, compute_dtype)  # the last token is not read
-    logits_PxV, cache = prefill(config, params, tokens_PxS, valid_PxS, cache, compute_dtype=compute_dtype)
-    cache = repeat_cache(cache, n_rows)
+    n_prompts, n_rows = tokens_PxS.shape[0], n_samples + greedy
+    logits_PxV, prompt, cache = read_prompts(config, params, tokens_PxS, valid_PxS, rows_per_prompt=n_rows, slots=max_new_tokens,
+                                             compute_dtype=compute_dtype)
     is_greedy_B = jnp.tile(jnp.arange(n_rows) < greedy, n_prompts)
-    uniform_NxB = _uniforms(jax.random.key(seed), streams_P, n_rows, greedy, max_new_tokens)
 
     def choose(step, logits_BxV):
         greedy_B = jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
@@ -104,7 +114,7 @@ def complete(config: ModelConfig, max_new_tokens: int, n_samples: int, greedy: b
 
     def advance(state):
         step, token_B, ended_B, out_NxB, cache = state
-        logits_BxV, cache = decode_step(config, params, token_B, length + step - 1, cache, compute_dtype=compute_dtype)
+        logits_BxV, cache = decode(config, params, token_B, step - 1, prompt, cache, compute_dtype=compute_dtype)
         token_B = jnp.where(ended_B, pad_id, choose(step, logits_BxV))
         return step + 1, token_B, ended_B | (token_B == eos_id), out_NxB.at[step].set(token_B), cache
 
@@ -142,18 +152,6 @@ def _first_above(weights_BxK: Float[Array, "b k"], target_B: Float[Array, "b"]) 
     return index_B, jnp.take_along_axis(before_BxK, index_B[:, None], axis=-1)[:, 0]
 
 
-def _uniforms(key: Key[Array, ""], streams_P: UInt32[Array, "p"], n_rows: int, greedy: bool, max_new_tokens: int) -> Float[Array, "n b"]:
-    """[N, B] in [0, 1): a number per token that depends on key, prompt, sample and position alone, not on how many of each there are."""
-
-    def number(stream, row, position):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, stream), row), position))
-
-    rows = jnp.arange(n_rows, dtype=jnp.uint32) - jnp.uint32(greedy)  # sample i has the same stream with and without a greedy row before it
-    over_rows = jax.vmap(jax.vmap(number, (None, 0, None)), (0, None, None))
-    numbers_NxPxR = jax.vmap(over_rows, (None, None, 0))(streams_P, rows, jnp.arange(max_new_tokens, dtype=jnp.uint32))
-    return numbers_NxPxR.reshape(max_new_tokens, -1)
-
-
 # -------------------------------------------------------------------------------------------------------------------------- on the host
 
 
@@ -165,18 +163,31 @@ def _batches(prompts: Sequence[Sequence[int]], buckets: tuple[int, ...], rows: i
     return [(bucket, held[start : start + rows]) for bucket, held in by_bucket.items() for start in range(0, len(held), rows)]
 
 
-def _padded(prompts: list[Sequence[int]], bucket: int, rows: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [rows, bucket] padded on the left, which of them are real, and a stable hash of each whole prompt."""
+def _padded(prompts: list[Sequence[int]], bucket: int, rows: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [rows, bucket] padded on the left, and which of them are real."""
     tokens = np.full((rows, bucket), pad_id, np.int32)
     valid = np.zeros((rows, bucket), bool)
-    valid[:, -1] = True  # a row that attends to nothing would be a row of NaN
-    streams = np.zeros(rows, np.uint32)
     for row, prompt in enumerate(prompts):
         kept = prompt[-bucket:]
         tokens[row, -len(kept) :] = kept
         valid[row, -len(kept) :] = True
-        streams[row] = int.from_bytes(hashlib.sha256(np.asarray(prompt, "<u4").tobytes()).digest()[:4], "little")
-    return tokens, valid, streams
+    return tokens, valid
+
+
+def _uniforms(prompts: list[Sequence[int]], rows: int, n_samples: int, greedy: bool, max_new_tokens: int, seed: int) -> np.ndarray:
+    """[N, B] in [0, 1), float32: the n-th number of a sample's stream depends on seed, prompt, sample and n alone.
+
+    Raw Philox words, whose sequence NumPy promises to keep. Drawn here because the same on the device costs seconds of compilation.
+    """
+    uniforms = np.zeros((rows, greedy + n_samples, max_new_tokens), np.float32)
+    for row, prompt in enumerate(prompts):
+        prefix = hashlib.sha256(np.asarray([seed, *prompt], "<i8").tobytes())
+        for sample in range(n_samples):
+            digest = prefix.copy()
+            digest.update(sample.to_bytes(8, "little"))
+            words = np.random.Philox(key=int.from_bytes(digest.digest()[:16], "little")).random_raw(max_new_tokens)
+            uniforms[row, greedy + sample] = (words >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+    return uniforms.reshape(-1, max_new_tokens).T
 
 
 def _until(tokens: list[int], eos_id: int) -> list[int]:

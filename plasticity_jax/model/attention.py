@@ -3,13 +3,18 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.model.layers import Linear
 
 
-def rope_tables(positions_BxT: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+# Cosines and sines; the batch axis may be 1, for positions that all rows share.
+Rope = tuple[Float[Array, "r T half"], Float[Array, "r T half"]]
+
+
+def rope_tables(positions_BxT: Int[Array, "b T"], head_dim: int, theta: float) -> Rope:
     """Cosines and sines of position · theta^(-2i/head_dim), i < head_dim/2, in float32.
 
     Source: Su et al. 2021 (arXiv 2104.09864), in the half-split layout of Llama.
@@ -19,14 +24,14 @@ def rope_tables(positions_BxT: Int[Array, "B T"], head_dim: int, theta: float) -
     return jnp.cos(angle_BxTxE), jnp.sin(angle_BxTxE)
 
 
-def apply_rope(x_BxTxHxD: Float[Array, "B T H D"], rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]) -> Float[Array, "B T H D"]:
+def apply_rope(x_BxTxHxD: Float[Array, "B T H D"], rope: Rope) -> Float[Array, "B T H D"]:
     """Rotates the pairs (i, i + head_dim/2) of every head, in float32; returned in the input's type."""
     cos, sin = (table[..., None, :] for table in rope)
     first, second = jnp.split(x_BxTxHxD.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxHxD.dtype)
 
 
-def attention_mask(length: int, segment_ids_BxT: Int[Array, "B T"] | None) -> Bool[Array, "B T T"]:
+def attention_mask(length: int, segment_ids_BxT: Int[Array, "B T"] | None) -> Bool[Array, "m T T"]:
     """True where query i may read key j: j <= i, and the same segment where segments are given. The first axis is 1 without segments."""
     causal_1xTxT = jnp.tril(jnp.ones((1, length, length), bool))
     if segment_ids_BxT is None:
@@ -38,7 +43,7 @@ def attend(
     q_BxTxHxD: Float[Array, "B T H D"],
     k_BxSxKxD: Float[Array, "B S K D"],
     v_BxSxKxD: Float[Array, "B S K D"],
-    mask_BxTxS: Bool[Array, "b T S"],
+    mask_BxTxS: Bool[Array, "m T S"],
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T S"]]:
     """Softmax attention with scale 1/sqrt(D); query head h reads key-value head h // (H/K). Scores and softmax in float32.
 
@@ -71,13 +76,13 @@ class Attention(nnx.Module):
         self.o = Linear(config.n_heads * config.head_dim, config.d_model, out_std, rngs)
 
     def qkv(
-        self, x_BxTxD: Float[Array, "B T D"], rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]], dtype: jnp.dtype
+        self, x_BxTxD: Float[Array, "B T D"], rope: Rope, dtype: DTypeLike
     ) -> tuple[Float[Array, "B T H Dh"], Float[Array, "B T K Dh"], Float[Array, "B T K Dh"]]:
         """Queries and keys, both rotated, and values."""
         q, k, v = (linear(x_BxTxD, dtype) for linear in (self.q, self.k, self.v))
         q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in (q, k, v))
         return apply_rope(q, rope), apply_rope(k, rope), v
 
-    def merge(self, out_BxTxHxD: Float[Array, "B T H Dh"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    def merge(self, out_BxTxHxD: Float[Array, "B T H Dh"], dtype: DTypeLike) -> Float[Array, "B T D"]:
         """The output projection over all heads."""
         return self.o(out_BxTxHxD.reshape(*out_BxTxHxD.shape[:-2], -1), dtype)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
@@ -29,7 +30,7 @@ class Cache(NamedTuple):
     length_B: Int[Array, "B"]
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
     """An empty cache for `batch` rows of `length` slots (padded prompt and new tokens together)."""
     shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), bool), jnp.zeros(batch, jnp.int32))
@@ -48,7 +49,7 @@ def prefill(
     valid_BxP: Bool[Array, "B P"],
     cache: Cache,
     *,
-    compute_dtype: jnp.dtype = jnp.float32,
+    compute_dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads left-padded prompts into slots 0 ... P−1 of an empty cache.
 
@@ -88,7 +89,7 @@ def decode_step(
     slot: Int[Array, ""] | int,
     cache: Cache,
     *,
-    compute_dtype: jnp.dtype = jnp.float32,
+    compute_dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads one token of every row.
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
@@ -11,7 +12,7 @@ from plasticity_jax.errors import UserError
 
 
 class Checkpoints:
-    """The steps saved under one directory, as `<directory>/<step>/{params,optimizer}`.
+    """The steps saved under one directory, as `<directory>/<step>/{params,optimizer,checksums}`.
 
     A step is visible only once it is whole: a process killed in the middle of a save leaves the step before it as the latest.
 
@@ -19,7 +20,7 @@ class Checkpoints:
       directory: created if missing, unless `read_only`.
       keep: how many of the latest steps to keep.
       asynchronous: `save` returns once the arrays are copied off the device and writes in the background.
-      read_only: for reading alone; neither creates nor cleans up anything.
+      read_only: for reading alone; creates and deletes nothing.
     """
 
     def __init__(self, directory: Path, *, keep: int = 1, asynchronous: bool = True, read_only: bool = False):
@@ -29,18 +30,17 @@ class Checkpoints:
             max_to_keep=None if read_only else keep,
             create=not read_only,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only,
             enable_async_checkpointing=asynchronous and not read_only,
         )
-        handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer")}
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer")} | {"checksums": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers)
 
     def save(self, step: int, params: Any, optimizer: Any | None = None) -> None:
         """Saves both trees as `step`. The arrays may be donated or changed as soon as this returns."""
-        items = {"params": ocp.args.StandardSave(params)}
-        if optimizer is not None:
-            items["optimizer"] = ocp.args.StandardSave(optimizer)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        trees = {"params": params} if optimizer is None else {"params": params, "optimizer": optimizer}
+        checksums = {name: _checksums(tree) for name, tree in trees.items()}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(checksums)))
 
     def latest(self) -> int | None:
         """The largest step that is whole, or None."""
@@ -78,12 +78,35 @@ class Checkpoints:
     def _restore(self, step: int, **abstract: Any) -> Any:
         items = {name: ocp.args.StandardRestore(_placed(tree)) for name, tree in abstract.items()}
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonRestore()))
+            for name in abstract:
+                if _checksums(restored[name]) != restored["checksums"][name]:
+                    raise ValueError(f"the checksums of its {name} differ from those saved")
+            return restored
         except Exception as error:  # Orbax and tensorstore raise many types for a missing file, a bad checksum or another shape
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
             raise UserError(
                 f"checkpoint {self.directory / str(step)} cannot be read ({reason}); delete the run's directory and run its stage again."
             ) from error
+
+
+def _checksums(tree: Any) -> list[int]:
+    """One 32-bit number per leaf, which changes with any bit of it. Orbax's own format notices missing bytes and not flipped ones."""
+    return [int(x) for x in _weighted_sums(jax.tree.leaves(tree))]
+
+
+@jax.jit
+def _weighted_sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    def of_leaf(x):
+        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        # Odd weights have an inverse modulo 2^32, so no change of a single element can cancel. Computed where each shard lies.
+        weights, stride = jnp.ones(x.shape, jnp.uint32), 2
+        for axis in reversed(range(x.ndim)):
+            weights += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        return jnp.sum(words * weights, dtype=jnp.uint32)
+
+    return [of_leaf(x) for x in leaves]
 
 
 def _placed(tree: Any) -> Any:

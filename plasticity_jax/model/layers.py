@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from plasticity_jax.config import ModelConfig
@@ -14,7 +15,7 @@ class Linear(nnx.Module):
     def __init__(self, d_in: int, d_out: int, std: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (d_in, d_out), jnp.float32))
 
-    def __call__(self, x: Float[Array, "*batch d_in"], dtype: jnp.dtype, out_dtype: jnp.dtype | None = None) -> Float[Array, "*batch d_out"]:
+    def __call__(self, x: Float[Array, "*batch d_in"], dtype: DTypeLike, out_dtype: DTypeLike | None = None) -> Float[Array, "*batch d_out"]:
         """The product in `dtype`; with `out_dtype`, accumulated and returned in that type."""
         kernel = self.kernel[...].astype(dtype)
         # Two-dimensional operands: contracting batch and time at once, as the weight gradient would, is slow on CPUs.
@@ -29,7 +30,7 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, d_model: int, std: float, rngs: nnx.Rngs):
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, d_model), jnp.float32))
 
-    def __call__(self, tokens_BxT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    def __call__(self, tokens_BxT: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
         return jnp.take(self.embedding[...], tokens_BxT, axis=0, mode="clip").astype(dtype)
 
 
@@ -54,7 +55,7 @@ class MLP(nnx.Module):
         self.up = Linear(config.d_model, config.d_ff, std, rngs)
         self.down = Linear(config.d_ff, config.d_model, out_std, rngs)
 
-    def __call__(self, x_BxTxD: Float[Array, "B T D"], dtype: jnp.dtype) -> tuple[Float[Array, "B T D"], Float[Array, "B T F"]]:
+    def __call__(self, x_BxTxD: Float[Array, "B T D"], dtype: DTypeLike) -> tuple[Float[Array, "B T D"], Float[Array, "B T F"]]:
         """Returns the output and the activation that enters the down projection."""
         act_BxTxF = jax.nn.silu(self.gate(x_BxTxD, dtype)) * self.up(x_BxTxD, dtype)
         return self.down(act_BxTxF, dtype), act_BxTxF

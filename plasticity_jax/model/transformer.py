@@ -17,11 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.model.attention import Attention, attend, attention_mask, rope_tables
+from plasticity_jax.model.attention import Attention, Rope, attend, attention_mask, rope_tables
 from plasticity_jax.model.layers import MLP, Embedding, Linear, RMSNorm
 
 CAPTURES = ("embed", "block_out", "final_norm", "mlp_act", "attn_probs")
@@ -42,9 +44,9 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BxTxD: Float[Array, "B T D"],
-        rope: tuple[Float[Array, "b T half"], Float[Array, "b T half"]],
-        mask_BxTxT: Bool[Array, "b T T"],
-        dtype: jnp.dtype,
+        rope: Rope,
+        mask_BxTxT: Bool[Array, "m T T"],
+        dtype: DTypeLike,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
         """Returns the block's output and its captures by name."""
         q, k, v = self.attn.qkv(self.attn_norm(x_BxTxD), rope, dtype)
@@ -83,10 +85,16 @@ def init_params(config: ModelConfig, seed: int) -> Params:
     Matrices and the embedding are drawn from N(0, sqrt(2/(5 d_model))), the attention output and MLP-down matrices from
     N(0, 1/(n_layers sqrt(d_model))), norm gains are 1. Source: paper section 2.1 (TinyLlama's scheme).
     """
-    return _init(config, jnp.uint32(seed))
+    return _compiled_init(config)(jnp.uint32(seed))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.lru_cache(maxsize=32)
+def _compiled_init(config: ModelConfig):
+    # It runs once; on CPUs the compiler's optimisations take seconds and save milliseconds.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(functools.partial(_init, config), compiler_options=options)
+
+
 def _init(config: ModelConfig, seed: Array) -> Params:
     return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=jax.random.key(seed))), nnx.Param))
 
@@ -119,12 +127,12 @@ def unstack(config: ModelConfig, blocks: Params) -> list[Params]:
 def apply(
     config: ModelConfig,
     params: Params,
-    tokens_BxT: Int[Array, "B T"],
+    tokens_BxT: Int[Array | np.ndarray, "B T"],
     *,
-    segment_ids: Int[Array, "B T"] | None = None,
-    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    positions: Int[Array | np.ndarray, "B T"] | None = None,
     capture: Sequence[str] = (),
-    compute_dtype: jnp.dtype = jnp.float32,
+    compute_dtype: DTypeLike = jnp.float32,
     scan_layers: bool = False,
 ) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
     """Logits of the next token at every position.
@@ -147,13 +155,14 @@ def apply(
     unknown = [name for name in capture if name not in CAPTURES]
     if unknown:
         raise ValueError(f"capture={unknown[0]!r} is unknown; known: {', '.join(CAPTURES)}.")
+    tokens_BxT = jnp.asarray(tokens_BxT)
     length = tokens_BxT.shape[1]
     decoder_graph, block_graph = graphs(config)
     decoder = nnx.merge(decoder_graph, params)
     if positions is None:
         positions = jnp.arange(length)[None]
-    rope = rope_tables(positions, config.head_dim, config.rope_theta)
-    mask = attention_mask(length, segment_ids)
+    rope = rope_tables(jnp.asarray(positions), config.head_dim, config.rope_theta)
+    mask = attention_mask(length, None if segment_ids is None else jnp.asarray(segment_ids))
 
     def run_block(x_BxTxD, layer: Params):
         x_BxTxD, captures = nnx.merge(block_graph, layer)(x_BxTxD, rope, mask, compute_dtype)

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from plasticity_jax.config import to_dict
 from plasticity_jax.progress import Progress
 from plasticity_jax.records import to_json
-from plasticity_jax.study.plots import FIGURES, STYLE, figure
+from plasticity_jax.study.axes import STYLE
+from plasticity_jax.study.plots import FIGURES, figure
 from plasticity_jax.study.results import MemberResults, StudyResults, collect, number
 from plasticity_jax.study.tables import TABLES, correlation_rows, member_rows, summary_rows, summary_table, to_csv
 from plasticity_jax.study.verdicts import verdicts
@@ -78,9 +79,25 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
     header = ["member", "λ", "timescale", "held-out", *(f"{task} before→after" for task in tasks), "W_QK rank", "gap", "state"]
     lines = [header]
     for row in rows:
-        scores = [f"{_digits(row[f'{t} before'], 3)}→{_digits(row[f'{t} after'], 3)}" if row[f"{t} after"] is not None or row[f"{t} before"] is not None else "–" for t in tasks]
+        scores = [
+            f"{_digits(row[f'{t} before'], 3)}→{_digits(row[f'{t} after'], 3)}"
+            if row[f"{t} after"] is not None or row[f"{t} before"] is not None
+            else "–"
+            for t in tasks
+        ]
         timescale = "none" if row["timescale"] is None else f"{row['timescale']:.3g}"
-        lines.append([row["member"], f"{row['weight_decay']:.4g}", timescale, _digits(row["held_out_loss"], 3), *scores, _digits(row["W_QK pseudo-rank"], 2), _digits(row["gap"], 3), row["state"]])
+        lines.append(
+            [
+                row["member"],
+                f"{row['weight_decay']:.4g}",
+                timescale,
+                _digits(row["held_out_loss"], 3),
+                *scores,
+                _digits(row["W_QK pseudo-rank"], 2),
+                _digits(row["gap"], 3),
+                row["state"],
+            ]
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
@@ -116,7 +133,11 @@ def render_page(results: StudyResults, found: list, drawn: dict[str, Markup], ta
       tables: names of the CSV files beside the page.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"digits": _digits, "count": lambda value: "–" if value is None else f"{value:,.0f}", "general": lambda value: "–" if value is None else f"{value:.3g}"}
+    environment.filters |= {
+        "digits": _digits,
+        "count": lambda value: "–" if value is None else f"{value:,.0f}",
+        "general": lambda value: "–" if value is None else f"{value:.3g}",
+    }
     folder = files("plasticity_jax.study")
     return environment.from_string((folder / "template.html").read_text(encoding="utf-8")).render(
         css=Markup((folder / "report.css").read_text(encoding="utf-8")),

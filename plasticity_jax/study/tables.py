@@ -76,7 +76,16 @@ def curve_rows(results: StudyResults) -> Rows:
     for m in results.members:
         for row in m.curve:
             held_out = number(row["held_out"].get("loss")) if isinstance(row.get("held_out"), dict) else None
-            rows.append(_tagged(m, step=row["step"], tokens=number(row.get("tokens")), loss=number(row.get("loss")), held_out_loss=held_out, lr=number(row.get("lr"))))
+            rows.append(
+                _tagged(
+                    m,
+                    step=row["step"],
+                    tokens=number(row.get("tokens")),
+                    loss=number(row.get("loss")),
+                    held_out_loss=held_out,
+                    lr=number(row.get("lr")),
+                )
+            )
     return rows
 
 
@@ -87,7 +96,15 @@ def held_out_rows(results: StudyResults) -> Rows:
         if m.pretrain:
             held_out = m.pretrain["held_out"]
             for domain, found in [("all", held_out), *sorted(held_out["domains"].items())]:
-                rows.append(_tagged(m, domain=domain, loss=number(found.get("loss")), bits_per_byte=number(found.get("bits_per_byte")), tokens=number(found.get("tokens"))))
+                rows.append(
+                    _tagged(
+                        m,
+                        domain=domain,
+                        loss=number(found.get("loss")),
+                        bits_per_byte=number(found.get("bits_per_byte")),
+                        tokens=number(found.get("tokens")),
+                    )
+                )
     return rows
 
 
@@ -99,13 +116,23 @@ def score_rows(results: StudyResults) -> Rows:
             for when, scores in (("before", m.before), ("after", m.after)):
                 if task in scores:
                     score = scores[task]
-                    rows.append(_tagged(m, task=task, when=when, problems=len(score.greedy), finetune_seeds=len(score.runs), **score.metrics,
-                                        no_answer=score.no_answer, majority_class=score.majority_class))
+                    rows.append(
+                        _tagged(
+                            m,
+                            task=task,
+                            when=when,
+                            problems=len(score.greedy),
+                            finetune_seeds=len(score.runs),
+                            **score.metrics,
+                            no_answer=score.no_answer,
+                            majority_class=score.majority_class,
+                        )
+                    )
     return rows
 
 
 def gain_rows(results: StudyResults) -> Rows:
-    """Score and gain per λ with 95% intervals: the score's own, the gain's paired before/after, the differences' paired by problem with the smallest λ."""
+    """Score and gain per λ with 95% intervals: of the score, of the gain paired before/after, of both less the smallest λ's paired by problem."""
     settings = results.config.report
     rows = []
     for task in results.tasks:
@@ -138,8 +165,19 @@ def probe_rows(results: StudyResults) -> Rows:
     for m in results.members:
         for name, found in (m.probe or {"sets": {}})["sets"].items():
             for i, layer in enumerate(found["layers"]):
-                rows.append(_tagged(m, set=name, layer=layer, accuracy=number(found["accuracy"][i]), accuracy_norm_free=number(found["accuracy_norm_free"][i]),
-                                    l2=number(found["l2"][i]), majority=number(found["majority"]), n_train=found["n_train"], n_test=found["n_test"]))
+                rows.append(
+                    _tagged(
+                        m,
+                        set=name,
+                        layer=layer,
+                        accuracy=number(found["accuracy"][i]),
+                        accuracy_norm_free=number(found["accuracy_norm_free"][i]),
+                        l2=number(found["l2"][i]),
+                        majority=number(found["majority"]),
+                        n_train=found["n_train"],
+                        n_test=found["n_test"],
+                    )
+                )
     return rows
 
 
@@ -173,7 +211,10 @@ def gap_rows(results: StudyResults) -> Rows:
 def correlation_rows(results: StudyResults) -> Rows:
     """Correlation over λ between held-out loss and score after fine-tuning, per task and for the mean over learnt tasks; needs three λ."""
     rows = []
-    scores = {task: {d: float(np.mean(s)) for d in results.losses if (s := results.mean(d, lambda m, t=task: m.after_task(t))) is not None} for task in results.tasks}
+    scores = {
+        task: {d: float(np.mean(s)) for d in results.losses if (s := results.mean(d, lambda m, t=task: m.after_task(t))) is not None}
+        for task in results.tasks
+    }
     if len(results.learnt) > 1:
         scores["mean of learnt tasks"] = {d: s for d in results.losses if (s := results.task_mean(d, lambda m, t: m.after_task(t))) is not None}
     for task, by_decay in scores.items():
@@ -181,8 +222,16 @@ def correlation_rows(results: StudyResults) -> Rows:
             losses, values = [results.losses[d] for d in by_decay], list(by_decay.values())
             # Two points always lie on a line: leaving one out of three says nothing.
             left_out = [v for v in map(number, leave_one_out_pearson(losses, values)) if v is not None] if len(by_decay) > 3 else []
-            rows.append({"task": task, "points": len(by_decay), "pearson": number(pearson(losses, values)), "spearman": number(spearman(losses, values)),
-                         "leave_one_out_lowest": min(left_out, default=None), "leave_one_out_highest": max(left_out, default=None)})
+            rows.append(
+                {
+                    "task": task,
+                    "points": len(by_decay),
+                    "pearson": number(pearson(losses, values)),
+                    "spearman": number(spearman(losses, values)),
+                    "leave_one_out_lowest": min(left_out, default=None),
+                    "leave_one_out_highest": max(left_out, default=None),
+                }
+            )
     return rows
 
 

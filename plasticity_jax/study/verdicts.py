@@ -1,7 +1,8 @@
 """The paper's claims against a study: one rule each, fixed before any run. With one seed a verdict is at most one of three words.
 
 Weight decays are called λ; intervals are 95% bootstrap intervals.
-Source of the claims: "Weight Decay Improves Language Model Plasticity" (arXiv 2602.11137); those not in its abstract are as reported by readers of the text.
+Source of the claims: "Weight Decay Improves Language Model Plasticity" (arXiv 2602.11137);
+those not in its abstract are as reported by readers of the text.
 """
 
 from dataclasses import dataclass
@@ -42,7 +43,10 @@ class Verdict:
 
 def verdicts(results: StudyResults) -> list[Verdict]:
     """Every claim's verdict, in the order of the page."""
-    return [rule(results) for rule in (loss_is_u_shaped, downstream_prefers_more, query_key_rank_falls, gap_falls, probes_improve, gain_rises, optima_move)]
+    return [
+        rule(results)
+        for rule in (loss_is_u_shaped, downstream_prefers_more, query_key_rank_falls, gap_falls, probes_improve, gain_rises, optima_move)
+    ]
 
 
 def useful_range(results: StudyResults) -> list[float]:
@@ -61,14 +65,15 @@ def loss_is_u_shaped(results: StudyResults) -> Verdict:
         first, *inner, last = (loss for _, loss in losses)
         if min(inner) + LOSS_MARGIN < min(first, last):
             verdict = CONSISTENT
-        elif min(first, last) + LOSS_MARGIN < min(inner):
+        elif min(first, last) + LOSS_MARGIN < min(inner) and len(losses) == len(results.decays):
             verdict = INCONSISTENT
     shown = ", ".join(f"{loss:.3f} at λ={decay:.4g}" for decay, loss in losses) or "no finished member"
     return Verdict(
         "Held-out loss is lowest at an intermediate weight decay.",
         "pretraining loss over λ",
         f"Consistent if some λ inside the grid has a held-out loss more than {LOSS_MARGIN} nats below both ends; inconsistent if an end is more than "
-        f"{LOSS_MARGIN} nats below every λ inside. Needs three finished λ.",
+        f"{LOSS_MARGIN} nats below every λ inside. Needs three finished λ, and all of them for “inconsistent”: beyond the last finished one "
+        "the loss may rise.",
         f"Held-out loss in nats per token: {shown}.",
         verdict,
     )
@@ -79,9 +84,12 @@ def downstream_prefers_more(results: StudyResults) -> Verdict:
     return Verdict(
         "The weight decay that is best after fine-tuning is at least as large as the one with the lowest held-out loss.",
         "best λ before and after fine-tuning",
-        "Score: greedy accuracy after fine-tuning, averaged over the tasks the models learnt. The best-scoring λ at or above the loss-best λ is compared "
-        "with the best-scoring λ below it, paired by problem: consistent if the interval of the difference is above 0, inconsistent if it is below 0. "
-        f"If several λ are within {LOSS_MARGIN} nats of the lowest loss, all of them must give the same word.",
+        "Score: greedy accuracy after fine-tuning, averaged over the tasks the models learnt. The best-scoring λ at or above the loss-best λ "
+        "is compared "
+        "with the best-scoring λ below it, paired by problem: consistent if the interval of the difference is above 0, inconsistent if it is "
+        "below 0. "
+        f"If several λ are within {LOSS_MARGIN} nats of the lowest loss, all of them must give the same word. Picking the best of several "
+        "flatters both sides.",
         evidence,
         verdict,
     )
@@ -89,13 +97,16 @@ def downstream_prefers_more(results: StudyResults) -> Verdict:
 
 def _downstream(results: StudyResults) -> tuple[str, str]:
     if not results.learnt:
-        return CANNOT_TELL, "No task was learnt by any member."
+        return CANNOT_TELL, _nothing_learnt(results)
     scores = {d: s for d in results.losses if (s := results.task_mean(d, lambda m, t: m.after_task(t))) is not None}
     if len(scores) < 2:
         return CANNOT_TELL, "Fewer than two λ have a score on every learnt task."
     losses = {d: results.losses[d] for d in scores}
     lowest = min(losses.values())
-    words, evidence = set(), [f"Lowest loss at λ={min(losses, key=losses.get):.4g}, best score {max(scores.values()):.3f} at λ={max(scores, key=scores.get):.4g}."]
+    words, evidence = (
+        set(),
+        [f"Lowest loss at λ={min(losses, key=losses.get):.4g}, best score {max(scores.values()):.3f} at λ={max(scores, key=scores.get):.4g}."],
+    )
     for optimum in sorted(d for d, loss in losses.items() if loss <= lowest + LOSS_MARGIN):
         below = [d for d in scores if d < optimum]
         if not below:
@@ -114,7 +125,8 @@ def query_key_rank_falls(results: StudyResults) -> Verdict:
     return Verdict(
         "The pseudo-rank of W_QK falls with weight decay, and falls more than that of W_VO.",
         "attention matrices, section 4.2",
-        "Smallest against largest λ, head by head: consistent if the fall of W_QK, and the fall of W_QK less that of W_VO, both have an interval above 0, "
+        "Smallest against largest λ, head by head: consistent if the fall of W_QK, and the fall of W_QK less that of W_VO, both have an "
+        "interval above 0, "
         f"and the mean over heads never rises by more than {RANK_MARGIN} from one λ to the next; inconsistent if either interval is below 0. "
         "Heads of one model are not independent, so the interval is narrower than it should be.",
         evidence,
@@ -143,8 +155,10 @@ def gap_falls(results: StudyResults) -> Verdict:
     return Verdict(
         "The gap between held-out loss and loss on text seen in training shrinks as weight decay grows.",
         "train-validation gap",
-        "Gap at the smallest λ less gap at the largest, on the same blocks, documents resampled: consistent if the interval is above 0 and the gap never rises by "
-        f"more than {GAP_MARGIN} nats from one λ to the next; inconsistent if the interval is below 0. Cannot tell unless a unigram model scores both sides "
+        "Gap at the smallest λ less gap at the largest, on the same blocks, documents resampled: consistent if the interval is above 0 and "
+        "the gap never rises by "
+        f"more than {GAP_MARGIN} nats from one λ to the next; inconsistent if the interval is below 0. Cannot tell unless a unigram model "
+        "scores both sides "
         "equally within its interval.",
         evidence,
         verdict,
@@ -168,10 +182,12 @@ def _gap(results: StudyResults) -> tuple[str, str]:
 def probes_improve(results: StudyResults) -> Verdict:
     verdict, evidence = _probes(results)
     return Verdict(
-        "Linear probes on the base model's states do better with more weight decay, over the useful range.",
+        "Linear probes on the base model’s states do better with more weight decay, over the useful range.",
         "linear separability",
-        f"Useful range: up to the largest λ whose held-out loss is at most {USEFUL_LOSS} nats above the lowest. Its two ends are compared for each probe set, "
-        "accuracy averaged over the blocks, paired by test text: consistent if the interval is above 0 for one set and below 0 for none; inconsistent the other "
+        f"Useful range: up to the largest λ whose held-out loss is at most {USEFUL_LOSS} nats above the lowest. Its two ends are compared for "
+        "each probe set, "
+        "accuracy averaged over the blocks, paired by test text: consistent if the interval is above 0 for one set and below 0 for none; "
+        "inconsistent the other "
         "way round. Sets on which both ends are at the majority class are left out.",
         evidence,
         verdict,
@@ -210,8 +226,10 @@ def gain_rises(results: StudyResults) -> Verdict:
     return Verdict(
         "Models pretrained with more weight decay gain more from fine-tuning, over the useful range.",
         "abstract",
-        f"Useful range: up to the largest λ whose held-out loss is at most {USEFUL_LOSS} nats above the lowest. Gain (after less before, greedy) at its largest λ "
-        "less gain at its smallest, averaged over the tasks the models learnt, paired by problem: consistent if the interval is above 0, inconsistent if below.",
+        f"Useful range: up to the largest λ whose held-out loss is at most {USEFUL_LOSS} nats above the lowest. Gain (after less before, "
+        "greedy) at its largest λ "
+        "less gain at its smallest, averaged over the tasks the models learnt, paired by problem: consistent if the interval is above 0, "
+        "inconsistent if below.",
         evidence,
         verdict,
     )
@@ -219,7 +237,7 @@ def gain_rises(results: StudyResults) -> Verdict:
 
 def _gain(results: StudyResults) -> tuple[str, str]:
     if not results.learnt:
-        return CANNOT_TELL, "No task was learnt by any member."
+        return CANNOT_TELL, _nothing_learnt(results)
     useful = [d for d in useful_range(results) if results.task_mean(d, lambda m, t: m.gain(t)) is not None]
     if len(useful) < 2:
         return CANNOT_TELL, "Fewer than two λ of the useful range have a gain on every learnt task."
@@ -240,6 +258,10 @@ def optima_move(results: StudyResults) -> Verdict:
         f"Tokens per parameter in this study: {shown}.",
         CANNOT_TELL,
     )
+
+
+def _nothing_learnt(results: StudyResults) -> str:
+    return "No task was learnt by any member." if any(m.after for m in results.members) else "No fine-tuned model has been scored yet."
 
 
 def _word(interval: tuple[float, float, float] | None) -> str:

@@ -13,19 +13,30 @@ HARMLESS_SPLITS = {"train", "generated", "none", ""}
 
 def answer(results: StudyResults, verdicts: list[Verdict]) -> list[str]:
     """Sentences: what was varied, what was found, how sure that is."""
-    return [_varied(results), *_found(results), _how_sure(results, verdicts)]
+    sentences = [_varied(results), *_found(results), _how_sure(results, verdicts)]
+    return [sentence.replace("λ = ", "λ\u00a0=\u00a0") for sentence in sentences]
 
 
 def _varied(results: StudyResults) -> str:
-    decays = ", ".join(f"{d:.3g}" for d in results.decays)
+    decays, finished = len(results.decays), len(results.losses)
     done = next((m.pretrain for m in results.members if m.pretrain), None)
     size = f" of {millions(done['parameters'])} parameters" if done else ""
     tokens = f" on {millions(done['tokens'])} tokens of text" if done else ""
-    finished = len(results.losses)
-    count = f"{len(results.decays)} language models" if len(results.decays) > 1 else "One language model"
-    same = ", from the same initial parameters and on the same batches; they differ in one number, AdamW's weight decay" if len(results.decays) > 1 else ", with weight decay"
-    so_far = "" if finished == len(results.decays) else f" {finished} of {len(results.decays)} weight decays have a finished model so far."
-    return f"{count}{size} were pretrained{tokens}{same} λ ({decays}).{so_far}".replace("One language model" + size + " were", "One language model" + size + " was")
+    if decays == 1:
+        return (
+            f"One language model{size} was pretrained{tokens} with AdamW’s weight decay λ = {results.decays[0]:.3g}; "
+            "without a second there is nothing to compare."
+        )
+    so_far = (
+        ""
+        if finished == decays
+        else f" {_word_for(finished).capitalize()} of them {'has' if finished == 1 else 'have'} finished without diverging so far."
+    )
+    return (
+        f"{_word_for(decays).capitalize()} language models{size} were pretrained{tokens}, from the same initial parameters and on the same "
+        "batches; they differ in one "
+        f"number, AdamW’s weight decay λ ({', '.join(f'{d:.3g}' for d in results.decays)}).{so_far}"
+    )
 
 
 def _found(results: StudyResults) -> list[str]:
@@ -35,11 +46,16 @@ def _found(results: StudyResults) -> list[str]:
         best, worst = min(losses, key=losses.get), max(losses, key=losses.get)
         near = [d for d in losses if d != best and losses[d] <= losses[best] + LOSS_MARGIN]
         tie = f", with λ = {_listed(near)} within {LOSS_MARGIN} of it" if near else ""
-        sentences.append(f"Held-out loss was lowest at λ = {best:.3g} ({losses[best]:.3f} nats per token{tie}) and highest at λ = {worst:.3g} ({losses[worst]:.3f}).")
+        sentences.append(
+            f"Held-out loss was lowest at λ = {best:.3g} ({losses[best]:.3f} nats per token{tie}) and highest at λ = {worst:.3g} "
+            f"({losses[worst]:.3f})."
+        )
     scores = {d: s for d in results.decays if (s := results.task_mean(d, lambda m, t: m.after_task(t))) is not None}
     if len(scores) > 1:
         best, reference = max(scores, key=scores.get), min(scores)
-        tasks = f"the {len(results.learnt)} tasks they learnt" if len(results.learnt) > 1 else f"the one task they learnt, {results.learnt[0]}"
+        tasks = (
+            f"the {_word_for(len(results.learnt))} tasks they learnt" if len(results.learnt) > 1 else f"the one task they learnt, {results.learnt[0]}"
+        )
         sentence = f"After the same fine-tuning, accuracy averaged over {tasks} was highest at λ = {best:.3g} ({scores[best]:.3f})"
         if best == reference:
             sentences.append(sentence + ", the smallest weight decay.")
@@ -47,8 +63,11 @@ def _found(results: StudyResults) -> list[str]:
             difference = score_difference(results, reference, best, results.learnt, gain=False)
             if difference:
                 mean, lower, upper = difference
-                sure = "an interval that excludes no difference" if lower > 0 or upper < 0 else "an interval that includes no difference"
-                sentence += f", against {scores[reference]:.3f} at λ = {reference:.3g}: a difference of {mean:+.3f}, 95% interval {lower:+.3f} to {upper:+.3f}, {sure}"
+                sure = "excludes" if lower > 0 or upper < 0 else "includes"
+                sentence += (
+                    f", against {scores[reference]:.3f} at λ = {reference:.3g}; the difference of {mean:.3f} has a 95% interval of {lower:+.3f} to "
+                    f"{upper:+.3f}, which {sure} zero (picking the best afterwards flatters it)"
+                )
             sentences.append(sentence + ".")
     elif any(m.after for m in results.members) and not results.learnt:
         sentences.append("No fine-tuned model scored above the majority class, so nothing can be said about plasticity.")
@@ -58,10 +77,15 @@ def _found(results: StudyResults) -> list[str]:
 def _how_sure(results: StudyResults, verdicts: list[Verdict]) -> str:
     count = {word: sum(v.verdict == word for v in verdicts) for word in (CONSISTENT, INCONSISTENT, CANNOT_TELL)}
     seeds = len(results.config.grid.seeds)
-    once = "Every model was pretrained once, so chance in pretraining is not measured" if seeds == 1 else f"Every weight decay was pretrained with {seeds} seeds"
+    once = (
+        "Every model was pretrained once, so chance in pretraining is not measured"
+        if seeds == 1
+        else f"Every weight decay was pretrained with {seeds} seeds"
+    )
     return (
-        f"Of {len(verdicts)} claims of the paper, these numbers are consistent with {count[CONSISTENT]} and inconsistent with {count[INCONSISTENT]}; "
-        f"for {count[CANNOT_TELL]} they cannot tell. {once}, and the intervals cover the choice of test items alone."
+        f"Of {_word_for(len(verdicts))} claims of the paper, these numbers are consistent with {_word_for(count[CONSISTENT])} and inconsistent with "
+        f"{_word_for(count[INCONSISTENT])}; for {_word_for(count[CANNOT_TELL])} they cannot tell. {once}, and the intervals cover the choice "
+        "of test items alone."
     )
 
 
@@ -76,7 +100,10 @@ def _size(results: StudyResults) -> list[str]:
         return []
     kinds = sorted({str(m.provenance["device_kind"]) for m in done if "device_kind" in m.provenance})
     where = f" trained on {'a CPU' if kinds == ['cpu'] else ', '.join(kinds)}" if kinds else ""
-    return [f"Tiny model: {millions(done[0].pretrain['parameters'])} parameters{where}. The paper's models have 500 million to 4 billion; effects need not carry over in either direction."]
+    return [
+        f"Tiny model: {millions(done[0].pretrain['parameters'])} parameters{where}. The paper’s models have 500 million to 4 billion; effects "
+        "need not carry over in either direction."
+    ]
 
 
 def _states(results: StudyResults) -> list[str]:
@@ -95,7 +122,11 @@ def _states(results: StudyResults) -> list[str]:
 
 def _seeds(results: StudyResults) -> list[str]:
     seeds = results.config.grid.seeds
-    return [f"Single pretraining seed ({seeds[0]}): a difference between two λ may be the luck of one run, whatever its interval says."] if len(seeds) == 1 else []
+    return (
+        [f"Single pretraining seed ({seeds[0]}): a difference between two λ may be the luck of one run, whatever its interval says."]
+        if len(seeds) == 1
+        else []
+    )
 
 
 def _splits(results: StudyResults) -> list[str]:
@@ -110,14 +141,20 @@ def _splits(results: StudyResults) -> list[str]:
                 used.append(f"{label} ({role} rows from the published {' and '.join(published)} split)")
     if not used:
         return []
-    return [f"Published test or validation rows are in use: {'; '.join(used)}. They serve comparisons within this study; never set these scores beside published ones."]
+    return [
+        f"Published test or validation rows are in use: {'; '.join(used)}. They serve comparisons within this study; never set these scores "
+        "beside published ones."
+    ]
 
 
 def _control(results: StudyResults) -> list[str]:
     failing = [m.name for m in results.members if m.gap and not m.gap["control"]["passes"]]
     if not failing:
         return []
-    return [f"The unigram control of the seen / held-out gap fails for {', '.join(failing)}: the two sides differ in difficulty, so the gap's size means little."]
+    return [
+        f"The unigram control of the seen / held-out gap fails for {', '.join(failing)}: the two sides differ in difficulty, so the gap’s "
+        "size means little."
+    ]
 
 
 def _unlearnt(results: StudyResults) -> list[str]:
@@ -125,7 +162,10 @@ def _unlearnt(results: StudyResults) -> list[str]:
     for task in results.tasks:
         bound = results.lower_bound(task)
         if bound is not None and task not in results.learnt:
-            found.append(f"No member learnt {task}: the best one's 95% lower bound is {bound[0]:.3f}, the majority class {bound[1]:.3f}. It is left out of averages and verdicts.")
+            found.append(
+                f"No member learnt {task}: the best one’s 95% lower bound is {bound[0]:.3f}, the majority class {bound[1]:.3f}. It is left "
+                "out of averages and verdicts."
+            )
     return found
 
 
@@ -136,6 +176,11 @@ def millions(count: float) -> str:
             value = count / size
             return f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f} {unit}"
     return f"{count:,.0f}"
+
+
+def _word_for(count: int) -> str:
+    words = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    return words[count] if count < len(words) else str(count)
 
 
 def _listed(decays: list[float]) -> str:

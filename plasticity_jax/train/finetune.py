@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -107,6 +108,9 @@ def run(context: Context) -> dict[str, Any]:
             ),
             held_out=None,
         )["params"]
+    update = None if track.diverged else relative_update(base.params, jax.device_get(params))
+    if update is not None and not math.isfinite(update):  # the last update is seen by no training loss
+        track.stop("parameters not finite after the last step")
     last = track.rows()[-1]
     return {
         "diverged": track.diverged,
@@ -116,7 +120,7 @@ def run(context: Context) -> dict[str, Any]:
         "train_loss": track.train_loss(),
         "rows": len(rows),
         "cut_rows": rows.n_cut,
-        "relative_update": None if track.diverged else relative_update(base.params, jax.device_get(params)),
+        "relative_update": None if track.diverged else update,
     }
 
 

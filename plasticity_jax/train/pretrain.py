@@ -1,6 +1,7 @@
 """The pretrain stage: one member of the grid, or all members of a seed as one program."""
 
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -99,12 +100,11 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
     blocks = first_blocks(held_out_records, tokens_per_domain=config.train.held_out_tokens)
     results = []
     for i, (context, track) in enumerate(zip(contexts, tracks, strict=True)):
-        finished = i in final and not track.diverged
-        outcome = {
-            "held_out": score(final[i], blocks) if finished else None,
-            "norms": param_norms(final[i]) if finished else {},
-        }
-        results.append(_facts(context, track) | outcome)
+        held_out = None if track.diverged else score(final[i], blocks)
+        if held_out and blocks.domains and not math.isfinite(held_out["loss"]):  # the last update is seen by no training loss
+            track.stop(f"held-out loss {held_out['loss']} after the last step")
+        norms = {} if track.diverged else param_norms(final[i])
+        results.append(_facts(context, track) | {"held_out": None if track.diverged else held_out, "norms": norms})
     return results
 
 

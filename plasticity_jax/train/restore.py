@@ -44,12 +44,13 @@ def starting_state(settings: StepSettings, mesh: Mesh, initial: Params, runs: Se
                 shutil.rmtree(run / CHECKPOINTS / str(later))
     states = [_state_at(settings, mesh, initial, run, step) for run in runs]
     state = stack(states) if members else states[0]
-    return jax.device_put(state, state_shardings(settings, mesh, members=members)), step
+    # Always a copy: the first update takes over the memory of its state, and `initial` is needed further.
+    return jax.device_put(state, state_shardings(settings, mesh, members=members), may_alias=False), step
 
 
 def param_norms(params: Params) -> dict[str, float]:
     """L2 norm of every parameter, all layers together: path → norm."""
-    return {path: float(jnp.linalg.norm(leaf.ravel())) for path, leaf in zip(param_paths(params), jax.tree.leaves(params), strict=True)}
+    return {path: float(np.linalg.norm(np.asarray(leaf, np.float64))) for path, leaf in zip(param_paths(params), jax.tree.leaves(params), strict=True)}
 
 
 def relative_update(before: Params, after: Params) -> float:
@@ -66,8 +67,7 @@ def _finished_steps(directory: Path) -> set[int]:
 
 def _state_at(settings: StepSettings, mesh: Mesh, initial: Params, run: Path, step: int) -> State:
     if step == 0:
-        # A copy, since the first update takes over the memory of its state.
-        return initial_state(settings, jax.tree.map(jnp.copy, initial))
+        return jax.jit(functools.partial(initial_state, settings))(initial)
     abstract = _abstract_state(settings, mesh)
     with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
         params, optimizer = checkpoints.restore(step, abstract["params"], abstract["optimizer"])

@@ -1,13 +1,18 @@
 """Spectra against NumPy's SVD of the whole products in float64; pseudo-rank against a loop."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import plasticity_jax.analysis as analysis
-from plasticity_jax.analysis.spectra import attention_spectra, pseudo_rank, spectra_summary
-from plasticity_jax.config import ModelConfig
+from plasticity_jax.analysis.spectra import attention_spectra, pseudo_rank, run, spectra_summary
+from plasticity_jax.config import ModelConfig, SpectraConfig, StudyConfig
+from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.model.transformer import init_params
+from plasticity_jax.records import Context, Run, RunDirectory
 
 CONFIG = ModelConfig(vocab_size=300, d_model=24, n_layers=2, n_heads=6, n_kv_heads=2, d_ff=32)
 
@@ -126,3 +131,26 @@ def test_summary_of_flat_rank_one_and_zero_spectra():
     assert flat["stable_rank"] == pytest.approx(7) and flat["effective_rank"] == pytest.approx(7)
     assert one["stable_rank"] == 1 and one["effective_rank"] == pytest.approx(1)
     assert all(float(value) == 0 for value in zero.values())
+
+
+# The shape that the other stage tests use, so that its initialisation compiles once.
+STAGE_CONFIG = ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24)
+
+
+def test_stage_writes_what_the_functions_give(tmp_path):
+    config = StudyConfig(model=STAGE_CONFIG, spectra=SpectraConfig(mass=0.9, power=2, fold_norms=True))
+    params = init_params(STAGE_CONFIG, seed=1)
+    params["blocks"]["attn_norm"]["scale"] = params["blocks"]["attn_norm"]["scale"].at[1].set(3.0)
+    directory = RunDirectory(tmp_path / "model")
+    with directory.work(Run("t", "pretrain", "wd0", {}, member="wd0", seed=0), config):
+        with Checkpoints(directory.path / "checkpoints", asynchronous=False) as checkpoints:
+            checkpoints.save(0, params)
+        directory.finish({"diverged": None})
+    results = run(Context(config, Run("t", "spectra", "wd0", {}), RunDirectory(tmp_path / "spectra"), {"model": directory.path}))
+    for name, values in attention_spectra((STAGE_CONFIG, params), fold_norms=True).items():
+        np.testing.assert_allclose(results[name]["singular_values"], values, rtol=1e-6)
+        np.testing.assert_array_equal(results[name]["pseudo_rank"], pseudo_rank(values, mass=0.9, power=2))
+        assert {"stable_rank", "effective_rank", "nuclear_norm", "frobenius_norm"} <= set(results[name])
+    assert results["norm_gains"] == {"blocks/attn_norm/scale": [1.0, 3.0], "blocks/mlp_norm/scale": [1.0, 1.0], "final_norm/scale": 1.0}
+    assert (results["mass"], results["power"], results["fold_norms"]) == (0.9, 2, True)
+    json.dumps(results, allow_nan=False)

@@ -27,16 +27,17 @@ def letters_and_digits(text):
 
 
 @pytest.mark.parametrize("name", PROBE_SETS)
-def test_no_test_text_is_a_training_text(name, probe_rows):
+def test_no_test_text_is_or_is_part_of_a_training_text(name, probe_rows):
     train, test = ({letters_and_digits(text) for text, _ in probe_rows[name][split]} for split in ("train", "test"))
     assert train and test and not train & test
+    joined = "\n".join(train)
+    assert not [text for text in test if len(text) >= 15 and text in joined]
 
 
 def test_sentiment_counts_are_the_published_ones(probe_rows):
     rows = probe_rows["sentiment"]
-    assert (len(rows["train"]), len(rows["test"])) == (9326, 872)
-    # 732 sentences are in both files; those of weak valence were left out before.
-    assert 700 <= rows["dropped_leaks"] <= 732
+    # 10,043 snippets have |valence| > 0.5; 717 of them equal a test sentence, 83 more hold one or are part of one.
+    assert (len(rows["train"]), len(rows["test"]), rows["dropped_leaks"]) == (10043 - 717 - 83, 872, 717 + 83)
     assert np.mean([label == "positive" for _, label in rows["test"]]) == pytest.approx(0.509, abs=0.001)
     assert rows["source_splits"] == {"train": "none", "test": "validation"}
 
@@ -53,8 +54,8 @@ def test_topic_has_every_article_once(probe_rows):
 def test_a_plain_text_classifier_confirms_the_labels(name, expected, tolerance, probe_rows):
     (train_texts, train_labels), (test_texts, test_labels) = (zip(*probe_rows[name][split], strict=True) for split in ("train", "test"))
     vectoriser = TfidfVectorizer(ngram_range=(1, 1), sublinear_tf=True)
-    classifier = LogisticRegression(C=10, max_iter=300).fit(vectoriser.fit_transform(train_texts), train_labels)
-    assert classifier.score(vectoriser.transform(test_texts), test_labels) == pytest.approx(expected, abs=tolerance)
+    classifier = LogisticRegression(C=10, max_iter=300).fit(vectoriser.fit_transform([text[:1500] for text in train_texts]), train_labels)
+    assert classifier.score(vectoriser.transform([text[:1500] for text in test_texts]), test_labels) == pytest.approx(expected, abs=tolerance)
 
 
 @pytest.mark.parametrize("name", PROBE_SETS)

@@ -58,6 +58,11 @@ def test_inputs_are_the_row_shifted_by_one_and_the_rest_is_padding(tokenizer):
         "tokens": "int32", "targets": "int32", "loss_mask": "float32", "segment_ids": "int32", "positions": "int32"}
 
 
+def test_a_row_at_the_limit_is_whole(tokenizer):
+    whole = encode_examples(EXAMPLES, tokenizer, max_length=200)
+    assert encode_examples(EXAMPLES, tokenizer, max_length=max(whole.lengths)) == whole
+
+
 def test_long_rows_lose_their_end_and_are_counted(tokenizer):
     whole = encode_examples(EXAMPLES, tokenizer, max_length=200)
     limit = whole.lengths[1] - 2

@@ -104,6 +104,7 @@ def test_unknown_grader_is_refused():
     (["x", "x", "answer is 1"], 0, None),  # no answer twice is no cluster of two
     (["answer is 1", "x", "x"], 0, "1"),
     (["answer is 9" + "." * 128, "answer is 8"], 0, None),  # stated before the last 128 characters
+    (["answer is 8", "answer is 9" + "." * 128, "answer is 9"], 0, "8"),  # and so no cluster of two
     (["answer is 9" + "." * 117, "answer is 8"], 0, "9" + "." * 117),
 ])
 def test_majority_examples(completions, index, answer):

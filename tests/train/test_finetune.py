@@ -18,7 +18,7 @@ from plasticity_jax.train.step import compile_train_step
 
 @pytest.fixture(scope="module")
 def tuned(world: World):
-    config = dataclasses.replace(CONFIG, tasks={"copy": TaskConfig(epochs=12)})
+    config = dataclasses.replace(change(CONFIG, "finetune", peak_lr=2e-2), tasks={"topic": TaskConfig(epochs=30)})
     return world.finetune("tuned", "base", config)
 
 
@@ -44,7 +44,7 @@ def test_numbers_of_a_run(world: World, tuned):
     flat = [np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(m.params)]) for m in (base, model)]
     assert tuned["relative_update"] == pytest.approx(np.linalg.norm(flat[1] - flat[0]) / np.linalg.norm(flat[0]), rel=1e-6)
     rows = finetune.read_task(world.task)[0]
-    assert tuned["tokens"] == 12 * sum(len(model.tokenizer.encode(row.response)) + 1 for row in rows)
+    assert tuned["tokens"] == 30 * sum(len(model.tokenizer.encode(row.response)) + 1 for row in rows)
     assert [row["step"] for row in untimed(world.root / "tuned")][-1] == tuned["steps"]
     assert (world.root / "tuned" / "tokenizer.json").read_bytes() == (world.corpus / "tokenizer.json").read_bytes()
 

@@ -9,7 +9,7 @@ from worlds import CONFIG, TRAIN, World, change
 
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.load import load_model
-from plasticity_jax.records import read_json, read_jsonl
+from plasticity_jax.records import RunDirectory, read_json, read_jsonl, to_json
 from plasticity_jax.train import loop
 
 
@@ -147,16 +147,22 @@ def test_vmapped_members_agree_with_one_by_one(world: World, monkeypatch):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["step"] == b["step"] and a["tokens"] == b["tokens"]
 
 
-def test_a_diverged_run_is_a_result(world: World):
-    config = change(CONFIG, "train", peak_lr=3e3)
-    for limit in (50.0, 1e30):
-        result = world.pretrain({f"wild{limit:g}": 0.0}, change(config, "train", max_loss=limit))[0]
-        assert "step" in result["diverged"] and result["held_out"] is None and result["steps"] < TRAIN.steps
-        from plasticity_jax.records import RunDirectory
+@pytest.mark.parametrize(("peak_lr", "max_loss", "reason"), [(1e3, 6.5, "above the limit 6.5"), (1e38, 1e30, "nan"), (1e-2, 1e30, "held-out")])
+def test_a_diverged_run_is_a_result(world: World, monkeypatch, peak_lr, max_loss, reason):
+    config, name = change(CONFIG, "train", peak_lr=peak_lr, max_loss=max_loss), f"wild{peak_lr:g}"
+    if reason == "held-out":  # an update that breaks the parameters after the last training loss
+        from plasticity_jax.train import pretrain
 
-        assert RunDirectory(world.root / f"wild{limit:g}").state() == ("diverged", result["diverged"])
-        # Started again before it was finished, it does not train a second time.
-        assert world.pretrain({f"wild{limit:g}": 0.0}, change(config, "train", max_loss=limit))[0]["diverged"] == result["diverged"]
+        real = pretrain.train
+        monkeypatch.setattr(pretrain, "train", lambda *args, **kw: jax.tree.map(lambda x: x * np.nan, real(*args, **kw)))
+    result = world.pretrain({name: 0.0}, config)[0]
+    assert reason in result["diverged"] and "step" in result["diverged"] and result["held_out"] is None and result["norms"] == {}
+    assert result["steps"] < TRAIN.steps or reason == "held-out"
+    assert RunDirectory(world.root / name).state() == ("diverged", result["diverged"])
+    monkeypatch.undo()
+    # Started again before it was marked as done, it does not train a second time.
+    again = world.pretrain({name: 0.0}, config)[0]
+    assert to_json(again) == to_json(result)
 
 
 def test_a_diverged_member_does_not_touch_the_others(world: World):

@@ -13,11 +13,11 @@ from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.records import Context, Run, RunDirectory
 from plasticity_jax.train import initial
 
-MODEL = ModelConfig(vocab_size=320, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=32)
+MODEL = ModelConfig(vocab_size=320, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=32)
 TRAIN = TrainConfig(batch_size=4, seq_len=16, steps=20, peak_lr=1e-2, compute_dtype="float32", held_out_tokens=128, eval_tokens=64, eval_every=10,
                     log_every=4, checkpoint_every=8)
 FINETUNE = FinetuneConfig(peak_lr=1e-2, batch_size=8, length_buckets=(16, 24), log_every=4, checkpoint_every=8)
-CONFIG = StudyConfig(name="tiny", model=MODEL, train=TRAIN, finetune=FINETUNE, mesh=MeshConfig(), tasks={"copy": TaskConfig(epochs=2)})
+CONFIG = StudyConfig(name="tiny", model=MODEL, train=TRAIN, finetune=FINETUNE, mesh=MeshConfig(), tasks={"topic": TaskConfig(epochs=2)})
 
 
 def change(config: StudyConfig, section: str, **values) -> StudyConfig:
@@ -61,7 +61,7 @@ def write_copy_task(directory: Path, config: StudyConfig, n: int) -> None:
     rows = [Example(str(i), *(("r", "red", "red") if rng.random() < 0.5 else ("the t", "tree", "tree")), "generated", "generated") for i in range(n)]
     directory.mkdir(parents=True)
     write_task(directory, rows, rows[:2])
-    _finish(directory, Run("tiny", "prepare", "task-copy", {}, task="copy"), config)
+    _finish(directory, Run("tiny", "prepare", "task-topic", {}, task="topic"), config)
 
 
 def _finish(path: Path, run: Run, config: StudyConfig) -> None:
@@ -94,7 +94,7 @@ class World:
     def finetune(self, name: str, base: str, config: StudyConfig, seed: int = 0) -> dict:
         from plasticity_jax.train import finetune
 
-        run = Run("tiny", "finetune", name, {}, task="copy", seed=seed)
+        run = Run("tiny", "finetune", name, {}, task="topic", seed=seed)
         context = Context(config, run, RunDirectory(self.root / name), {"base": self.root / base, "task": self.task})
         return self._in_work([context], lambda contexts: [finetune.run(contexts[0])])[0]
 

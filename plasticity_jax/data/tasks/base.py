@@ -1,7 +1,7 @@
 """What a fine-tuning task is, and the helpers every task shares."""
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from plasticity_jax.data.wheels import Wheels
 
 T = TypeVar("T")
+
+# Letters and digits; shorter texts ("refreshing") are stock phrases that sentences share without being copies.
+MIN_CONTAINED_CHARACTERS = 15
 
 # What may be done with the text of each package; "generated" rows come from code alone.
 LICENCES = {
@@ -118,14 +121,34 @@ def normalised(text: str) -> str:
 
 
 def without_leaks(train: Sequence[T], test_texts: Iterable[str], text_of: Callable[[T], str]) -> tuple[list[T], int]:
-    """Drops training rows whose normalised text is also a test text.
+    """Drops training rows whose normalised text equals, contains or is contained in a test text.
+
+    Containment counts from `MIN_CONTAINED_CHARACTERS` on.
 
     Returns:
       The rows that stay, in order, and how many were dropped.
     """
-    forbidden = {normalised(text) for text in test_texts}
-    kept = [row for row in train if normalised(text_of(row)) not in forbidden]
-    return kept, len(train) - len(kept)
+    train_keys, test_keys = [normalised(text_of(row)) for row in train], [normalised(text) for text in test_texts]
+    known = set(test_keys)
+    leaks = {position for position, key in enumerate(train_keys) if key in known}
+    leaks |= {holder for holder, _ in _containments(train_keys, test_keys)}
+    leaks |= {held for _, held in _containments(test_keys, train_keys)}
+    return [row for position, row in enumerate(train) if position not in leaks], len(leaks)
+
+
+def _containments(holders: list[str], held: list[str]) -> set[tuple[int, int]]:
+    """Positions (in `holders`, in `held`) where the one text contains the other, in time linear in the holders' length."""
+    by_beginning = defaultdict(list)
+    for position, text in enumerate(held):
+        if len(text) >= MIN_CONTAINED_CHARACTERS:
+            by_beginning[text[:MIN_CONTAINED_CHARACTERS]].append(position)
+    found = set()
+    for holder, text in enumerate(holders):
+        for start in range(len(text) - MIN_CONTAINED_CHARACTERS + 1):
+            for position in by_beginning.get(text[start : start + MIN_CONTAINED_CHARACTERS], ()):
+                if text.startswith(held[position], start):
+                    found.add((holder, position))
+    return found
 
 
 def majority_share(answers: Sequence[str]) -> float:

@@ -16,8 +16,8 @@ def labelled_document_rows(source_name: str, question: str, answer_of_label: dic
                            settings: RowSettings) -> tuple[list[Example], list[Example]]:
     """Rows from the labelled documents of a corpus source.
 
-    Test rows come from documents that `split_of` holds out of pretraining, training rows from the others. Training rows whose cut text equals
-    a test row's are dropped.
+    Test rows come from documents that `split_of` holds out of pretraining, training rows from the others. The leak rule
+    of `without_leaks` applies to the cut texts.
 
     Args:
       source_name: a key of `SOURCES`.

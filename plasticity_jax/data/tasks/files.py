@@ -81,9 +81,8 @@ def write_task(directory: Path, train: list[Example], test: list[Example]) -> di
 
     Returns:
       The summary, also in `summary.json`: `rows` and `source_splits` (per split), `classes` (different answers in the test rows),
-      `majority_share` (accuracy of always giving the most common test answer), `sources` (packages with
-      version), `licences`, `sha256` (per file) and `fingerprint`
-      (sha256 over both).
+      `majority_share` (accuracy of always giving the most common test answer), `sources` (packages with version), `licences`, `sha256` (per
+      file) and `fingerprint` (sha256 over both).
     """
     splits = {"train": train, "test": test}
     (directory / "summary.json").unlink(missing_ok=True)

@@ -67,8 +67,8 @@ def plain_spelling(text: str) -> str:
 def read_sentences(wheels: "Wheels") -> Sentences:
     """Reads both files, in plain spelling, and applies the leak rule.
 
-    Most of SST-2's sentences are in VADER's file too; training sentences equal to any test sentence after lower-casing and removing everything
-    but letters and digits are dropped, whatever number of test rows is used.
+    Most of SST-2's sentences are in VADER's file too, many of the others as a part of a longer snippet; training sentences that equal, contain
+    or are part of any test sentence, letters and digits compared alone, are dropped, whatever number of test rows is used.
     """
     test = _read_sst2(wheels)
     train, dropped = without_leaks(_read_vader(wheels), [sentence.text for sentence in test], lambda sentence: sentence.text)

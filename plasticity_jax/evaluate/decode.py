@@ -1,0 +1,115 @@
+"""Decoding many completions of each prompt against one copy of the prompt's keys and values.
+
+`model.cache.decode_step` gives every row a cache of its own, prompt included. Here the R completions of a prompt read its keys and values as the
+rows of one product, and only what they generate is stored per row: a step costs a fraction of the memory traffic.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from plasticity_jax.config import ModelConfig
+from plasticity_jax.model.attention import rope_tables
+from plasticity_jax.model.cache import init_cache, prefill
+from plasticity_jax.model.transformer import graphs, unstack
+
+
+class PromptCache(NamedTuple):
+    """Keys and values of P prompts, padded on the left to S tokens: L layers, K key-value heads of D features; never written again.
+
+    Attributes:
+      k_LxPxKxDxS, v_LxPxKxSxD: laid out as the right operands of the products that read them.
+      valid_PxS: which slots hold a real token.
+    """
+
+    k_LxPxKxDxS: Float[Array, "l p k d s"]
+    v_LxPxKxSxD: Float[Array, "l p k s d"]
+    valid_PxS: Bool[Array, "p s"]
+
+
+class RowCache(NamedTuple):
+    """Keys and values of what B rows have generated, per layer, N slots.
+
+    Attributes:
+      k, v: one array [B, K, N, D] per layer.
+      position_B: rotary position of the next token, which is the number of real tokens before it.
+    """
+
+    k: tuple[Float[Array, "b k n d"], ...]
+    v: tuple[Float[Array, "b k n d"], ...]
+    position_B: Int[Array, "b"]
+
+
+def read_prompts(config: ModelConfig, params: Any, tokens_PxS: Int[Array, "p s"], valid_PxS: Bool[Array, "p s"], *, rows_per_prompt: int,
+                 slots: int, compute_dtype: Any) -> tuple[Float[Array, "p v"], PromptCache, RowCache]:
+    """Reads left-padded prompts; returns float32 logits of the token after each, their cache, and empty caches of `slots` tokens for the rows."""
+    logits_PxV, cache = prefill(config, params, tokens_PxS, valid_PxS, init_cache(config, *tokens_PxS.shape, compute_dtype),
+                                compute_dtype=compute_dtype)
+    prompt = PromptCache(cache.k_LxBxSxKxD.transpose(0, 1, 3, 4, 2), cache.v_LxBxSxKxD.transpose(0, 1, 3, 2, 4), valid_PxS)
+    shape = (tokens_PxS.shape[0] * rows_per_prompt, config.n_kv_heads, slots, config.head_dim)
+    empty = tuple(jnp.zeros(shape, compute_dtype) for _ in range(config.n_layers))
+    return logits_PxV, prompt, RowCache(empty, empty, jnp.repeat(cache.length_B, rows_per_prompt))
+
+
+def decode(config: ModelConfig, params: Any, token_B: Int[Array, "b"], slot: Int[Array, ""], prompt: PromptCache, rows: RowCache, *,
+           compute_dtype: Any) -> tuple[Float[Array, "b v"], RowCache]:
+    """Reads one token of every row; rows p·R ... p·R + R − 1 belong to prompt p.
+
+    Args:
+      slot: how many tokens the rows have generated and read before this one; may be traced.
+    Returns:
+      float32 logits of the token after it, and the rows' cache that holds it.
+    """
+    rope = rope_tables(rows.position_B[:, None], config.head_dim, config.rope_theta)
+    decoder_graph, block_graph = graphs(config)
+    decoder = nnx.merge(decoder_graph, params)
+    x_Bx1xD = decoder.embed(token_B[:, None], compute_dtype)
+    keys, values = [], []
+    for index, layer in enumerate(unstack(config, params["blocks"])):
+        block = nnx.merge(block_graph, layer)
+        q_Bx1xHxD, k_Bx1xKxD, v_Bx1xKxD = block.attn.qkv(block.attn_norm(x_Bx1xD), rope, compute_dtype)
+        keys.append(jax.lax.dynamic_update_slice(rows.k[index], k_Bx1xKxD.swapaxes(1, 2).astype(rows.k[index].dtype), (0, 0, slot, 0)))
+        values.append(jax.lax.dynamic_update_slice(rows.v[index], v_Bx1xKxD.swapaxes(1, 2).astype(rows.v[index].dtype), (0, 0, slot, 0)))
+        out_Bx1xHxD = _attend(q_Bx1xHxD, prompt.k_LxPxKxDxS[index], prompt.v_LxPxKxSxD[index], prompt.valid_PxS, keys[-1], values[-1], slot)
+        x_Bx1xD = x_Bx1xD + block.attn.merge(out_Bx1xHxD, compute_dtype)
+        x_Bx1xD = x_Bx1xD + block.mlp(block.mlp_norm(x_Bx1xD), compute_dtype)[0]
+    logits_BxV = decoder.head(decoder.final_norm(x_Bx1xD[:, 0]), compute_dtype, out_dtype=jnp.float32)
+    return logits_BxV, RowCache(tuple(keys), tuple(values), rows.position_B + 1)
+
+
+def _attend(q_Bx1xHxD: Float[Array, "b 1 h d"], k_PxKxDxS: Float[Array, "p k d s"], v_PxKxSxD: Float[Array, "p k s d"],
+            valid_PxS: Bool[Array, "p s"], k_BxKxNxD: Float[Array, "b k n d"], v_BxKxNxD: Float[Array, "b k n d"],
+            slot: Int[Array, ""]) -> Float[Array, "b 1 h d"]:
+    """Attention of one query per row over its prompt and its own slots up to `slot`; one softmax over both, in float32."""
+    n_prompts, n_kv_heads, head_dim, length = k_PxKxDxS.shape
+    n_rows, _, slots, _ = k_BxKxNxD.shape
+    per_prompt, group = n_rows // n_prompts, q_Bx1xHxD.shape[2] // n_kv_heads
+    lowest = jnp.finfo(jnp.float32).min
+    q_BxKxGxD = q_Bx1xHxD.reshape(n_rows, n_kv_heads, group, head_dim)
+    q_PxKxCxD = _by_prompt(q_BxKxGxD, n_prompts)  # C = R·G: all queries of a prompt that read the same key-value head
+    to_prompt_PxKxCxS = jnp.matmul(q_PxKxCxD, k_PxKxDxS, preferred_element_type=jnp.float32) * head_dim**-0.5
+    to_prompt_PxKxCxS = jnp.where(valid_PxS[:, None, None], to_prompt_PxKxCxS, lowest)
+    to_own_BxKxGxN = jnp.einsum("bkgd,bknd->bkgn", q_BxKxGxD, k_BxKxNxD, preferred_element_type=jnp.float32) * head_dim**-0.5
+    to_own_BxKxGxN = jnp.where(jnp.arange(slots) <= slot, to_own_BxKxGxN, lowest)
+    scores = jnp.concatenate([to_prompt_PxKxCxS, _by_prompt(to_own_BxKxGxN, n_prompts)], axis=-1)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v_PxKxSxD.dtype)
+    from_prompt_BxKxGxD = _by_row(probs[..., :length] @ v_PxKxSxD, per_prompt)
+    from_own_BxKxGxD = jnp.einsum("bkgn,bknd->bkgd", _by_row(probs[..., length:], per_prompt), v_BxKxNxD)
+    return (from_prompt_BxKxGxD + from_own_BxKxGxD).reshape(q_Bx1xHxD.shape)
+
+
+def _by_prompt(x_BxKxGxE: Float[Array, "b k g e"], n_prompts: int) -> Float[Array, "p k c e"]:
+    """Lays the rows of a prompt side by side under each key-value head."""
+    n_rows, n_kv_heads, group, features = x_BxKxGxE.shape
+    x_PxRxKxGxE = x_BxKxGxE.reshape(n_prompts, -1, n_kv_heads, group, features)
+    return x_PxRxKxGxE.swapaxes(1, 2).reshape(n_prompts, n_kv_heads, -1, features)
+
+
+def _by_row(x_PxKxCxE: Float[Array, "p k c e"], per_prompt: int) -> Float[Array, "b k g e"]:
+    """The inverse of `_by_prompt`."""
+    n_prompts, n_kv_heads, columns, features = x_PxKxCxE.shape
+    x_PxKxRxGxE = x_PxKxCxE.reshape(n_prompts, n_kv_heads, per_prompt, columns // per_prompt, features)
+    return x_PxKxRxGxE.swapaxes(1, 2).reshape(n_prompts * per_prompt, n_kv_heads, -1, features)

@@ -1,0 +1,246 @@
+"""A study directory with planted results, in the stages' formats. Nothing in it was measured."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from plasticity_jax.config import GridConfig, ProbeConfig, ReportConfig, StudyConfig, TaskConfig, grid_members
+from plasticity_jax.records import Run, RunDirectory, write_jsonl
+from plasticity_jax.study.graph import build_graph, save_study
+
+PROBLEMS = {"topic": 300, "sentiment": 200}
+MAJORITY = {"topic": 0.2, "sentiment": 0.51}
+DOMAINS = ("news", "wikipedia")
+DECAY_TABLE = {"embed/embedding": True, "blocks/attention/q/kernel": True, "final_norm/scale": True}
+
+
+@dataclass(frozen=True)
+class Planted:
+    """What each point of the grid, in the order of the timescales, is to show. None leaves a stage out there; in `loss` it means diverged."""
+
+    loss: tuple = (3.30, 3.20, 3.10, 3.15)
+    before: tuple = (0.10, 0.10, 0.10, 0.10)
+    after: tuple = (0.60, 0.65, 0.75, 0.80)
+    rank_qk: tuple = (0.80, 0.70, 0.50, 0.30)
+    rank_vo: tuple = (0.85, 0.84, 0.83, 0.80)
+    gap: tuple = (0.50, 0.40, 0.20, 0.05)
+    probe: tuple = (0.60, 0.64, 0.70, 0.74)
+    control_passes: bool = True
+    seeds: tuple = (0,)
+
+
+def config_of(planted: Planted) -> StudyConfig:
+    timescales = (None, 4.0, 0.8, 0.2, 0.05)[: len(planted.loss)]
+    return StudyConfig(
+        name="planted",
+        grid=GridConfig(timescales=timescales, seeds=planted.seeds),
+        tasks={name: TaskConfig(test_rows=rows) for name, rows in PROBLEMS.items()},
+        probe=ProbeConfig(sets=("topic",)),
+        report=ReportConfig(bootstrap_samples=500),
+    )
+
+
+def write_study(workdir: Path, planted: Planted = Planted(), *, stages: tuple[str, ...] | None = None) -> Path:
+    """Writes the study and returns its folder. `stages` limits it to what has run so far."""
+    config = config_of(planted)
+    runs = build_graph(config)
+    save_study(workdir, replace(config, train=replace(config.train, compute_dtype="float32")), runs)
+    index = {member.name: i % len(planted.loss) for i, member in enumerate(grid_members(config))}
+    for run in runs:
+        if stages is not None and run.stage not in stages:
+            continue
+        point = index.get(run.member)
+        if run.stage not in ("prepare", "init", "pretrain") and (planted.loss[point] is None or _left_out(planted, run, point)):
+            continue
+        _WRITERS[run.stage](workdir / config.name / run.id, run, planted, point, config)
+    return workdir / config.name
+
+
+def _left_out(planted: Planted, run: Run, point: int) -> bool:
+    values = {"probe": planted.probe, "spectra": planted.rank_qk, "gap": planted.gap, "finetune": planted.after}
+    values = (
+        planted.after
+        if run.stage == "evaluate" and run.fields["when"] == "after"
+        else planted.before
+        if run.stage == "evaluate"
+        else values[run.stage]
+    )
+    return values[point] is None
+
+
+def _finish(path: Path, run: Run, results: dict, provenance: dict | None = None) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    directory = RunDirectory(path)
+    directory.provenance = {"parents": run.parents, "versions": {"jax": "0.0.0-planted"}, "git": {"commit": "c0ffee", "dirty": False}} | (
+        provenance or {}
+    )
+    directory.finish(results)
+
+
+def _prepare(path, run, planted, point, config):
+    summary = {"fingerprint": f"fingerprint-of-{run.name}"}
+    if run.task:
+        splits = {"train": {"train": 100}, "test": {"validation": 50} if run.task == "sentiment" else {"none": 50}}
+        summary |= {"rows": {"train": 6000, "test": PROBLEMS[run.task]}, "source_splits": splits, "licences": {"a-package": "a licence"}}
+    _finish(path, run, summary)
+
+
+def _pretrain(path, run, planted, point, config):
+    path.mkdir(parents=True, exist_ok=True)
+    loss, steps, decay = planted.loss[point], config.train.steps, run.fields["weight_decay"]
+    end = 4.0 if loss is None else loss
+    last = steps // 2 if loss is None else steps
+    rows = [
+        {"step": s, "tokens": s * 4096, "loss": end + 4.0 * np.exp(-s / 60) - 0.05, "lr": 1e-3, "grad_norm": 1.0} for s in range(10, last + 1, 10)
+    ]
+    rows += [{"step": s, "held_out": {"loss": end + 4.0 * np.exp(-s / 60), "domains": {}}} for s in range(100, last + 1, 100)]
+    if loss is None:
+        rows.append({"step": last + 10, "tokens": 0, "loss": float("nan"), "lr": 1e-3, "grad_norm": float("inf")})
+    write_jsonl(path / "metrics.jsonl", rows)
+    domains = {d: {"loss": end + shift, "bits_per_byte": (end + shift) / 2, "tokens": 1000} for d, shift in zip(DOMAINS, (-0.2, 0.2))}
+    results = {
+        "diverged": f"loss nan at step {last + 10}" if loss is None else None,
+        "steps": last,
+        "tokens": last * 4096,
+        "seconds": 70.0,
+        "tokens_per_second": 27_000.0,
+        "parameters": 530_000,
+        "weight_decay": decay,
+        "peak_lr": config.train.peak_lr,
+        "lr_times_decay": config.train.peak_lr * decay,
+        "timescale_steps": 1 / (config.train.peak_lr * decay) if decay else None,
+        "timescale_share": 1 / (config.train.peak_lr * decay * steps) if decay else None,
+        "decay_table": DECAY_TABLE,
+        "compute_dtype": "float32",
+        "train_loss": float("nan") if loss is None else loss - 0.05,
+        "held_out": None if loss is None else {"loss": loss, "bits_per_byte": loss / 2, "domains": domains},
+        "norms": {},
+    }
+    _finish(path, run, results, {"device_kind": "cpu", "step_0_sha256": "step-0-hash", "mesh": {"data": 1}})
+
+
+def _evaluate(path, run, planted, point, config):
+    when, task = run.fields["when"], run.task
+    share = (planted.after if when == "after" else planted.before)[point]
+    count = PROBLEMS[task]
+    # Every model finds the same problems hard, as models of one family do.
+    difficulty = (np.arange(count) * 0.6180339887) % 1
+    greedy = (difficulty < share).astype(int)
+    samples = np.round(8 * np.clip(share + 0.2 * (0.5 - difficulty), 0, 1)).astype(int)
+    metrics = {
+        "pass@1": greedy.mean(),
+        "maj@8": greedy.mean(),
+        "pass@8": min(1.0, share + 0.1),
+        "correct_ratio@8": share,
+        "mean@8": samples.mean() / 8,
+    }
+    rows = []
+    for i in range(count):
+        answer = "planted" if greedy[i] else None
+        rows.append(
+            {
+                "id": f"{task}-{i}",
+                "prompt": f"Human: Which <b>word</b> & why? number {i} " + "text " * 70 + "\nAssistant:",
+                "gold": "planted",
+                "samples": [],
+                "majority": 0,
+                "greedy": {
+                    "text": f"The answer is {answer}." if answer else "<script>alert(1)</script>",
+                    "answer": answer,
+                    "correct": bool(greedy[i]),
+                },
+            }
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    write_jsonl(path / "completions.jsonl", rows)
+    _finish(
+        path,
+        run,
+        {
+            "metrics": metrics,
+            "problems": count,
+            "n_samples": 8,
+            "no_answer": {"greedy": 1 - share, "samples": 1 - share},
+            "majority_class": MAJORITY[task],
+            "per_problem": {"greedy": greedy, "samples": samples, "majority": greedy},
+            "cut_prompts": 0,
+            "seconds": 1.0,
+            "diverged": None,
+            "source_splits": ["none"],
+        },
+    )
+
+
+def _probe(path, run, planted, point, config):
+    layers = ["embed", *(f"block{i + 1}" for i in range(config.model.n_layers))]
+    difficulty = (np.arange(800) * 0.6180339887) % 1
+    accuracies = [0.4, *(planted.probe[point] + 0.02 * i for i in range(config.model.n_layers))]
+    found = {
+        "layers": layers,
+        "accuracy": accuracies,
+        "accuracy_norm_free": accuracies,
+        "l2": [0.01] * len(layers),
+        "majority": 0.25,
+        "n_train": 2000,
+        "n_test": 800,
+        "classes": 5,
+        "dropped_leaks": 0,
+        "correct": [(difficulty < a).astype(int) for a in accuracies],
+    }
+    _finish(path, run, {"sets": {"topic": found}, "seconds": 1.0, "diverged": None})
+
+
+def _spectra(path, run, planted, point, config):
+    wobble = 0.02 * np.sin(np.arange(config.model.n_layers * config.model.n_heads) * (1 + point)).reshape(config.model.n_layers, config.model.n_heads)
+    results = {name: {"pseudo_rank": rank[point] + wobble} for name, rank in (("W_QK", planted.rank_qk), ("W_VO", planted.rank_vo))}
+    _finish(path, run, results | {"mass": 0.95, "power": 1, "fold_norms": False, "seconds": 1.0})
+
+
+def _gap(path, run, planted, point, config):
+    size, rng = planted.gap[point], np.random.default_rng(0)
+    blocks = {}
+    for side, shift in (("seen", 0.0), ("held_out", size)):
+        hard = rng.normal(scale=0.3, size=80)
+        hard -= hard.mean()
+        noise = 0.02 * np.sin(np.arange(80) * (2 + point))
+        blocks[side] = [
+            {"domain": DOMAINS[i % 2], "document": i // 4, "record": i, "loss": 3.0 + shift + hard[i] + noise[i], "unigram_loss": 6.0}
+            for i in range(80)
+        ]
+    control = {
+        "seen": 6.0,
+        "held_out": 6.0,
+        "gap": 0.0 if planted.control_passes else 0.3,
+        "interval": [-0.05, 0.05] if planted.control_passes else [0.2, 0.4],
+        "passes": planted.control_passes,
+    }
+    _finish(
+        path,
+        run,
+        {
+            "seen": 3.0,
+            "held_out": 3.0 + size,
+            "gap": size,
+            "interval": [size - 0.06, size + 0.06],
+            "domains": {},
+            "seen_early": 3.0,
+            "seen_late": None,
+            "control": control,
+            "blocks": blocks,
+            "tokens_per_side": 80 * 128,
+            "seconds": 1.0,
+        },
+    )
+
+
+_WRITERS = {
+    "prepare": _prepare,
+    "init": lambda path, run, planted, point, config: _finish(path, run, {"parameters": 530_000}),
+    "pretrain": _pretrain,
+    "evaluate": _evaluate,
+    "finetune": lambda path, run, planted, point, config: _finish(path, run, {"diverged": None}),
+    "probe": _probe,
+    "spectra": _spectra,
+    "gap": _gap,
+}

@@ -1,0 +1,261 @@
+"""The page holds every section, loads nothing, shows no number for what has none, and its CSV files equal the stages' results."""
+
+import csv
+import html.parser
+import json
+import re
+from pathlib import Path
+
+import pytest
+from synthetic_study import PROBLEMS, Planted, write_study
+
+from plasticity_jax.errors import UserError
+from plasticity_jax.records import RunDirectory, read_json
+from plasticity_jax.study.report import FIGURES, collect, figure, format_summary, inline_svg, render, render_page, summary_table, write_report
+from plasticity_jax.study.verdicts import verdicts
+
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+SECTIONS = {"answer", "warnings", "verdicts", "pretraining", "finetuning", "inside", "members", "tasks", "samples", "config", "provenance"}
+
+
+class Page(html.parser.HTMLParser):
+    """Ids, texts and resource loads of a page; complains about tags that do not match."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.ids, self.loads, self.links, self.text, self.open = [], [], [], "", []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "srcset", "poster", "data") or name in ("href", "xlink:href") and tag not in ("a", "use"):
+                self.loads.append(value)
+            if name == "href" and tag == "a":
+                self.links.append(value)
+        assert tag != "script"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def page(study):
+    return Page(write_report(study).read_text(encoding="utf-8"))
+
+
+def words(study) -> str:
+    """Text of the page without its figures, which take most of the time."""
+    results = collect(study)
+    return Page(render_page(results, verdicts(results), {}, [])).text
+
+
+def test_every_section_and_figure_is_there(page):
+    assert SECTIONS <= set(page.ids)
+    assert {f"figure-{name}" for name in FIGURES} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids)), "two figures share an id"
+    for word in (
+        "Four language models",
+        "Tiny model",
+        "Single pretraining seed",
+        "published validation split",
+        "consistent with",
+        "W_QK",
+        "peak lr",
+        "pass@8",
+        "c0ffee",
+    ):
+        assert word in page.text, word
+
+
+def test_page_is_self_contained(study, page):
+    assert page.loads == ["data:,"]
+    text = (study / "report" / "index.html").read_text(encoding="utf-8")
+    assert not re.search(r"url\((?!#)", text) and "@import" not in text
+    assert len(text) < 3_000_000
+    for link in page.links:
+        assert (link[1:] in page.ids) if link.startswith("#") else (study / "report" / link).is_file(), link
+
+
+def test_references_inside_figures_resolve(study, page):
+    text = (study / "report" / "index.html").read_text(encoding="utf-8")
+    used = set(re.findall(r'xlink:href="#([^"]+)"|url\(#([^)]+)\)', text))
+    assert used and {a or b for a, b in used} <= set(page.ids)
+
+
+def test_text_of_a_model_is_escaped(page):
+    assert "<script>alert(1)</script>" in page.text and "Which <b>word</b> & why?" in page.text
+
+
+def _rows(study, name):
+    with open(study / "report" / "tables" / f"{name}.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _results(study, stage):
+    runs = [run for run in read_json(study / "study.json")["runs"] if run["stage"] == stage]
+    return {run["id"]: (run, RunDirectory(study / run["id"]).results()) for run in runs}
+
+
+def test_csv_equals_the_results(study, page):
+    held_out = {row["member"]: row for row in _rows(study, "held_out") if row["domain"] == "all"}
+    for run, found in _results(study, "pretrain").values():
+        assert float(held_out[run["member"]]["loss"]) == found["held_out"]["loss"]
+    scores = {(row["member"], row["task"], row["when"]): row for row in _rows(study, "scores")}
+    evaluated = _results(study, "evaluate").values()
+    assert len(scores) == len(evaluated) == 4 * 2 * len(PROBLEMS)
+    for run, found in evaluated:
+        row = scores[run["member"], run["task"], run["fields"]["when"]]
+        assert {name: float(row[name]) for name in found["metrics"]} == found["metrics"]
+    ranks = {(row["member"], row["product"], row["layer"], row["head"]): float(row["pseudo_rank"]) for row in _rows(study, "pseudo_rank")}
+    for run, found in _results(study, "spectra").values():
+        assert ranks[run["member"], "W_VO", "2", "3"] == found["W_VO"]["pseudo_rank"][1][2]
+    probes = {(row["member"], row["layer"]): float(row["accuracy"]) for row in _rows(study, "probes")}
+    for run, found in _results(study, "probe").values():
+        assert probes[run["member"], "block2"] == found["sets"]["topic"]["accuracy"][2]
+    gaps = {row["member"]: row for row in _rows(study, "gap")}
+    for run, found in _results(study, "gap").values():
+        row = gaps[run["member"]]
+        assert [float(row[k]) for k in ("gap", "gap_lower", "gap_upper")] == [found["gap"], *found["interval"]]
+        assert row["seen_late"] == ""
+
+
+def test_gains_are_after_less_before(study, page):
+    for row in _rows(study, "gains"):
+        assert float(row["gain"]) == pytest.approx(float(row["after"]) - float(row["before"]), abs=1e-12)
+        assert float(row["gain_lower"]) <= float(row["gain"]) <= float(row["gain_upper"])
+        assert float(row["reference_weight_decay"]) == 0.0
+        assert (row["after_difference"] == "") == (float(row["weight_decay"]) == 0.0)
+
+
+def test_summary_table(study):
+    rows = summary_table(study)
+    assert [row["member"] for row in rows] == ["wd0", "wd0.1", "wd0.5", "wd2"]
+    last = rows[-1]
+    assert last["held_out_loss"] == 3.15 and last["timescale"] == 0.2 and last["gap"] == 0.05 and last["state"] == "done"
+    assert last["topic after"] - last["topic before"] == pytest.approx(last["topic gain"])
+    text = format_summary(rows)
+    assert len(text.splitlines()) == 5 and "0.100→0.800" in text and "none" in text
+
+
+def test_diverged_member_has_no_number(tmp_path):
+    study = write_study(tmp_path, Planted(loss=(3.3, 3.2, 3.1, None)))
+    page = Page(write_report(study).read_text(encoding="utf-8"))
+    row = summary_table(study)[-1]
+    assert row["state"] == "diverged" and {v for k, v in row.items() if k not in ("member", "weight_decay", "timescale", "state")} == {None}
+    assert "pretrain/wd2 diverged: loss nan at step" in page.text
+    legend = figure(collect(study), "loss_curves").axes[0].get_legend().get_texts()
+    assert [entry.get_text() for entry in legend] == ["λ = 0", "λ = 0.1", "λ = 0.5", "λ = 2 (diverged)"]
+    assert not re.search(r"\bnan\b|\binf\b", page.text.replace("loss nan at step", ""))
+    assert [r["member"] for r in _rows(study, "held_out") if r["domain"] == "all"] == ["wd0", "wd0.1", "wd0.5"]
+
+
+def test_failed_run_is_named(tmp_path):
+    study = write_study(tmp_path, stages=("prepare", "init", "pretrain"))
+    run = next(run for run in read_json(study / "study.json")["runs"] if run["stage"] == "gap")
+    (study / run["id"]).mkdir(parents=True)
+    (study / run["id"] / "FAILED").write_text('{"reason": "OSError: disk full"}')
+    assert "gap/wd0 failed: OSError: disk full" in words(study)
+
+
+@pytest.mark.parametrize("stages", [(), ("prepare", "init", "pretrain"), ("evaluate",), ("probe", "gap")])
+def test_partial_study_has_a_page(tmp_path, stages):
+    study = write_study(tmp_path, stages=stages)
+    page = Page(write_report(study).read_text(encoding="utf-8"))
+    assert SECTIONS <= set(page.ids)
+    assert "Partial study" in page.text and "Nothing to show yet" in page.text
+
+
+def test_one_member_and_no_task_have_a_page(tmp_path):
+    study = write_study(tmp_path, Planted(loss=(3.3,), before=(0.1,), after=(0.9,), rank_qk=(0.5,), rank_vo=(0.5,), gap=(0.1,), probe=(0.5,)))
+    assert "without a second there is nothing to compare" in Page(write_report(study).read_text(encoding="utf-8")).text
+    tree = read_json(study / "study.json")
+    tree["config"]["tasks"], tree["runs"] = {}, [run for run in tree["runs"] if not run["task"]]
+    (study / "study.json").write_text(json.dumps(tree))
+    assert "No fine-tuned model has been scored yet" in words(study)
+
+
+def test_warnings_of_control_and_unlearnt_task(tmp_path):
+    study = write_study(tmp_path, Planted(control_passes=False, after=(0.45, 0.45, 0.50, 0.50)))
+    text = words(study)
+    assert "unigram control of the seen / held-out gap fails for wd0, wd0.1, wd0.5, wd2" in text
+    assert "No member learnt sentiment" in text and "No member learnt topic" not in text
+
+
+def test_seeds_are_averaged(tmp_path):
+    study = write_study(tmp_path, Planted(seeds=(0, 1)))
+    results = collect(study)
+    assert [m.name for m in results.at(2.0)] == ["wd2", "wd2-s1"] and results.losses[2.0] == pytest.approx(3.15)
+    text = words(study)
+    assert "Single pretraining seed" not in text and "with 2 seeds" in text
+
+
+def test_report_is_replaced_and_leaves_no_old_figures(tmp_path):
+    study = write_study(tmp_path, stages=("spectra",))
+    stale = study / "report" / "figures" / "gone.png"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"old")
+    drawn = study / "report" / "figures" / "pseudo_rank.svg"
+    first = write_report(study).read_bytes(), drawn.read_bytes()
+    assert not stale.exists()
+    assert (write_report(study).read_bytes(), drawn.read_bytes()) == first, "the same results give the same files"
+    assert not [p for p in (study / "report").rglob("*") if "partial" in p.name]
+
+
+def test_interrupted_report_keeps_the_old_page(tmp_path, monkeypatch):
+    study = write_study(tmp_path, stages=("spectra",))
+    page = write_report(study)
+    old, write = page.read_bytes(), Path.write_bytes
+
+    def full_disk(path, content):
+        if "index.html" in path.name:
+            write(path, content[:100])
+            raise OSError("No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_report(study)
+    assert page.read_bytes() == old and [path.name for path in page.parent.iterdir() if path.is_file()] == ["index.html"]
+
+
+def test_figures_by_name(study):
+    results = collect(study)
+    assert render(figure(results, "gap"), "png").startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="did you mean loss_curves"):
+        figure(results, "loss_curve")
+
+
+def test_figure_without_data_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nothing to show yet"):
+        figure(collect(write_study(tmp_path, stages=("pretrain",))), "gap")
+
+
+def test_study_json_is_required(tmp_path):
+    with pytest.raises(UserError, match=r"holds no study\.json"):
+        write_report(tmp_path)
+
+
+def test_inline_svg_prefixes_every_id_and_reference():
+    body = '<defs><path id="{0}a"/></defs><use xlink:href="#{0}a" clip-path="url(#{0}a)"/></svg>'
+    svg = '<?xml version="1.0"?><svg width="3pt" height="4pt" viewBox="0 0 3 4">' + body.format("")
+    inline = str(inline_svg(svg, "one", 'say "x"'))
+    assert inline == '<svg viewBox="0 0 3 4" role="img" aria-label="say &#34;x&#34;">' + body.format("one-")
