@@ -92,7 +92,8 @@ def choose_blocks(train: TokenRecords, held_out: TokenRecords, last_reading: Int
     taken = blocks_per_domain(weights, available, total)
     if taken.sum() == 0:
         raise UserError(
-            f"no domain of {', '.join(train.domains)} has a block on both sides of the gap; use more documents, more steps or a larger held_out_share."
+            f"no domain of {', '.join(train.domains)} has a block on both sides of the gap; "
+            "use more documents, more steps or a larger held_out_share."
         )
     rng = np.random.default_rng(seed)
     seen, held = (np.concatenate([_spread(side[i], n, rng) for side, n in zip(sides, taken)]) for i in (0, 1))
@@ -143,7 +144,9 @@ def _mean_losses(config: ModelConfig, params: dict, tokens_BxT: Int[Array, "B T"
     return token_losses(logits_BxTxV, targets_BxT).mean(axis=-1)
 
 
-def summarise(losses: dict[str, np.ndarray], control: dict[str, np.ndarray], keys: dict[str, tuple[list, list]], read_at: np.ndarray, *, seed: int) -> dict:
+def summarise(
+    losses: dict[str, np.ndarray], control: dict[str, np.ndarray], keys: dict[str, tuple[list, list]], read_at: np.ndarray, *, seed: int
+) -> dict:
     """The numbers of the stage, from the losses of blocks.
 
     Args:

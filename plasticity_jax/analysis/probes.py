@@ -145,7 +145,9 @@ def _validation_rows(y_n: np.ndarray, seed: int) -> np.ndarray:
     return held_n
 
 
-def _validation_losses(x: np.ndarray, y_n: np.ndarray, held_n: np.ndarray, penalties: list[float], n_classes: int, standardize: bool) -> dict[float, float]:
+def _validation_losses(
+    x: np.ndarray, y_n: np.ndarray, held_n: np.ndarray, penalties: list[float], n_classes: int, standardize: bool
+) -> dict[float, float]:
     """Cross-entropy on the held rows for each penalty, from the largest down, each fit starting where the last one ended."""
     mean, scale = _statistics(x[~held_n], standardize)
     x = (x - mean) / scale
@@ -289,7 +291,8 @@ def run(context: Context) -> dict:
     model = load_model(context.parents["model"])
     if model.tokenizer is None:
         raise UserError(f"{context.parents['model']} holds no tokenizer.json, and a probe reads texts; give a run that has one.")
-    sets = {name: _probe_set(model, name, read_probe_set(context.parents[f"probe-{name}"]), context.config.probe) for name in context.config.probe.sets}
+    settings = context.config.probe
+    sets = {name: _probe_set(model, name, read_probe_set(context.parents[f"probe-{name}"]), settings) for name in settings.sets}
     return {"sets": sets, "seconds": time.monotonic() - start}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.evaluate.decode import decode, read_prompts
+from plasticity_jax.model.cache import decode, read_prompts
 from plasticity_jax.progress import Progress
 
 STOP_STRINGS = ("Human", "Assistant")  # the paper's "Human:" and "Assistant:" begin with these two

@@ -1,4 +1,8 @@
-"""Generation with a key-value cache: prompts of several lengths, left-padded, then one token of every row at a time."""
+"""Generation with a key-value cache: read left-padded prompts once, then one token of every row at a time.
+
+The R completions of a prompt read one copy of its keys and values, as the rows of one product, and only what they generate is stored per row: a
+step costs a fraction of the memory traffic that a cache per row would.
+"""
 
 from typing import NamedTuple
 
@@ -13,104 +17,128 @@ from plasticity_jax.model.attention import attend, attention_mask, rope_tables
 from plasticity_jax.model.transformer import Params, graphs, unstack
 
 
-class Cache(NamedTuple):
-    """Rotated keys and values of every layer, K key-value heads of Dh features, S slots.
-
-    Because prompts are left-padded, all rows write the same slot at the same time.
+class PromptCache(NamedTuple):
+    """Rotated keys and values of P prompts, padded on the left to S tokens, K key-value heads of D features; never written again.
 
     Attributes:
-      k_LxBxSxKxD, v_LxBxSxKxD: keys and values.
-      valid_BxS: slots that hold a real token.
-      length_B: number of real tokens so far, which is the rotary position of the next.
+      k, v: one array [P, K, D, S] and [P, K, S, D] per layer, laid out as the right operands of the products that read them.
+      valid_PxS: which slots hold a real token.
     """
 
-    k_LxBxSxKxD: Float[Array, "L B S K Dh"]
-    v_LxBxSxKxD: Float[Array, "L B S K Dh"]
-    valid_BxS: Bool[Array, "B S"]
-    length_B: Int[Array, "B"]
+    k: tuple[Float[Array, "p k d s"], ...]
+    v: tuple[Float[Array, "p k s d"], ...]
+    valid_PxS: Bool[Array, "p s"]
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
-    """An empty cache for `batch` rows of `length` slots (padded prompt and new tokens together)."""
-    shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), bool), jnp.zeros(batch, jnp.int32))
+class RowCache(NamedTuple):
+    """Keys and values of what B rows have generated, per layer, N slots.
+
+    Attributes:
+      k, v: one array [B, K, N, D] per layer.
+      position_B: rotary position of the next token, which is the number of real tokens before it.
+    """
+
+    k: tuple[Float[Array, "b k n d"], ...]
+    v: tuple[Float[Array, "b k n d"], ...]
+    position_B: Int[Array, "b"]
 
 
-def repeat_cache(cache: Cache, times: int) -> Cache:
-    """Every row `times` times in a row (row b becomes rows b·times ... b·times + times − 1), to draw several samples of one prompt."""
-    k, v = (jnp.repeat(x, times, axis=1) for x in (cache.k_LxBxSxKxD, cache.v_LxBxSxKxD))
-    return Cache(k, v, jnp.repeat(cache.valid_BxS, times, axis=0), jnp.repeat(cache.length_B, times, axis=0))
-
-
-def prefill(
+def read_prompts(
     config: ModelConfig,
     params: Params,
-    tokens_BxP: Int[Array, "B P"],
-    valid_BxP: Bool[Array, "B P"],
-    cache: Cache,
+    tokens_PxS: Int[Array, "p s"],
+    valid_PxS: Bool[Array, "p s"],
     *,
-    compute_dtype: DTypeLike = jnp.float32,
-) -> tuple[Float[Array, "B V"], Cache]:
-    """Reads left-padded prompts into slots 0 ... P−1 of an empty cache.
+    rows_per_prompt: int,
+    slots: int,
+    compute_dtype: DTypeLike,
+) -> tuple[Float[Array, "p v"], PromptCache, RowCache]:
+    """Reads left-padded prompts.
 
     Args:
-      valid_BxP: False on the padding, which comes first in a row and is never attended to.
+      valid_PxS: False on the padding, which comes first in a row and is never attended to.
+      rows_per_prompt: completions that each prompt will have.
+      slots: tokens that a completion may have.
     Returns:
-      float32 logits of the token after the prompt, and the filled cache.
+      float32 logits of the token after each prompt, the prompts' cache, and empty caches for the rows.
     """
-    prompt_length = tokens_BxP.shape[1]
-    positions_BxP = jnp.maximum(jnp.cumsum(valid_BxP, axis=1) - 1, 0)
-    rope = rope_tables(positions_BxP, config.head_dim, config.rope_theta)
-    mask = attention_mask(prompt_length, valid_BxP.astype(jnp.int32))
+    positions_PxS = jnp.maximum(jnp.cumsum(valid_PxS, axis=1) - 1, 0)
+    rope = rope_tables(positions_PxS, config.head_dim, config.rope_theta)
+    mask = attention_mask(tokens_PxS.shape[1], valid_PxS.astype(jnp.int32))
     decoder_graph, block_graph = graphs(config)
     decoder = nnx.merge(decoder_graph, params)
-    x_BxPxD = decoder.embed(tokens_BxP, compute_dtype)
+    x_PxSxD = decoder.embed(tokens_PxS, compute_dtype)
     keys, values = [], []
     for layer in unstack(config, params["blocks"]):
         block = nnx.merge(block_graph, layer)
-        q, k, v = block.attn.qkv(block.attn_norm(x_BxPxD), rope, compute_dtype)
-        keys.append(k)
-        values.append(v)
-        x_BxPxD = x_BxPxD + block.attn.merge(attend(q, k, v, mask)[0], compute_dtype)
-        x_BxPxD = x_BxPxD + block.mlp(block.mlp_norm(x_BxPxD), compute_dtype)[0]
-    logits_BxV = decoder.head(decoder.final_norm(x_BxPxD[:, -1]), compute_dtype, out_dtype=jnp.float32)
-    return logits_BxV, Cache(
-        cache.k_LxBxSxKxD.at[:, :, :prompt_length].set(jnp.stack(keys).astype(cache.k_LxBxSxKxD.dtype)),
-        cache.v_LxBxSxKxD.at[:, :, :prompt_length].set(jnp.stack(values).astype(cache.v_LxBxSxKxD.dtype)),
-        cache.valid_BxS.at[:, :prompt_length].set(valid_BxP),
-        valid_BxP.sum(axis=1, dtype=jnp.int32),
-    )
+        q, k_PxSxKxD, v_PxSxKxD = block.attn.qkv(block.attn_norm(x_PxSxD), rope, compute_dtype)
+        keys.append(k_PxSxKxD.transpose(0, 2, 3, 1))
+        values.append(v_PxSxKxD.transpose(0, 2, 1, 3))
+        x_PxSxD = x_PxSxD + block.attn.merge(attend(q, k_PxSxKxD, v_PxSxKxD, mask)[0], compute_dtype)
+        x_PxSxD = x_PxSxD + block.mlp(block.mlp_norm(x_PxSxD), compute_dtype)[0]
+    logits_PxV = decoder.head(decoder.final_norm(x_PxSxD[:, -1]), compute_dtype, out_dtype=jnp.float32)
+    shape = (tokens_PxS.shape[0] * rows_per_prompt, config.n_kv_heads, slots, config.head_dim)
+    empty = tuple(jnp.zeros(shape, compute_dtype) for _ in range(config.n_layers))
+    length_P = valid_PxS.sum(axis=1, dtype=jnp.int32)
+    return logits_PxV, PromptCache(tuple(keys), tuple(values), valid_PxS), RowCache(empty, empty, jnp.repeat(length_P, rows_per_prompt))
 
 
-def decode_step(
-    config: ModelConfig,
-    params: Params,
-    token_B: Int[Array, "B"],
-    slot: Int[Array, ""] | int,
-    cache: Cache,
-    *,
-    compute_dtype: DTypeLike = jnp.float32,
-) -> tuple[Float[Array, "B V"], Cache]:
-    """Reads one token of every row.
+def decode(config: ModelConfig, params: Params, token_B: Int[Array, "b"], slot: Int[Array, ""], prompt: PromptCache, rows: RowCache, *,
+           compute_dtype: DTypeLike) -> tuple[Float[Array, "b v"], RowCache]:
+    """Reads one token of every row; rows p·R ... p·R + R − 1 belong to prompt p.
 
     Args:
-      slot: where it is written, the same for all rows: P for the first token after prompts padded to P, then P + 1, ... May be traced.
+      slot: how many tokens the rows have generated and read before this one; may be traced.
     Returns:
-      float32 logits of the token after it, and the cache that holds it.
+      float32 logits of the token after it, and the rows' cache that holds it.
     """
-    rope = rope_tables(cache.length_B[:, None], config.head_dim, config.rope_theta)
-    valid_BxS = cache.valid_BxS.at[:, slot].set(True)
+    rope = rope_tables(rows.position_B[:, None], config.head_dim, config.rope_theta)
     decoder_graph, block_graph = graphs(config)
     decoder = nnx.merge(decoder_graph, params)
     x_Bx1xD = decoder.embed(token_B[:, None], compute_dtype)
-    keys, values = cache.k_LxBxSxKxD, cache.v_LxBxSxKxD
+    keys, values = [], []
     for index, layer in enumerate(unstack(config, params["blocks"])):
         block = nnx.merge(block_graph, layer)
-        q, k, v = block.attn.qkv(block.attn_norm(x_Bx1xD), rope, compute_dtype)
-        keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), (index, 0, slot, 0, 0))
-        values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), (index, 0, slot, 0, 0))
-        out, _ = attend(q, keys[index], values[index], valid_BxS[:, None])
-        x_Bx1xD = x_Bx1xD + block.attn.merge(out, compute_dtype)
+        q_Bx1xHxD, k_Bx1xKxD, v_Bx1xKxD = block.attn.qkv(block.attn_norm(x_Bx1xD), rope, compute_dtype)
+        keys.append(jax.lax.dynamic_update_slice(rows.k[index], k_Bx1xKxD.swapaxes(1, 2).astype(rows.k[index].dtype), (0, 0, slot, 0)))
+        values.append(jax.lax.dynamic_update_slice(rows.v[index], v_Bx1xKxD.swapaxes(1, 2).astype(rows.v[index].dtype), (0, 0, slot, 0)))
+        out_Bx1xHxD = _attend(q_Bx1xHxD, prompt.k[index], prompt.v[index], prompt.valid_PxS, keys[-1], values[-1], slot)
+        x_Bx1xD = x_Bx1xD + block.attn.merge(out_Bx1xHxD, compute_dtype)
         x_Bx1xD = x_Bx1xD + block.mlp(block.mlp_norm(x_Bx1xD), compute_dtype)[0]
     logits_BxV = decoder.head(decoder.final_norm(x_Bx1xD[:, 0]), compute_dtype, out_dtype=jnp.float32)
-    return logits_BxV, Cache(keys, values, valid_BxS, cache.length_B + 1)
+    return logits_BxV, RowCache(tuple(keys), tuple(values), rows.position_B + 1)
+
+
+def _attend(q_Bx1xHxD: Float[Array, "b 1 h d"], k_PxKxDxS: Float[Array, "p k d s"], v_PxKxSxD: Float[Array, "p k s d"],
+            valid_PxS: Bool[Array, "p s"], k_BxKxNxD: Float[Array, "b k n d"], v_BxKxNxD: Float[Array, "b k n d"],
+            slot: Int[Array, ""]) -> Float[Array, "b 1 h d"]:
+    """Attention of one query per row over its prompt and its own slots up to `slot`; one softmax over both, in float32."""
+    n_prompts, n_kv_heads, head_dim, length = k_PxKxDxS.shape
+    n_rows, _, slots, _ = k_BxKxNxD.shape
+    per_prompt, group = n_rows // n_prompts, q_Bx1xHxD.shape[2] // n_kv_heads
+    lowest = jnp.finfo(jnp.float32).min
+    q_BxKxGxD = q_Bx1xHxD.reshape(n_rows, n_kv_heads, group, head_dim)
+    q_PxKxCxD = _by_prompt(q_BxKxGxD, n_prompts)  # C = R·G: all queries of a prompt that read the same key-value head
+    to_prompt_PxKxCxS = jnp.matmul(q_PxKxCxD, k_PxKxDxS, preferred_element_type=jnp.float32) * head_dim**-0.5
+    to_prompt_PxKxCxS = jnp.where(valid_PxS[:, None, None], to_prompt_PxKxCxS, lowest)
+    to_own_BxKxGxN = jnp.einsum("bkgd,bknd->bkgn", q_BxKxGxD, k_BxKxNxD, preferred_element_type=jnp.float32) * head_dim**-0.5
+    to_own_BxKxGxN = jnp.where(jnp.arange(slots) <= slot, to_own_BxKxGxN, lowest)
+    scores = jnp.concatenate([to_prompt_PxKxCxS, _by_prompt(to_own_BxKxGxN, n_prompts)], axis=-1)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v_PxKxSxD.dtype)
+    from_prompt_BxKxGxD = _by_row(probs[..., :length] @ v_PxKxSxD, per_prompt)
+    from_own_BxKxGxD = jnp.einsum("bkgn,bknd->bkgd", _by_row(probs[..., length:], per_prompt), v_BxKxNxD)
+    return (from_prompt_BxKxGxD + from_own_BxKxGxD).reshape(q_Bx1xHxD.shape)
+
+
+def _by_prompt(x_BxKxGxE: Float[Array, "b k g e"], n_prompts: int) -> Float[Array, "p k c e"]:
+    """Lays the rows of a prompt side by side under each key-value head."""
+    n_rows, n_kv_heads, group, features = x_BxKxGxE.shape
+    x_PxRxKxGxE = x_BxKxGxE.reshape(n_prompts, -1, n_kv_heads, group, features)
+    return x_PxRxKxGxE.swapaxes(1, 2).reshape(n_prompts, n_kv_heads, -1, features)
+
+
+def _by_row(x_PxKxCxE: Float[Array, "p k c e"], per_prompt: int) -> Float[Array, "b k g e"]:
+    """The inverse of `_by_prompt`."""
+    n_prompts, n_kv_heads, columns, features = x_PxKxCxE.shape
+    x_PxKxRxGxE = x_PxKxCxE.reshape(n_prompts, n_kv_heads, per_prompt, columns // per_prompt, features)
+    return x_PxKxRxGxE.swapaxes(1, 2).reshape(n_prompts * per_prompt, n_kv_heads, -1, features)

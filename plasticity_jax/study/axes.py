@@ -79,7 +79,7 @@ def decay_axis(axes: Axes, results: StudyResults, *, label: bool) -> None:
                 clip_on=False,
             )
     if label:
-        axes.set_xlabel("weight decay λ, log scale; below: timescale, share of the run")
+        axes.set_xlabel("weight decay λ (log); below: timescale, share of run")
 
 
 def _short(value: float) -> str:

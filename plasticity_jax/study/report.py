@@ -162,7 +162,7 @@ def render_page(results: StudyResults, found: list, drawn: dict[str, Markup], ta
 def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
     """Every metric of a task, before and after, one row per member; the task's majority class and row counts."""
     scores = [s[task] for m in results.members for s in (m.after, m.before) if task in s]
-    metrics = list(scores[0].metrics) if scores else []
+    metrics = sorted(scores[0].metrics, key=lambda name: name != "pass@1") if scores else []
     summary = results.prepared.get(f"task-{task}", {})
     rows = []
     for m in results.members:

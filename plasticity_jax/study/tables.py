@@ -216,7 +216,7 @@ def correlation_rows(results: StudyResults) -> Rows:
         for task in results.tasks
     }
     if len(results.learnt) > 1:
-        scores["mean of learnt tasks"] = {d: s for d in results.losses if (s := results.task_mean(d, lambda m, t: m.after_task(t))) is not None}
+        scores["mean (learnt)"] = {d: s for d in results.losses if (s := results.task_mean(d, lambda m, t: m.after_task(t))) is not None}
     for task, by_decay in scores.items():
         if len(by_decay) >= 3:
             losses, values = [results.losses[d] for d in by_decay], list(by_decay.values())

@@ -71,8 +71,8 @@ def loss_is_u_shaped(results: StudyResults) -> Verdict:
     return Verdict(
         "Held-out loss is lowest at an intermediate weight decay.",
         "pretraining loss over λ",
-        f"Consistent if some λ inside the grid has a held-out loss more than {LOSS_MARGIN} nats below both ends; inconsistent if an end is more than "
-        f"{LOSS_MARGIN} nats below every λ inside. Needs three finished λ, and all of them for “inconsistent”: beyond the last finished one "
+        f"Consistent if some λ inside the grid has a held-out loss more than {LOSS_MARGIN} nats below both ends; inconsistent if an end is more "
+        f"than {LOSS_MARGIN} nats below every λ inside. Needs three finished λ, and all of them for “inconsistent”: beyond the last finished one "
         "the loss may rise.",
         f"Held-out loss in nats per token: {shown}.",
         verdict,
@@ -84,12 +84,10 @@ def downstream_prefers_more(results: StudyResults) -> Verdict:
     return Verdict(
         "The weight decay that is best after fine-tuning is at least as large as the one with the lowest held-out loss.",
         "best λ before and after fine-tuning",
-        "Score: greedy accuracy after fine-tuning, averaged over the tasks the models learnt. The best-scoring λ at or above the loss-best λ "
-        "is compared "
-        "with the best-scoring λ below it, paired by problem: consistent if the interval of the difference is above 0, inconsistent if it is "
-        "below 0. "
-        f"If several λ are within {LOSS_MARGIN} nats of the lowest loss, all of them must give the same word. Picking the best of several "
-        "flatters both sides.",
+        "Score: greedy accuracy after fine-tuning, averaged over the tasks the models learnt. The best-scoring λ at or above the loss-best λ is "
+        "compared with the best-scoring λ below it, paired by problem: consistent if the interval of the difference is above 0, inconsistent if "
+        f"it is below 0. If several λ are within {LOSS_MARGIN} nats of the lowest loss, all of them must give the same word. Picking the best of "
+        "several flatters both sides.",
         evidence,
         verdict,
     )
@@ -103,10 +101,8 @@ def _downstream(results: StudyResults) -> tuple[str, str]:
         return CANNOT_TELL, "Fewer than two λ have a score on every learnt task."
     losses = {d: results.losses[d] for d in scores}
     lowest = min(losses.values())
-    words, evidence = (
-        set(),
-        [f"Lowest loss at λ={min(losses, key=losses.get):.4g}, best score {max(scores.values()):.3f} at λ={max(scores, key=scores.get):.4g}."],
-    )
+    best = max(scores, key=scores.get)
+    words, evidence = set(), [f"Lowest loss at λ={min(losses, key=losses.get):.4g}, best score {scores[best]:.3f} at λ={best:.4g}."]
     for optimum in sorted(d for d, loss in losses.items() if loss <= lowest + LOSS_MARGIN):
         below = [d for d in scores if d < optimum]
         if not below:
@@ -126,9 +122,8 @@ def query_key_rank_falls(results: StudyResults) -> Verdict:
         "The pseudo-rank of W_QK falls with weight decay, and falls more than that of W_VO.",
         "attention matrices, section 4.2",
         "Smallest against largest λ, head by head: consistent if the fall of W_QK, and the fall of W_QK less that of W_VO, both have an "
-        "interval above 0, "
-        f"and the mean over heads never rises by more than {RANK_MARGIN} from one λ to the next; inconsistent if either interval is below 0. "
-        "Heads of one model are not independent, so the interval is narrower than it should be.",
+        f"interval above 0, and the mean over heads never rises by more than {RANK_MARGIN} from one λ to the next; inconsistent if either "
+        "interval is below 0. Heads of one model are not independent, so the interval is narrower than it should be.",
         evidence,
         verdict,
     )
@@ -155,11 +150,9 @@ def gap_falls(results: StudyResults) -> Verdict:
     return Verdict(
         "The gap between held-out loss and loss on text seen in training shrinks as weight decay grows.",
         "train-validation gap",
-        "Gap at the smallest λ less gap at the largest, on the same blocks, documents resampled: consistent if the interval is above 0 and "
-        "the gap never rises by "
-        f"more than {GAP_MARGIN} nats from one λ to the next; inconsistent if the interval is below 0. Cannot tell unless a unigram model "
-        "scores both sides "
-        "equally within its interval.",
+        "Gap at the smallest λ less gap at the largest, on the same blocks, documents resampled: consistent if the interval is above 0 and the "
+        f"gap never rises by more than {GAP_MARGIN} nats from one λ to the next; inconsistent if the interval is below 0. Cannot tell unless a "
+        "unigram model scores both sides equally within its interval.",
         evidence,
         verdict,
     )
@@ -185,10 +178,8 @@ def probes_improve(results: StudyResults) -> Verdict:
         "Linear probes on the base model’s states do better with more weight decay, over the useful range.",
         "linear separability",
         f"Useful range: up to the largest λ whose held-out loss is at most {USEFUL_LOSS} nats above the lowest. Its two ends are compared for "
-        "each probe set, "
-        "accuracy averaged over the blocks, paired by test text: consistent if the interval is above 0 for one set and below 0 for none; "
-        "inconsistent the other "
-        "way round. Sets on which both ends are at the majority class are left out.",
+        "each probe set, accuracy averaged over the blocks, paired by test text: consistent if the interval is above 0 for one set and below 0 "
+        "for none; inconsistent the other way round. Sets on which both ends are at the majority class are left out.",
         evidence,
         verdict,
     )
@@ -226,10 +217,9 @@ def gain_rises(results: StudyResults) -> Verdict:
     return Verdict(
         "Models pretrained with more weight decay gain more from fine-tuning, over the useful range.",
         "abstract",
-        f"Useful range: up to the largest λ whose held-out loss is at most {USEFUL_LOSS} nats above the lowest. Gain (after less before, "
-        "greedy) at its largest λ "
-        "less gain at its smallest, averaged over the tasks the models learnt, paired by problem: consistent if the interval is above 0, "
-        "inconsistent if below.",
+        f"Useful range: up to the largest λ whose held-out loss is at most {USEFUL_LOSS} nats above the lowest. Gain (after less before, greedy) "
+        "at its largest λ less gain at its smallest, averaged over the tasks the models learnt, paired by problem: consistent if the interval "
+        "is above 0, inconsistent if below.",
         evidence,
         verdict,
     )
@@ -287,4 +277,4 @@ def _interval(interval: tuple[float, float, float] | None) -> str:
     if interval is None:
         return "not available"
     mean, lower, upper = interval
-    return f"{mean:+.3f} [{lower:+.3f}, {upper:+.3f}]"
+    return f"{mean:+.3f} [{lower:+.3f}, {upper:+.3f}]".replace("-", "−")

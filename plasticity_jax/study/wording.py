@@ -7,8 +7,8 @@ from plasticity_jax.study.results import StudyResults
 from plasticity_jax.study.verdicts import CANNOT_TELL, CONSISTENT, INCONSISTENT, LOSS_MARGIN, Verdict
 
 TINY = 100_000_000  # parameters; the smallest model of the paper has five times as many
-# What a row's published split may be without a warning: made for training, made here, or never split.
-HARMLESS_SPLITS = {"train", "generated", "none", ""}
+# What a row's split may be without a warning: published for training, generated, never split, or split here.
+HARMLESS_SPLITS = {"train", "held_out", "generated", "none", ""}
 
 
 def answer(results: StudyResults, verdicts: list[Verdict]) -> list[str]:
@@ -24,8 +24,8 @@ def _varied(results: StudyResults) -> str:
     tokens = f" on {millions(done['tokens'])} tokens of text" if done else ""
     if decays == 1:
         return (
-            f"One language model{size} was pretrained{tokens} with AdamW’s weight decay λ = {results.decays[0]:.3g}; "
-            "without a second there is nothing to compare."
+            f"One language model{size} was pretrained{tokens} with AdamW’s weight decay λ = {results.decays[0]:.3g}; without a second there is "
+            "nothing to compare."
         )
     so_far = (
         ""
@@ -34,8 +34,7 @@ def _varied(results: StudyResults) -> str:
     )
     return (
         f"{_word_for(decays).capitalize()} language models{size} were pretrained{tokens}, from the same initial parameters and on the same "
-        "batches; they differ in one "
-        f"number, AdamW’s weight decay λ ({', '.join(f'{d:.3g}' for d in results.decays)}).{so_far}"
+        f"batches; they differ in one number, AdamW’s weight decay λ ({', '.join(f'{d:.3g}' for d in results.decays)}).{so_far}"
     )
 
 
@@ -65,8 +64,8 @@ def _found(results: StudyResults) -> list[str]:
                 mean, lower, upper = difference
                 sure = "excludes" if lower > 0 or upper < 0 else "includes"
                 sentence += (
-                    f", against {scores[reference]:.3f} at λ = {reference:.3g}; the difference of {mean:.3f} has a 95% interval of {lower:+.3f} to "
-                    f"{upper:+.3f}, which {sure} zero (picking the best afterwards flatters it)"
+                    f", against {scores[reference]:.3f} at λ = {reference:.3g}; the difference of {mean:.3f} has a 95% interval of {lower:+.3f} "
+                    f"to {upper:+.3f}, which {sure} zero (picking the best afterwards flatters it)"
                 )
             sentences.append(sentence + ".")
     elif any(m.after for m in results.members) and not results.learnt:
@@ -83,9 +82,9 @@ def _how_sure(results: StudyResults, verdicts: list[Verdict]) -> str:
         else f"Every weight decay was pretrained with {seeds} seeds"
     )
     return (
-        f"Of {_word_for(len(verdicts))} claims of the paper, these numbers are consistent with {_word_for(count[CONSISTENT])} and inconsistent with "
-        f"{_word_for(count[INCONSISTENT])}; for {_word_for(count[CANNOT_TELL])} they cannot tell. {once}, and the intervals cover the choice "
-        "of test items alone."
+        f"Of {_word_for(len(verdicts))} claims of the paper, these numbers are consistent with {_word_for(count[CONSISTENT])} and inconsistent "
+        f"with {_word_for(count[INCONSISTENT])}; for {_word_for(count[CANNOT_TELL])} they cannot tell. {once}, and the intervals cover the "
+        "choice of test items alone."
     )
 
 
@@ -152,8 +151,8 @@ def _control(results: StudyResults) -> list[str]:
     if not failing:
         return []
     return [
-        f"The unigram control of the seen / held-out gap fails for {', '.join(failing)}: the two sides differ in difficulty, so the gap’s "
-        "size means little."
+        f"The unigram control of the seen / held-out gap fails for {', '.join(failing)}: the two sides differ in difficulty, so the gap’s size "
+        "means little."
     ]
 
 
@@ -163,8 +162,8 @@ def _unlearnt(results: StudyResults) -> list[str]:
         bound = results.lower_bound(task)
         if bound is not None and task not in results.learnt:
             found.append(
-                f"No member learnt {task}: the best one’s 95% lower bound is {bound[0]:.3f}, the majority class {bound[1]:.3f}. It is left "
-                "out of averages and verdicts."
+                f"No member learnt {task}: the best one’s 95% lower bound is {bound[0]:.3f}, the majority class {bound[1]:.3f}. It is left out "
+                "of averages and verdicts."
             )
     return found
 

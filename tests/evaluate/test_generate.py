@@ -141,7 +141,8 @@ def test_samples_follow_the_models_distribution():
     params = init_params(config, 0)
     params["head"]["kernel"] = params["head"]["kernel"] * 4
     n = 4000
-    settings = SETTINGS | {"n_samples": n, "greedy_first": False, "buckets": (4,), "max_new_tokens": 2, "temperature": 1.5, "batch_size": n, "eos_id": 13}
+    settings = SETTINGS | {"n_samples": n, "greedy_first": False, "buckets": (4,), "max_new_tokens": 2, "temperature": 1.5,
+                           "batch_size": n, "eos_id": 13}
     pairs = np.array(generate((config, params), [[3, 5, 7]], **settings)[0])
     likeliest = int(np.bincount(pairs[:, 0]).argmax())
     for text, drawn in (([3, 5, 7], pairs[:, 0]), ([3, 5, 7, likeliest], pairs[pairs[:, 0] == likeliest, 1])):

@@ -81,7 +81,7 @@ def _finish(path: Path, run: Run, results: dict, provenance: dict | None = None)
 def _prepare(path, run, planted, point, config):
     summary = {"fingerprint": f"fingerprint-of-{run.name}"}
     if run.task:
-        splits = {"train": {"train": 100}, "test": {"validation": 50} if run.task == "sentiment" else {"none": 50}}
+        splits = {"train": {"train": 100}, "test": {"validation": 50} if run.task == "sentiment" else {"held_out": 50}}
         summary |= {"rows": {"train": 6000, "test": PROBLEMS[run.task]}, "source_splits": splits, "licences": {"a-package": "a licence"}}
     _finish(path, run, summary)
 

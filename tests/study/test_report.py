@@ -76,7 +76,7 @@ def test_every_section_and_figure_is_there(page):
         "Four language models",
         "Tiny model",
         "Single pretraining seed",
-        "published validation split",
+        "in use: sentiment (test rows from the published validation split). They",
         "consistent with",
         "W_QK",
         "peak lr",
