@@ -13,6 +13,6 @@ def get_config():
     config.tasks = {
         "addition2": task(train_rows=6000, test_rows=300, epochs=3, max_new_tokens=40),
         "topic": task(train_rows=6000, test_rows=300, epochs=3, max_new_tokens=12),
-        "sentiment": task(train_rows=6000, test_rows=300, epochs=3, max_new_tokens=8),
+        "sentiment": task(train_rows=6000, test_rows=300, epochs=3, max_new_tokens=12),
     }
     return config

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from plasticity_jax.config import StudyConfig, grid_members, load_config
 from plasticity_jax.errors import UserError
+from plasticity_jax.parallel.allocator import keep_freed_memory
 
 log = logging.getLogger("plasticity_jax")
 
@@ -92,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.takes_config:
             arguments.config = load_config(arguments.config, overrides)
         signal.signal(signal.SIGTERM, _interrupt)
+        if arguments.command not in ("status", "report"):
+            keep_freed_memory()
         return _COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"plasticity: {error}", file=sys.stderr)
@@ -275,11 +278,11 @@ def _generate(arguments) -> int:
         raise UserError(f"--max-new-tokens={arguments.max_new_tokens} must be at least 1.")
     if not 0 <= arguments.temperature < float("inf"):
         raise UserError(f"--temperature={arguments.temperature} must be 0 or more.")
-    from plasticity_jax.evaluate.generate import complete
+    from plasticity_jax.evaluate.generate import continue_text
     from plasticity_jax.model.load import load_model
 
     model = load_model(arguments.model)
-    print(complete(model, arguments.prompt, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed))
+    print(continue_text(model, arguments.prompt, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed))
     return 0
 
 

@@ -137,8 +137,13 @@ def _check_train(config: StudyConfig) -> None:
         "eval_every",
         "log_every",
         "checkpoint_every",
+        "microbatches",
     ):
         _positive(f"train.{name}", getattr(train, name))
+    _refuse_unless(
+        train.batch_size % train.microbatches == 0,
+        f"train.batch_size={train.batch_size} is not divisible by train.microbatches={train.microbatches}; set microbatches to a divisor of it.",
+    )
     for name in ("warmup_share", "final_lr_share", "b1", "b2"):
         _share(f"train.{name}", getattr(train, name))
     _refuse_unless(train.b1 < 1 and train.b2 < 1, f"train.b1={train.b1} and train.b2={train.b2} must be below 1.")

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
+from plasticity_jax.errors import UserError
 from plasticity_jax.model.cache import decode, read_prompts
 from plasticity_jax.progress import Progress
 
@@ -74,6 +75,37 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: in
         while waiting:
             collect()
     return completions
+
+
+def continue_text(model: Any, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """The continuation of a text, without template and stop strings, in float32.
+
+    Args:
+      model: a LoadedModel.
+      temperature: 0 takes the likeliest token every time.
+      seed: of the random stream; the same gives the same text.
+    Raises:
+      UserError: the model has no tokenizer, or the prompt no token.
+    """
+    if model.tokenizer is None:
+        raise UserError(f"{model.path} has no tokenizer.json, so no text can be generated; put the model's tokenizer there.")
+    tokens = model.tokenizer.encode(prompt)
+    if not tokens:
+        raise UserError("--prompt is empty; give at least one character to continue from.")
+    [[completion]] = generate(
+        model,
+        [tokens],
+        max_new_tokens=max_new_tokens,
+        n_samples=1 if temperature > 0 else 0,
+        temperature=temperature or 1.0,
+        seed=seed,
+        buckets=(len(tokens),),
+        batch_size=1,
+        eos_id=model.tokenizer.eos_id,
+        pad_id=model.tokenizer.pad_id,
+        compute_dtype=jnp.float32,
+    )
+    return model.tokenizer.decode(completion)
 
 
 def count_cut(prompts: Sequence[Sequence[int]], buckets: tuple[int, ...]) -> int:

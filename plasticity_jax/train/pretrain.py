@@ -39,7 +39,7 @@ def step_settings(config: StudyConfig) -> StepSettings:
         decay_kind=config.decay.kind,
         decay_mask=config.decay.mask,
     )
-    return StepSettings(config.model, optimizer, train_config.compute_dtype, microbatches=1, scan_layers=False)
+    return StepSettings(config.model, optimizer, train_config.compute_dtype, microbatches=train_config.microbatches, scan_layers=train_config.scan_layers)
 
 
 def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:

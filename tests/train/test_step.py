@@ -39,6 +39,13 @@ def close(a, b, tolerance: float) -> bool:
     return all(np.linalg.norm(np.asarray(x) - np.asarray(y)) <= tolerance * max(np.linalg.norm(x), 1e-12) for x, y in pairs)
 
 
+def mean_loss(params, batch):
+    """Mean over the counted targets, by log-softmax and JAX's own gradient."""
+    log_probs = jax.nn.log_softmax(apply(MODEL, params, batch["tokens"])[0])
+    nats = -jnp.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
+    return (nats * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+
+
 def test_metrics_against_numpy(state):
     batch = random_batch(0)
     batch["loss_mask"][:, :5] = 0
@@ -49,6 +56,8 @@ def test_metrics_against_numpy(state):
     assert metrics["tokens"] == 4 * 11
     assert metrics["loss"] == pytest.approx(nats[:, 5:].mean(), rel=1e-5)
     assert metrics["lr"] == pytest.approx(0.5e-2)
+    gradient = jax.jit(jax.grad(lambda params: mean_loss(params, batch)))(state["params"])
+    assert metrics["grad_norm"] == pytest.approx(np.sqrt(sum(np.square(np.asarray(g, np.float64)).sum() for g in jax.tree.leaves(gradient))), rel=1e-4)
     assert metrics["param_norm"] == pytest.approx(np.sqrt(sum((np.asarray(x, np.float64) ** 2).sum() for x in jax.tree.leaves(state["params"]))))
 
 
