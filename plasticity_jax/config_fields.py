@@ -119,7 +119,7 @@ class FinetuneConfig:
     eps: float = 1e-8
     clip_norm: float = 1.0
     weight_decay: float = 0.0
-    length_buckets: tuple[int, ...] = (64, 128, 192)  # tokens; longer rows are cut to the last
+    length_buckets: tuple[int, ...] = (64, 96, 128)  # tokens; longer rows are cut to the last
     seeds: tuple[int, ...] = (0,)
     log_every: int = _execution(20)
     checkpoint_every: int = _execution(500)
@@ -132,7 +132,7 @@ class EvaluateConfig:
     n_samples: int = 8
     temperature: float = 1.0
     seed: int = 0
-    prompt_buckets: tuple[int, ...] = (32, 64, 128, 192)  # tokens; a longer prompt loses its beginning
+    prompt_buckets: tuple[int, ...] = (32, 64, 96, 128)  # tokens; a longer prompt loses its beginning
     batch_size: int = _execution(512)  # sequences generated at once
 
 

@@ -22,7 +22,7 @@ class SftRows:
     Attributes:
       tokens: per row, prompt then response then end of text (unless cut).
       response_starts: per row, the position of the response's first token.
-      n_cut: rows that were longer than allowed and lost their end.
+      n_cut: rows that were longer than allowed and lost a part.
     """
 
     tokens: list[list[int]]
@@ -44,21 +44,19 @@ def encode_examples(examples: Sequence[Example], tokenizer: "Tokenizer", *, max_
     Prompt and response are tokenised apart, so that generation sees the very prompt tokens of training.
 
     Args:
-      max_length: tokens a row may have; longer ones lose their end.
-    Raises:
-      UserError: a prompt leaves no room for any token of its response.
+      max_length: tokens a row may have, at least 2. Of longer ones the prompt loses its beginning, as in generation, where the question stands at
+        its end; a response that does not fit beside one token of the prompt loses its end.
     Source: paper section 4.1.
     """
     prompts = tokenizer.encode_batch([format_prompt(example.prompt) for example in examples])
     responses = tokenizer.encode_batch([example.response for example in examples])
     tokens, response_starts, n_cut = [], [], 0
-    for example, prompt, response in zip(examples, prompts, responses, strict=True):
-        if len(prompt) >= max_length:
-            raise UserError(f"max_length={max_length} leaves no token for the response of row {example.id!r}, whose prompt has {len(prompt)}; "
-                            f"set it to {len(prompt) + len(response) + 1} or more.")
-        row = [*prompt, *response, tokenizer.eos_id]
-        n_cut += len(row) > max_length
-        tokens.append(row[:max_length])
+    for prompt, response in zip(prompts, responses, strict=True):
+        response = [*response, tokenizer.eos_id]
+        n_cut += len(prompt) + len(response) > max_length
+        response = response[: max_length - 1]
+        prompt = prompt[-(max_length - len(response)) :]
+        tokens.append([*prompt, *response])
         response_starts.append(len(prompt))
     return SftRows(tokens, response_starts, n_cut)
 

@@ -49,7 +49,7 @@ def run(context: Context) -> dict[str, Any]:
 
     Returns:
       diverged (None or the reason), steps, tokens (of responses, over all epochs), seconds (of training), train_loss (mean over the last 20
-      steps, nats per token), rows, cut_rows (which lost their end), relative_update (‖θ_ft − θ_pt‖/‖θ_pt‖; None if diverged).
+      steps, nats per token), rows, cut_rows (which lost a part), relative_update (‖θ_ft − θ_pt‖/‖θ_pt‖; None if diverged).
     Raises:
       UserError: the base has no model or no tokenizer, its network is not the config's, or a row does not fit.
     """

@@ -63,20 +63,21 @@ def test_a_row_at_the_limit_is_whole(tokenizer):
     assert encode_examples(EXAMPLES, tokenizer, max_length=max(whole.lengths)) == whole
 
 
-def test_long_rows_lose_their_end_and_are_counted(tokenizer):
+def test_long_rows_lose_the_beginning_of_their_prompt_and_are_counted(tokenizer):
     whole = encode_examples(EXAMPLES, tokenizer, max_length=200)
     limit = whole.lengths[1] - 2
     cut = encode_examples(EXAMPLES, tokenizer, max_length=limit)
     assert cut.n_cut == sum(length > limit for length in whole.lengths) >= 1
-    assert cut.tokens == [row[:limit] for row in whole.tokens]
+    assert cut.tokens == [row[-limit:] for row in whole.tokens]
     batch = batch_of(cut, [1], bucket_length=limit - 1)
-    assert tokenizer.eos_id not in batch["targets"][0]
-    assert batch["loss_mask"][0].sum() == limit - cut.response_starts[1]
+    assert batch["loss_mask"][0].sum() == whole.lengths[1] - whole.response_starts[1]
 
 
-def test_a_prompt_that_fills_the_row_is_refused(tokenizer):
-    with pytest.raises(UserError, match="max_length=5 leaves no token for the response of row '0'"):
-        encode_examples(EXAMPLES[:1], tokenizer, max_length=5)
+def test_a_response_that_does_not_fit_loses_its_end(tokenizer):
+    whole = encode_examples(EXAMPLES[:1], tokenizer, max_length=200)
+    cut = encode_examples(EXAMPLES[:1], tokenizer, max_length=5)
+    start = whole.response_starts[0]
+    assert cut.tokens == [whole.tokens[0][start - 1 : start + 4]] and cut.response_starts == [1] and cut.n_cut == 1
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,8 +8,8 @@ from plasticity_jax.data.tasks.base import Example, RowSettings, answer_sentence
 if TYPE_CHECKING:
     from plasticity_jax.data.wheels import Wheels
 
-# About 90 tokens with a vocabulary of 1,024: a lead's first two sentences, enough to tell the topic.
-MAX_CHARACTERS = 240
+# About 55 tokens with a vocabulary of 1,024: a lead's first sentence, enough to tell the topic.
+MAX_CHARACTERS = 140
 
 
 def labelled_document_rows(source_name: str, question: str, answer_of_label: dict[str, str], wheels: "Wheels",
