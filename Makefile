@@ -22,7 +22,7 @@ test: $(VENV)/.installed-test wheels
 
 test-all: test
 	$(VENV)/bin/python -m pytest -m browser
-	launch/newest-python
+	tests/newest-python
 
 bench: $(VENV)/.installed-test wheels
 	@for script in benchmarks/*.py; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done

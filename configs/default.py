@@ -10,9 +10,11 @@ from plasticity_jax.config import base_config, task
 def get_config():
     config = base_config()
     config.name = "default"
+    config.finetune.peak_lr = 3e-3
+    config.finetune.batch_size = 32
     config.tasks = {
-        "addition2": task(train_rows=6000, test_rows=300, epochs=3, max_new_tokens=40),
-        "topic": task(train_rows=6000, test_rows=300, epochs=3, max_new_tokens=12),
-        "sentiment": task(train_rows=6000, test_rows=300, epochs=3, max_new_tokens=12),
+        "addition2": task(train_rows=2400, test_rows=300, epochs=3, max_new_tokens=40),
+        "topic": task(train_rows=2000, test_rows=300, epochs=3, max_new_tokens=12),
+        "sentiment": task(train_rows=3000, test_rows=300, epochs=2, max_new_tokens=12),
     }
     return config

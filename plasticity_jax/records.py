@@ -113,7 +113,7 @@ class MetricsLog:
         self._file.write(to_json({"step": step, **values}) + "\n")
         self._file.flush()
         for tag, value in _flatten(values):
-            if isinstance(value, (int, float)):
+            if isinstance(value, (int, float)) and math.isfinite(value):  # tensorboardX prints a warning for every other
                 self._events.add_scalar(tag, value, step)
 
     def close(self) -> None:
