@@ -9,7 +9,6 @@ from jaxtyping import Array, Bool, Float, Int
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.model.layers import Linear
 
-
 # Cosines and sines; the batch axis may be 1, for positions that all rows share.
 Rope = tuple[Float[Array, "r T half"], Float[Array, "r T half"]]
 

@@ -95,9 +95,8 @@ def panels_below(count: int, height: float) -> tuple[Figure, list[Axes]]:
 def member_panels(results: StudyResults, titles: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
     """Panels with their titles, and one legend of λ above the first."""
     drawn, panels = panels_below(len(titles), height)
-    rows = -(-len(results.decays) // LEGEND_COLUMNS)
     for axes, title in zip(panels, titles):
-        axes.set_title(title, pad=6 + 13 * rows if axes is panels[0] else 6)
+        axes.set_title(title)
     handles = [
         Line2D([], [], color=colour(results, d), marker=marker(results, d), label=f"λ = {d:.3g}{_outcome(results, d)}") for d in results.decays
     ]
@@ -112,7 +111,9 @@ def _outcome(results: StudyResults, decay: float) -> str:
 
 
 def legend_above(axes: Axes, handles: Sequence[Artist]) -> None:
-    """Above the panel, where it covers no data."""
+    """Above the panel, where it covers no data, and below its title."""
+    rows = -(-len(handles) // LEGEND_COLUMNS)
+    axes.set_title(axes.get_title(loc="left"), pad=6 + 13 * rows)
     axes.legend(
         handles=handles, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=LEGEND_COLUMNS, handlelength=1.6, columnspacing=1.1, borderaxespad=0.1
     )

@@ -113,7 +113,7 @@ def _held_out_loss(results: StudyResults) -> Figure:
     for axes, title in zip(panels, ("All domains", "By domain")):
         axes.set_ylabel("held-out loss\n(nats per token)")
         decay_axis(axes, results, label=axes is panels[-1])
-        axes.set_title(title, pad=20 if axes is panels[1] and domains else 6)
+        axes.set_title(title)
     if domains:
         legend_above(panels[1], panels[1].get_legend_handles_labels()[0])
     return drawn
@@ -132,7 +132,7 @@ def _scores(results: StudyResults) -> Figure:
         axes.axhline(majority, color=MUTED, linewidth=1.0, linestyle=":", label="majority class", zorder=1)
         axes.set_ylim(-0.03, 1.03)
         axes.set_ylabel("greedy accuracy")
-        axes.set_title(task + ("" if task in results.learnt else " (not learnt)"), pad=20 if axes is panels[0] else 6)
+        axes.set_title(task + ("" if task in results.learnt else " (not learnt)"))
         decay_axis(axes, results, label=axes is panels[-1])
     legend_above(panels[0], panels[0].get_legend_handles_labels()[0])
     return drawn
@@ -161,7 +161,7 @@ def _gains(results: StudyResults) -> Figure:
                 shift=0.02,
             )
         axes.set_ylabel("gain in accuracy")
-        axes.set_title(task + ("" if task in results.learnt else " (not learnt)"), pad=20 if axes is panels[0] else 6)
+        axes.set_title(task + ("" if task in results.learnt else " (not learnt)"))
         decay_axis(axes, results, label=axes is panels[-1])
     legend_above(panels[0], panels[0].get_legend_handles_labels()[0])
     return drawn

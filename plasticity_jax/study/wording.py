@@ -64,8 +64,8 @@ def _found(results: StudyResults) -> list[str]:
                 mean, lower, upper = difference
                 sure = "excludes" if lower > 0 or upper < 0 else "includes"
                 sentence += (
-                    f", against {scores[reference]:.3f} at λ = {reference:.3g}; the difference of {mean:.3f} has a 95% interval of {lower:+.3f} "
-                    f"to {upper:+.3f}, which {sure} zero (picking the best afterwards flatters it)"
+                    f", against {scores[reference]:.3f} at λ = {reference:.3g}; the difference of {round(mean, 3) + 0.0:.3f} has a 95% interval "
+                    f"of {lower:+.3f} to {upper:+.3f}, which {sure} zero (picking the best afterwards flatters it)"
                 )
             sentences.append(sentence + ".")
     elif any(m.after for m in results.members) and not results.learnt:

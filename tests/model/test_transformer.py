@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.model import abstract_params, count_params, init_params, presets
-from plasticity_jax.model import transformer
+from plasticity_jax.model import abstract_params, count_params, init_params, presets, transformer
 from plasticity_jax.parallel import param_paths
 
 CONFIG = ModelConfig(vocab_size=50, d_model=24, n_layers=2, n_heads=6, n_kv_heads=2, d_ff=20)
