@@ -10,12 +10,12 @@ from plasticity_jax.config import base_config, task
 def get_config():
     config = base_config()
     config.name = "default"
-    config.train.steps = 400
+    config.train.steps = 320
     config.finetune.peak_lr = 3e-3
-    config.finetune.batch_size = 32
+    config.finetune.batch_size = 16
     config.tasks = {
-        "addition2": task(train_rows=2400, test_rows=300, epochs=3, max_new_tokens=40),
-        "topic": task(train_rows=1800, test_rows=300, epochs=3, max_new_tokens=12),
-        "sentiment": task(train_rows=2500, test_rows=300, epochs=2, max_new_tokens=12),
+        "addition2": task(train_rows=1600, test_rows=300, epochs=3, max_new_tokens=40),
+        "topic": task(train_rows=1400, test_rows=300, epochs=3, max_new_tokens=12),
+        "sentiment": task(train_rows=2200, test_rows=300, epochs=2, max_new_tokens=12),
     }
     return config

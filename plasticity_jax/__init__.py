@@ -1,6 +1,6 @@
 """What does a pretraining hyperparameter do to what a language model can still learn?
 
-For notebooks and scripts: `load_model`, `open_study`, `count_params`, and the modules `analysis`, `evaluate`, `train`. Everything is imported
+For notebooks and scripts: `load_model`, `open_study`, `presets`, `count_params`, and the modules `analysis`, `evaluate`, `train`. Everything is imported
 on first use, so that `import plasticity_jax` is instant.
 """
 
@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "load_model": "plasticity_jax.model.load",
     "count_params": "plasticity_jax.model.transformer",
+    "presets": "plasticity_jax.model.presets",
     "open_study": "plasticity_jax.study.open",
     "UserError": "plasticity_jax.errors",
 }
