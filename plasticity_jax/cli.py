@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = storage_problem(error)
         if problem is None:
             raise
-        print(f"plasticity: {problem}; make room or give another --workdir, then run again: it resumes.", file=sys.stderr)
+        print(f"plasticity: --workdir={arguments.workdir}: {problem}; make room or give another, then run again: it resumes.", file=sys.stderr)
         return 2
 
 

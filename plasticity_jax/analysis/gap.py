@@ -100,7 +100,7 @@ def choose_blocks(train: TokenRecords, held_out: TokenRecords, last_reading: Int
     return Choice(seen=seen, held_out=held, read_at=last_reading[seen] / (last_reading.max() + 1))
 
 
-def _spread(candidates: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+def _spread(candidates: np.ndarray, n: int | np.integer, rng: np.random.Generator) -> np.ndarray:
     """One of each of n stretches of `candidates`, equally long up to rounding."""
     edges = np.arange(n + 1) * len(candidates) // max(n, 1)
     return candidates[rng.integers(edges[:-1], edges[1:])]

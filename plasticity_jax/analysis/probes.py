@@ -59,10 +59,10 @@ class ProbeResult:
 
 
 def fit_probe(
-    x_train: Shaped[ArrayLike, "n_train d"],
-    y_train: Sequence,
-    x_test: Shaped[ArrayLike, "n_test d"],
-    y_test: Sequence,
+    x_train: Shaped[ArrayLike, "..."],
+    y_train: Sequence | np.ndarray,
+    x_test: Shaped[ArrayLike, "..."],
+    y_test: Sequence | np.ndarray,
     *,
     l2: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1),
     seed: int = 0,

@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -55,7 +56,7 @@ def _triangles(kernel_LxDxHR: Float[Array, "layer d_model features"], n_heads: i
     return jnp.linalg.qr(factors_LxHxDxR, mode="r")
 
 
-def pseudo_rank(s: Float[ArrayLike, "*batch r"], mass: float = 0.95, power: int = 1) -> Float[np.ndarray, "*batch"]:
+def pseudo_rank(s: Float[ArrayLike, "*batch r"] | Sequence, mass: float = 0.95, power: int = 1) -> Float[np.ndarray, "*batch"]:
     """Share of the singular values that is needed to hold `mass` of their sum.
 
     Args:
@@ -83,7 +84,7 @@ def pseudo_rank(s: Float[ArrayLike, "*batch r"], mass: float = 0.95, power: int 
     return np.where(finite, leading / r, np.nan)
 
 
-def spectra_summary(s: Float[ArrayLike, "*batch r"]) -> dict[str, Float[np.ndarray, "*batch"]]:
+def spectra_summary(s: Float[ArrayLike, "*batch r"] | Sequence) -> dict[str, Float[np.ndarray, "*batch"]]:
     """Norms and soft ranks of spectra.
 
     Args:
@@ -108,7 +109,7 @@ def spectra_summary(s: Float[ArrayLike, "*batch r"]) -> dict[str, Float[np.ndarr
     return {name: np.where(finite, values, np.nan) for name, values in summary.items()}
 
 
-def _checked(s: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _checked(s: ArrayLike | Sequence) -> tuple[np.ndarray, np.ndarray | np.bool_]:
     """(float64 spectra with those that are not finite set to zero, which ones are finite)."""
     s = np.asarray(s, np.float64)
     if s.ndim == 0 or s.shape[-1] == 0:

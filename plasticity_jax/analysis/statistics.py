@@ -9,6 +9,9 @@ from jaxtyping import Float
 
 LEVEL = 0.95
 
+# Numbers in one dimension; any other shape is refused with a ValueError, so it is not part of the type.
+Series = Sequence | np.ndarray
+
 # Indices drawn at once; bounds the memory of a bootstrap over many rows.
 _DRAWS_AT_ONCE = 4_000_000
 
@@ -24,12 +27,12 @@ class Estimate(NamedTuple):
 class Blocks(NamedTuple):
     """Losses of blocks of text, [n] each: nats per token, name of the domain, key of the document that the block begins in."""
 
-    loss: Sequence[float]
-    domain: Sequence
-    document: Sequence
+    loss: Series
+    domain: Sequence | np.ndarray
+    document: Sequence | np.ndarray
 
 
-def bootstrap_mean(x: Sequence[float], *, samples: int, seed: int) -> Estimate:
+def bootstrap_mean(x: Series, *, samples: int, seed: int) -> Estimate:
     """Mean of `x` with its percentile bootstrap interval.
 
     Args:
@@ -44,7 +47,7 @@ def bootstrap_mean(x: Sequence[float], *, samples: int, seed: int) -> Estimate:
     return _estimate(x_n.mean(), _resampled_ratio(x_n, ones_n, len(x_n), samples, np.random.default_rng(seed)))
 
 
-def paired_bootstrap(a: Sequence[float], b: Sequence[float], *, samples: int, seed: int) -> Estimate:
+def paired_bootstrap(a: Series, b: Series, *, samples: int, seed: int) -> Estimate:
     """Mean of `a - b` with its percentile bootstrap interval; both are resampled at the same problems.
 
     Args:
@@ -108,7 +111,7 @@ def wilson_interval(successes: int, n: int, *, level: float = LEVEL) -> tuple[fl
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
-def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+def pearson(x: Series, y: Series) -> float:
     """Pearson's correlation; NaN for fewer than two points, or where one side is constant.
 
     Raises:
@@ -123,13 +126,13 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.clip(x_n @ y_n / scale, -1.0, 1.0))
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+def spearman(x: Series, y: Series) -> float:
     """Spearman's rank correlation, equal values sharing their mean rank; NaN and errors as in `pearson`."""
     x_n, y_n = _pair(x, y, "x", "y")
     return pearson(_mean_ranks(x_n), _mean_ranks(y_n))
 
 
-def leave_one_out_pearson(x: Sequence[float], y: Sequence[float]) -> Float[np.ndarray, " n"]:
+def leave_one_out_pearson(x: Series, y: Series) -> Float[np.ndarray, " n"]:
     """Pearson's correlation without point i, for every i: [n]. How much a single point carries. NaN and errors as in `pearson`."""
     x_n, y_n = _pair(x, y, "x", "y")
     if len(x_n) == 1:
@@ -137,21 +140,21 @@ def leave_one_out_pearson(x: Sequence[float], y: Sequence[float]) -> Float[np.nd
     return np.asarray([pearson(np.delete(x_n, i), np.delete(y_n, i)) for i in range(len(x_n))])
 
 
-def _column(x: Sequence[float], name: str) -> np.ndarray:
+def _column(x: Series, name: str) -> np.ndarray:
     x_n = np.asarray(x, np.float64)
     if x_n.ndim != 1 or len(x_n) == 0:
         raise ValueError(f"{name} has shape {x_n.shape}; give at least one value in one dimension.")
     return x_n
 
 
-def _pair(a: Sequence[float], b: Sequence[float], name_a: str, name_b: str) -> tuple[np.ndarray, np.ndarray]:
+def _pair(a: Series, b: Series, name_a: str, name_b: str) -> tuple[np.ndarray, np.ndarray]:
     a_n, b_n = _column(a, name_a), _column(b, name_b)
     if len(a_n) != len(b_n):
         raise ValueError(f"{name_a} has {len(a_n)} values and {name_b} has {len(b_n)}; pairs need equal numbers, in the same order.")
     return a_n, b_n
 
 
-def _is_constant(x: Sequence[float]) -> bool:
+def _is_constant(x: Series) -> bool:
     x_n = np.asarray(x, np.float64)
     return bool(np.all(x_n == x_n[0]))
 

@@ -42,15 +42,15 @@ class TokenRecords:
         self.vocab_size: int = manifest["vocab_size"]
         self.fingerprint: str = manifest["fingerprint"]
         self.domains: tuple[str, ...] = tuple(manifest["domains"])
-        self.domain_of: Int[np.ndarray, "n"] = np.load(index_path(directory, split, "domain_of"), allow_pickle=False)
-        self.document_of: Int[np.ndarray, "n"] = np.load(index_path(directory, split, "document_of"), allow_pickle=False)
+        self.domain_of: Int[np.ndarray, " n"] = np.load(index_path(directory, split, "domain_of"), allow_pickle=False)
+        self.document_of: Int[np.ndarray, " n"] = np.load(index_path(directory, split, "document_of"), allow_pickle=False)
         self._dtype = np.dtype(manifest["dtype"])
         self._source = ArrayRecordDataSource(str(records_path(directory, split)))
 
     def __len__(self) -> int:
         return len(self.domain_of)
 
-    def tokens(self, indices: Sequence[int]) -> Int[np.ndarray, "b record_length"]:
+    def tokens(self, indices: Sequence[int] | np.ndarray) -> Int[np.ndarray, "b record_length"]:
         """int32 [len(indices), T + 1]: the records at `indices`, in that order."""
         if len(indices) == 0:
             return np.empty((0, self.seq_len + 1), np.int32)
@@ -58,7 +58,7 @@ class TokenRecords:
         return np.frombuffer(b"".join(contents), self._dtype).reshape(len(contents), -1).astype(np.int32)
 
 
-def order(n_records: int, *, seed: int, batch_size: int, step: int) -> Int[np.ndarray, "batch_size"]:
+def order(n_records: int, *, seed: int, batch_size: int, step: int) -> Int[np.ndarray, " batch_size"]:
     """Indices of the records in the batch at `step`.
 
     The stream of indices is one shuffle of all records after another, each drawn anew from (seed, epoch), and is cut into batches: every
@@ -79,7 +79,7 @@ def order(n_records: int, *, seed: int, batch_size: int, step: int) -> Int[np.nd
 
 
 @functools.lru_cache(maxsize=4)
-def _shuffle(n_records: int, seed: int, epoch: int) -> Int[np.ndarray, "n_records"]:
+def _shuffle(n_records: int, seed: int, epoch: int) -> Int[np.ndarray, " n_records"]:
     # Raw Philox output is fixed by its definition; Generator.permutation may change between NumPy releases, and with it every batch.
     keys = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n_records)
     shuffled = np.argsort(keys, kind="stable")

@@ -19,7 +19,7 @@ MANIFEST = "tokens.json"
 CHUNK_CHARACTERS = 4_000_000
 
 
-def pack(documents: Iterable[Sequence[int]], *, eos_id: int, record_length: int) -> Iterator[tuple[Int[np.ndarray, "record_length"], int]]:
+def pack(documents: Iterable[Sequence[int]], *, eos_id: int, record_length: int) -> Iterator[tuple[Int[np.ndarray, " record_length"], int]]:
     """Cuts a stream of documents, each followed by `eos_id`, into records that do not overlap.
 
     Args:
@@ -117,7 +117,7 @@ def _write_split(out: Path, split: str, documents: list[tuple[str, str, str]], t
     return counts
 
 
-def _encode_counted(texts: list[str], tokenizer: Tokenizer, count: dict, progress: Progress) -> Iterator[Int[np.ndarray, "tokens"]]:
+def _encode_counted(texts: list[str], tokenizer: Tokenizer, count: dict, progress: Progress) -> Iterator[Int[np.ndarray, " tokens"]]:
     for chunk in _chunks(texts):
         encoded = tokenizer.encode_arrays(chunk)
         count["tokens"] += sum(map(len, encoded)) + len(encoded)

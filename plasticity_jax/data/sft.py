@@ -61,7 +61,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: "Tokenizer", *, max_
     return SftRows(tokens, response_starts, n_cut)
 
 
-def plan(lengths: Sequence[int], *, buckets: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[tuple[int, np.ndarray]]:
+def plan(lengths: Sequence[int] | np.ndarray, *, buckets: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[tuple[int, np.ndarray]]:
     """Which rows make up which batch, for the whole of a fine-tuning: a pure function of its arguments.
 
     Each epoch takes every row exactly once, in its own order. A row goes to the smallest bucket that holds it; the batches of all buckets
@@ -94,7 +94,7 @@ def plan(lengths: Sequence[int], *, buckets: Sequence[int], batch_size: int, epo
     return batches
 
 
-def sft_batch(rows: SftRows, indices: Sequence[int], *, bucket_length: int, batch_size: int, pad_id: int) -> Batch:
+def sft_batch(rows: SftRows, indices: Sequence[int] | np.ndarray, *, bucket_length: int, batch_size: int, pad_id: int) -> Batch:
     """The arrays of one batch, [batch_size, bucket_length] each.
 
     `tokens`, `targets`, `segment_ids` (0 padding, 1 otherwise) and `positions` are int32; `loss_mask` is float32, 1 where the *target* belongs

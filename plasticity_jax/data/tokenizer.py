@@ -91,7 +91,7 @@ class Tokenizer:
         os.replace(partial, path)
 
     @functools.cached_property
-    def token_bytes(self) -> Int[np.ndarray, "vocab"]:
+    def token_bytes(self) -> Int[np.ndarray, " vocab"]:
         """int32 [vocab]: UTF-8 bytes of text behind each token, 0 for the specials."""
         sizes = np.zeros(self.vocab_size, np.int32)
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
@@ -112,7 +112,7 @@ class Tokenizer:
         """Token ids of each text, without specials; the same as `encode` of each, several times faster."""
         return [ids.tolist() for ids in self.encode_arrays(texts)]
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[Int[np.ndarray, "tokens"]]:
+    def encode_arrays(self, texts: Sequence[str]) -> list[Int[np.ndarray, " tokens"]]:
         """`encode_batch` with an int32 array for each text: the fast way for a corpus."""
         if len(self._ids_of_piece) > MAX_PIECES:
             self._ids_of_piece.clear()
@@ -122,6 +122,6 @@ class Tokenizer:
             self._ids_of_piece[piece] = array("i", encoding.ids).tobytes()
         return [np.frombuffer(b"".join(map(self._ids_of_piece.__getitem__, text_pieces)), np.int32) for text_pieces in cut]
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         return self._backend.decode([int(index) for index in ids], skip_special_tokens=skip_special)

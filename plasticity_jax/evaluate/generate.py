@@ -123,7 +123,7 @@ def cut_at_stop(text: str) -> str:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def complete(config: ModelConfig, max_new_tokens: int, n_samples: int, greedy: bool, compute_dtype: Any, params: Any,
-             tokens_PxS: Int[Array, "p s"], valid_PxS: Bool[Array, "p s"], uniform_NxB: Float[Array, "n b"], filled_P: Bool[Array, "p"],
+             tokens_PxS: Int[Array, "p s"], valid_PxS: Bool[Array, "p s"], uniform_NxB: Float[Array, "n b"], filled_P: Bool[Array, " p"],
              temperature: Float[Array, ""], eos_id: Int[Array, ""], pad_id: Int[Array, ""]) -> Int[Array, "p r n"]:
     """One batch: R completions of up to N tokens for each of P prompts, the greedy one first; `pad_id` follows the end-of-text token.
 
@@ -157,7 +157,7 @@ def complete(config: ModelConfig, max_new_tokens: int, n_samples: int, greedy: b
     return out_NxB.T.reshape(n_prompts, n_rows, max_new_tokens)
 
 
-def draw(logits_BxV: Float[Array, "b v"], uniform_B: Float[Array, "b"]) -> Int[Array, "b"]:
+def draw(logits_BxV: Float[Array, "b v"], uniform_B: Float[Array, " b"]) -> Int[Array, " b"]:
     """One token per row from softmax(logits), by inverting the cumulative distribution at `uniform_B`, each in [0, 1).
 
     Two levels, first a block of the vocabulary and then an entry in it: one random number per row instead of one per entry (Gumbel), and no
@@ -174,7 +174,7 @@ def draw(logits_BxV: Float[Array, "b v"], uniform_B: Float[Array, "b"]) -> Int[A
     return (block_B * VOCAB_BLOCK + entry_B).astype(jnp.int32)
 
 
-def _first_above(weights_BxK: Float[Array, "b k"], target_B: Float[Array, "b"]) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
+def _first_above(weights_BxK: Float[Array, "b k"], target_B: Float[Array, " b"]) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
     """First index whose cumulative weight exceeds the target, and the cumulative weight before it."""
     cumulative_BxK = jnp.cumsum(weights_BxK, axis=-1)
     # Rounding may leave the target at or above the last sum: then the last entry of any weight is meant, not one without.

@@ -25,8 +25,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return (total - math.comb(n - c, k)) / total
 
 
-def metrics(greedy_correct: Bool[np.ndarray, "problems"], sampled_correct: Bool[np.ndarray, "problems n"],
-            majority_correct: Bool[np.ndarray, "problems"]) -> dict[str, float]:
+def metrics(greedy_correct: Bool[np.ndarray, "..."], sampled_correct: Bool[np.ndarray, "..."],
+            majority_correct: Bool[np.ndarray, "..."]) -> dict[str, float]:
     """Scores of one model on one task, each in [0, 1].
 
     Args:

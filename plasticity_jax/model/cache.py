@@ -40,7 +40,7 @@ class RowCache(NamedTuple):
 
     k: tuple[Float[Array, "b k n d"], ...]
     v: tuple[Float[Array, "b k n d"], ...]
-    position_B: Int[Array, "b"]
+    position_B: Int[Array, " b"]
 
 
 def read_prompts(
@@ -83,7 +83,7 @@ def read_prompts(
     return logits_PxV, PromptCache(tuple(keys), tuple(values), valid_PxS), RowCache(empty, empty, jnp.repeat(length_P, rows_per_prompt))
 
 
-def decode(config: ModelConfig, params: Params, token_B: Int[Array, "b"], slot: Int[Array, ""], prompt: PromptCache, rows: RowCache, *,
+def decode(config: ModelConfig, params: Params, token_B: Int[Array, " b"], slot: Int[Array, ""], prompt: PromptCache, rows: RowCache, *,
            compute_dtype: DTypeLike) -> tuple[Float[Array, "b v"], RowCache]:
     """Reads one token of every row; rows p·R ... p·R + R − 1 belong to prompt p.
 

@@ -24,7 +24,7 @@ class HeldOutBlocks:
 
     domains: tuple[str, ...]
     records: Int[np.ndarray, "n record_length"]
-    domain_of: Int[np.ndarray, "n"]
+    domain_of: Int[np.ndarray, " n"]
 
 
 def first_blocks(records: TokenRecords, *, tokens_per_domain: int) -> HeldOutBlocks:
@@ -48,7 +48,7 @@ def held_out_loss(
     params: Params,
     blocks: HeldOutBlocks,
     *,
-    token_bytes: Int[np.ndarray, "vocab"],
+    token_bytes: Int[np.ndarray, " vocab"],
     batch_size: int,
 ) -> dict[str, Any]:
     """Scores the blocks.
@@ -75,7 +75,7 @@ def held_out_loss(
     return _summary(nats, n_bytes, n_targets) | {"domains": domains}
 
 
-def _summary(nats: Float[np.ndarray, "n"], n_bytes: Float[np.ndarray, "n"], n_targets: int) -> dict[str, float]:
+def _summary(nats: Float[np.ndarray, " n"], n_bytes: Float[np.ndarray, " n"], n_targets: int) -> dict[str, float]:
     tokens, total, size = len(nats) * n_targets, float(nats.sum()), float(n_bytes.sum())
     return {
         "loss": total / tokens if tokens else math.nan,

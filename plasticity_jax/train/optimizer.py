@@ -52,8 +52,8 @@ def warmup_steps(steps: int, share: float) -> int:
 
 
 def schedule_shape(
-    step: Int[Array, "*members"], *, warmup: Float[Array, "*members"], total: Float[Array, "*members"], final_share: float
-) -> Float[Array, "*members"]:
+    step: Int[Array, "*steps"], *, warmup: Float[Array, ""], total: Float[Array, ""], final_share: float
+) -> Float[Array, "*steps"]:
     """Learning rate as a share of its peak: linear warm-up, then a cosine to `final_share`.
 
     Steps count from 0, and the update of step s uses the value at s: 0 at the first update, 1 at s = warmup, `final_share` at s = total, which
