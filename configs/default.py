@@ -1,7 +1,8 @@
 """The first study: a half-million-parameter Llama, four weight decays, real text, on a CPU.
 
 Command:   make study          (plasticity study --config configs/default.py --workdir work)
-Machine:   2 CPU cores, under 6 GB of memory, about ten minutes; nothing is downloaded but the pinned wheels.
+Machine:   2 CPU cores, 1.6 GiB of memory, 12 minutes from an empty folder; nothing is downloaded but packages and the pinned wheels.
+Result:    held-out loss 3.907, 3.900, 3.966, 4.776 nats per token for no decay and timescales 4, 0.8, 0.2 (seed 0, Python 3.11, float32).
 """
 
 from plasticity_jax.config import base_config, task

@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 done, 1 a run failed, 2 the input was refused, 130 interrupted."""
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
+    for library in ("absl", "asyncio"):  # a failed write raises in our code too; they would add a trace per array
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         rest, overrides = _split_overrides(sys.argv[1:] if argv is None else argv)
         arguments = _parser().parse_args(rest)
