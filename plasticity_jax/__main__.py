@@ -1,6 +1,4 @@
-import sys
-
-from plasticity_jax.cli import main
+from plasticity_jax.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from plasticity_jax.parallel.allocator import keep_freed_memory
 
 log = logging.getLogger("plasticity_jax")
 
-INTERRUPTED = 130
+REFUSED, INTERRUPTED = 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"plasticity: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
     except KeyboardInterrupt:
         print("plasticity: interrupted; the same command resumes.", file=sys.stderr)
         return INTERRUPTED
@@ -114,7 +115,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if problem is None:
             raise
         print(f"plasticity: --workdir={arguments.workdir}: {problem}; make room or give another, then run again: it resumes.", file=sys.stderr)
-        return 2
+        return REFUSED
+
+
+def entry() -> None:
+    """The `plasticity` program: `main`, and its status as the process's."""
+    status = main()
+    if status == REFUSED:
+        # Orbax would print a trace for every array that was still to be read or written; all that is to be said has been.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _interrupt(number, frame):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,17 @@ def test_killed_pretraining_resumes_to_the_same_bits(workdir, wheels_dir, tmp_pa
     rows = {row["step"]: row for row in strip_time(read_jsonl(own / "metrics.jsonl"))}
     for row in strip_time(read_jsonl(Path(member["path"]) / "metrics.jsonl")):
         assert rows[row["step"]] == row
+
+
+def test_a_truncated_checkpoint_is_one_line(workdir, tmp_path):
+    damaged = tmp_path / "run"
+    shutil.copytree(runs(workdir, "pretrain")[0]["path"], damaged)
+    largest = max((p for p in (damaged / "checkpoints").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(largest, 100)
+    result = plasticity("generate", "--model", damaged, "--prompt", "The ")
+    assert result.returncode == 2 and result.stdout == ""
+    (line,) = result.stderr.strip().splitlines()
+    assert str(damaged) in line and "cannot be read" in line
 
 
 def test_interrupt_leaves_a_resumable_study(tmp_path, wheels_dir):
