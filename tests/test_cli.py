@@ -86,3 +86,18 @@ def test_a_base_without_a_model_is_refused(capsys, tmp_path):
     rows = json.loads(capsys.readouterr().out)["runs"]
     assert {row["state"] for row in rows} == {"done", "missing"}
     assert set(rows[0]) == {"id", "study", "stage", "member", "task", "seed", "state", "reason", "path"}
+
+
+def test_nothing_is_printed_after_a_refusal():
+    """As Orbax does while the interpreter winds down, here something at exit would print a trace."""
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('Traceback', file=sys.stderr))\n"
+        "sys.argv = ['plasticity', 'status', '--workdir', 'nowhere']\n"
+        "from plasticity_jax.cli import entry\n"
+        "entry()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "no such directory" in line
