@@ -22,7 +22,8 @@ from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.train.pretrain import step_settings
 from plasticity_jax.train.step import compile_train_step, hyper_parameters, initial_state, state_shardings
 config = load_config("configs/default.py", [("train.compute_dtype", "float32")])
-settings, mesh = step_settings(config), make_mesh(config.mesh)
+mesh = make_mesh(config.mesh)
+settings = step_settings(config, mesh)
 state = jax.device_put(initial_state(settings, init_params(config.model, 0)), state_shardings(settings, mesh, members=False))
 step = compile_train_step(settings, mesh, members=False)
 shape = (config.train.batch_size, config.train.seq_len + 1)

@@ -141,7 +141,7 @@ def _mean_losses(config: ModelConfig, params: dict, tokens_BxT: Int[Array, "B T"
     from plasticity_jax.model.transformer import apply
 
     logits_BxTxV, _ = apply(config, params, tokens_BxT)
-    return token_losses(logits_BxTxV, targets_BxT).mean(axis=-1)
+    return token_losses(logits_BxTxV, targets_BxT)[0].mean(axis=-1)
 
 
 def summarise(

@@ -26,7 +26,8 @@ def attention_spectra(model: "LoadedModel | tuple[ModelConfig, dict]", fold_norm
 
     Args:
       model: what `load_model` returns, or (config, params).
-      fold_norms: multiply the gain of the attention's input norm into the sides that read from it (both of W_QK, the value side of W_VO).
+      fold_norms: multiply the gains of the norms beside the factors into them: of the input norm (both sides of W_QK, the value side of W_VO) or,
+        where norms follow their layers, of the output norm (the output side of W_VO); and of the norms of queries and keys.
     Returns:
       "W_QK" and "W_VO", float32 [n_layers, n_heads, head_dim] each, descending along the last axis.
     Source: Kobayashi et al. 2024 (arXiv 2410.23819).
@@ -38,13 +39,18 @@ def attention_spectra(model: "LoadedModel | tuple[ModelConfig, dict]", fold_norm
 @functools.partial(jax.jit, static_argnames=("config", "fold_norms"))
 @jax.default_matmul_precision("highest")
 def _spectra(config: ModelConfig, blocks: dict, fold_norms: bool) -> dict[str, Float[Array, "layer head rank"]]:
-    gain_LxDx1 = blocks["attn_norm"]["scale"][..., None] if fold_norms else 1.0
-    kernels = {name: jnp.asarray(blocks["attn"][name]["kernel"], jnp.float32) for name in ("q", "k", "v", "o")}
     # The output side is read transposed: its head index lies on the rows.
-    q = _triangles(gain_LxDx1 * kernels["q"], config.n_heads)
-    k = _triangles(gain_LxDx1 * kernels["k"], config.n_kv_heads)
-    v = _triangles(gain_LxDx1 * kernels["v"], config.n_kv_heads)
-    o = _triangles(jnp.swapaxes(kernels["o"], 1, 2), config.n_heads)
+    factors = {name: jnp.asarray(blocks["attn"][name]["kernel"], jnp.float32) for name in ("q", "k", "v", "o")}
+    factors["o"] = jnp.swapaxes(factors["o"], 1, 2)
+    if fold_norms:
+        gain_LxDx1 = blocks["attn_norm"]["scale"][..., None]
+        for name in ("q", "k", "v") if config.norm_position == "pre" else ("o",):
+            factors[name] = gain_LxDx1 * factors[name]
+        if config.qk_norm:
+            for name in ("q", "k"):
+                factors[name] = factors[name] * blocks["attn"][f"{name}_norm"]["scale"][:, None]
+    q, o = (_triangles(factors[name], config.n_heads) for name in ("q", "o"))
+    k, v = (_triangles(factors[name], config.n_kv_heads) for name in ("k", "v"))
     queries_per_key = config.n_heads // config.n_kv_heads
     k, v = (jnp.repeat(x, queries_per_key, axis=1) for x in (k, v))
     return {name: jnp.linalg.svd(a @ jnp.swapaxes(b, -1, -2), compute_uv=False) for name, (a, b) in {"W_QK": (q, k), "W_VO": (v, o)}.items()}

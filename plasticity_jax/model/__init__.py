@@ -1,4 +1,4 @@
-"""What the network is: a Llama-style decoder as one pure function of a parameter tree, its loss, its key-value cache, its checkpoints."""
+"""What the network is: a Llama- or OLMo-2-style decoder as one pure function of a parameter tree, its loss, its key-value cache, its checkpoints."""
 
 import importlib
 
@@ -7,10 +7,12 @@ _EXPORTS = {
     "abstract_params": "transformer",
     "count_params": "transformer",
     "apply": "transformer",
+    "hidden_states": "transformer",
     "read_prompts": "cache",
     "decode": "cache",
-    "cross_entropy": "loss",
+    "masked_sum": "loss",
     "token_losses": "loss",
+    "vocabulary_losses": "loss",
     "Checkpoints": "checkpoint",
     "LoadedModel": "load",
     "load_model": "load",

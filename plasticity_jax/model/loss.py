@@ -1,13 +1,20 @@
 """Cross-entropy of the next token, as sums with counts, so that accumulation and padding change nothing."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
+
+from plasticity_jax.model.layers import project
 
 
 @jax.custom_vjp
-def token_losses(logits_BxTxV: Float[Array, "*batch V"], targets_BxT: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Cross-entropy of every target in nats; float32, of the shape of the targets."""
+def token_losses(
+    logits_BxTxV: Float[Array, "*batch V"], targets_BxT: Int[Array, "*batch"]
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    """Cross-entropy of every target in nats, and the log of the softmax's normaliser; float32, of the shape of the targets."""
     return _forward(logits_BxTxV, targets_BxT)[0]
 
 
@@ -15,27 +22,51 @@ def _forward(logits_BxTxV, targets_BxT):
     logits_BxTxV = logits_BxTxV.astype(jnp.float32)
     log_sum_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
     chosen_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1, mode="clip")[..., 0]
-    return log_sum_BxT - chosen_BxT, (logits_BxTxV, log_sum_BxT, targets_BxT)
+    return (log_sum_BxT - chosen_BxT, log_sum_BxT), (logits_BxTxV, log_sum_BxT, targets_BxT)
 
 
-def _backward(saved, cotangent_BxT):
+def _backward(saved, cotangents_BxT):
     # One fused pass over the logits. The automatic gradient scatters into a second array of their size, which is slow on CPUs.
     logits_BxTxV, log_sum_BxT, targets_BxT = saved
+    of_loss_BxT, of_log_sum_BxT = cotangents_BxT
     is_target_BxTxV = jax.lax.broadcasted_iota(jnp.int32, logits_BxTxV.shape, logits_BxTxV.ndim - 1) == targets_BxT[..., None]
-    gradient = jnp.exp(logits_BxTxV - log_sum_BxT[..., None]) - is_target_BxTxV.astype(jnp.float32)
-    return gradient * cotangent_BxT[..., None], None
+    softmax_BxTxV = jnp.exp(logits_BxTxV - log_sum_BxT[..., None])
+    return softmax_BxTxV * (of_loss_BxT + of_log_sum_BxT)[..., None] - jnp.where(is_target_BxTxV, of_loss_BxT[..., None], 0.0), None
 
 
 token_losses.defvjp(_forward, _backward)
 
 
-def cross_entropy(
-    logits_BxTxV: Float[Array, "*batch V"], targets_BxT: Int[Array, "*batch"], loss_mask_BxT: Bool[Array, "*batch"] | Int[Array, "*batch"] | Float[Array, "*batch"]
+def vocabulary_losses(
+    x_BxTxD: Float[Array, "B T D"], kernel_DxV: Float[Array, "D V"], targets_BxT: Int[Array, "B T"], *, compute_dtype: DTypeLike, chunks: int
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """`token_losses` of the logits x · kernel.
+
+    Args:
+      x_BxTxD: normed states.
+      compute_dtype: of the product; its sums, and the losses, are float32.
+      chunks: parts of the T tokens; only one part's logits exist at a time, forward and backward, so that [B, T, V] is never held. Lowered to its
+        greatest common divisor with T.
+    """
+    chunks = math.gcd(chunks, targets_BxT.shape[1])
+
+    def losses(x, targets):
+        return token_losses(project(x, kernel_DxV, compute_dtype, out_dtype=jnp.float32), targets)
+
+    if chunks == 1:
+        return losses(x_BxTxD, targets_BxT)
+    parts = [jnp.stack(jnp.split(array, chunks, axis=1)) for array in (x_BxTxD, targets_BxT)]  # [chunks, B, T/chunks, ...]: rows stay where they are
+    of_parts = jax.lax.map(jax.checkpoint(lambda part: losses(*part), prevent_cse=False), tuple(parts))
+    return tuple(jnp.concatenate(list(part), axis=1) for part in of_parts)
+
+
+def masked_sum(
+    losses_BxT: Float[Array, "*batch"], loss_mask_BxT: Bool[Array, "*batch"] | Int[Array, "*batch"] | Float[Array, "*batch"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of the cross-entropy over the counted targets, in nats, and their number; both float32 scalars.
+    """Sum of the losses of the counted targets, in nats, and their number; both float32 scalars.
 
     Args:
       loss_mask_BxT: 1 where the target counts, else 0.
     """
     mask_BxT = loss_mask_BxT.astype(jnp.float32)
-    return jnp.sum(token_losses(logits_BxTxV, targets_BxT) * mask_BxT), jnp.sum(mask_BxT)
+    return jnp.sum(losses_BxT * mask_BxT), jnp.sum(mask_BxT)

@@ -16,7 +16,7 @@ SHARDING_RULES = (
     (r"^blocks/mlp/(gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
     (r"^blocks/mlp/down/kernel$", PartitionSpec(None, "tensor", "fsdp")),
     (r"scale$", PartitionSpec()),
-    (r"^head/kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"^head/kernel$", PartitionSpec("fsdp", "tensor"), True),  # absent where the embedding is tied
 )
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from plasticity_jax.config import FinetuneConfig, ModelConfig
+from plasticity_jax.config import ModelConfig, StudyConfig
 from plasticity_jax.data.sft import SftRows, encode_examples, plan, sft_batch
 from plasticity_jax.data.tasks import read_task
 from plasticity_jax.errors import UserError
@@ -18,28 +19,31 @@ from plasticity_jax.model.load import load_model
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.records import Context
 from plasticity_jax.train.loop import LoopSettings, Track, train
-from plasticity_jax.train.optimizer import OptimizerSettings, warmup_steps
+from plasticity_jax.train.optimizer import OptimizerSettings, Schedule, warmup_steps
 from plasticity_jax.train.restore import relative_update, starting_state
-from plasticity_jax.train.step import Batch, StepSettings, compile_train_step, hyper_parameters
+from plasticity_jax.train.step import Batch, StepSettings, compile_train_step, execution_of, hyper_parameters
 
 log = logging.getLogger("plasticity_jax")
 
 
-def step_settings(model: ModelConfig, recipe: FinetuneConfig, compute_dtype: str) -> StepSettings:
+def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSettings:
     """The compiled step of a recipe: the same for every base model and task, up to the batch's length.
 
-    The learning rate falls to zero, and norms are left out of the decay, as the Hugging Face Trainer does. Source: paper section 4.1.
+    The learning rate falls to zero, and norms are left out of the decay, as the Hugging Face Trainer does. Rows are padded at their end, where no
+    other token reads, so attention needs no segments. Source: paper section 4.1.
     """
+    recipe = config.finetune
     optimizer = OptimizerSettings(
         b1=recipe.b1,
         b2=recipe.b2,
         eps=recipe.eps,
         clip_norm=recipe.clip_norm,
-        final_lr_share=0.0,
+        schedule=Schedule("cosine", final_share=0.0),
         decay_kind="coupled",
         decay_mask="no-norms",
     )
-    return StepSettings(model, optimizer, compute_dtype, microbatches=1, scan_layers=False)
+    execution = execution_of(config.train, model, mesh, microbatches=recipe.microbatches)
+    return StepSettings(model, optimizer, config.train.compute_dtype, z_loss=0.0, isolate_documents=False, execution=execution)
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -72,7 +76,8 @@ def run(context: Context) -> dict[str, Any]:
         epochs=config.tasks[context.run.task].epochs,
         seed=context.run.seed,
     )
-    settings, mesh = step_settings(base.config, recipe, config.train.compute_dtype), make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
+    settings = step_settings(config, base.config, mesh)
     summary = json.loads((context.parents["task"] / "summary.json").read_text(encoding="utf-8"))
     context.directory.provenance |= {
         "data_fingerprint": summary["fingerprint"],

@@ -26,13 +26,28 @@ DECAY_PRESETS: dict[str, tuple[tuple[str, bool, bool], ...]] = {
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """The learning rate's course after its linear warm-up.
+
+    Attributes:
+      kind: "cosine" (to the end of the run) or "wsd" (a plateau, then a straight line).
+      final_share: learning rate after the last step, as a share of the peak.
+      decay_share: of the run's steps, at its end: the straight line of "wsd"; a cosine takes all that follows the warm-up.
+    """
+
+    kind: str
+    final_share: float
+    decay_share: float = 1.0
+
+
+@dataclass(frozen=True)
 class OptimizerSettings:
     """What is fixed when the update is compiled; what varies over runs is in the hyper-parameters (see `step.hyper_parameters`).
 
     Attributes:
       b1, b2, eps: of Adam.
       clip_norm: limit of the gradient's global norm.
-      final_lr_share: learning rate after the last step, as a share of the peak.
+      schedule: see `Schedule`.
       decay_kind: "coupled" (PyTorch: decay times learning rate) or "independent" (decay times the schedule's shape).
       decay_mask: one of DECAY_PRESETS.
     """
@@ -41,7 +56,7 @@ class OptimizerSettings:
     b2: float
     eps: float
     clip_norm: float
-    final_lr_share: float
+    schedule: Schedule
     decay_kind: str
     decay_mask: str
 
@@ -52,24 +67,25 @@ def warmup_steps(steps: int, share: float) -> int:
 
 
 def schedule_shape(
-    step: Int[Array, "*steps"], *, warmup: Float[Array, ""], total: Float[Array, ""], final_share: float
+    step: Int[Array, "*steps"], *, warmup: Float[Array, ""], total: Float[Array, ""], schedule: Schedule
 ) -> Float[Array, "*steps"]:
-    """Learning rate as a share of its peak: linear warm-up, then a cosine to `final_share`.
+    """Learning rate as a share of its peak: linear warm-up, then the schedule's course down to its final share.
 
-    Steps count from 0, and the update of step s uses the value at s: 0 at the first update, 1 at s = warmup, `final_share` at s = total, which
+    Steps count from 0, and the update of step s uses the value at s: 0 at the first update, 1 at s = warmup, the final share at s = total, which
     lies just after the last update. So the first update only fills Adam's moments.
 
     Args:
       step: number of the update, from 0.
       warmup: steps of the warm-up, at least 1.
       total: steps of the run.
-      final_share: in [0, 1].
-    Source: the study's `get_lr` (paper section 3.2: lr = peak * it/warmup, evaluated before the counter advances).
+    Source: the study's `get_lr` (paper section 3.2: lr = peak * it/warmup, evaluated before the counter advances); warm-up, stable, decay of
+      Hu et al. 2024 (arXiv 2404.06395) with a linear end.
     """
     step = jnp.asarray(step, jnp.float32)
-    progress = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
-    cosine = final_share + (1.0 - final_share) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-    return jnp.where(step < warmup, step / warmup, cosine)
+    begin = warmup if schedule.kind == "cosine" else jnp.maximum(total * (1.0 - schedule.decay_share), warmup)
+    progress = jnp.clip((step - begin) / jnp.maximum(total - begin, 1.0), 0.0, 1.0)
+    left = 0.5 * (1.0 + jnp.cos(jnp.pi * progress)) if schedule.kind == "cosine" else 1.0 - progress
+    return jnp.where(step < warmup, step / warmup, schedule.final_share + (1.0 - schedule.final_share) * left)
 
 
 def decay_table(params: Params, preset: str) -> dict[str, bool]:
@@ -103,7 +119,7 @@ def _decay_and_scale(settings: OptimizerSettings) -> optax.GradientTransformatio
         return _DecayState(jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, *, hyper, **_):
-        shape = schedule_shape(state.count, warmup=hyper["warmup_steps"], total=hyper["total_steps"], final_share=settings.final_lr_share)
+        shape = schedule_shape(state.count, warmup=hyper["warmup_steps"], total=hyper["total_steps"], schedule=settings.schedule)
         rate = hyper["peak_lr"] * shape
         shrink = (rate if settings.decay_kind == "coupled" else shape) * hyper["weight_decay"]
         table = decay_table(params, settings.decay_mask)

@@ -1,4 +1,4 @@
-"""The pretrain stage: one member of the grid, or all members of a seed as one program."""
+"""The pretrain stage: one member of the grid, or several that differ in traced numbers only as one program."""
 
 import logging
 import math
@@ -20,14 +20,14 @@ from plasticity_jax.records import Context
 from plasticity_jax.train.held_out import HeldOutBlocks, first_blocks, held_out_loss
 from plasticity_jax.train.initial import CHECKPOINTS, params_sha256
 from plasticity_jax.train.loop import LoopSettings, Track, train
-from plasticity_jax.train.optimizer import OptimizerSettings, Params, decay_table, timescale_steps, warmup_steps
+from plasticity_jax.train.optimizer import OptimizerSettings, Params, Schedule, decay_table, timescale_steps, warmup_steps
 from plasticity_jax.train.restore import param_norms, starting_state
-from plasticity_jax.train.step import StepSettings, compile_eval_step, compile_train_step, hyper_parameters, stack
+from plasticity_jax.train.step import StepSettings, compile_eval_step, compile_train_step, execution_of, hyper_parameters, stack
 
 log = logging.getLogger("plasticity_jax")
 
 
-def step_settings(config: StudyConfig) -> StepSettings:
+def step_settings(config: StudyConfig, mesh: Mesh) -> StepSettings:
     """The compiled step of a config; λ is not part of it."""
     train_config = config.train
     optimizer = OptimizerSettings(
@@ -35,21 +35,29 @@ def step_settings(config: StudyConfig) -> StepSettings:
         b2=train_config.b2,
         eps=train_config.eps,
         clip_norm=train_config.clip_norm,
-        final_lr_share=train_config.final_lr_share,
+        schedule=Schedule(train_config.schedule, final_share=train_config.final_lr_share, decay_share=train_config.decay_share),
         decay_kind=config.decay.kind,
         decay_mask=config.decay.mask,
     )
-    return StepSettings(config.model, optimizer, train_config.compute_dtype, microbatches=train_config.microbatches, scan_layers=train_config.scan_layers)
+    return StepSettings(
+        config.model,
+        optimizer,
+        train_config.compute_dtype,
+        z_loss=train_config.z_loss,
+        isolate_documents=config.data.isolate_documents,
+        execution=execution_of(train_config, config.model, mesh, microbatches=train_config.microbatches),
+    )
 
 
 def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
-    """Trains the members of one seed from their common step-0 parameters, on the same batches in the same order.
+    """Trains members of one seed from their common step-0 parameters, on the same batches in the same order.
 
     One context is the reference. Several are trained as one program, the step vmapped over a member axis; the results agree to rounding.
     Resumes at the last checkpoint (of several members: at the last one that all of them have).
 
     Args:
-      contexts: with parents "corpus" (a prepare run) and "init"; equal but for `run.fields["weight_decay"]`.
+      contexts: with parents "corpus" (a prepare run) and "init"; equal but for `run.fields["weight_decay"]` and, in their configs,
+        `train.peak_lr` and `train.warmup_share`.
     Returns:
       Per context: diverged (None or the reason), steps, tokens, seconds (of training), tokens_per_second, parameters, weight_decay, peak_lr,
       lr_times_decay, timescale_steps and timescale_share (None without decay), decay_table, compute_dtype, train_loss (mean over the last 20
@@ -58,7 +66,8 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
     first = contexts[0]
     config, seed = first.config, first.run.seed
     members = len(contexts) > 1
-    settings, mesh = step_settings(config), make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
+    settings = step_settings(config, mesh)
     corpus = first.parents["corpus"]
     tokenizer = Tokenizer.load(corpus / "tokenizer.json")
     records, held_out_records = TokenRecords(corpus / "tokens", "train"), TokenRecords(corpus / "tokens", "held_out")
@@ -68,12 +77,13 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
         shutil.copyfile(corpus / "tokenizer.json", context.directory.path / "tokenizer.json")
         _record_provenance(context, initial, sha256, records, mesh)
 
-    eval_step = compile_eval_step(config.model, config.train.compute_dtype, mesh)
+    eval_step = compile_eval_step(settings, mesh)
     shardings = param_shardings(mesh, abstract_params(config.model))
 
     def score(params: Params, blocks: HeldOutBlocks) -> dict[str, Any]:
         params = jax.device_put(params, shardings)
-        return held_out_loss(eval_step, params, blocks, token_bytes=tokenizer.token_bytes, batch_size=config.train.batch_size)
+        rows = config.train.batch_size // config.train.microbatches  # what fits one part of a training batch fits here
+        return held_out_loss(eval_step, params, blocks, token_bytes=tokenizer.token_bytes, batch_size=rows)
 
     curve_blocks = first_blocks(held_out_records, tokens_per_domain=config.train.eval_tokens)
     tracks = [Track(context.directory.path, keep=2 if members else 1) for context in contexts]
@@ -83,7 +93,7 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
         state, start = starting_state(settings, mesh, initial, [tracks[i].directory for i in alive], members=members)
         if start:
             log.info("resumes at step %d of %d", start, config.train.steps)
-        hypers = [_hyper(config, contexts[i]) for i in alive]
+        hypers = [_hyper(contexts[i]) for i in alive]
         state = train(
             "pretrain " + ", ".join(contexts[i].run.name for i in alive),
             state,
@@ -115,8 +125,8 @@ def _initial_params(context: Context, mesh: Mesh) -> Params:
         return checkpoints.restore_params(0, placed)
 
 
-def _hyper(config: StudyConfig, context: Context) -> dict[str, Any]:
-    train_config = config.train
+def _hyper(context: Context) -> dict[str, Any]:
+    train_config = context.config.train
     return hyper_parameters(
         weight_decay=context.run.fields["weight_decay"],
         peak_lr=train_config.peak_lr,

@@ -1,6 +1,7 @@
 """The training step, one pure function, and its compiled forms: for one model, and for the members of a grid as one program."""
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +12,37 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from plasticity_jax.config import ModelConfig
-from plasticity_jax.model.loss import cross_entropy, token_losses
-from plasticity_jax.model.transformer import abstract_params, apply
+from plasticity_jax.config import ModelConfig, TrainConfig
+from plasticity_jax.model.loss import masked_sum, vocabulary_losses
+from plasticity_jax.model.transformer import abstract_params, hidden_states, output_kernel
 from plasticity_jax.parallel.sharding import batch_sharding, param_shardings
 from plasticity_jax.train.optimizer import OptimizerSettings, Params, make_optimizer, schedule_shape
 
 State = dict[str, Any]  # "params", "optimizer" (optax state), "step" (updates done)
 Batch = dict[str, Any]  # tokens, targets, loss_mask, segment_ids, positions: [B, T]
 Hyper = dict[str, Any]  # see hyper_parameters
-Metrics = dict[str, Any]  # loss (nats per token), tokens, lr, grad_norm, param_norm
+Metrics = dict[str, Any]  # loss (nats per token), tokens, lr, grad_norm, param_norm; with a z-loss, z_loss
+
+log = logging.getLogger("plasticity_jax")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What changes speed, memory and rounding only.
+
+    Attributes:
+      microbatches: parts a batch is worked through in; divides the batch size.
+      scan_layers: a loop over layers instead of unrolled ones.
+      remat: what the backward pass computes again; see `transformer.hidden_states`.
+      attention: "xla" or a kernel.
+      loss_chunks: parts of a sequence whose logits are held at once; see `loss.vocabulary_losses`.
+    """
+
+    microbatches: int
+    scan_layers: bool
+    remat: str
+    attention: str
+    loss_chunks: int
 
 
 @dataclass(frozen=True)
@@ -29,15 +51,36 @@ class StepSettings:
 
     Attributes:
       compute_dtype: "float32" or "bfloat16", of the products; parameters and loss stay in float32.
-      microbatches: parts a batch is worked through in; divides the batch size. Changes memory and rounding only.
-      scan_layers: a loop over layers instead of unrolled ones; changes compile time and speed only.
+      z_loss: weight of the squared log of the softmax's normaliser.
+      isolate_documents: attention stays within the batch's segments.
     """
 
     model: ModelConfig
     optimizer: OptimizerSettings
     compute_dtype: str
-    microbatches: int
-    scan_layers: bool
+    z_loss: float
+    isolate_documents: bool
+    execution: Execution
+
+
+def execution_of(train: TrainConfig, model: ModelConfig, mesh: Mesh, *, microbatches: int) -> Execution:
+    """The execution settings of a config on this mesh, with `train.attention` resolved.
+
+    Raises:
+      UserError: the kernel asked for cannot run there.
+    """
+    kernel = _kernel(train.attention, mesh.devices.flat[0].platform, model.head_dim, train.compute_dtype, train.seq_len)
+    return Execution(microbatches, train.scan_layers, train.remat, kernel, train.loss_chunks)
+
+
+@functools.lru_cache(maxsize=32)
+def _kernel(name: str, platform: str, head_dim: int, compute_dtype: str, seq_len: int) -> str:
+    from plasticity_jax.model.kernels import choose_kernel
+
+    kernel = choose_kernel(name, platform=platform, head_dim=head_dim, compute_dtype=compute_dtype, seq_len=seq_len)
+    if name == "auto":  # once per process: the cache keeps it from being said again
+        log.info("train.attention auto → %s on %s", kernel, platform)
+    return kernel
 
 
 def hyper_parameters(*, weight_decay: float, peak_lr: float, warmup: int, total: int) -> Hyper:
@@ -57,39 +100,47 @@ def initial_state(settings: StepSettings, params: Params) -> State:
     return {"params": params, "optimizer": make_optimizer(settings.optimizer).init(params), "step": jnp.zeros([], jnp.int32)}
 
 
-def make_train_step(settings: StepSettings) -> Callable[[State, Batch, Hyper], tuple[State, Metrics]]:
+def make_train_step(settings: StepSettings, mesh: Mesh | None = None) -> Callable[[State, Batch, Hyper], tuple[State, Metrics]]:
     """The pure function `train_step(state, batch, hyper) -> (state, metrics)`.
 
     The loss is a sum over the targets that count, divided once by their number, so padding and microbatches change nothing but rounding.
+
+    Args:
+      mesh: where the arrays are sharded; None for one device.
     """
     optimizer = make_optimizer(settings.optimizer)
+    microbatches = settings.execution.microbatches
 
-    def loss_sum(params: Params, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        return cross_entropy(_logits(settings, params, batch), batch["targets"], batch["loss_mask"])
+    def loss_sum(params: Params, batch: Batch) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        losses_BxT, log_sums_BxT = _losses(settings, mesh, params, batch)
+        total, tokens = masked_sum(losses_BxT, batch["loss_mask"])
+        if not settings.z_loss:
+            return total, {"loss": total, "tokens": tokens}
+        z_loss = settings.z_loss * masked_sum(jnp.square(log_sums_BxT), batch["loss_mask"])[0]
+        return total + z_loss, {"loss": total, "tokens": tokens, "z_loss": z_loss}
 
-    def sums_and_gradient(params: Params, batch: Batch):
-        if settings.microbatches == 1:
-            return jax.value_and_grad(loss_sum, has_aux=True)(params, batch)
+    def gradient_and_sums(params: Params, batch: Batch):
+        gradient = jax.grad(loss_sum, has_aux=True)
+        if microbatches == 1:
+            return gradient(params, batch)
 
         def add(carry, part):
-            return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_sum, has_aux=True)(params, part)), None
+            return jax.tree.map(jnp.add, carry, gradient(params, part)), None
 
-        parts = jax.tree.map(lambda x: x.reshape(settings.microbatches, -1, *x.shape[1:]), batch)
-        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(jax.value_and_grad(loss_sum, has_aux=True), params, jax.tree.map(lambda x: x[0], parts)))
+        # Every device keeps its rows: part i takes row i of each run of `microbatches` rows.
+        parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts)))
         return jax.lax.scan(add, zero, parts)[0]
 
     def train_step(state: State, batch: Batch, hyper: Hyper) -> tuple[State, Metrics]:
         params = state["params"]
-        (total, tokens), gradient = sums_and_gradient(params, batch)
-        count = jnp.maximum(tokens, 1.0)
+        gradient, sums = gradient_and_sums(params, batch)
+        count = jnp.maximum(sums["tokens"], 1.0)
         gradient = jax.tree.map(lambda g: g / count, gradient)
         updates, optimizer_state = optimizer.update(gradient, state["optimizer"], params, hyper=hyper)
-        shape = schedule_shape(
-            state["step"], warmup=hyper["warmup_steps"], total=hyper["total_steps"], final_share=settings.optimizer.final_lr_share
-        )
-        metrics = {
-            "loss": total / count,
-            "tokens": tokens,
+        shape = schedule_shape(state["step"], warmup=hyper["warmup_steps"], total=hyper["total_steps"], schedule=settings.optimizer.schedule)
+        metrics = {name: value / count for name, value in sums.items() if name != "tokens"} | {
+            "tokens": sums["tokens"],
             "lr": hyper["peak_lr"] * shape,
             "grad_norm": optax.tree.norm(gradient),
             "param_norm": optax.tree.norm(params),
@@ -99,17 +150,23 @@ def make_train_step(settings: StepSettings) -> Callable[[State, Batch, Hyper], t
     return train_step
 
 
-def _logits(settings: StepSettings, params: Params, batch: Batch) -> Float[Array, "b t vocab"]:
-    logits, _ = apply(
+def _losses(settings: StepSettings, mesh: Mesh | None, params: Params, batch: Batch) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """Nats and log-normaliser of every target of the batch."""
+    execution, dtype = settings.execution, jnp.dtype(settings.compute_dtype)
+    x_BxTxD, _ = hidden_states(
         settings.model,
         params,
         batch["tokens"],
-        segment_ids=batch["segment_ids"],
+        segment_ids=batch["segment_ids"] if settings.isolate_documents else None,
         positions=batch["positions"],
-        compute_dtype=jnp.dtype(settings.compute_dtype),
-        scan_layers=settings.scan_layers,
+        compute_dtype=dtype,
+        scan_layers=execution.scan_layers,
+        remat=execution.remat,
+        attention=execution.attention,
+        mesh=mesh,
     )
-    return logits
+    kernel_DxV = output_kernel(settings.model, params)
+    return vocabulary_losses(x_BxTxD, kernel_DxV, batch["targets"], compute_dtype=dtype, chunks=execution.loss_chunks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- compiled forms
@@ -141,7 +198,7 @@ def compile_train_step(settings: StepSettings, mesh: Mesh, *, members: bool) -> 
 
     With `members`, state, hyper-parameters and metrics have a leading member axis; the batch is one, seen by all.
     """
-    step = make_train_step(settings)
+    step = make_train_step(settings, mesh)
     if members:
         step = jax.vmap(step, in_axes=(0, None, 0), spmd_axis_name="member")
     state = state_shardings(settings, mesh, members=members)
@@ -150,19 +207,12 @@ def compile_train_step(settings: StepSettings, mesh: Mesh, *, members: bool) -> 
 
 
 @functools.lru_cache(maxsize=32)
-def compile_eval_step(model: ModelConfig, compute_dtype: str, mesh: Mesh) -> Callable[[Params, Batch], Float[Array, "b t"]]:
+def compile_eval_step(settings: StepSettings, mesh: Mesh) -> Callable[[Params, Batch], Float[Array, "b t"]]:
     """`eval_step(params, batch)` → nats of every target [B, T], 0 where the loss mask is 0. For one model, also in a grid."""
 
     def eval_step(params: Params, batch: Batch) -> Float[Array, "b t"]:
-        logits, _ = apply(
-            model,
-            params,
-            batch["tokens"],
-            segment_ids=batch["segment_ids"],
-            positions=batch["positions"],
-            compute_dtype=jnp.dtype(compute_dtype),
-        )
-        return token_losses(logits, batch["targets"]) * batch["loss_mask"]
+        return _losses(settings, mesh, params, batch)[0] * batch["loss_mask"]
 
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(eval_step, in_shardings=(param_shardings(mesh, abstract_params(model)), batch_sharding(mesh)), out_shardings=everywhere)
+    placed = param_shardings(mesh, abstract_params(settings.model))
+    return jax.jit(eval_step, in_shardings=(placed, batch_sharding(mesh)), out_shardings=everywhere)

@@ -22,22 +22,30 @@ def random_blocks(config: ModelConfig, seed: int) -> dict:
     layers, d, h, kv, r = config.n_layers, config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
     shapes = {"q": (layers, d, h * r), "k": (layers, d, kv * r), "v": (layers, d, kv * r), "o": (layers, h * r, d)}
     attn = {name: {"kernel": rng.normal(size=shape).astype(np.float32)} for name, shape in shapes.items()}
+    if config.qk_norm:
+        attn |= {f"{name}_norm": {"scale": rng.uniform(0.2, 3.0, size=(layers, shapes[name][2])).astype(np.float32)} for name in ("q", "k")}
     return {"blocks": {"attn": attn, "attn_norm": {"scale": rng.uniform(0.2, 3.0, size=(layers, d)).astype(np.float32)}}}
 
 
 def full_products(config: ModelConfig, params: dict, layer: int, head: int, fold_norms: bool) -> tuple[np.ndarray, np.ndarray]:
     """W_QK and W_VO of one head as d_model x d_model matrices, from the definition."""
-    kernel = {name: leaf["kernel"][layer].astype(np.float64) for name, leaf in params["blocks"]["attn"].items()}
+    attn = params["blocks"]["attn"]
+    kernel = {name: attn[name]["kernel"][layer].astype(np.float64) for name in ("q", "k", "v", "o")}
     r, group = config.head_dim, head // (config.n_heads // config.n_kv_heads)
     gain = np.diag(params["blocks"]["attn_norm"]["scale"][layer].astype(np.float64)) if fold_norms else np.eye(config.d_model)
+    before, after = (gain, np.eye(config.d_model)) if config.norm_position == "pre" else (np.eye(config.d_model), gain)
+    if config.qk_norm and fold_norms:
+        kernel |= {name: kernel[name] @ np.diag(attn[f"{name}_norm"]["scale"][layer]) for name in ("q", "k")}
     own, shared = slice(head * r, (head + 1) * r), slice(group * r, (group + 1) * r)
-    return gain @ kernel["q"][:, own] @ (gain @ kernel["k"][:, shared]).T, gain @ kernel["v"][:, shared] @ kernel["o"][own]
+    return before @ kernel["q"][:, own] @ (before @ kernel["k"][:, shared]).T, before @ kernel["v"][:, shared] @ kernel["o"][own] @ after
 
 
 @pytest.mark.parametrize("fold_norms", [False, True])
+@pytest.mark.parametrize("olmo2", [False, True])
 @pytest.mark.parametrize("n_heads, n_kv_heads", [(6, 2), (4, 4), (1, 1)])
-def test_spectra_are_those_of_the_full_products(fold_norms, n_heads, n_kv_heads):
-    config = ModelConfig(vocab_size=300, d_model=24, n_layers=2, n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=32)
+def test_spectra_are_those_of_the_full_products(fold_norms, olmo2, n_heads, n_kv_heads):
+    family = {"norm_position": "post", "qk_norm": True} if olmo2 else {}
+    config = ModelConfig(vocab_size=300, d_model=24, n_layers=2, n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=32, **family)
     params = random_blocks(config, seed=n_heads)
     spectra = attention_spectra((config, params), fold_norms=fold_norms)
     for layer in range(config.n_layers):

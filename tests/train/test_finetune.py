@@ -70,7 +70,8 @@ def test_runs_share_their_compiled_steps(world: World, tuned):
     """Another base, another seed and another number of steps compile nothing new."""
     from plasticity_jax.parallel.mesh import make_mesh
 
-    step = compile_train_step(finetune.step_settings(CONFIG.model, CONFIG.finetune, "float32"), make_mesh(CONFIG.mesh), members=False)
+    mesh = make_mesh(CONFIG.mesh)
+    step = compile_train_step(finetune.step_settings(CONFIG, CONFIG.model, mesh), mesh, members=False)
     before = step._cache_size()
     world.finetune("other", "free", CONFIG, seed=5)
     assert step._cache_size() == before > 0

@@ -14,6 +14,7 @@ from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.train.optimizer import (
     DECAY_PRESETS,
     OptimizerSettings,
+    Schedule,
     decay_table,
     make_optimizer,
     schedule_shape,
@@ -23,6 +24,7 @@ from plasticity_jax.train.optimizer import (
 from plasticity_jax.train.step import hyper_parameters
 
 STEPS, WARMUP, PEAK, FINAL = 25, 5, 3e-2, 0.1
+COSINE = Schedule("cosine", final_share=FINAL)
 
 
 def lr_at(step: int) -> float:
@@ -77,7 +79,7 @@ def flat_of(tree: dict) -> dict:
 @pytest.mark.parametrize("mask", ["all", "olmo", "matrices-only", "no-norms"])
 def test_adamw_equals_numpy_in_float64(kind, mask):
     """25 steps, λ = 0 and two others, gradients on both sides of the clipping limit; the state tree is the same for each λ."""
-    chosen = OptimizerSettings(b1=0.9, b2=0.95, eps=1e-8, clip_norm=1.0, final_lr_share=FINAL, decay_kind=kind, decay_mask=mask)
+    chosen = OptimizerSettings(b1=0.9, b2=0.95, eps=1e-8, clip_norm=1.0, schedule=COSINE, decay_kind=kind, decay_mask=mask)
     optimizer = make_optimizer(chosen)
     params = tiny_tree(0)
     gradients = [{k: v * (0.05 if t % 2 else 1.0) for k, v in tiny_tree(100 + t).items()} for t in range(STEPS)]
@@ -103,18 +105,26 @@ def test_adamw_equals_numpy_in_float64(kind, mask):
 
 
 def test_schedule_equals_its_closed_form():
-    ours = PEAK * schedule_shape(jnp.arange(STEPS + 1), warmup=jnp.float32(WARMUP), total=jnp.float32(STEPS), final_share=FINAL)
+    ours = PEAK * schedule_shape(jnp.arange(STEPS + 1), warmup=jnp.float32(WARMUP), total=jnp.float32(STEPS), schedule=COSINE)
     np.testing.assert_allclose(ours, [lr_at(s) for s in range(STEPS + 1)], rtol=1e-5, atol=1e-9)
     assert ours[0] == 0 and ours[WARMUP] == np.float32(PEAK) and ours[-1] == pytest.approx(FINAL * PEAK)
 
 
+def test_wsd_equals_its_closed_form():
+    """Up in a straight line, level until the last fifth, down in a straight line that meets the final share just after the last update."""
+    shape = schedule_shape(jnp.arange(101), warmup=jnp.float32(10), total=jnp.float32(100), schedule=Schedule("wsd", 0.0, 0.2))
+    np.testing.assert_allclose(shape, np.interp(np.arange(101), [0, 10, 80, 100], [0, 1, 1, 0]), atol=1e-6)
+    late = schedule_shape(jnp.arange(101), warmup=jnp.float32(50), total=jnp.float32(100), schedule=Schedule("wsd", 0.25, 0.9))
+    np.testing.assert_allclose(late, np.interp(np.arange(101), [0, 50, 100], [0, 1, 0.25]), atol=1e-6)
+
+
 @settings(deadline=None)
-@given(steps=st.integers(1, 10_000), share=st.floats(0, 1), final=st.floats(0, 1))
-def test_schedule_stays_between_zero_and_the_peak(steps, share, final):
+@given(kind=st.sampled_from(["cosine", "wsd"]), steps=st.integers(1, 10_000), share=st.floats(0, 1), decay=st.floats(0, 1), final=st.floats(0, 1))
+def test_schedule_stays_between_zero_and_the_peak(kind, steps, share, decay, final):
     warmup = warmup_steps(steps, share)
     assert 1 <= warmup <= steps
     at = jnp.asarray([0, warmup - 1, warmup, (warmup + steps) // 2, steps - 1, steps])
-    shape = np.asarray(schedule_shape(at, warmup=jnp.float32(warmup), total=jnp.float32(steps), final_share=final))
+    shape = np.asarray(schedule_shape(at, warmup=jnp.float32(warmup), total=jnp.float32(steps), schedule=Schedule(kind, final, decay)))
     assert np.isfinite(shape).all() and shape.min() >= 0 and shape.max() <= 1 + 1e-6
 
 

@@ -1,6 +1,7 @@
 """The training step as a function."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +10,21 @@ import pytest
 from worlds import CONFIG, MODEL
 
 from plasticity_jax.data.loader import as_batch
-from plasticity_jax.model.transformer import apply, init_params
+from plasticity_jax.model.transformer import abstract_params, apply, init_params
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.train.precision import resolve_compute_dtype
 from plasticity_jax.train.pretrain import step_settings
 from plasticity_jax.train.step import compile_eval_step, compile_train_step, hyper_parameters, initial_state, make_train_step
 
-SETTINGS = step_settings(CONFIG)
+MESH = make_mesh(CONFIG.mesh)
+SETTINGS = step_settings(CONFIG, MESH)
 STEP = jax.jit(make_train_step(SETTINGS))
 HYPER = hyper_parameters(weight_decay=0.1, peak_lr=1e-2, warmup=2, total=20)
+
+
+def executed(**changes):
+    """SETTINGS with other execution settings."""
+    return dataclasses.replace(SETTINGS, execution=dataclasses.replace(SETTINGS.execution, **changes))
 
 
 def random_batch(seed: int) -> dict:
@@ -63,7 +70,7 @@ def test_metrics_against_numpy(state):
 
 def test_microbatches_and_padding_change_nothing(state):
     """Parts of unequal token counts, and padded rows and columns, give the loss and the update of the plain batch."""
-    split = jax.jit(make_train_step(dataclasses.replace(SETTINGS, microbatches=2)))
+    split = jax.jit(make_train_step(executed(microbatches=2)))
     batch = random_batch(1)
     batch["loss_mask"][0, :9] = 0
     plain, metrics = STEP(state, batch, HYPER)
@@ -83,6 +90,79 @@ def test_microbatches_and_padding_change_nothing(state):
         assert close(plain["params"], other["params"], 1e-5)
 
 
+ALTERNATIVES = (
+    {"microbatches": 4},
+    {"scan_layers": True},
+    {"remat": "dots", "scan_layers": True},
+    {"remat": "full"},
+    {"loss_chunks": 4},
+    {"microbatches": 2, "scan_layers": True, "remat": "full", "loss_chunks": 8},
+)
+
+
+@pytest.mark.parametrize("changes", ALTERNATIVES, ids=lambda changes: ", ".join(f"{k}={v}" for k, v in changes.items()))
+def test_execution_changes_nothing_in_twenty_steps(changes):
+    """Per tensor, and in every loss, to 1e-6 relative; with a z-loss, and rows of unequal token counts."""
+    settings = dataclasses.replace(SETTINGS, z_loss=1e-3, model=dataclasses.replace(MODEL, n_layers=2))
+    other_settings = dataclasses.replace(settings, execution=dataclasses.replace(settings.execution, **changes))
+    (plain, losses), (other, other_losses) = (twenty_steps(s) for s in (settings, other_settings))
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-6)
+    assert close(plain["params"], other["params"], 1e-6)
+
+
+@functools.cache
+def twenty_steps(settings):
+    step, state, losses = jax.jit(make_train_step(settings)), initial_state(settings, init_params(settings.model, 0)), []
+    for seed in range(20):
+        batch = random_batch(seed)
+        batch["loss_mask"][0, : seed % 7] = 0
+        state, metrics = step(state, batch, HYPER)
+        losses.append((metrics["loss"], metrics["z_loss"]))
+    return state, losses
+
+
+def test_z_loss_adds_its_square_to_the_gradient_and_not_to_the_loss(state):
+    batch = random_batch(5)
+    batch["loss_mask"][1, 3:] = 0
+    with_z = jax.jit(make_train_step(dataclasses.replace(SETTINGS, z_loss=0.02)))
+    _, plain = STEP(state, batch, HYPER)
+    _, metrics = with_z(state, batch, HYPER)
+
+    def mean_square(params):
+        log_sums = jax.scipy.special.logsumexp(apply(MODEL, params, batch["tokens"])[0], axis=-1)
+        return (jnp.square(log_sums) * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+
+    square, of_square = jax.jit(jax.value_and_grad(mean_square))(state["params"])
+    gradient = jax.tree.map(lambda a, b: a + 0.02 * b, jax.jit(jax.grad(lambda params: mean_loss(params, batch)))(state["params"]), of_square)
+    assert metrics["loss"] == pytest.approx(float(plain["loss"]), rel=1e-6) and "z_loss" not in plain
+    assert metrics["z_loss"] == pytest.approx(0.02 * float(square), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(np.sqrt(sum(np.square(np.asarray(g, np.float64)).sum() for g in jax.tree.leaves(gradient))), rel=1e-4)
+
+
+def test_isolated_documents_read_their_segment_only(state):
+    """The loss is that of the documents as rows of their own; without isolation, another."""
+    batch = random_batch(6)
+    batch["segment_ids"][:, 8:] = 2
+    isolated = jax.jit(make_train_step(dataclasses.replace(SETTINGS, isolate_documents=True)))(state, batch, HYPER)[1]["loss"]
+    # Rotary attention sees differences of positions only, so a document may begin anywhere.
+    halves = {name: np.concatenate([value[:, :8], value[:, 8:]]) for name, value in batch.items()}
+    assert isolated == pytest.approx(float(STEP(state, halves, HYPER)[1]["loss"]), rel=1e-6)
+    assert abs(isolated - float(STEP(state, batch, HYPER)[1]["loss"])) > 1e-3
+
+
+def test_the_compiled_step_never_holds_all_logits_in_chunks():
+    """[tokens, vocab] in float32 is 8.4 MB here: whole it is among the step's temporaries, in 16 parts it is not."""
+    model = dataclasses.replace(MODEL, vocab_size=16384)
+    batch = as_batch(np.zeros((8, 17), np.int32))
+
+    def temporary(chunks):
+        settings = dataclasses.replace(SETTINGS, model=model, execution=dataclasses.replace(SETTINGS.execution, loss_chunks=chunks))
+        state = jax.eval_shape(functools.partial(initial_state, settings), abstract_params(model))
+        return jax.jit(make_train_step(settings), donate_argnums=0).lower(state, batch, HYPER).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(1) - temporary(16) > 0.8 * 8 * 16 * 16384 * 4
+
+
 def test_a_batch_without_targets_is_no_nan(state):
     batch = random_batch(2)
     batch["loss_mask"][:] = 0
@@ -92,9 +172,8 @@ def test_a_batch_without_targets_is_no_nan(state):
 
 
 def test_one_compilation_serves_every_weight_decay():
-    mesh = make_mesh(CONFIG.mesh)
-    step = compile_train_step(SETTINGS, mesh, members=False)
-    assert compile_train_step(step_settings(dataclasses.replace(CONFIG, name="another")), mesh, members=False) is step
+    step = compile_train_step(SETTINGS, MESH, members=False)
+    assert compile_train_step(step_settings(dataclasses.replace(CONFIG, name="another"), MESH), MESH, members=False) is step
     before, results = step._cache_size(), []
     for decay in (0.0, 0.5, 7.0):
         state = at_step_one(init_params(MODEL, 0))
@@ -109,7 +188,7 @@ def test_one_compilation_serves_every_weight_decay():
 def test_eval_step_is_per_target(state):
     batch = random_batch(4)
     batch["loss_mask"][1] = 0
-    nats = compile_eval_step(MODEL, "float32", make_mesh(CONFIG.mesh))(state["params"], batch)
+    nats = compile_eval_step(SETTINGS, MESH)(state["params"], batch)
     assert nats.shape == (4, 16) and (np.asarray(nats[1]) == 0).all()
     _, metrics = STEP(state, batch, HYPER)
     assert float(nats.sum()) / 48 == pytest.approx(float(metrics["loss"]), rel=1e-5)

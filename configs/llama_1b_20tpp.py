@@ -1,0 +1,24 @@
+"""Llama 1B at 20 tokens per parameter: the study's main sweep over weight decay.
+
+Command:     plasticity study --config configs/llama_1b_20tpp.py --workdir /mnt/work --config.data.files=gs://BUCKET/fineweb-edu/sample/350BT
+Devices:     TPU v5e 8x8, 16 chips of TPU v4, or 8 H100; the authors used 8 A100 for about a day per member.
+Tokens:      20.0B = 19,073 steps of 512 x 2048, peak learning rate 2e-4.
+Timescales:  of the run, at the peak rate: λ 0 none, 0.0001 2620, 0.001 262, 0.01 26.2, 0.1 2.62, 0.5 0.524, 1 0.262, 1.5 0.175, 3 0.0874, 10 0.0262.
+Faithful:    --config.faithful=True takes the batch that the authors' two nodes made of theirs: 1024 x 2048, so 9,536 steps and twice the timescales.
+Not yet run here; lowest loss reported at λ 0.5, best after fine-tuning at 1.0.
+"""
+
+from plasticity_jax.recipes import llama
+
+
+def get_config(faithful=False):
+    config = llama("llama-1b", tokens=20e9, batch_size=1024 if faithful else 512, peak_lr=2e-4)
+    config.name = "llama-1b-20tpp"
+    config.faithful = faithful
+    config.grid.weight_decay = (0.0, 0.0001, 0.001, 0.01, 0.1, 0.5, 1.0, 1.5, 3.0, 10.0)
+    config.hardware = (
+        ("TPU v5", {"train.microbatches": 2}),
+        ("TPU v4", {"train.microbatches": 8}),
+        ("H100|H200", {"train.microbatches": 8}),
+    )
+    return config
