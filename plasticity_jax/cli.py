@@ -1,6 +1,7 @@
 """The command line: one sub-command per stage. It parses, calls a library function, and prints."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import signal
@@ -8,13 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from plasticity_jax.config import StudyConfig, grid_members, load_config
+from plasticity_jax.config import StudyConfig, grid_members, load_config, member_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.parallel.allocator import keep_freed_memory
 
 log = logging.getLogger("plasticity_jax")
 
 REFUSED, INTERRUPTED = 2, 130
+
+_MODEL = "directory of a finished pretrain, finetune or import run, or a Hugging Face folder"
+_EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,18 +50,25 @@ def _parser() -> argparse.ArgumentParser:
     pretrain = command("pretrain", "pretrain the members of the grid, or one of them")
     pretrain.add_argument("--member", metavar="NAME", help="only this member, such as wd0.1")
     finetune = command("finetune", "fine-tune a pretrained model on a task")
-    finetune.add_argument("--base", type=Path, required=True, metavar="RUN", help="directory of a finished pretrain run")
+    finetune.add_argument("--base", type=Path, required=True, metavar="RUN_OR_HF_DIR", help=_MODEL)
     finetune.add_argument("--task", required=True, metavar="T")
     finetune.add_argument("--seed", type=int, metavar="S", help="of the order of the rows; the config's first otherwise")
     evaluate = command("evaluate", "generate answers to a task's test rows and grade them")
-    evaluate.add_argument("--model", type=Path, required=True, metavar="RUN", help="directory of a finished pretrain or finetune run")
+    evaluate.add_argument("--model", type=Path, required=True, metavar="RUN_OR_HF_DIR", help=_MODEL)
     evaluate.add_argument("--task", required=True, metavar="T")
     analyze = command("analyze", "probes, attention spectra, and the gap between seen and held-out text")
-    analyze.add_argument("--model", type=Path, required=True, metavar="RUN", help="directory of a finished pretrain or finetune run")
+    analyze.add_argument("--model", type=Path, required=True, metavar="RUN_OR_HF_DIR", help=_MODEL)
     analyze.add_argument("--only", metavar="A,B", help="some of probe,spectra,gap")
     command("report", "write <workdir>/<study>/report/index.html, figures and tables", config=False)
+    hf_import = command("import", "turn a Hugging Face folder into a run that the other commands take", config=False, workdir=False)
+    hf_import.add_argument("--hf", type=Path, required=True, metavar="DIR", help="folder with config.json and safetensors, as save_pretrained writes it")
+    hf_import.add_argument("--out", type=Path, required=True, metavar="RUN_DIR", help="directory of the run; missing or empty")
+    export = command("export", "turn a run into a Hugging Face folder that transformers loads", config=False, workdir=False)
+    export.add_argument("--model", type=Path, required=True, metavar="RUN_DIR", help="directory of a finished pretrain, finetune or import run")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write; missing or empty")
+    export.add_argument("--dtype", metavar="D", help=f"{', '.join(_EXPORT_DTYPES)}; otherwise that of an import's source, and float32 for other runs")
     generate = command("generate", "continue a prompt", config=False, workdir=False)
-    generate.add_argument("--model", type=Path, required=True, metavar="RUN", help="directory of a finished run with parameters")
+    generate.add_argument("--model", type=Path, required=True, metavar="RUN_OR_HF_DIR", help=_MODEL)
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the most likely token")
@@ -96,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.takes_config:
             arguments.config = load_config(arguments.config, overrides)
         signal.signal(signal.SIGTERM, _interrupt)
-        if arguments.command not in ("status", "report"):
+        if arguments.command not in ("status", "report", "import", "export"):
             keep_freed_memory()
         return _COMMANDS[arguments.command](arguments)
     except UserError as error:
@@ -114,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = storage_problem(error)
         if problem is None:
             raise
-        print(f"plasticity: --workdir={arguments.workdir}: {problem}; make room or give another, then run again: it resumes.", file=sys.stderr)
+        where = f"--workdir={arguments.workdir}" if "workdir" in arguments else f"--out={arguments.out}"
+        print(f"plasticity: {where}: {problem}; make room or give another, then run again: it resumes.", file=sys.stderr)
         return REFUSED
 
 
@@ -229,21 +241,32 @@ def _analyze(arguments) -> int:
 
 
 def _on_model(arguments, path: Path, flag: str, make) -> int:
-    """Carries out runs on a given model directory, with the prepare runs that they need."""
-    from plasticity_jax.records import open_run
+    """Carries out runs on a given model directory, with the prepare runs that they need; a Hugging Face folder is imported into the study first."""
+    from plasticity_jax.model.hf_import import import_model, import_run, imported_from, is_hugging_face
+    from plasticity_jax.model.load import MODEL_STAGES
+    from plasticity_jax.records import RunDirectory, open_run
     from plasticity_jax.study.execute import check_workdir, resolve
     from plasticity_jax.study.graph import build_graph, corpus_run, probe_set_run, save_study, study_dir, task_run
 
-    directory = open_run(path)
-    model = directory.run()
-    if model.stage not in ("init", "pretrain", "finetune"):
-        raise UserError(f"{flag}={path} is a {model.stage} run and holds no model; give the directory of a pretrain or finetune run.")
+    folder = path if is_hugging_face(path) else None
+    directory = open_run(path) if folder is None else None
+    if directory is not None and directory.run().stage not in MODEL_STAGES:
+        raise UserError(f"{flag}={path} is a {directory.run().stage} run and holds no model; give the directory of a pretrain, finetune or import run.")
     workdir = arguments.workdir
-    config = resolve(arguments.config, workdir)
+    study = config = resolve(arguments.config, workdir)
+    if folder is not None:
+        model, config = import_run(folder, study)
+        path = study_dir(workdir, study) / model.id
+    else:
+        model = directory.run()
+        if imported_from(directory) is not None:
+            config = dataclasses.replace(study, model=directory.config().model)
     runs = make(config, model)
     check_workdir(workdir, config)
-    if not (study_dir(workdir, config) / "study.json").is_file():
-        save_study(workdir, config, build_graph(config))
+    if not (study_dir(workdir, study) / "study.json").is_file():
+        save_study(workdir, study, build_graph(study))
+    if folder is not None and not RunDirectory(path).done:
+        import_model(folder, path, model, config)
     external = {model.id: path.resolve()}
     corpus = path.resolve().parents[1] / model.parents["corpus"] if "corpus" in model.parents else None
     if corpus is not None and corpus.is_dir():
@@ -300,6 +323,24 @@ def _generate(arguments) -> int:
     return 0
 
 
+def _import(arguments) -> int:
+    from plasticity_jax.model.hf_import import import_folder
+
+    import_folder(arguments.hf, arguments.out)
+    print(arguments.out)
+    return 0
+
+
+def _export(arguments) -> int:
+    if arguments.dtype not in (None, *_EXPORT_DTYPES):
+        raise UserError(f"--dtype={arguments.dtype} must be one of {', '.join(_EXPORT_DTYPES)}.")
+    from plasticity_jax.model.hf_export import export_model
+
+    export_model(arguments.model, arguments.out, arguments.dtype)
+    print(arguments.out)
+    return 0
+
+
 def _choices(flag: str, text: str | None, known: Sequence[str]) -> tuple[str, ...]:
     if text is None:
         return tuple(known)
@@ -315,7 +356,9 @@ def _print_graph(workdir: Path, config: StudyConfig, runs) -> None:
 
     for member in grid_members(config):
         share = "no decay" if member.timescale is None else f"timescale {member.timescale:.3g} of the run"
-        print(f"{member.name}: λ = {member.weight_decay:.6g}, peak lr·λ = {config.train.peak_lr * member.weight_decay:.4g}, {share}")
+        peak_lr = member_config(config, member).train.peak_lr
+        fields = "".join(f", {name} = {value}" for name, value in (*member.overrides, *member.changes))
+        print(f"{member.name}: λ = {member.weight_decay:.6g}, peak lr·λ = {peak_lr * member.weight_decay:.4g}, {share}{fields}")
     for run in runs:
         state, reason = RunDirectory(workdir / config.name / run.id).state()
         parents = ", ".join(run.parents.values())
@@ -331,5 +374,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "analyze": _analyze,
     "report": _report_command,
+    "import": _import,
+    "export": _export,
     "generate": _generate,
 }

@@ -6,12 +6,13 @@ The fields stand in `config_fields.py`, the checks in `config_checks.py`.
 
 import ast
 import importlib.util
+import inspect
 import re
 import typing
 from pathlib import Path
 from typing import Any
 
-from plasticity_jax.config_checks import build, check_config, unknown_key
+from plasticity_jax.config_checks import build, check_config, typed_grid, unknown_key
 from plasticity_jax.config_fields import (
     DataConfig,
     DecayConfig,
@@ -31,6 +32,7 @@ from plasticity_jax.config_fields import (
     TrainConfig,
     execution_fields,
     grid_members,
+    member_config,
     result_fields,
     to_dict,
 )
@@ -60,6 +62,8 @@ __all__ = [
     "from_dict",
     "grid_members",
     "load_config",
+    "member_config",
+    "preset",
     "result_fields",
     "task",
     "to_dict",
@@ -82,31 +86,47 @@ def task(**changes):
     return config_dict.ConfigDict(to_dict(build(TaskConfig, changes, "tasks.<name>")))
 
 
+def preset(name: str):
+    """A model shape by name for `config.model`, as in `config.model = preset("llama-1b")`."""
+    from ml_collections import config_dict
+
+    from plasticity_jax.model.presets import presets
+
+    known = presets()
+    if name not in known:
+        raise UserError(f"model preset {name!r} is unknown; known: {', '.join(known)}.")
+    return config_dict.ConfigDict(to_dict(known[name]))
+
+
 def load_config(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> StudyConfig:
     """Reads a config file, applies overrides, checks everything.
 
     Args:
-      path: a Python file with `get_config()`.
+      path: a Python file with `get_config()`; one that takes `faithful` is given it, where the overrides set it.
       overrides: pairs (dotted key, text of a Python literal or bare string), later ones win.
     Raises:
       UserError: a missing file, an unknown key (the nearest known one is named), a value of another type, or values that do not fit.
     """
-    tree = _read_file(Path(path))
+    named = dict(overrides)
+    tree = _read_file(Path(path), faithful=_literal(named["faithful"]) if "faithful" in named else None)
     if overrides:
-        named = {key for key, _ in overrides}
-        if {"grid.weight_decay", "grid.timescales"} <= named:
+        if {"grid.weight_decay", "grid.timescales"} <= named.keys():
             raise UserError("grid.weight_decay and grid.timescales are two ways to say the same; set one of them.")
         for key, text in overrides:
             _override(tree, key, text)
             other = {"grid.weight_decay": "timescales", "grid.timescales": "weight_decay"}.get(key)
             if other:
                 tree["grid"][other] = None
-    return from_dict(tree)
+    config = from_dict(tree)
+    for name, _ in config.grid.fields:
+        if name in named:
+            raise UserError(f"--config.{name}={named[name]} has no effect, because grid.fields sweeps {name}; change grid.fields.")
+    return config
 
 
 def from_dict(tree: dict[str, Any]) -> StudyConfig:
     """Builds and checks a config from nested dicts, as `to_dict` wrote them. Raises UserError."""
-    config = build(StudyConfig, tree, "")
+    config = typed_grid(build(StudyConfig, tree, ""))
     check_config(config)
     return config
 
@@ -122,7 +142,7 @@ def for_device(config: StudyConfig, device_kind: str) -> StudyConfig:
     return from_dict(tree)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path, *, faithful: Any) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--config={path}: no such file; give a Python config file such as configs/default.py.")
     spec = importlib.util.spec_from_file_location(f"plasticity_config_{path.stem}", path)
@@ -133,7 +153,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
             raise UserError(f"{path} has no get_config(); a config file defines get_config() -> ConfigDict.")
-        return module.get_config().to_dict()
+        takes = isinstance(faithful, bool) and "faithful" in inspect.signature(module.get_config).parameters
+        return (module.get_config(faithful=faithful) if takes else module.get_config()).to_dict()
     except UserError:
         raise
     except (AttributeError, KeyError) as error:  # a locked ConfigDict refuses unknown keys, and its first line names the nearest
@@ -158,7 +179,11 @@ def _override(tree: dict[str, Any], key: str, text: str) -> None:
         raise unknown_key(seen, last, node)
     if isinstance(node[last], dict) and node[last]:
         raise UserError(f"--config.{key}={text}: {key} is a section; set one of {', '.join(sorted(node[last]))}.")
+    node[last] = _literal(text)
+
+
+def _literal(text: str) -> Any:
     try:
-        node[last] = ast.literal_eval(text)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        node[last] = text  # a bare string such as bfloat16
+        return text  # a bare string such as bfloat16

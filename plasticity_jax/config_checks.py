@@ -2,13 +2,14 @@
 
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import types
 import typing
 from typing import Any
 
-from plasticity_jax.config_fields import ModelConfig, StudyConfig, execution_fields, grid_members
+from plasticity_jax.config_fields import Member, ModelConfig, StudyConfig, execution_fields, grid_members, member_config, result_fields
 from plasticity_jax.errors import UserError
 
 
@@ -33,6 +34,8 @@ def build(cls: type, tree: Any, path: str) -> Any:
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, path)
     if origin is types.UnionType:
@@ -67,7 +70,47 @@ def _describe(hint: Any) -> str:
         return "a tuple (" + ", ".join(_describe(a) for a in args) + ")"
     if origin is types.UnionType:
         return " or ".join("None" if a is type(None) else _describe(a) for a in args)
-    return {int: "an int", float: "a float", bool: "True or False", str: "a string"}.get(hint, str(hint))
+    return {int: "an int", float: "a float", bool: "True or False", str: "a string", dict: "a dict", Any: "any value"}.get(hint, str(hint))
+
+
+_SWEPT_SECTIONS = ("model", "train", "decay", "data")
+
+
+def typed_grid(config: StudyConfig) -> StudyConfig:
+    """The config with the values of `grid.fields` and `grid.changes` brought to the types of their fields, as `build` does for every other.
+
+    Raises:
+      UserError: a field that cannot differ between members, or a value of another type.
+    """
+    grid = config.grid
+    fields = tuple(
+        (name, tuple(_convert(_swept_type(config, "grid.fields", name), value, f"grid.fields: {name}[{i}]") for i, value in enumerate(values)))
+        for name, values in grid.fields
+    )
+    changes = tuple(
+        (pattern, {name: _convert(_swept_type(config, "grid.changes", name), value, f"grid.changes: {name}") for name, value in changed.items()})
+        for pattern, changed in grid.changes
+    )
+    return dataclasses.replace(config, grid=dataclasses.replace(grid, fields=fields, changes=changes))
+
+
+def _swept_type(config: StudyConfig, where: str, name: str) -> Any:
+    """The type of a dotted field in which members may differ."""
+    section, _, last = name.partition(".")
+    if section not in _SWEPT_SECTIONS:
+        known = {f"{s}.{key}": None for s in _SWEPT_SECTIONS for key in result_fields(getattr(config, s))}
+        if not hasattr(config, section):
+            raise unknown_key(f"{where}: ", name, known)
+        raise UserError(
+            f"{where} sets {name}, but members differ in their pretraining alone and are fine-tuned and examined alike; "
+            f"set a field of {', '.join(_SWEPT_SECTIONS)}, or λ in grid.weight_decay."
+        )
+    settings = getattr(config, section)
+    if name in execution_fields(config):
+        raise UserError(f"{where} sets {name}, which changes speed, cadence or place and not the result; set {name} once, for all members.")
+    if last not in result_fields(settings):
+        raise unknown_key(f"{where}: {section}.", last, result_fields(settings))
+    return typing.get_type_hints(type(settings))[last]
 
 
 def check_config(config: StudyConfig) -> None:
@@ -75,10 +118,10 @@ def check_config(config: StudyConfig) -> None:
     _check_name(config.name)
     _check_model(config.model)
     _check_train(config)
-    _check_grid(config)
     _check_choices(config)
     _check_downstream(config)
     _check_hardware(config)
+    _check_grid(config)
 
 
 def _refuse_unless(ok: bool, message: str) -> None:
@@ -172,9 +215,25 @@ def _check_train(config: StudyConfig) -> None:
     _refuse_unless(math.isfinite(train.z_loss) and train.z_loss >= 0, f"train.z_loss={train.z_loss} must be finite and not negative; OLMo-2 uses 1e-5.")
     _refuse_unless(train.b1 < 1 and train.b2 < 1, f"train.b1={train.b1} and train.b2={train.b2} must be below 1.")
     _refuse_unless(0 < data.held_out_share < 1, f"data.held_out_share={data.held_out_share} must lie strictly between 0 and 1; 0.1 is usual.")
-    _refuse_unless(len(data.sources) > 0, "data.sources=() is empty; name at least one source.")
-    if data.max_documents is not None:
-        _positive("data.max_documents", data.max_documents)
+    _check_data(config)
+
+
+def _check_data(config: StudyConfig) -> None:
+    from plasticity_jax.data.named_tokenizers import check_setting
+
+    data = config.data
+    _refuse_unless(data.files is None or data.tfds is None, f"data.files={data.files} and data.tfds={data.tfds}: set one of the two, the other to None.")
+    streamed = data.files is not None or data.tfds is not None
+    for name in ("files", "tfds", "tfds_split", "text_field", "tokenizer"):
+        _refuse_unless(getattr(data, name) != "", f"data.{name}='' is empty; give it a value or leave it out.")
+    _refuse_unless(streamed or len(data.sources) > 0, "data.sources=() is empty; name at least one source.")
+    for name, value, ok, other in (("max_documents", data.max_documents, not streamed, "max_tokens"), ("max_tokens", data.max_tokens, streamed, "max_documents")):
+        if value is not None:
+            _positive(f"data.{name}", value)
+            place = "data.sources" if name == "max_documents" else "data.files and data.tfds"
+            _refuse_unless(ok, f"data.{name}={value} is for {place}; set data.{other} in its place.")
+    _refuse_unless(data.workers >= 0, f"data.workers={data.workers} must not be negative; 0 takes one process per core.")
+    check_setting(data.tokenizer, config.model.vocab_size)
 
 
 def _check_grid(config: StudyConfig) -> None:
@@ -193,9 +252,48 @@ def _check_grid(config: StudyConfig) -> None:
     _refuse_unless(len(grid.seeds) > 0, "grid.seeds=() is empty; give at least one seed.")
     for i, seed in enumerate(grid.seeds):
         _refuse_unless(seed >= 0, f"grid.seeds[{i}]={seed} must not be negative.")
-    names = [member.name for member in grid_members(config)]
+    _check_swept(config)
+    members = grid_members(config)
+    names = [member.name for member in members]
     twice = sorted({name for name in names if names.count(name) > 1})
     _refuse_unless(not twice, f"the grid names {', '.join(twice)} twice; values that agree in four digits, or equal seeds, are one member.")
+    for pattern, _ in grid.changes:
+        _refuse_unless(
+            any(re.search(pattern, name) for name in names),
+            f"grid.changes: {pattern!r} matches no member; the members are {', '.join(names)}.",
+        )
+    for member in members:
+        if member.changes:
+            _check_alone(member_config(config, member), f"member {member.name}")
+
+
+def _check_swept(config: StudyConfig) -> None:
+    """Checks `grid.fields` and `grid.changes` by themselves, and every combination of the swept values as a config."""
+    grid = config.grid
+    typed_grid(config)
+    swept = [name for name, _ in grid.fields]
+    for name, values in grid.fields:
+        _refuse_unless(swept.count(name) == 1, f"grid.fields lists {name} twice; list its values together.")
+        _refuse_unless(len(values) > 0, f"grid.fields: {name} has no values; give it at least one, or leave it out.")
+    for pattern, changed in grid.changes:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"grid.changes: {pattern!r} is no regular expression ({error}); write one such as '^wd1$'.") from error
+        for name in changed:
+            _refuse_unless(name not in swept, f"grid.changes: {pattern!r} sets {name}, which grid.fields sweeps; do one of the two.")
+    for setting in (dict(grid.fields).get("train.compute_dtype", ()), *((c.get("train.compute_dtype"),) for _, c in grid.changes)):
+        _refuse_unless("auto" not in setting, "the grid sets train.compute_dtype to 'auto', which differs by machine; name float32 or bfloat16.")
+    for values in itertools.product(*(values for _, values in grid.fields)) if grid.fields else ():
+        overrides = tuple(zip(swept, values))
+        _check_alone(member_config(config, Member("", 0.0, None, 0, overrides)), "the members with " + ", ".join(f"{name}={value}" for name, value in overrides))
+
+
+def _check_alone(own: StudyConfig, who: str) -> None:
+    try:
+        check_config(own)
+    except UserError as error:
+        raise UserError(f"for {who}: {error}") from error
 
 
 def _check_choices(config: StudyConfig) -> None:
@@ -210,8 +308,9 @@ def _check_choices(config: StudyConfig) -> None:
     _choice("train.schedule", config.train.schedule, ("cosine", "wsd"))
     _choice("train.remat", config.train.remat, ("none", "dots", "full"))
     _choice("train.attention", config.train.attention, ("auto", "xla", "cudnn", "splash"))
-    for i, source in enumerate(config.data.sources):
-        _choice(f"data.sources[{i}]", source, tuple(SOURCES))
+    if config.data.files is None and config.data.tfds is None:
+        for i, source in enumerate(config.data.sources):
+            _choice(f"data.sources[{i}]", source, tuple(SOURCES))
     for name in config.tasks:
         _choice("tasks", name, tuple(TASKS))
     for i, name in enumerate(config.probe.sets):
@@ -223,8 +322,12 @@ def _check_downstream(config: StudyConfig) -> None:
         for key in ("train_rows", "test_rows", "epochs", "max_new_tokens"):
             _positive(f"tasks.{name}.{key}", getattr(settings, key))
     tune = config.finetune
-    for name in ("peak_lr", "batch_size", "eps", "clip_norm", "log_every", "checkpoint_every"):
+    for name in ("peak_lr", "batch_size", "eps", "clip_norm", "log_every", "checkpoint_every", "microbatches"):
         _positive(f"finetune.{name}", getattr(tune, name))
+    _refuse_unless(
+        tune.batch_size % tune.microbatches == 0,
+        f"finetune.batch_size={tune.batch_size} is not divisible by finetune.microbatches={tune.microbatches}; set microbatches to a divisor of it.",
+    )
     for name in ("warmup_share", "b1", "b2"):
         _share(f"finetune.{name}", getattr(tune, name))
     _refuse_unless(tune.weight_decay >= 0, f"finetune.weight_decay={tune.weight_decay} must not be negative.")

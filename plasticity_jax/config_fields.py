@@ -5,7 +5,10 @@ which changes speed, cadence or place only.
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -115,12 +118,19 @@ class DecayConfig:
 
 @dataclass(frozen=True)
 class GridConfig:
-    """The swept weight decays, given directly or as AdamW timescales in shares of the run (None is no decay). Exactly one of the two."""
+    """What the members of the grid differ in: every seed with every combination of the swept fields with every weight decay.
+
+    Weight decays are given directly or as AdamW timescales in shares of the run (None is no decay). Exactly one of the two.
+    """
 
     weight_decay: tuple[float, ...] | None = None
     timescales: tuple[float | None, ...] | None = (None, 4.0, 0.8, 0.2)
+    # (result field, values) pairs to sweep besides, such as (("train.peak_lr", (2e-4, 4e-4)),); of model, train, decay and data.
+    fields: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    # (regex over members' names, {result field: value}) pairs, for members that the grid alone cannot describe; every pair that matches applies, in order.
+    changes: tuple[tuple[str, dict], ...] = ()
     seeds: tuple[int, ...] = (0,)
-    mode: str = _execution("sequential")  # sequential (one by one) | vmapped (members of a seed as one program)
+    mode: str = _execution("sequential")  # sequential (one by one) | vmapped (members that differ in traced numbers only as one program)
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,7 @@ class FinetuneConfig:
     seeds: tuple[int, ...] = (0,)
     log_every: int = _execution(20)
     checkpoint_every: int = _execution(500)
+    microbatches: int = _execution(1)  # as train.microbatches
 
 
 @dataclass(frozen=True)
@@ -214,6 +225,7 @@ class StudyConfig:
     """Everything that one study is made of."""
 
     name: str = "study"
+    faithful: bool = False  # the original's quirks (docs/decisions.md) instead of the clean defaults; a config file's get_config(faithful) sets them
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
@@ -236,32 +248,79 @@ class Member:
     """One point of the grid.
 
     Attributes:
-      name: `wd0.1`, and `wd0.1-s1` for a seed other than 0.
+      name: `wd0.1`; with swept fields `wd0.1-peak_lr0.0004`; with a seed other than 0 `wd0.1-s1`.
       weight_decay: the decay coefficient λ.
       timescale: AdamW's timescale at the peak learning rate as a share of the run; None for λ = 0.
       seed: seed of the initial parameters and of the order of the batches.
+      overrides: (dotted field, value) of every swept field, in the order of the config.
+      changes: (dotted field, value) of what `grid.changes` sets for this member, in order.
     """
 
     name: str
     weight_decay: float
     timescale: float | None
     seed: int
+    overrides: tuple[tuple[str, Any], ...] = ()
+    changes: tuple[tuple[str, Any], ...] = ()
 
 
 def grid_members(config: StudyConfig) -> tuple[Member, ...]:
-    """The members of the grid, seed by seed, in the order of the config.
+    """The members of the grid, seed by seed, then by swept fields, then by weight decay, in the order of the config.
 
-    The timescale is 1/(lr λ) steps at the peak learning rate (1/λ steps with independent decay); Wang & Aitchison, arXiv 2405.13698.
+    The timescale is 1/(lr λ) steps at the peak learning rate (1/λ steps with independent decay), of the member's own run;
+    Wang & Aitchison, arXiv 2405.13698. A timescale is turned into λ before `grid.changes` apply.
     """
-    rate = config.train.peak_lr if config.decay.kind == "coupled" else 1.0
-    per_run = rate * config.train.steps
+    grid = config.grid
+    members = []
+    for seed in grid.seeds:
+        for values in itertools.product(*(values for _, values in grid.fields)):
+            overrides = tuple(zip((name for name, _ in grid.fields), values))
+            own = _with(config, overrides)
+            parts = [f"-{name.rpartition('.')[2]}{name_text(value)}" for name, value in overrides] + [f"-s{seed}"] * (seed != 0)
+            for decay, timescale in _decays(own):
+                name = f"wd{decay:.4g}" + "".join(parts)
+                changes = tuple(pair for pattern, changed in grid.changes if re.search(pattern, name) for pair in changed.items())
+                if changes and decay:
+                    timescale = 1.0 / (decay * _decay_per_run(_with(own, changes)))
+                members.append(Member(name, decay, timescale, seed, overrides, changes))
+    return tuple(members)
+
+
+def member_config(config: StudyConfig, member: Member) -> StudyConfig:
+    """The config of one member: its swept fields and changes are set, and its grid sweeps weight decay and seeds only."""
+    own = _with(config, (*member.overrides, *member.changes))
+    return replace(own, grid=replace(own.grid, fields=(), changes=()))
+
+
+def name_text(value: Any) -> str:
+    """A value as part of a member's name, and so of a folder's: numbers as they are, `_` before words, nothing that could leave the folder."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return "_" + re.sub(r"[^A-Za-z0-9.+]+", "_", text)[-40:]
+
+
+def _decays(config: StudyConfig) -> Iterator[tuple[float, float | None]]:
+    """(λ, timescale) for each of the grid's weight decays or timescales."""
+    per_run = _decay_per_run(config)
     if config.grid.timescales is not None:
-        pairs = [(0.0 if t is None else 1.0 / (t * per_run), t) for t in config.grid.timescales]
+        yield from ((0.0 if t is None else 1.0 / (t * per_run), t) for t in config.grid.timescales)
     else:
-        pairs = [(float(w), None if w == 0 else 1.0 / (w * per_run)) for w in config.grid.weight_decay]
-    return tuple(
-        Member(f"wd{decay:.4g}" + (f"-s{seed}" if seed else ""), decay, timescale, seed) for seed in config.grid.seeds for decay, timescale in pairs
-    )
+        yield from ((float(w), None if w == 0 else 1.0 / (w * per_run)) for w in config.grid.weight_decay)
+
+
+def _decay_per_run(config: StudyConfig) -> float:
+    """What λ = 1 would decay over a run at the peak learning rate."""
+    return (config.train.peak_lr if config.decay.kind == "coupled" else 1.0) * config.train.steps
+
+
+def _with(config: StudyConfig, values: Iterable[tuple[str, Any]]) -> StudyConfig:
+    for name, value in values:
+        section, _, last = name.partition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{last: value})})
+    return config
 
 
 def to_dict(value: Any) -> Any:

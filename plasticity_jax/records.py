@@ -19,10 +19,11 @@ from typing import Any
 from plasticity_jax.config import StudyConfig, execution_fields, from_dict, to_dict
 from plasticity_jax.errors import UserError
 
+# Of a study's graph. Runs of stage "import", models from elsewhere, belong to none.
 STAGES = ("prepare", "init", "pretrain", "evaluate", "finetune", "probe", "spectra", "gap")
 
 # Raised by one when a stage's code changes its results: older runs of that stage, and all that follows from them, become stale.
-RESULT_VERSION = {stage: 1 for stage in STAGES}
+RESULT_VERSION = {stage: 1 for stage in (*STAGES, "import")}
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "array-record", "tokenizers", "numpy")
 

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from plasticity_jax.data.sources import SOURCES, Document, split_of
+from plasticity_jax.data.sources import SOURCES, SPLITS, Document, split_of
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
 from plasticity_jax.progress import Progress
 
-SPLITS = ("train", "held_out")
 FIELDS = ("id", "text", "domain", "source", "licence")
 MANIFEST = "documents.json"
 
@@ -75,7 +74,7 @@ def build_documents(out: Path, sources: tuple[str, ...], wheels: Wheels, *, held
         out.mkdir(parents=True, exist_ok=True)
         (out / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(out / CorpusDocuments.name, ignore_errors=True)
-    with _quiet_tfds():
+    with quiet_tfds():
         builder = CorpusDocuments(documents=splits, fingerprint=fingerprint[:16], data_dir=str(out))
         builder.download_and_prepare()
     manifest = {
@@ -106,7 +105,7 @@ def read_documents(directory: Path, split: str) -> Iterator[tuple[str, str, str]
         raise UserError(f"{directory} holds no finished corpus ({MANIFEST} is missing); run `plasticity prepare` for this study")
     if split not in SPLITS:
         raise UserError(f"split {split!r} is unknown; the corpus has {' and '.join(SPLITS)}")
-    with _quiet_tfds():
+    with quiet_tfds():
         examples = tfds.builder_from_directory(str(Path(directory) / manifest["directory"])).as_data_source(split)
     documents = [tuple(example[field].decode("utf-8") for field in ("id", "text", "domain"))
                  for example in examples.__getitems__(range(len(examples)))]
@@ -132,7 +131,8 @@ def _read_splits(sources: tuple[str, ...], wheels: Wheels, *, held_out_share: fl
 
 
 @contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
+def quiet_tfds() -> Iterator[None]:
+    """Keeps standard output and the log free of what TFDS says."""
     # TFDS prints to standard output, which belongs to `--json`, and speaks of downloads that do not happen.
     logger = logging.getLogger("absl")
     level = logger.level

@@ -1,8 +1,11 @@
 """Token records to training batches: the batch at a step is a function of the records, the seed and the step, and of nothing else."""
 
+import contextlib
 import functools
 import json
+import resource
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +21,27 @@ READ_THREADS = 2
 PREFETCH_BATCHES = 8
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """Some records of a split in a file of their own; the names of the last four are those that ArrayRecordDataSource asks for."""
+
+    directory: Path
+    documents: int  # of the split, in this shard
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
 class TokenRecords:
-    """Random access to the packed records of a split, as `write_token_records` left them.
+    """Random access to the packed records of a split, as `write_token_records` or `prepare_stream` left them.
 
     Args:
       directory: the folder with tokens.json.
       split: "train" or "held_out".
+    Attributes:
+      domain_of: index into `domains` of each record.
+      document_of: number, within the split, of the document that each record begins in.
     Raises:
       UserError: no finished records there, or no such split.
     """
@@ -42,13 +60,36 @@ class TokenRecords:
         self.vocab_size: int = manifest["vocab_size"]
         self.fingerprint: str = manifest["fingerprint"]
         self.domains: tuple[str, ...] = tuple(manifest["domains"])
-        self.domain_of: Int[np.ndarray, " n"] = np.load(index_path(directory, split, "domain_of"), allow_pickle=False)
-        self.document_of: Int[np.ndarray, " n"] = np.load(index_path(directory, split, "document_of"), allow_pickle=False)
-        self._dtype = np.dtype(manifest["dtype"])
-        self._source = ArrayRecordDataSource(str(records_path(directory, split)))
+        self._directory, self._dtype = directory, np.dtype(manifest["dtype"])
+        self._shards = [
+            _Shard(directory / entry["name"], entry[f"{split}_documents"], str(records_path(directory / entry["name"], split)), 0, entry[split], entry[split])
+            for entry in manifest.get("shards", ())
+        ]
+        if not self._shards:
+            self._source = ArrayRecordDataSource(str(records_path(directory, split)))
+        else:
+            _allow_open_files(len(self._shards))
+            self._source = ArrayRecordDataSource([shard for shard in self._shards if shard.take])
 
     def __len__(self) -> int:
-        return len(self.domain_of)
+        return len(self._source)
+
+    @functools.cached_property
+    def domain_of(self) -> Int[np.ndarray, " n"]:
+        if self._shards:  # a streamed corpus is one domain: one number stands for all records
+            return np.broadcast_to(np.int32(0), (len(self),))
+        return np.load(index_path(self._directory, self.split, "domain_of"), allow_pickle=False)
+
+    @functools.cached_property
+    def document_of(self) -> Int[np.ndarray, " n"]:
+        if not self._shards:
+            return np.load(index_path(self._directory, self.split, "document_of"), allow_pickle=False)
+        first, parts = 0, []
+        for shard in self._shards:
+            inside = np.load(index_path(shard.directory, self.split, "document_of"), mmap_mode="r", allow_pickle=False)[:shard.take]
+            parts.append(inside + np.int64(first))
+            first += shard.documents
+        return np.concatenate(parts)
 
     def tokens(self, indices: Sequence[int] | np.ndarray) -> Int[np.ndarray, "b record_length"]:
         """int32 [len(indices), T + 1]: the records at `indices`, in that order."""
@@ -56,6 +97,15 @@ class TokenRecords:
             return np.empty((0, self.seq_len + 1), np.int32)
         contents = self._source.__getitems__([int(index) for index in indices])
         return np.frombuffer(b"".join(contents), self._dtype).reshape(len(contents), -1).astype(np.int32)
+
+
+def _allow_open_files(n: int) -> None:
+    """Random access keeps every shard open, and both splits of a corpus are open at once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * n + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # where the system forbids it, opening the file says what is wrong
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def order(n_records: int, *, seed: int, batch_size: int, step: int) -> Int[np.ndarray, " batch_size"]:
@@ -87,30 +137,38 @@ def _shuffle(n_records: int, seed: int, epoch: int) -> Int[np.ndarray, " n_recor
     return shuffled
 
 
-def as_batch(records_BxT1: Int[np.ndarray, "b record_length"]) -> Batch:
+def as_batch(records_BxT1: Int[np.ndarray, "b record_length"], *, isolate: int | None = None) -> Batch:
     """A batch from packed records of T + 1 tokens.
 
+    Args:
+      isolate: the end-of-text token, to keep attention within documents; None lets a token see the documents before its own in the record, with the
+        end-of-text token between.
     Returns:
-      tokens (r[:-1]) and targets (r[1:]), loss_mask (all 1: nothing is padding), segment_ids (all 1: a token sees the documents before its
-      own in the record, with the end-of-text token between) and positions (0 .. T - 1); all [B, T], loss_mask float32, the rest int32.
+      tokens (r[:-1]) and targets (r[1:]), loss_mask (all 1: nothing is padding), segment_ids (all 1; with `isolate` 1, 2, 3 ... for the documents in the
+      record, the end of a text belonging to it) and positions (0 .. T - 1, also with `isolate`, because rotary attention sees differences alone); all
+      [B, T], loss_mask float32, the rest int32. The first token of a document still counts as the target of the end-of-text token before it.
     """
     records_BxT1 = np.asarray(records_BxT1, np.int32)
     tokens_BxT, targets_BxT = records_BxT1[:, :-1].copy(), records_BxT1[:, 1:].copy()
+    segments_BxT = np.ones(tokens_BxT.shape, np.int32)
+    if isolate is not None:
+        segments_BxT[:, 1:] += np.cumsum(tokens_BxT[:, :-1] == isolate, axis=1, dtype=np.int32)
     return {
         "tokens": tokens_BxT,
         "targets": targets_BxT,
         "loss_mask": np.ones(tokens_BxT.shape, np.float32),
-        "segment_ids": np.ones(tokens_BxT.shape, np.int32),
+        "segment_ids": segments_BxT,
         "positions": np.broadcast_to(np.arange(tokens_BxT.shape[1], dtype=np.int32), tokens_BxT.shape).copy(),
     }
 
 
-def batch_at(records: TokenRecords, *, seed: int, batch_size: int, step: int) -> Batch:
-    """The batch that every run with this seed and batch size sees at `step`."""
-    return as_batch(records.tokens(order(len(records), seed=seed, batch_size=batch_size, step=step)))
+def batch_at(records: TokenRecords, *, seed: int, batch_size: int, step: int, isolate: int | None = None) -> Batch:
+    """The batch that every run with this seed and batch size sees at `step`; `isolate` is that of `as_batch`."""
+    return as_batch(records.tokens(order(len(records), seed=seed, batch_size=batch_size, step=step)), isolate=isolate)
 
 
-def batches(records: TokenRecords, *, seed: int, batch_size: int, start_step: int, steps: int, prefetch: bool = True) -> Iterator[Batch]:
+def batches(records: TokenRecords, *, seed: int, batch_size: int, start_step: int, steps: int, isolate: int | None = None,
+            prefetch: bool = True) -> Iterator[Batch]:
     """The batches of `steps` steps from `start_step` on: exactly `batch_at(step)` for each. A late start costs nothing.
 
     With `prefetch`, threads read a few batches ahead.
@@ -118,7 +176,7 @@ def batches(records: TokenRecords, *, seed: int, batch_size: int, start_step: in
     import grain
 
     dataset = grain.MapDataset.range(start_step, start_step + steps).map(
-        lambda step: batch_at(records, seed=seed, batch_size=batch_size, step=int(step)))
+        lambda step: batch_at(records, seed=seed, batch_size=batch_size, step=int(step), isolate=isolate))
     if prefetch:
         options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
     else:

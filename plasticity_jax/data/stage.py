@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from plasticity_jax.config import StudyConfig
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.records import Context
 
@@ -18,20 +19,12 @@ def wheels_dir(folder: str) -> Path:
 
 def run(context: Context) -> dict[str, Any]:
     """Carries out one prepare run; its summary, with a content fingerprint, is the result."""
-    from plasticity_jax.data import prepare, probe_sets, tasks
+    from plasticity_jax.data import probe_sets, tasks
 
     config, fields, out = context.config, context.run.fields, context.directory.path
     folder = wheels_dir(config.data.wheels)
     if fields["kind"] == "corpus":
-        summary = prepare.prepare_corpus(
-            out,
-            sources=config.data.sources,
-            wheels_dir=folder,
-            held_out_share=fields["held_out_share"],
-            max_documents=fields["max_documents"],
-            vocab_size=fields["vocab_size"],
-            seq_len=fields["seq_len"],
-        )
+        summary = _corpus(config, out, Wheels(folder))
         context.directory.provenance["data_fingerprint"] = summary["fingerprint"]
         return summary
     rows = {name: fields[name] for name in ("train_rows", "test_rows", "held_out_share")}
@@ -39,3 +32,34 @@ def run(context: Context) -> dict[str, Any]:
         train, test = tasks.build_task(context.run.task, Wheels(folder), **rows, seed=SEED)
         return tasks.write_task(out, train, test)
     return probe_sets.write_probe_set(out, probe_sets.build_probe_set(fields["set"], Wheels(folder), **rows, seed=SEED))
+
+
+def _corpus(config: StudyConfig, out: Path, wheels: Wheels) -> dict[str, Any]:
+    from plasticity_jax.data.named_tokenizers import open_tokenizer
+    from plasticity_jax.data.prepare import prepare_corpus
+    from plasticity_jax.data.streaming import open_corpus, prepare_stream
+
+    data, vocab_size, seq_len = config.data, config.model.vocab_size, config.train.seq_len
+    tokenizer = open_tokenizer(data.tokenizer, wheels, vocab_size=vocab_size)
+    if data.files is None and data.tfds is None:
+        return prepare_corpus(
+            out,
+            sources=data.sources,
+            wheels_dir=wheels.directory,
+            held_out_share=data.held_out_share,
+            max_documents=data.max_documents,
+            vocab_size=vocab_size,
+            seq_len=seq_len,
+            tokenizer=tokenizer,
+        )
+    return prepare_stream(
+        out,
+        open_corpus(files=data.files, tfds=data.tfds, tfds_split=data.tfds_split, text_field=data.text_field),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        seq_len=seq_len,
+        text_field=data.text_field,
+        held_out_share=data.held_out_share,
+        max_tokens=data.max_tokens,
+        workers=data.workers,
+    )

@@ -1,47 +1,87 @@
-"""The tokenizer of a study: byte-level BPE without normalisation, every digit a token of its own."""
+"""Text to token ids and back: the tokenizer that a study trains, and any other that comes as a tokenizer.json."""
 
 import functools
 import hashlib
+import json
 import os
+import shutil
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from plasticity_jax.data.pieces import pieces
+from plasticity_jax.data.pieces import SPACE, cutter, own_pre_tokenizer
 from plasticity_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
 N_BYTES = 256
 MIN_VOCAB_SIZE = N_BYTES + 2
 # Pieces whose tokens are remembered between calls; about 100 MB of memory at most.
 MAX_PIECES = 500_000
+# Their place in an embedding decides what they mean to a model; in tokenizer_config.json they have these keys.
+SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Tokenizer:
-    """Text to token ids and back, without loss: `decode(encode(text)) == text` for every text that UTF-8 can hold.
+    """Token ids of texts, and texts of token ids.
 
-    `encode` never emits a special token, also where the text spells one out; "<|endoftext|>" and "<|pad|>" enter token streams
-    only by `eos_id` (0) and `pad_id` (1).
+    Byte-level tokenizers (the study's own, and OLMo-2's) lose nothing: `decode(encode(text)) == text` for every text that UTF-8 can hold.
+    SentencePiece's put a space before every text, which `decode` takes away again, and know "▁" only as a space.
+
+    `encode` adds no beginning or end of text and never emits a special token, also where the text spells one out; they enter token streams only
+    by `eos_id`, `pad_id` and `bos_id`.
+
+    Args:
+      backend: a tokenizer of the tokenizers library.
+      specials: the texts of the special tokens, by key of SPECIAL_KEYS. Without an end of text given, it is "<|endoftext|>"; without a padding
+        token, "<|pad|>" where the vocabulary has it, and the end of text where not.
+    Attributes:
+      vocab_size: the highest token id, added tokens included, plus 1.
+      eos_id, pad_id, bos_id: end of text, padding (`eos_id` where there is none), beginning of text (None where there is none).
+    Raises:
+      UserError: a special token that the vocabulary lacks, or no end of text.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    def __init__(self, backend: tokenizers.Tokenizer, specials: dict[str, str] | None = None):
         self._backend = backend
         # Without this, text that spells "<|endoftext|>" would end a document. The flag is not part of tokenizer.json.
         backend.encode_special_tokens = True
+        # Some files ask for texts to be cut or filled up, which is a matter of batches.
+        backend.no_truncation()
+        backend.no_padding()
         self._ids_of_piece: dict[str, bytes] = {}  # int32 ids: joining bytes is the fastest concatenation there is
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.eos_id: int = backend.token_to_id(END_OF_TEXT)
-        self.pad_id: int = backend.token_to_id(PADDING)
+        self._cut = cutter(backend)
+        self._specials = dict(specials or {})
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        eos_id = self._special_id("eos_token", END_OF_TEXT)
+        if eos_id is None:
+            raise UserError(f"the tokenizer names no end of text and has no {END_OF_TEXT} token; put a {CONFIG_FILE} with "
+                            '{"eos_token": "..."} beside it')
+        pad_id = self._special_id("pad_token", PADDING)
+        self.eos_id: int = eos_id
+        self.pad_id: int = eos_id if pad_id is None else pad_id
+        self.bos_id: int | None = self._special_id("bos_token", None)
+
+    def _special_id(self, key: str, default: str | None) -> int | None:
+        token = self._specials.get(key, default)
+        index = None if token is None else self._backend.token_to_id(token)
+        if index is None and key in self._specials:
+            raise UserError(f"{key} {token!r} is not among the {self.vocab_size:,} tokens of the tokenizer; name one of them in {CONFIG_FILE}")
+        return index
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A tokenizer of exactly `vocab_size` entries: two specials, 256 bytes, and merges learned from `texts`.
+        """A byte-level BPE of exactly `vocab_size` entries, every digit a token of its own: two specials, 256 bytes, and merges learned from `texts`.
+
+        "<|endoftext|>" is 0 and "<|pad|>" is 1.
 
         Raises:
           UserError: `vocab_size` is below 258, or the texts are too small for that many merges.
@@ -50,10 +90,7 @@ class Tokenizer:
             raise UserError(f"vocab_size={vocab_size} is below {MIN_VOCAB_SIZE} ({N_BYTES} bytes and 2 special tokens); set it to "
                             f"{MIN_VOCAB_SIZE} or more")
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ])
+        backend.pre_tokenizer = own_pre_tokenizer()
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PADDING], show_progress=False,
                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -66,43 +103,73 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Reads a tokenizer.json that `save` wrote.
+        """Reads a tokenizer.json, or the one in a folder, and the names of the special tokens from a tokenizer_config.json beside it.
 
         Raises:
-          UserError: no such file, not a tokenizer, or one without the two special tokens.
+          UserError: no such file, not a tokenizer, or one without an end of text.
         """
-        if not Path(path).is_file():
+        path = Path(path)
+        path = path / TOKENIZER_FILE if path.is_dir() else path
+        if not path.is_file():
             raise UserError(f"tokenizer {path} does not exist; run `plasticity prepare` for this study")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of bad file
             reason = " ".join(str(error).split())
             raise UserError(f"tokenizer {path} is not readable ({reason}); delete it and run `plasticity prepare`") from error
-        for token in (END_OF_TEXT, PADDING):
-            if backend.token_to_id(token) is None:
-                raise UserError(f"tokenizer {path} has no {token} token; use one that `plasticity prepare` trained")
-        return cls(backend)
+        try:
+            return cls(backend, _read_specials(path.with_name(CONFIG_FILE)))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def save(self, path: Path) -> None:
-        """Writes the standard tokenizer.json of the tokenizers library, atomically."""
+        """Writes the standard tokenizer.json of the tokenizers library, and a tokenizer_config.json beside it where the special tokens are not ours.
+
+        Each file is written atomically, the configuration first.
+        """
         path = Path(path)
+        config = path.with_name(CONFIG_FILE)
+        if self._specials:
+            settings = self._specials | {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False,
+                                         "tokenizer_class": "PreTrainedTokenizerFast"}
+            partial = config.with_name(config.name + ".partial")
+            partial.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(partial, config)
+        else:
+            config.unlink(missing_ok=True)
         partial = path.with_name(path.name + ".partial")
         self._backend.save(str(partial))
         os.replace(partial, path)
 
     @functools.cached_property
     def token_bytes(self) -> Int[np.ndarray, " vocab"]:
-        """int32 [vocab]: UTF-8 bytes of text behind each token, 0 for the specials."""
+        """int32 [vocab]: UTF-8 bytes of text behind each token, 0 for the specials.
+
+        They add up to the bytes of an encoded text; with SentencePiece's to one more, for the space before it.
+        """
+        definition = json.loads(self._backend.to_str())
+        specials = {token["id"] for token in definition["added_tokens"] if token["special"]} | {self.eos_id, self.pad_id, self.bos_id}
+        added = {token["id"] for token in definition["added_tokens"]}
+        byte_level = _is_byte_level(definition["pre_tokenizer"])
         sizes = np.zeros(self.vocab_size, np.int32)
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
-            # The byte-level alphabet writes every byte as one character.
-            sizes[index] = 0 if index in (self.eos_id, self.pad_id) else len(token)
+            if index in specials:
+                continue
+            if byte_level and index not in added:
+                sizes[index] = len(token)  # the byte-level alphabet writes every byte as one character
+            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                sizes[index] = 1
+            else:
+                sizes[index] = len(token.replace(SPACE, " ").encode("utf-8"))
         return sizes
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of the tokenizer's definition; equal after save and load."""
-        return hashlib.sha256(self._backend.to_str(pretty=False).encode("utf-8")).hexdigest()
+        """sha256 (hex) of the tokenizer's definition and of the names of its special tokens; equal after save and load."""
+        digest = hashlib.sha256(self._backend.to_str(pretty=False).encode("utf-8"))
+        if self._specials:
+            digest.update(json.dumps(self._specials, sort_keys=True).encode("ascii"))
+        return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, without specials."""
@@ -114,9 +181,11 @@ class Tokenizer:
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Int[np.ndarray, " tokens"]]:
         """`encode_batch` with an int32 array for each text: the fast way for a corpus."""
+        if self._cut is None:
+            return [np.asarray(encoding.ids, np.int32) for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         if len(self._ids_of_piece) > MAX_PIECES:
             self._ids_of_piece.clear()
-        cut = [pieces(text) for text in texts]
+        cut = [self._cut(text) for text in texts]
         new = sorted(set().union(*cut).difference(self._ids_of_piece))
         for piece, encoding in zip(new, self._backend.encode_batch_fast(new, add_special_tokens=False)):
             self._ids_of_piece[piece] = array("i", encoding.ids).tobytes()
@@ -125,3 +194,43 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         return self._backend.decode([int(index) for index in ids], skip_special_tokens=skip_special)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer's files from one run's folder to another's, each atomically; the target then holds no file of another tokenizer.
+
+    Raises:
+      UserError: the source holds no tokenizer.json.
+    """
+    if not (Path(source) / TOKENIZER_FILE).is_file():
+        raise UserError(f"{source} holds no {TOKENIZER_FILE}; put the model's tokenizer there")
+    for name in (CONFIG_FILE, TOKENIZER_FILE):
+        original, copy = Path(source) / name, Path(target) / name
+        if original.is_file():
+            partial = copy.with_name(name + ".partial")
+            shutil.copyfile(original, partial)
+            os.replace(partial, copy)
+        else:
+            copy.unlink(missing_ok=True)
+
+
+def _read_specials(path: Path) -> dict[str, str]:
+    """The special tokens that a tokenizer_config.json names; an entry is a string, or an object with the string as "content"."""
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path.name} beside it is no JSON ({error}); correct it") from error
+    found: dict[str, str] = {}
+    for key in SPECIAL_KEYS:
+        entry: Any = entries.get(key) if isinstance(entries, dict) else None
+        token = entry.get("content") if isinstance(entry, dict) else entry
+        if isinstance(token, str):
+            found[key] = token
+    return found
+
+
+def _is_byte_level(pre_tokenizer: dict | None) -> bool:
+    steps = [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    return any(step["type"] == "ByteLevel" for step in steps)

@@ -11,6 +11,8 @@ from pathlib import Path
 from plasticity_jax.errors import UserError
 
 REQUIREMENTS = Path(__file__).with_name("requirements-data.txt")
+# What only some studies read has pin files of its own, so that `make study` brings no more than it needs.
+TOKENIZER_REQUIREMENTS = tuple(Path(__file__).with_name(f"requirements-{name}.txt") for name in ("sentencepiece-32k", "dolma2"))
 
 _PIN = re.compile(r"(?P<package>[A-Za-z0-9._-]+)==(?P<version>[^\s;]+)\s+--hash=sha256:(?P<sha256>[0-9a-f]{64})")
 
@@ -20,23 +22,28 @@ _verified: set[tuple[Path, int, int]] = set()
 
 @dataclass(frozen=True)
 class Pin:
-    """One line of requirements-data.txt: a package, its exact version and the sha256 of its wheel."""
+    """One line of a pin file: a package, its exact version, the sha256 of its wheel, and the file that it stands in."""
 
     package: str
     version: str
     sha256: str
+    requirements: Path
 
 
 @functools.cache
 def pins() -> dict[str, Pin]:
-    """The pinned packages, by normalised name, parsed from requirements-data.txt beside this module."""
-    found = (_PIN.match(line.strip()) for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines())
-    return {_normalise(m["package"]): Pin(m["package"], m["version"], m["sha256"]) for m in found if m}
+    """The pinned packages, by normalised name, parsed from the pin files beside this module."""
+    found: dict[str, Pin] = {}
+    for requirements in (REQUIREMENTS, *TOKENIZER_REQUIREMENTS):
+        for line in requirements.read_text(encoding="utf-8").splitlines():
+            if m := _PIN.match(line.strip()):
+                found[_normalise(m["package"])] = Pin(m["package"], m["version"], m["sha256"], requirements)
+    return found
 
 
-def download_command(directory: Path) -> str:
-    """The command that brings every pinned wheel into `directory`."""
-    return f"pip download --no-deps --only-binary :all: --require-hashes -r {REQUIREMENTS} -d {directory}"
+def download_command(directory: Path, requirements: Path = REQUIREMENTS) -> str:
+    """The command that brings every wheel of a pin file into `directory`."""
+    return f"pip download --no-deps --only-binary :all: --require-hashes -r {requirements} -d {directory}"
 
 
 class Wheels:
@@ -81,7 +88,8 @@ class Wheels:
             if _normalise(package) == _normalise(pin.package) and version == pin.version:
                 return path
         name = f"{_normalise(pin.package).replace('-', '_')}-{pin.version}-*.whl"
-        raise UserError(f"wheel {name} is not in {self.directory}; bring the pinned wheels with: {download_command(self.directory)}")
+        command = download_command(self.directory, pin.requirements)
+        raise UserError(f"wheel {name} is not in {self.directory}; bring the pinned wheels with: {command}")
 
 
 def _pin(package: str) -> Pin:
@@ -100,7 +108,7 @@ def _verify(path: Path, pin: Pin, directory: Path) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != pin.sha256:
         raise UserError(f"wheel {path} is altered: its sha256 begins {found[:12]}, the pin {pin.sha256[:12]}; "
-                        f"delete it and run: {download_command(directory)}")
+                        f"delete it and run: {download_command(directory, pin.requirements)}")
     _verified.add(key)
 
 

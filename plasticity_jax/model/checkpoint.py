@@ -5,10 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from plasticity_jax.errors import UserError
+
+_PIECE = 8 << 20  # bytes of an array that are compressed at once where memory is short
+_BLOCK = 1 << 20  # elements summed at once
 
 
 class Checkpoints:
@@ -21,9 +25,11 @@ class Checkpoints:
       keep: how many of the latest steps to keep.
       asynchronous: `save` returns once the arrays are copied off the device and writes in the background.
       read_only: for reading alone; creates and deletes nothing.
+      save_bytes: save one array after the other, in pieces, so that at most about this much memory is needed beside the arrays; more than the
+        largest array has. None saves all at once.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 1, asynchronous: bool = True, read_only: bool = False):
+    def __init__(self, directory: Path, *, keep: int = 1, asynchronous: bool = True, read_only: bool = False, save_bytes: int | None = None):
         self.directory = Path(directory).absolute()
         absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns about every sharding and every missing item that is meant
         options = ocp.CheckpointManagerOptions(
@@ -32,14 +38,17 @@ class Checkpoints:
             read_only=read_only,
             enable_async_checkpointing=asynchronous and not read_only,
         )
-        handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer")} | {"checksums": ocp.JsonCheckpointHandler()}
+        self._piece = None if save_bytes is None else _PIECE
+        limit = {} if save_bytes is None else {"save_concurrent_gb": save_bytes / 1e9}
+        handlers = {name: ocp.StandardCheckpointHandler(**limit) for name in ("params", "optimizer")} | {"checksums": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers)
 
     def save(self, step: int, params: Any, optimizer: Any | None = None) -> None:
         """Saves both trees as `step`. The arrays may be donated or changed as soon as this returns."""
         trees = {"params": params} if optimizer is None else {"params": params, "optimizer": optimizer}
         checksums = {name: _checksums(tree) for name, tree in trees.items()}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        pieces = {name: jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=self._piece), tree) for name, tree in trees.items()}
+        items = {name: ocp.args.StandardSave(tree, save_args=pieces[name]) for name, tree in trees.items()}
         self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(checksums)))
 
     def latest(self) -> int | None:
@@ -60,6 +69,33 @@ class Checkpoints:
         """Parameters and optimizer state of a step, as `restore_params` does."""
         restored = self._restore(step, params=abstract_params, optimizer=abstract_optimizer)
         return restored["params"], restored["optimizer"]
+
+    def restore_array(self, step: int, abstract: Any, index: int) -> np.ndarray:
+        """One array of a step's parameters, read without the others.
+
+        Args:
+          abstract: the whole tree, as for `restore_params`.
+          index: of the array among the tree's leaves.
+        Raises:
+          UserError: as `restore_params`.
+        """
+        alone = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)
+        leaves, structure = jax.tree.flatten(alone)
+        leaves[index] = jax.tree.leaves(abstract)[index]
+        alone = structure.unflatten(leaves)
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), alone)
+        try:
+            handler = ocp.PyTreeCheckpointHandler()
+            tree = handler.restore(self.directory / str(step) / "params", args=ocp.args.PyTreeRestore(alone, restore_args=as_numpy))
+            array = jax.tree.leaves(tree)[index]
+            if array.shape != leaves[index].shape:
+                raise ValueError(f"an array has shape {array.shape} and not {leaves[index].shape}")
+            expected = self._manager.restore(step, args=ocp.args.Composite(checksums=ocp.args.JsonRestore()))["checksums"]["params"]
+            if _weighted_sum_on_host(array) != expected[index]:
+                raise ValueError("the checksums of its params differ from those saved")
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+        return array
 
     def wait(self) -> None:
         """Returns when every save so far is on disk."""
@@ -84,15 +120,40 @@ class Checkpoints:
                     raise ValueError(f"the checksums of its {name} differ from those saved")
             return restored
         except Exception as error:  # Orbax and tensorstore raise many types for a missing file, a bad checksum or another shape
-            reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
-            raise UserError(
-                f"checkpoint {self.directory / str(step)} cannot be read ({reason}); delete the run's directory and run its stage again."
-            ) from error
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> UserError:
+        reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
+        return UserError(f"checkpoint {self.directory / str(step)} cannot be read ({reason}); delete the run's directory and run its stage again.")
 
 
 def _checksums(tree: Any) -> list[int]:
     """One 32-bit number per leaf, which changes with any bit of it. Orbax's own format notices missing bytes and not flipped ones."""
-    return [int(x) for x in _weighted_sums(jax.tree.leaves(tree))]
+    leaves = jax.block_until_ready(jax.tree.leaves(tree))
+    elsewhere = iter(_weighted_sums([x for x in leaves if not _on_host(x)]))
+    return [_weighted_sum_on_host(_as_numpy(x)) if _on_host(x) else int(next(elsewhere)) for x in leaves]
+
+
+def _on_host(x: Any) -> bool:
+    """Whether the sum is taken by NumPy: compiled for a CPU, it would hold every array a second time."""
+    if isinstance(x, np.ndarray):
+        return True
+    one_cpu = x.is_fully_addressable and [device.platform for device in x.devices()] == ["cpu"]
+    return one_cpu and x.dtype.kind in "fiu"  # what dlpack knows
+
+
+def _as_numpy(x: Any) -> np.ndarray:
+    # By dlpack, because np.asarray would be remembered by the array, whose memory could then not be donated.
+    return x if isinstance(x, np.ndarray) else np.from_dlpack(x)
+
+
+def _weighted_sum_on_host(x: np.ndarray) -> int:
+    words = x.reshape(-1).view(f"u{x.dtype.itemsize}")
+    total, odd = 0, 2 * np.arange(min(words.size, _BLOCK), dtype=np.uint32) + np.uint32(1)
+    for start in range(0, words.size, _BLOCK):
+        block = words[start : start + _BLOCK].astype(np.uint32, copy=False)
+        total += int(np.dot(block, odd[: block.size])) + 2 * start * int(np.sum(block, dtype=np.uint32))
+    return total % 2**32
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""Opens the model of a finished run."""
+"""Opens the model of a finished run, or of a Hugging Face folder."""
 
 import functools
 from collections.abc import Sequence
@@ -16,28 +16,29 @@ from plasticity_jax.config import ModelConfig
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.model.hf_import import is_hugging_face, open_folder, read_params, read_tokenizer
 from plasticity_jax.model.transformer import Params, abstract_params, apply
 
-MODEL_STAGES = ("init", "pretrain", "finetune")
+MODEL_STAGES = ("init", "import", "pretrain", "finetune")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model read from a run; never written back.
+    """A model read from a run or a Hugging Face folder; never written back.
 
     Attributes:
       config: the network's shape.
       params: its parameters, float32.
-      tokenizer: the run's tokenizer, or None where it has none.
-      path: the run's directory.
-      run: the run that made it.
+      tokenizer: the tokenizer beside it, or None where there is none.
+      path: the directory.
+      run: the run that made it; None for a Hugging Face folder.
     """
 
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer | None
     path: Path
-    run: records.Run
+    run: records.Run | None
 
     def __call__(
         self,
@@ -85,33 +86,43 @@ def _integers(name: str, values: Any, shape: tuple[int, ...] | None) -> np.ndarr
 
 
 def load_model(path: str | Path) -> LoadedModel:
-    """Opens the directory of a finished init, pretrain or finetune run and reads its last checkpoint.
+    """Opens a Hugging Face folder, or the directory of a finished init, import, pretrain or finetune run and reads its last checkpoint.
 
     Raises:
-      UserError: no finished run of such a stage, or a damaged checkpoint.
+      UserError: no finished run of such a stage, a damaged checkpoint, or a folder that cannot be imported.
     """
-    directory = records.open_run(path)
-    run = directory.run()
-    if run.stage not in MODEL_STAGES:
-        raise UserError(f"{path} is a run of stage {run.stage}, which holds no model; give one of stage {', '.join(MODEL_STAGES)}.")
+    path = Path(path)
+    if is_hugging_face(path):
+        description, weights = open_folder(path)
+        tokenizer = read_tokenizer(path, description.model)
+        return LoadedModel(description.model, read_params(description, weights, path.name), tokenizer, path, run=None)
+    directory = open_model_run(path)
     config = directory.config().model
-    tokenizer_path = directory.path / "tokenizer.json"
-    return LoadedModel(
-        config=config,
-        params=load_params(directory.path, config),
-        tokenizer=Tokenizer.load(tokenizer_path) if tokenizer_path.is_file() else None,
-        path=directory.path,
-        run=run,
-    )
+    return LoadedModel(config, load_params(path, config), read_tokenizer(path, config), path, directory.run())
+
+
+def open_model_run(path: Path) -> records.RunDirectory:
+    """The directory of a finished run that holds a model. Raises UserError if it is none."""
+    directory = records.open_run(path)
+    stage = directory.run().stage
+    if stage not in MODEL_STAGES:
+        raise UserError(f"{path} is a run of stage {stage}, which holds no model; give one of stage {', '.join(MODEL_STAGES)}.")
+    return directory
 
 
 def load_params(path: Path, config: ModelConfig) -> Params:
     """The parameters of the last checkpoint below a run's directory. Raises UserError if there is none or it is damaged."""
+    with open_checkpoints(path) as checkpoints:
+        return checkpoints.restore_params(checkpoints.latest(), abstract_params(config))
+
+
+def open_checkpoints(path: Path) -> Checkpoints:
+    """The checkpoints below a run's directory, for reading. Raises UserError if there is none."""
     folder = path / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{path} has no checkpoints folder; delete the run's directory and run its stage again.")
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise UserError(f"{folder} holds no finished checkpoint; delete the run's directory and run its stage again.")
-        return checkpoints.restore_params(step, abstract_params(config))
+    checkpoints = Checkpoints(folder, read_only=True)
+    if checkpoints.latest() is None:
+        checkpoints.close()
+        raise UserError(f"{folder} holds no finished checkpoint; delete the run's directory and run its stage again.")
+    return checkpoints

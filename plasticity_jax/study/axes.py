@@ -1,6 +1,7 @@
-"""What the figures share: their style, the axis of weight decays, panels with a legend, lines with intervals."""
+"""What the figures share: their style, the axis of the swept field, panels with a legend, lines with intervals."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from plasticity_jax.study.results import MemberResults, StudyResults
+from plasticity_jax.study.sweep import DECAY, PEAK_LR
 
 WIDTH = 4.5  # inches; at 9 points the text stays readable when the page scales a figure to a phone's width
 STYLE = {
@@ -37,36 +39,41 @@ STYLE = {
 }
 INK, MUTED, REFERENCE = "#1f2937", "#6b7280", "#9ca3af"
 SERIES = ("#0b5394", "#b45309", "#3f7d20", "#7e3794", "#8a1c3b", "#00707a")  # all at least 4.5:1 on white
-LEGEND_COLUMNS = 4
+LEGEND_COLUMNS, LEGEND_CHARACTERS = 4, 44  # of one row, at most
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
 
-def colour(results: StudyResults, decay: float) -> tuple[float, float, float, float]:
-    """Sequential in λ, dark for none; the pale end of the map is left out because it vanishes on white."""
-    return matplotlib.colormaps["viridis"](0.74 * results.decays.index(decay) / max(len(results.decays) - 1, 1))
+def colour(results: StudyResults, point: Any) -> tuple[float, float, float, float]:
+    """Sequential in the swept field, dark for its first value; the pale end of the map is left out because it vanishes on white."""
+    return matplotlib.colormaps["viridis"](0.74 * results.points.index(point) / max(len(results.points) - 1, 1))
 
 
-def marker(results: StudyResults, decay: float) -> str:
-    return MARKERS[results.decays.index(decay) % len(MARKERS)]
+def marker(results: StudyResults, point: Any) -> str:
+    return MARKERS[results.points.index(point) % len(MARKERS)]
 
 
-def positions(results: StudyResults) -> dict[float, float]:
-    """Place of each λ on the axis: log10, with 0 a step to the left of the smallest positive one."""
-    logs = np.log10([d for d in results.decays if d > 0])
+def positions(results: StudyResults) -> dict[Any, float]:
+    """Place of each point on the axis. On a logarithmic one log10, with 0 a step to the left of the smallest positive value."""
+    if results.axis.scale == "categories":
+        return {point: float(i) for i, point in enumerate(results.points)}
+    if results.axis.scale == "linear":
+        return {point: float(point) for point in results.points}
+    logs = np.log10([point for point in results.points if point > 0])
     step = float(np.clip(np.median(np.diff(logs)), 0.3, 1.0)) if len(logs) > 1 else 0.5
-    places = dict(zip((d for d in results.decays if d > 0), map(float, logs)))
-    return {0.0: (float(logs[0]) if len(logs) else 0.0) - step} | places if 0.0 in results.decays else places
+    places = dict(zip((point for point in results.points if point > 0), map(float, logs)))
+    return {0.0: (float(logs[0]) if len(logs) else 0.0) - step} | places if 0.0 in results.points else places
 
 
-def decay_axis(axes: Axes, results: StudyResults, *, label: bool) -> None:
-    """Ticks at the grid's λ, the timescale below each; a break in the axis after 0."""
-    places = positions(results)
-    texts = [f"{d:.3g}" + (f"\n{_short(t)}" if (t := results.timescale(d)) is not None else "\n∞") for d in places]
+def swept_axis(axes: Axes, results: StudyResults, *, label: bool) -> None:
+    """Ticks at the swept values, AdamW's timescale below each where it follows from them; a break in a logarithmic axis after 0."""
+    places, axis = positions(results), results.axis
+    timescales = axis.field == DECAY or axis.field == PEAK_LR and all(results.timescale(point) for point in places)
+    texts = [axis.text(p) + (f"\n{_short(t) if (t := results.timescale(p)) is not None else '∞'}" if timescales else "") for p in places]
     axes.set_xticks(list(places.values()), texts if label else [""] * len(texts))
     width = max(places.values()) - min(places.values()) or 1.0
     axes.set_xlim(min(places.values()) - 0.09 * width, max(places.values()) + 0.09 * width)
     axes.grid(axis="x", visible=False)
-    if 0.0 in places and len(places) > 1:
+    if axis.scale == "log" and 0.0 in places and len(places) > 1:
         ordered = sorted(places.values())
         gap = (ordered[0] + ordered[1]) / 2
         for shift in (-0.008, 0.008):
@@ -79,11 +86,11 @@ def decay_axis(axes: Axes, results: StudyResults, *, label: bool) -> None:
                 clip_on=False,
             )
     if label:
-        axes.set_xlabel("weight decay λ (log); below: timescale, share of run")
+        axes.set_xlabel(axis.label + ("; below: timescale, share of run" if timescales else ""))
 
 
 def _short(value: float) -> str:
-    return f"{value:.2g}" if value < 100 else f"{value:.0f}"
+    return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
 
 
 def panels_below(count: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -93,53 +100,61 @@ def panels_below(count: int, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def member_panels(results: StudyResults, titles: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
-    """Panels with their titles, and one legend of λ above the first."""
+    """Panels with their titles, and one legend of the swept values above the first."""
     drawn, panels = panels_below(len(titles), height)
     for axes, title in zip(panels, titles):
         axes.set_title(title)
     handles = [
-        Line2D([], [], color=colour(results, d), marker=marker(results, d), label=f"λ = {d:.3g}{_outcome(results, d)}") for d in results.decays
+        Line2D([], [], color=colour(results, p), marker=marker(results, p), label=results.axis.said(p) + _outcome(results, p))
+        for p in results.points
     ]
     legend_above(panels[0], handles)
     return drawn, panels
 
 
-def _outcome(results: StudyResults, decay: float) -> str:
-    """Why a λ has no line, where that is its result."""
-    states = {m.state for m in results.at(decay)}
+def _outcome(results: StudyResults, point: Any) -> str:
+    """Why a point has no line, where that is its result."""
+    states = {m.state for m in results.at(point)}
     return f" ({'/'.join(sorted(states))})" if states & {"diverged", "failed"} else ""
 
 
 def legend_above(axes: Axes, handles: Sequence[Artist]) -> None:
     """Above the panel, where it covers no data, and below its title."""
-    rows = -(-len(handles) // LEGEND_COLUMNS)
-    axes.set_title(axes.get_title(loc="left"), pad=6 + 13 * rows)
-    axes.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=LEGEND_COLUMNS, handlelength=1.6, columnspacing=1.1, borderaxespad=0.1
-    )
+    columns = _legend_columns([str(handle.get_label()) for handle in handles])
+    axes.set_title(axes.get_title(loc="left"), pad=6 + 13 * -(-len(handles) // columns))
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, handlelength=1.6, columnspacing=1.1, borderaxespad=0.1)
 
 
-def seed_means(axes: Axes, results: StudyResults, value: Callable[[MemberResults], float | None], colour_: str) -> dict[float, float]:
-    """Draws each seed's value faintly where there are several, and returns λ → mean."""
+def _legend_columns(labels: Sequence[str]) -> int:
+    """As many columns as fit a panel's width; a legend that is wider squeezes the panel."""
+    for columns in range(LEGEND_COLUMNS, 1, -1):
+        widths = [max(map(len, column), default=0) for column in np.array_split(np.array(labels, dtype=object), columns)]
+        if sum(widths) <= LEGEND_CHARACTERS:
+            return columns
+    return 1
+
+
+def seed_means(axes: Axes, results: StudyResults, value: Callable[[MemberResults], float | None], colour_: str) -> dict[Any, float]:
+    """Draws each seed's value faintly where there are several, and returns point → mean."""
     places, means = positions(results), {}
-    for decay in results.decays:
-        found = [v for m in results.at(decay) if (v := value(m)) is not None]
+    for point in results.points:
+        found = [v for m in results.at(point) if (v := value(m)) is not None]
         if found:
-            means[decay] = float(np.mean(found))
+            means[point] = float(np.mean(found))
             if len(found) > 1:
-                axes.plot([places[decay]] * len(found), found, ".", color=colour_, alpha=0.45, markersize=4)
+                axes.plot([places[point]] * len(found), found, ".", color=colour_, alpha=0.45, markersize=4)
     return means
 
 
-def line(axes: Axes, results: StudyResults, means: dict[float, float], **style) -> None:
+def line(axes: Axes, results: StudyResults, means: dict[Any, float], **style) -> None:
     places = positions(results)
-    axes.plot([places[d] for d in means], list(means.values()), **style)
+    axes.plot([places[point] for point in means], list(means.values()), **style)
 
 
 def interval_line(axes: Axes, results: StudyResults, rows: list[dict], name: str, *, shift: float = 0.0, **style) -> None:
     places = positions(results)
     width = max(places.values()) - min(places.values())
-    x = [places[row["weight_decay"]] + shift * width for row in rows]
+    x = [places[row[results.axis.field]] + shift * width for row in rows]
     y = np.array([row[name] for row in rows])
     ends = np.array([[row[f"{name}_lower"], row[f"{name}_upper"]] for row in rows])
     # The mean of a percentile interval can lie outside it by rounding.

@@ -1,6 +1,7 @@
-"""Intervals of differences between weight decays, from what is paired: problems, heads, blocks of text."""
+"""Intervals of differences between two points of the swept field, from what is paired: problems, heads, blocks of text."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,11 +11,11 @@ from plasticity_jax.study.results import MemberResults, StudyResults
 Interval = tuple[float, float, float]  # mean, lower and upper end of the 95% interval
 
 
-def score_difference(results: StudyResults, low: float, high: float, tasks: Sequence[str], *, gain: bool) -> Interval | None:
+def score_difference(results: StudyResults, low: Any, high: Any, tasks: Sequence[str], *, gain: bool) -> Interval | None:
     """Mean over tasks of (value at `high` − value at `low`), paired by problem; the value is the greedy score after fine-tuning, or the gain.
 
     Returns:
-      (mean, lower, upper); None unless both decays have every task.
+      (mean, lower, upper); None unless both points have every task.
     """
     differences = []
     for task in tasks:
@@ -37,13 +38,13 @@ def mean_of_means(values: Sequence[np.ndarray], results: StudyResults) -> Interv
     return float(np.mean([np.mean(group) for group in values])), float(lower), float(upper)
 
 
-def rank_drop(results: StudyResults, low: float, high: float, product: str) -> np.ndarray | None:
+def rank_drop(results: StudyResults, low: Any, high: Any, product: str) -> np.ndarray | None:
     """[L * H] pseudo-rank at `low` − at `high`, head by head: the heads start from the same parameters."""
     pair = results.pair(low, high, lambda m: m.pseudo_rank(product))
     return None if pair is None else (pair[0] - pair[1]).ravel()
 
 
-def probe_difference(results: StudyResults, low: float, high: float, name: str) -> Interval | None:
+def probe_difference(results: StudyResults, low: Any, high: Any, name: str) -> Interval | None:
     """Probe accuracy at `high` − at `low`, averaged over the blocks, paired by test text."""
     pair = results.pair(low, high, lambda m: probe_correct(m, name))
     if pair is None:
@@ -61,7 +62,7 @@ def probe_correct(member: MemberResults, name: str) -> np.ndarray | None:
     return np.asarray(rows, dtype=np.float64).mean(axis=0)
 
 
-def gap_difference(results: StudyResults, low: float, high: float) -> Interval | None:
+def gap_difference(results: StudyResults, low: Any, high: Any) -> Interval | None:
     """Gap at `low` − gap at `high`, paired block by block; documents are resampled within each domain and side.
 
     Members of a seed are scored on the same blocks, so the difference of their losses is free of how hard each block is: the gap of that

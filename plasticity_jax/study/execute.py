@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from plasticity_jax.config import StudyConfig, for_device, grid_members
+from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import Context, Run, RunDirectory, read_json
-from plasticity_jax.study.graph import study_dir
+from plasticity_jax.records import Context, Run, RunDirectory, read_json, to_json
+from plasticity_jax.study.graph import corpus_run, init_run, run_configs, study_dir
 
 log = logging.getLogger("plasticity_jax")
 
@@ -80,13 +80,23 @@ def check_workdir(workdir: Path, config: StudyConfig) -> None:
 
 def _bytes_needed(config: StudyConfig) -> int:
     """Rough size of a study on disk: float32 parameters and two moments per pretrained model (twice while one is being saved), parameters of each tuned one, data."""
+    members = [(member_config(config, member), member) for member in grid_members(config)]
+    tuned = len(config.tasks) * len(config.finetune.seeds)
+    models = sum(_parameters(own) * (1 + tuned) for own, _ in members)
+    starts = sum({init_run(own, 0).id: _parameters(own) for own, _ in members}.values())
+    data = sum({corpus_run(own).id: _data_bytes(own) for own, _ in members}.values())
+    return int(12 * (models + starts) + data + 10e6)
+
+
+def _parameters(config: StudyConfig) -> int:
     model = config.model
     attention = 2 * model.d_model * (model.n_heads + model.n_kv_heads) * model.head_dim
-    parameters = 2 * model.vocab_size * model.d_model + model.n_layers * (attention + 3 * model.d_model * model.d_ff)
-    members = len(grid_members(config))
-    tuned = members * len(config.tasks) * len(config.finetune.seeds)
-    data = 30e6 * len(config.data.sources) if config.data.max_documents is None else 20e3 * config.data.max_documents * len(config.data.sources)
-    return int(12 * parameters * (members + tuned + 1) + data + 10e6)
+    return 2 * model.vocab_size * model.d_model + model.n_layers * (attention + 3 * model.d_model * model.d_ff)
+
+
+def _data_bytes(config: StudyConfig) -> float:
+    sources = len(config.data.sources)
+    return 30e6 * sources if config.data.max_documents is None else 20e3 * config.data.max_documents * sources
 
 
 @dataclass
@@ -130,7 +140,7 @@ def execute(config: StudyConfig, workdir: Path, runs: Sequence[Run], *, external
         import jax
 
         config = for_device(config, jax.devices()[0].device_kind)
-    groups = _groups(config, todo)
+    groups, configs = _groups(config, todo), run_configs(config, todo)
     for number, group in enumerate(groups, 1):
         ready = []
         for run in group:
@@ -144,7 +154,7 @@ def execute(config: StudyConfig, workdir: Path, runs: Sequence[Run], *, external
             continue
         log.info("[%d/%d] %s", number, len(groups), ", ".join(run.id for run in ready))
         try:
-            _carry_out(config, ready, path_of)
+            _carry_out(configs, ready, path_of)
             outcome.carried_out += [run.id for run in ready]
         except UserError:
             raise
@@ -158,21 +168,26 @@ def execute(config: StudyConfig, workdir: Path, runs: Sequence[Run], *, external
 
 
 def _groups(config: StudyConfig, runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs carried out by one call: each alone, but for the pretraining members of a seed in vmapped mode."""
-    groups: list[list[Run]] = []
+    """Runs carried out by one call: each alone, but in vmapped mode the pretraining runs that differ in traced numbers only."""
+    groups: dict[str, list[Run]] = {}
     for run in runs:
         together = config.grid.mode == "vmapped" and run.stage == "pretrain"
-        if together and groups and groups[-1][0].stage == "pretrain" and groups[-1][0].seed == run.seed:
-            groups[-1].append(run)
-        else:
-            groups.append([run])
-    return groups
+        groups.setdefault(_program(run) if together else run.id, []).append(run)
+    return list(groups.values())
 
 
-def _carry_out(config: StudyConfig, group: Sequence[Run], path_of: Callable[[str], Path]) -> None:
+def _program(run: Run) -> str:
+    """What pretraining runs of one compiled program have in common: all but the traced numbers (see `train.step.hyper_parameters`)."""
+    train = {name: value for name, value in run.fields["train"].items() if name not in ("peak_lr", "warmup_share")}
+    fields = {name: value for name, value in run.fields.items() if name != "weight_decay"}
+    return to_json([fields | {"train": train}, run.parents])
+
+
+def _carry_out(configs: dict[str, StudyConfig], group: Sequence[Run], path_of: Callable[[str], Path]) -> None:
     with contextlib.ExitStack() as stack:
         contexts = []
         for run in group:
+            config = configs[run.id]
             directory = stack.enter_context(RunDirectory(path_of(run.id)).work(run, config))
             parents = {role: path_of(parent) for role, parent in run.parents.items()}
             directory.provenance["parent_paths"] = {role: os.path.relpath(path, directory.path) for role, path in parents.items()}

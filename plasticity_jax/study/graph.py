@@ -1,24 +1,21 @@
-"""The graph of a study: which runs there are, what defines each, and what it is built from. Pure, and without jax."""
+"""The graph of a study: which runs there are, what defines each, and what it is built from. Pure, and without jax.
 
+The functions that make one run take the config of the member it is for (`member_config`), so a swept field reaches every run that it defines.
+"""
+
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from plasticity_jax.config import Member, StudyConfig, grid_members, result_fields, to_dict
+from plasticity_jax.config import Member, StudyConfig, grid_members, member_config, result_fields, to_dict
 from plasticity_jax.errors import UserError
 from plasticity_jax.records import Run, RunDirectory, read_json, write_json
 
 
 def corpus_run(config: StudyConfig) -> Run:
     """Documents, tokenizer and token records of the pretraining corpus."""
-    from plasticity_jax.data.sources import SOURCES
+    from plasticity_jax.data.inputs import corpus_fields
 
-    packages = sorted({package for name in config.data.sources for package in SOURCES[name].packages})
-    fields = {
-        "kind": "corpus",
-        **result_fields(config.data),
-        "vocab_size": config.model.vocab_size,
-        "seq_len": config.train.seq_len,
-        "wheels": _pinned(packages),
-    }
+    fields = {"kind": "corpus", **corpus_fields(config.data), "vocab_size": config.model.vocab_size, "seq_len": config.train.seq_len}
     return Run(config.name, "prepare", "corpus", fields)
 
 
@@ -53,7 +50,7 @@ def probe_set_run(config: StudyConfig, name: str) -> Run:
 
 
 def init_run(config: StudyConfig, seed: int) -> Run:
-    """The step-0 parameters that all members of a seed start from."""
+    """The step-0 parameters that all members of a seed and an architecture start from."""
     return Run(config.name, "init", f"s{seed}", {"model": to_dict(config.model), "seed": seed}, seed=seed)
 
 
@@ -109,27 +106,44 @@ def _analysis(config: StudyConfig, model: Run, stage: str, fields: dict, parents
     return Run(config.name, stage, model.name, fields, parents, member=model.member or model.name, task=model.task, seed=model.seed)
 
 
+def prepare_runs(config: StudyConfig) -> list[Run]:
+    """The data that the runs of one member read: corpus, tasks, probe sets."""
+    return [corpus_run(config), *(task_run(config, t) for t in config.tasks), *(probe_set_run(config, p) for p in config.probe.sets)]
+
+
 def build_graph(config: StudyConfig) -> list[Run]:
-    """Every run of the study, parents before children, stage by stage."""
-    tasks = list(config.tasks)
-    prepare = [corpus_run(config), *(task_run(config, t) for t in tasks), *(probe_set_run(config, p) for p in config.probe.sets)]
-    inits = [init_run(config, seed) for seed in config.grid.seeds]
-    bases = [pretrain_run(config, member) for member in grid_members(config)]
-    before = [evaluate_run(config, base, task) for task in tasks for base in bases]
-    tuned = [finetune_run(config, base, task, seed) for task in tasks for seed in config.finetune.seeds for base in bases]
-    after = [evaluate_run(config, model, model.task) for model in tuned]
-    probes = [probe_run(config, base) for base in bases] if config.probe.sets else []
+    """Every run of the study, parents before children, stage by stage. Members share the runs that nothing swept defines."""
+    tasks, grid = list(config.tasks), [(member_config(config, member), member) for member in grid_members(config)]
+    prepare = _once(run for own, _ in grid for run in prepare_runs(own))
+    inits = _once(init_run(own, member.seed) for own, member in grid)
+    bases = [(own, pretrain_run(own, member)) for own, member in grid]
+    before = [evaluate_run(own, base, task) for task in tasks for own, base in bases]
+    tuned = [(own, finetune_run(own, base, task, seed)) for task in tasks for seed in config.finetune.seeds for own, base in bases]
+    after = [evaluate_run(own, model, model.task) for own, model in tuned]
+    probes = [probe_run(own, base) for own, base in bases] if config.probe.sets else []
     return [
         *prepare,
         *inits,
-        *bases,
+        *(base for _, base in bases),
         *before,
-        *tuned,
+        *(model for _, model in tuned),
         *after,
         *probes,
-        *(spectra_run(config, base) for base in bases),
-        *(gap_run(config, base) for base in bases),
+        *(spectra_run(own, base) for own, base in bases),
+        *(gap_run(own, base) for own, base in bases),
     ]
+
+
+def _once(runs: Iterable[Run]) -> list[Run]:
+    return list({run.id: run for run in runs}.values())
+
+
+def run_configs(config: StudyConfig, runs: Sequence[Run]) -> dict[str, StudyConfig]:
+    """Id → the config to carry a run out with: that of its member, or of a member that needs it; the study's own for what belongs to no member."""
+    grid = [(member_config(config, member), member) for member in grid_members(config)]
+    members = {member.name: own for own, member in grid}
+    needed = {run.id: own for own, member in grid for run in (*prepare_runs(own), init_run(own, member.seed))}
+    return {run.id: needed.get(run.id) or members.get(run.member, config) for run in runs}
 
 
 def task_settings(config: StudyConfig, task: str):

@@ -21,12 +21,24 @@ class Study:
         self.runs: list[dict[str, Any]] = [row for row in study_status(path.parent) if row["study"] == path.name]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per member of the grid: λ, timescale, held-out loss, scores before and after, gain, pseudo-rank, gap, state."""
+        """One row per member of the grid: λ, further swept fields, timescale, held-out loss, scores before and after, gain, pseudo-rank, gap, state."""
         return summary_table(self.path)
 
-    def figure(self, name: str):
-        """A figure of the report as a matplotlib Figure. Raises UserError for an unknown name."""
-        return figure(collect(self.path), name)
+    def figure(self, name: str, part: str | None = None):
+        """A figure of the report as a matplotlib Figure.
+
+        Args:
+          part: which part of a study over several fields, such as "peak lr = 0.0004".
+        Raises:
+          UserError: an unknown name or part, or no part for a study that has several.
+        """
+        results = collect(self.path)
+        parts = {one.title: one for one in results.slices}
+        if part is None:
+            return figure(results, name)
+        if part not in parts:
+            raise UserError(f"part {part!r} is not in this study" + (f"; name one of {', '.join(parts)}." if len(parts) > 1 else ", which has one; leave it out."))
+        return figure(parts[part], name)
 
 
 def open_study(workdir: str | Path, name: str | None = None) -> Study:

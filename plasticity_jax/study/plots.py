@@ -20,7 +20,6 @@ from plasticity_jax.study.axes import (
     SERIES,
     STYLE,
     colour,
-    decay_axis,
     interval_line,
     legend_above,
     line,
@@ -29,6 +28,7 @@ from plasticity_jax.study.axes import (
     panels_below,
     positions,
     seed_means,
+    swept_axis,
 )
 from plasticity_jax.study.results import MemberResults, StudyResults, number
 from plasticity_jax.study.tables import gain_rows
@@ -39,7 +39,7 @@ class FigureKind:
     """A figure of the report.
 
     Attributes:
-      title, caption: for the page.
+      title, caption: for the page; in the caption {symbol} and {least} stand for those of the study's axis, {batches} for what members share.
       available: whether the study has what it shows.
       draw: draws it; called only when available.
     """
@@ -49,13 +49,20 @@ class FigureKind:
     available: Callable[[StudyResults], bool]
     draw: Callable[[StudyResults], Figure]
 
+    def says(self, results: StudyResults) -> str:
+        """The caption, for this study."""
+        batches = " All members see the same batches in the same order." if results.same_batches else ""
+        return self.caption.format(symbol=results.axis.symbol, least=results.axis.least, batches=batches)
+
 
 def figure(results: StudyResults, name: str) -> Figure:
     """Draws one of FIGURES.
 
     Raises:
-      UserError: an unknown name, or a figure whose stage has not finished for any member.
+      UserError: an unknown name, a figure whose stage has not finished for any member, or a study of several slices, which have their own figures.
     """
+    if len(results.slices) > 1:
+        raise UserError(f"figure {name!r} is drawn for one part of this study at a time; name one of {', '.join(s.title for s in results.slices)}.")
     if name not in FIGURES:
         near = difflib.get_close_matches(name, FIGURES, n=1, cutoff=0.4)
         raise UserError(f"figure {name!r} is unknown; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(FIGURES)}."))
@@ -73,7 +80,7 @@ def figure(results: StudyResults, name: str) -> Figure:
 def _loss_curves(results: StudyResults) -> Figure:
     drawn, panels = member_panels(results, ("Training batches", "Held-out text"), 2.4)
     for member in results.members:
-        style = {"color": colour(results, member.weight_decay), "alpha": 1.0 if member.state == "done" else 0.5}
+        style = {"color": colour(results, member.point), "alpha": 1.0 if member.state == "done" else 0.5}
         trained = [(row["step"], loss) for row in member.curve if (loss := number(row.get("loss"))) is not None]
         held_out = [
             (row["step"], loss)
@@ -81,7 +88,7 @@ def _loss_curves(results: StudyResults) -> Figure:
             if isinstance(row.get("held_out"), dict) and (loss := number(row["held_out"].get("loss"))) is not None
         ]
         panels[0].plot(*np.reshape(trained, (-1, 2)).T, **style, linewidth=1.1)
-        panels[1].plot(*np.reshape(held_out, (-1, 2)).T, **style, marker=marker(results, member.weight_decay), markersize=4)
+        panels[1].plot(*np.reshape(held_out, (-1, 2)).T, **style, marker=marker(results, member.point), markersize=4)
     for axes in panels:
         axes.set_ylabel("loss (nats per token)")
         axes.set_xlim(0, None)
@@ -112,7 +119,7 @@ def _held_out_loss(results: StudyResults) -> Figure:
         line(panels[1], results, means, color=SERIES[i % len(SERIES)], marker=MARKERS[i % len(MARKERS)], label=domain)
     for axes, title in zip(panels, ("All domains", "By domain")):
         axes.set_ylabel("held-out loss\n(nats per token)")
-        decay_axis(axes, results, label=axes is panels[-1])
+        swept_axis(axes, results, label=axes is panels[-1])
         axes.set_title(title)
     if domains:
         legend_above(panels[1], panels[1].get_legend_handles_labels()[0])
@@ -126,14 +133,14 @@ def _scores(results: StudyResults) -> Figure:
     for axes, task in zip(panels, tasks):
         found = [row for row in rows if row["task"] == task]
         interval_line(axes, results, found, "after", color=SERIES[0], marker="o", label="after")
-        before = {row["weight_decay"]: row["before"] for row in found if row["before"] is not None}
+        before = {row[results.axis.field]: row["before"] for row in found if row["before"] is not None}
         line(axes, results, before, color=SERIES[1], marker="s", linestyle="--", label="before")
         majority = next(s.majority_class for m in results.members for s in (m.after.get(task),) if s)
         axes.axhline(majority, color=MUTED, linewidth=1.0, linestyle=":", label="majority class", zorder=1)
         axes.set_ylim(-0.03, 1.03)
         axes.set_ylabel("greedy accuracy")
         axes.set_title(task + ("" if task in results.learnt else " (not learnt)"))
-        decay_axis(axes, results, label=axes is panels[-1])
+        swept_axis(axes, results, label=axes is panels[-1])
     legend_above(panels[0], panels[0].get_legend_handles_labels()[0])
     return drawn
 
@@ -148,7 +155,7 @@ def _gains(results: StudyResults) -> Figure:
         interval_line(axes, results, found, "gain", color=SERIES[0], marker="o", label="gain")
         differences = [row for row in found if row["gain_difference"] is not None]
         if differences:
-            reference = differences[0]["reference_weight_decay"]
+            reference = differences[0][f"reference_{results.axis.field}"]
             interval_line(
                 axes,
                 results,
@@ -157,12 +164,12 @@ def _gains(results: StudyResults) -> Figure:
                 color=SERIES[4],
                 marker="D",
                 linestyle="none",
-                label=f"less the gain at λ = {reference:.3g}",
+                label=f"less the gain at {results.axis.said(reference)}",
                 shift=0.02,
             )
         axes.set_ylabel("gain in accuracy")
         axes.set_title(task + ("" if task in results.learnt else " (not learnt)"))
-        decay_axis(axes, results, label=axes is panels[-1])
+        swept_axis(axes, results, label=axes is panels[-1])
     legend_above(panels[0], panels[0].get_legend_handles_labels()[0])
     return drawn
 
@@ -171,11 +178,11 @@ def _probes(results: StudyResults) -> Figure:
     sets = [name for name in results.config.probe.sets if any(m.probe and name in m.probe["sets"] for m in results.members)]
     drawn, panels = member_panels(results, sets, 2.4)
     for axes, name in zip(panels, sets):
-        for decay in results.decays:
-            found = [m.probe["sets"][name] for m in results.at(decay) if m.probe and name in m.probe["sets"]]
+        for point in results.points:
+            found = [m.probe["sets"][name] for m in results.at(point) if m.probe and name in m.probe["sets"]]
             if found:
                 accuracy = np.mean([[float(a) for a in f["accuracy"]] for f in found], axis=0)
-                axes.plot(range(len(accuracy)), accuracy, color=colour(results, decay), marker=marker(results, decay))
+                axes.plot(range(len(accuracy)), accuracy, color=colour(results, point), marker=marker(results, point))
                 axes.set_xticks(range(len(accuracy)), [layer.replace("block", "block ") for layer in found[0]["layers"]])
                 majority = found[0]["majority"]
         axes.axhline(majority, color=MUTED, linewidth=1.0, linestyle=":", zorder=1)
@@ -197,11 +204,11 @@ def _probes(results: StudyResults) -> Figure:
 def _pseudo_rank(results: StudyResults) -> Figure:
     drawn, panels = member_panels(results, ("W_QK, query-key product", "W_VO, value-output product"), 2.4)
     for axes, product in zip(panels, ("W_QK", "W_VO")):
-        for decay in results.decays:
-            rank = results.mean(decay, lambda m: m.pseudo_rank(product))
+        for point in results.points:
+            rank = results.mean(point, lambda m: m.pseudo_rank(product))
             if rank is not None:
                 layers = np.arange(1, len(rank) + 1)
-                axes.plot(layers, rank.mean(axis=1), color=colour(results, decay), marker=marker(results, decay))
+                axes.plot(layers, rank.mean(axis=1), color=colour(results, point), marker=marker(results, point))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(0, 1.03)
         axes.set_ylabel("pseudo-rank")
@@ -220,14 +227,14 @@ def _gap(results: StudyResults) -> Figure:
         (lambda gap: gap["control"], {"color": MUTED, "marker": "s", "label": "unigram control", "alpha": 0.9}),
     ):
         shift = 0.02 * width if style["marker"] == "s" else 0.0
-        x = [places[m.weight_decay] + shift for m in measured]
+        x = [places[m.point] + shift for m in measured]
         y = np.array([float(pick(m.gap)["gap"]) for m in measured])
         ends = np.array([[float(end) for end in pick(m.gap)["interval"]] for m in measured])
         axes.errorbar(x, y, yerr=np.maximum([y - ends[:, 0], ends[:, 1] - y], 0.0), linestyle="none", capsize=2.5, elinewidth=1.1, **style)
-    means = {d: float(g) for d in results.decays if (g := results.mean(d, lambda m: None if m.gap is None else number(m.gap["gap"]))) is not None}
+    means = {d: float(g) for d in results.points if (g := results.mean(d, lambda m: None if m.gap is None else number(m.gap["gap"]))) is not None}
     line(axes, results, means, color=SERIES[0])
     axes.set_ylabel("held-out − seen loss\n(nats per token)")
-    decay_axis(axes, results, label=True)
+    swept_axis(axes, results, label=True)
     legend_above(axes, axes.get_legend_handles_labels()[0])
     return drawn
 
@@ -237,9 +244,9 @@ def _correlation(results: StudyResults) -> Figure:
     axes = panels[0]
     for i, task in enumerate(results.tasks):
         points = [
-            (loss, float(np.mean(score)), d)
-            for d, loss in results.losses.items()
-            if (score := results.mean(d, lambda m: m.after_task(task))) is not None
+            (loss, float(np.mean(score)))
+            for point, loss in results.losses.items()
+            if (score := results.mean(point, lambda m: m.after_task(task))) is not None
         ]
         if points:
             points.sort()
@@ -252,14 +259,14 @@ def _correlation(results: StudyResults) -> Figure:
                 marker=MARKERS[i % len(MARKERS)],
                 label=task,
             )
-    # Every task stands at the same losses, so λ is written once, along the top; neighbours too close for one line take two.
+    # Every task stands at the same losses, so the swept value is written once, along the top; neighbours too close for one line take two.
     span, last, raised = max(results.losses.values()) - min(results.losses.values()), -np.inf, False
-    for decay, loss in sorted(results.losses.items(), key=lambda item: item[1]):
+    for point, loss in sorted(results.losses.items(), key=lambda item: item[1]):
         raised = not raised and loss - last < 0.08 * span
         last = loss
         axes.axvline(loss, color=REFERENCE, linewidth=0.7, linestyle=":", zorder=1)
         axes.annotate(
-            f"{decay:.3g}",
+            results.axis.text(point),
             (loss, 1.0),
             xycoords=("data", "axes fraction"),
             xytext=(0, 10 if raised else 1),
@@ -271,7 +278,7 @@ def _correlation(results: StudyResults) -> Figure:
             annotation_clip=False,
         )
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("held-out loss (nats per token); above the panel: λ")
+    axes.set_xlabel(f"held-out loss (nats per token); above the panel: {results.axis.symbol}")
     axes.set_ylabel("greedy accuracy after")
     axes.set_ylim(-0.03, 1.03)
     axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=LEGEND_COLUMNS, handlelength=1.6, columnspacing=1.1)
@@ -285,7 +292,7 @@ def _any(value: Callable[[MemberResults], object]) -> Callable[[StudyResults], b
 FIGURES: dict[str, FigureKind] = {
     "loss_curves": FigureKind(
         "Loss curves",
-        "Loss during pretraining; the first steps run off the top. All members see the same batches in the same order.",
+        "Loss during pretraining; the first steps run off the top.{batches}",
         _any(lambda m: any(number(r.get("loss")) is not None for r in m.curve)),
         _loss_curves,
     ),
@@ -303,7 +310,7 @@ FIGURES: dict[str, FigureKind] = {
     ),
     "gains": FigureKind(
         "Gain from fine-tuning",
-        "After less before, paired by problem. Diamonds: difference to the gain of the smallest λ, paired by problem. 95% bootstrap intervals.",
+        "After less before, paired by problem. Diamonds: difference to the gain of the {least} {symbol}, paired by problem. 95% bootstrap intervals.",
         _any(lambda m: any(m.gain(t) is not None for t in m.after)),
         _gains,
     ),
@@ -327,7 +334,7 @@ FIGURES: dict[str, FigureKind] = {
     ),
     "correlation": FigureKind(
         "Loss against score",
-        "Does a lower held-out loss go with a better score after fine-tuning? One point per λ and task.",
+        "Does a lower held-out loss go with a better score after fine-tuning? One point per {symbol} and task.",
         lambda results: bool(results.losses) and any(m.after for m in results.members),
         _correlation,
     ),

@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,43 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from plasticity_jax.config import to_dict
+from plasticity_jax.config_fields import name_text
 from plasticity_jax.progress import Progress
 from plasticity_jax.records import to_json
 from plasticity_jax.study.axes import STYLE
 from plasticity_jax.study.plots import FIGURES, figure
 from plasticity_jax.study.results import MemberResults, StudyResults, collect, number
+from plasticity_jax.study.sweep import DECAY
 from plasticity_jax.study.tables import TABLES, correlation_rows, member_rows, summary_rows, summary_table, to_csv
-from plasticity_jax.study.verdicts import verdicts
-from plasticity_jax.study.wording import answer, warnings
+from plasticity_jax.study.verdicts import Verdict, verdicts
+from plasticity_jax.study.wording import answer, prepared_name, slice_answer, warnings
 
 __all__ = ["FIGURES", "collect", "figure", "format_summary", "summary_table", "write_report"]
 
 SAMPLES = 2  # problems shown per task
 SAMPLE_CHARACTERS = 280  # of a prompt or completion
 PNG_DPI = 160
+
+
+@dataclass(frozen=True)
+class Part:
+    """A slice of a study on the page; most studies are one.
+
+    Attributes:
+      prefix: of the ids and file names that belong to it, such as "peak_lr0.0004-"; empty where the study is one slice.
+      verdicts: the claims against it.
+      drawn: figure name → inline SVG, for the figures that are available.
+    """
+
+    results: StudyResults
+    prefix: str
+    verdicts: list[Verdict]
+    drawn: dict[str, Markup]
+
+    @classmethod
+    def of(cls, results: StudyResults) -> "Part":
+        prefix = "".join(f"{axis.symbol}{name_text(value)}-".replace(" ", "_") for axis, value in results.facet)
+        return cls(results, prefix, verdicts(results), {})
 
 
 def write_report(study_dir: Path) -> Path:
@@ -47,22 +72,22 @@ def write_report(study_dir: Path) -> Path:
     results = collect(study_dir)
     out = Path(study_dir) / "report"
     written: set[Path] = set()
-    drawn: dict[str, Markup] = {}
-    with Progress("report", total=len(FIGURES) + 2, unit="parts") as progress:
-        for name, kind in FIGURES.items():
-            if kind.available(results):
-                picture = figure(results, name)
-                svg = render(picture, "svg").decode()
-                drawn[name] = inline_svg(svg, name, f"{kind.title}. {kind.caption}")
-                written.add(_replace(out / "figures" / f"{name}.svg", svg.encode()))
-                written.add(_replace(out / "figures" / f"{name}.png", render(picture, "png")))
-            progress.update(1, note=name)
-        found = verdicts(results)
-        tables = {name: rows(results) for name, rows in TABLES.items()} | {"summary": summary_rows(results), "verdicts": [vars(v) for v in found]}
+    parts = [Part.of(one) for one in results.slices]
+    with Progress("report", total=len(FIGURES) * len(parts) + 2, unit="parts") as progress:
+        for part in parts:
+            for name, kind in FIGURES.items():
+                if kind.available(part.results):
+                    picture, full = figure(part.results, name), part.prefix + name
+                    svg = render(picture, "svg").decode()
+                    part.drawn[name] = inline_svg(svg, full, f"{kind.title}. {kind.says(part.results)}")
+                    written.add(_replace(out / "figures" / f"{full}.svg", svg.encode()))
+                    written.add(_replace(out / "figures" / f"{full}.png", render(picture, "png")))
+                progress.update(1, note=part.prefix + name)
+        tables = {name: rows(results) for name, rows in TABLES.items()} | {"summary": summary_rows(results), "verdicts": verdict_rows(parts)}
         for name, rows in tables.items():
             written.add(_replace(out / "tables" / f"{name}.csv", to_csv(rows).encode()))
         progress.update(1, note="tables")
-        page = render_page(results, found, drawn, sorted(tables))
+        page = render_page(results, parts, sorted(tables))
         written.add(_replace(out / "index.html", page.encode()))
         progress.update(1, note="page")
     for old in [*out.glob("figures/*"), *out.glob("tables/*")]:
@@ -71,12 +96,18 @@ def write_report(study_dir: Path) -> Path:
     return out / "index.html"
 
 
+def verdict_rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Every verdict with the values of the slice that it is about."""
+    return [{axis.field: value for axis, value in part.results.facet} | vars(verdict) for part in parts for verdict in part.verdicts]
+
+
 def format_summary(rows: list[dict[str, Any]]) -> str:
     """The rows of `summary_table` as aligned text, one line per member."""
     if not rows:
         return "no members"
     tasks = [key.removesuffix(" before") for key in rows[0] if key.endswith(" before")]
-    header = ["member", "λ", "timescale", "held-out", *(f"{task} before→after" for task in tasks), "W_QK rank", "gap", "state"]
+    swept = [key for key in rows[0] if "." in key]  # the swept fields alone have dotted names
+    header = ["member", "λ", *(name.rpartition(".")[2] for name in swept), "timescale", "held-out", *(f"{task} before→after" for task in tasks), "W_QK rank", "gap", "state"]
     lines = [header]
     for row in rows:
         scores = [
@@ -90,6 +121,7 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
             [
                 row["member"],
                 f"{row['weight_decay']:.4g}",
+                *(str(row[name]) for name in swept),
                 timescale,
                 _digits(row["held_out_loss"], 3),
                 *scores,
@@ -124,33 +156,36 @@ def inline_svg(svg: str, name: str, description: str) -> Markup:
     return Markup(f'{head} role="img" aria-label="{label}">{body}')
 
 
-def render_page(results: StudyResults, found: list, drawn: dict[str, Markup], tables: list[str]) -> str:
+def render_page(results: StudyResults, parts: Sequence[Part], tables: list[str]) -> str:
     """The page's HTML.
 
     Args:
-      found: verdicts.
-      drawn: figure name → inline SVG, for the figures that are available.
+      parts: of the study, with the figures that were drawn.
       tables: names of the CSV files beside the page.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "digits": _digits,
         "count": lambda value: "–" if value is None else f"{value:,.0f}",
+        "plain": lambda value: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value),
         "general": lambda value: "–" if value is None else f"{value:.3g}",
+        "spoken": lambda part: " ".join(slice_answer(part.results, part.verdicts)),
     }
     folder = files("plasticity_jax.study")
     return environment.from_string((folder / "template.html").read_text(encoding="utf-8")).render(
         css=Markup((folder / "report.css").read_text(encoding="utf-8")),
         results=results,
         config=results.config,
-        answer=" ".join(answer(results, found)),
+        answer=" ".join(answer(results, parts[0].verdicts)),
         warnings=warnings(results),
-        verdicts=found,
+        parts=parts,
+        by_decay=results.axis.field == DECAY,
+        swept=[name for name, _ in results.config.grid.fields],
         figures=FIGURES,
-        drawn=drawn,
         members=member_rows(results),
         tasks=[_task_table(results, task) for task in results.tasks],
-        correlation=correlation_rows(results),
+        correlation=correlation_rows,
+        summary=summary_rows(results),
         samples=[{"task": task, "problems": sample_completions(results, task)} for task in results.tasks],
         config_text=json.dumps(json.loads(to_json(to_dict(results.config))), indent=2, ensure_ascii=False),
         provenance=provenance_rows(results),
@@ -163,7 +198,7 @@ def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
     """Every metric of a task, before and after, one row per member; the task's majority class and row counts."""
     scores = [s[task] for m in results.members for s in (m.after, m.before) if task in s]
     metrics = sorted(scores[0].metrics, key=lambda name: name != "pass@1") if scores else []
-    summary = results.prepared.get(f"task-{task}", {})
+    summary = next((found for name, found in results.prepared.items() if prepared_name(name) == f"task-{task}"), {})
     rows = []
     for m in results.members:
         before, after = m.before.get(task), m.after.get(task)
@@ -185,7 +220,7 @@ def sample_completions(results: StudyResults, task: str) -> list[dict[str, Any]]
     """The first problems of a task with every member's greedy completion before and after fine-tuning.
 
     Returns:
-      Rows {"prompt", "gold", "rows": [{"member", "before", "after"}]}, where before and after are {"text", "answer", "correct"} or None.
+      Rows {"prompt", "gold", "rows": [{"label", "before", "after"}]}, where before and after are {"text", "answer", "correct"} or None.
     """
     problems: dict[str, dict[str, Any]] = {}
     for m in results.members:
@@ -195,7 +230,7 @@ def sample_completions(results: StudyResults, task: str) -> list[dict[str, Any]]
         for key in list(dict.fromkeys([*both["before"], *both["after"]])):
             row = both["after"].get(key) or both["before"][key]
             shown = problems.setdefault(key, {"prompt": _cut(row["prompt"]), "gold": row["gold"], "rows": []})
-            shown["rows"].append({"member": m, **{when: _completion(both[when].get(key)) for when in both}})
+            shown["rows"].append({"label": results.label(m), **{when: _completion(both[when].get(key)) for when in both}})
     return list(problems.values())
 
 
@@ -224,10 +259,11 @@ def provenance_rows(results: StudyResults) -> list[tuple[str, str]]:
             if shown not in rows.setdefault(name, []):
                 rows[name].append(shown)
     found = [("compute dtype, resolved", str(results.resolved.get("compute_dtype", "")))]
+    found += [(f"changed for {m.name}", f"{name} = {value}") for m in results.members for name, value in m.member.changes]
     found += [(name, ", ".join(values)) for name, values in rows.items()]
     for name, summary in results.prepared.items():
         if "fingerprint" in summary:
-            found.append((f"data of {name}", str(summary["fingerprint"])))
+            found.append((f"data of {prepared_name(name)}", str(summary["fingerprint"])))
         found += [(f"licence of {package}", str(licence)) for package, licence in summary.get("licences", {}).items()]
     return list(dict.fromkeys(found))
 

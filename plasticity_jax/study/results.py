@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from plasticity_jax.analysis.statistics import wilson_interval
 from plasticity_jax.config import Member, StudyConfig, from_dict, grid_members
 from plasticity_jax.errors import UserError
 from plasticity_jax.records import Run, RunDirectory, read_json, read_jsonl
+from plasticity_jax.study.sweep import Axis, facet_axes, study_axis, swept_values
 
 
 def number(value: Any) -> float | None:
@@ -58,6 +59,7 @@ class MemberResults:
     """Everything known of one member of the grid.
 
     Attributes:
+      point: its value of the swept field, its place on the axis.
       state, reason: of its pretraining run.
       pretrain: results of a finished, not diverged run; None otherwise.
       curve: rows of its metrics.jsonl, however far it has come.
@@ -67,6 +69,7 @@ class MemberResults:
     """
 
     member: Member
+    point: Any
     state: str
     reason: str
     pretrain: dict[str, Any] | None
@@ -81,10 +84,6 @@ class MemberResults:
     @property
     def name(self) -> str:
         return self.member.name
-
-    @property
-    def weight_decay(self) -> float:
-        return self.member.weight_decay
 
     @property
     def loss(self) -> float | None:
@@ -108,36 +107,86 @@ class MemberResults:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """A study as read from disk. Weight decays are compared within pretraining seeds and averaged over them."""
+    """A study as read from disk, or a slice of it. Points of the axis are compared within pretraining seeds and averaged over them.
+
+    Attributes:
+      members: in the order of the grid.
+      prepared: id of a finished prepare run → its summary.
+      axis: the field that is compared along.
+      facet: (axis, value) of the other swept fields, in a slice that holds the members with these values; empty for a whole study.
+    """
 
     path: Path
     config: StudyConfig
     resolved: dict[str, Any]
     members: tuple[MemberResults, ...]
     tasks: tuple[str, ...]
-    prepared: dict[str, dict[str, Any]]  # name of a finished prepare run ("corpus", "task-topic") → its summary
+    prepared: dict[str, dict[str, Any]]
     runs: tuple[RunState, ...]
+    axis: Axis
+    facet: tuple[tuple[Axis, Any], ...] = ()
 
     @cached_property
-    def decays(self) -> tuple[float, ...]:
-        """The weight decays of the grid, ascending."""
-        return tuple(sorted({m.weight_decay for m in self.members}))
+    def slices(self) -> tuple["StudyResults", ...]:
+        """The study by the values of the swept fields that are not on the axis; itself where there are none, or where it is a slice."""
+        axes = () if self.facet else facet_axes(self.config)
+        if not axes:
+            return (self,)
+        by_facet: dict[tuple, list[MemberResults]] = {}
+        for m in self.members:
+            by_facet.setdefault(tuple((axis, axis.value(m.member)) for axis in axes), []).append(m)
+        return tuple(replace(self, members=tuple(members), facet=facet) for facet, members in by_facet.items())
 
-    def timescale(self, decay: float) -> float | None:
-        """AdamW's timescale at this decay as a share of the run; None without decay."""
-        return next(m.member.timescale for m in self.members if m.weight_decay == decay)
+    @property
+    def title(self) -> str:
+        """What is particular to a slice, such as "peak lr = 0.0004"."""
+        return ", ".join(axis.said(value) for axis, value in self.facet)
 
-    def at(self, decay: float) -> list[MemberResults]:
-        """Members with this decay, one per pretraining seed."""
-        return [m for m in self.members if m.weight_decay == decay]
+    def label(self, member: MemberResults) -> str:
+        """A member by its value on the axis, and by the others that are swept where this is a whole study."""
+        others = () if self.facet else facet_axes(self.config)
+        return ", ".join([self.axis.said(member.point), *(axis.said(axis.value(member.member)) for axis in others)])
 
-    def mean(self, decay: float, value: Callable[[MemberResults], Any]) -> Any:
+    @cached_property
+    def same_start(self) -> bool:
+        """Whether the members of a seed start from the same parameters."""
+        return self._shared(lambda run: run.parents["init"])
+
+    @cached_property
+    def same_batches(self) -> bool:
+        """Whether the members of a seed see the same batches in the same order."""
+        return self._shared(lambda run: (run.parents["corpus"], run.fields["train"]["batch_size"]))
+
+    def _shared(self, key: Callable[[Run], Any]) -> bool:
+        names = {m.name for m in self.members}
+        pretrained = [s.run for s in self.runs if s.run.stage == "pretrain" and s.run.member in names]
+        return len({(run.seed, key(run)) for run in pretrained}) == len({run.seed for run in pretrained})
+
+    @cached_property
+    def points(self) -> tuple[Any, ...]:
+        """The values of the swept field: numbers ascending, others in the order of the config."""
+        found = tuple(dict.fromkeys(m.point for m in self.members))
+        return found if self.axis.scale == "categories" else tuple(sorted(found))
+
+    def swept(self, point: Any) -> dict[str, Any]:
+        """Columns of a row about a point: λ and every swept field."""
+        return swept_values(self.at(point)[0].member)
+
+    def timescale(self, point: Any) -> float | None:
+        """AdamW's timescale at this point as a share of the run; None without decay."""
+        return self.at(point)[0].member.timescale
+
+    def at(self, point: Any) -> list[MemberResults]:
+        """Members with this value, one per pretraining seed."""
+        return [m for m in self.members if m.point == point]
+
+    def mean(self, point: Any, value: Callable[[MemberResults], Any]) -> Any:
         """Mean of a member's number or array over the seeds that have it; None if none has."""
-        found = [v for m in self.at(decay) if (v := value(m)) is not None]
+        found = [v for m in self.at(point) if (v := value(m)) is not None]
         return np.mean(found, axis=0) if found else None
 
-    def pair(self, low: float, high: float, value: Callable[[MemberResults], Any]) -> tuple[Any, Any] | None:
-        """The values at two decays, each averaged over the seeds that have both; None if no seed has."""
+    def pair(self, low: Any, high: Any, value: Callable[[MemberResults], Any]) -> tuple[Any, Any] | None:
+        """The values at two points, each averaged over the seeds that have both; None if no seed has."""
         lows = {m.member.seed: v for m in self.at(low) if (v := value(m)) is not None}
         highs = {m.member.seed: v for m in self.at(high) if (v := value(m)) is not None}
         seeds = sorted(set(lows) & set(highs))
@@ -146,10 +195,10 @@ class StudyResults:
         return np.mean([lows[s] for s in seeds], axis=0), np.mean([highs[s] for s in seeds], axis=0)
 
     @cached_property
-    def losses(self) -> dict[float, float]:
-        """Decay → held-out loss, for the decays that have one."""
-        found = {decay: self.mean(decay, lambda m: m.loss) for decay in self.decays}
-        return {decay: float(loss) for decay, loss in found.items() if loss is not None}
+    def losses(self) -> dict[Any, float]:
+        """Point → held-out loss, for the points that have one, in their order."""
+        found = {point: self.mean(point, lambda m: m.loss) for point in self.points}
+        return {point: float(loss) for point, loss in found.items() if loss is not None}
 
     @cached_property
     def learnt(self) -> tuple[str, ...]:
@@ -164,9 +213,9 @@ class StudyResults:
         best = max(scores, key=lambda score: score.greedy.mean())
         return wilson_interval(round(float(best.greedy.sum())), len(best.greedy))[0], best.majority_class
 
-    def task_mean(self, decay: float, value: Callable[[MemberResults, str], Any]) -> float | None:
+    def task_mean(self, point: Any, value: Callable[[MemberResults, str], Any]) -> float | None:
         """Mean over the learnt tasks of the mean over problems; None unless every learnt task has a value."""
-        means = [None if (v := self.mean(decay, lambda m, t=task: value(m, t))) is None else float(np.mean(v)) for task in self.learnt]
+        means = [None if (v := self.mean(point, lambda m, t=task: value(m, t))) is None else float(np.mean(v)) for task in self.learnt]
         return float(np.mean(means)) if means and None not in means else None
 
 
@@ -188,10 +237,10 @@ def collect(study_dir: Path) -> StudyResults:
         config, resolved = from_dict(tree["config"]), dict(tree["resolved"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is no study of this version ({error!r} is missing); run plasticity study again.") from error
-    states = tuple(_state(study_dir, run) for run in runs)
-    prepared = {s.run.name: RunDirectory(s.path).results() for s in states if s.run.stage == "prepare" and s.state == "done"}
-    members = tuple(_member(member, [s for s in states if s.run.member == member.name]) for member in grid_members(config))
-    return StudyResults(study_dir, config, resolved, members, tuple(config.tasks), prepared, states)
+    states, axis = tuple(_state(study_dir, run) for run in runs), study_axis(config)
+    prepared = {s.run.id: RunDirectory(s.path).results() for s in states if s.run.stage == "prepare" and s.state == "done"}
+    members = tuple(_member(member, axis.value(member), [s for s in states if s.run.member == member.name]) for member in grid_members(config))
+    return StudyResults(study_dir, config, resolved, members, tuple(config.tasks), prepared, states, axis)
 
 
 def _state(study_dir: Path, run: Run) -> RunState:
@@ -200,7 +249,7 @@ def _state(study_dir: Path, run: Run) -> RunState:
     return RunState(run, state, reason, path)
 
 
-def _member(member: Member, states: list[RunState]) -> MemberResults:
+def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults:
     pretrain = next((s for s in states if s.run.stage == "pretrain"), None)
     finished = pretrain is not None and pretrain.state == "done"
 
@@ -210,6 +259,7 @@ def _member(member: Member, states: list[RunState]) -> MemberResults:
 
     return MemberResults(
         member=member,
+        point=point,
         state="missing" if pretrain is None else pretrain.state,
         reason="" if pretrain is None else pretrain.reason,
         pretrain=RunDirectory(pretrain.path).results() if finished else None,

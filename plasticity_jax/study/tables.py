@@ -10,6 +10,7 @@ import numpy as np
 from plasticity_jax.analysis.statistics import bootstrap_mean, leave_one_out_pearson, pearson, spearman
 from plasticity_jax.study.comparisons import score_difference
 from plasticity_jax.study.results import MemberResults, StudyResults, collect, number
+from plasticity_jax.study.sweep import swept_values
 
 Rows = list[dict[str, Any]]
 
@@ -18,7 +19,7 @@ def summary_table(study_dir: Path) -> Rows:
     """One row per member for the terminal.
 
     Returns:
-      Rows with `member`, `weight_decay`, `timescale` (share of the run), `held_out_loss` (nats per token), per task `<task> before`,
+      Rows with `member`, `weight_decay`, the dotted name of every further swept field, `timescale` (share of the run), `held_out_loss` (nats per token), per task `<task> before`,
       `<task> after` and `<task> gain` (greedy accuracy), `W_QK pseudo-rank` (mean over heads), `gap` (nats per token) and `state`.
     """
     return summary_rows(collect(study_dir))
@@ -28,7 +29,7 @@ def summary_rows(results: StudyResults) -> Rows:
     """`summary_table` of results already read."""
     rows = []
     for m in results.members:
-        row = {"member": m.name, "weight_decay": m.weight_decay, "timescale": m.member.timescale, "held_out_loss": m.loss}
+        row = {"member": m.name, **swept_values(m.member), "timescale": m.member.timescale, "held_out_loss": m.loss}
         for task in results.tasks:
             before, after = (float(s[task].greedy.mean()) if task in s else None for s in (m.before, m.after))
             row |= {f"{task} before": before, f"{task} after": after, f"{task} gain": None if None in (before, after) else after - before}
@@ -42,7 +43,7 @@ def gap_of(member: MemberResults) -> float | None:
 
 
 def member_rows(results: StudyResults) -> Rows:
-    """What each member is and what its pretraining cost: λ, timescale, tokens, time, held-out loss, state."""
+    """What each member is and what its pretraining cost: λ, further swept fields, timescale, tokens, time, held-out loss, state."""
     rows = []
     for m in results.members:
         found = m.pretrain or {}
@@ -51,7 +52,7 @@ def member_rows(results: StudyResults) -> Rows:
         rows.append(
             {
                 "member": m.name,
-                "weight_decay": m.weight_decay,
+                **swept_values(m.member),
                 "seed": m.member.seed,
                 "lr_times_decay": number(found.get("lr_times_decay")),
                 "timescale_steps": number(found.get("timescale_steps")),
@@ -132,25 +133,26 @@ def score_rows(results: StudyResults) -> Rows:
 
 
 def gain_rows(results: StudyResults) -> Rows:
-    """Score and gain per λ with 95% intervals: of the score, of the gain paired before/after, of both less the smallest λ's paired by problem."""
-    settings = results.config.report
+    """Score and gain per point with 95% intervals: of the score, of the gain paired before/after, of both less the first point's paired by problem."""
+    settings, field = results.config.report, results.axis.field
     rows = []
-    for task in results.tasks:
-        reference = next((d for d in results.decays if results.mean(d, lambda m: m.after_task(task)) is not None), None)
-        for decay in results.decays:
-            after = results.mean(decay, lambda m: m.after_task(task))
-            if after is None:
-                continue
-            row = {"task": task, "weight_decay": decay, "timescale_share": results.timescale(decay)}
-            row |= _with_interval("after", bootstrap_mean(after, samples=settings.bootstrap_samples, seed=settings.seed))
-            before = results.mean(decay, lambda m: m.before[task].greedy if task in m.before else None)
-            gain = results.mean(decay, lambda m: m.gain(task))
-            row["before"] = None if before is None else float(before.mean())
-            row |= _with_interval("gain", None if gain is None else bootstrap_mean(gain, samples=settings.bootstrap_samples, seed=settings.seed))
-            row["reference_weight_decay"] = reference
-            for name, of_gain in (("after_difference", False), ("gain_difference", True)):
-                row |= _with_interval(name, None if decay == reference else score_difference(results, reference, decay, (task,), gain=of_gain))
-            rows.append(row)
+    for part in results.slices:
+        for task in results.tasks:
+            reference = next((p for p in part.points if part.mean(p, lambda m: m.after_task(task)) is not None), None)
+            for point in part.points:
+                after = part.mean(point, lambda m: m.after_task(task))
+                if after is None:
+                    continue
+                row = {"task": task, **part.swept(point), "timescale_share": part.timescale(point)}
+                row |= _with_interval("after", bootstrap_mean(after, samples=settings.bootstrap_samples, seed=settings.seed))
+                before = part.mean(point, lambda m: m.before[task].greedy if task in m.before else None)
+                gain = part.mean(point, lambda m: m.gain(task))
+                row["before"] = None if before is None else float(before.mean())
+                row |= _with_interval("gain", None if gain is None else bootstrap_mean(gain, samples=settings.bootstrap_samples, seed=settings.seed))
+                row[f"reference_{field}"] = reference
+                for name, of_gain in (("after_difference", False), ("gain_difference", True)):
+                    row |= _with_interval(name, None if point == reference else score_difference(part, reference, point, (task,), gain=of_gain))
+                rows.append(row)
     return rows
 
 
@@ -209,29 +211,31 @@ def gap_rows(results: StudyResults) -> Rows:
 
 
 def correlation_rows(results: StudyResults) -> Rows:
-    """Correlation over λ between held-out loss and score after fine-tuning, per task and for the mean over learnt tasks; needs three λ."""
+    """Correlation over the points between held-out loss and score after fine-tuning, per task and for the mean over learnt tasks; needs three points."""
     rows = []
-    scores = {
-        task: {d: float(np.mean(s)) for d in results.losses if (s := results.mean(d, lambda m, t=task: m.after_task(t))) is not None}
-        for task in results.tasks
-    }
-    if len(results.learnt) > 1:
-        scores["mean (learnt)"] = {d: s for d in results.losses if (s := results.task_mean(d, lambda m, t: m.after_task(t))) is not None}
-    for task, by_decay in scores.items():
-        if len(by_decay) >= 3:
-            losses, values = [results.losses[d] for d in by_decay], list(by_decay.values())
-            # Two points always lie on a line: leaving one out of three says nothing.
-            left_out = [v for v in map(number, leave_one_out_pearson(losses, values)) if v is not None] if len(by_decay) > 3 else []
-            rows.append(
-                {
-                    "task": task,
-                    "points": len(by_decay),
-                    "pearson": number(pearson(losses, values)),
-                    "spearman": number(spearman(losses, values)),
-                    "leave_one_out_lowest": min(left_out, default=None),
-                    "leave_one_out_highest": max(left_out, default=None),
-                }
-            )
+    for part in results.slices:
+        scores = {
+            task: {p: float(np.mean(s)) for p in part.losses if (s := part.mean(p, lambda m, t=task: m.after_task(t))) is not None}
+            for task in results.tasks
+        }
+        if len(part.learnt) > 1:
+            scores["mean (learnt)"] = {p: s for p in part.losses if (s := part.task_mean(p, lambda m, t: m.after_task(t))) is not None}
+        for task, by_point in scores.items():
+            if len(by_point) >= 3:
+                losses, values = [part.losses[p] for p in by_point], list(by_point.values())
+                # Two points always lie on a line: leaving one out of three says nothing.
+                left_out = [v for v in map(number, leave_one_out_pearson(losses, values)) if v is not None] if len(by_point) > 3 else []
+                rows.append(
+                    {
+                        **{axis.field: value for axis, value in part.facet},
+                        "task": task,
+                        "points": len(by_point),
+                        "pearson": number(pearson(losses, values)),
+                        "spearman": number(spearman(losses, values)),
+                        "leave_one_out_lowest": min(left_out, default=None),
+                        "leave_one_out_highest": max(left_out, default=None),
+                    }
+                )
     return rows
 
 
@@ -259,4 +263,4 @@ def to_csv(rows: Rows) -> str:
 
 
 def _tagged(member: MemberResults, **values: Any) -> dict[str, Any]:
-    return {"member": member.name, "weight_decay": member.weight_decay, "seed": member.member.seed, **values}
+    return {"member": member.name, **swept_values(member.member), "seed": member.member.seed, **values}

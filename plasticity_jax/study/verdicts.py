@@ -1,6 +1,6 @@
 """The paper's claims against a study: one rule each, fixed before any run. With one seed a verdict is at most one of three words.
 
-Weight decays are called λ; intervals are 95% bootstrap intervals.
+The claims are about weight decay, called λ: a study along another field has no verdicts. Intervals are 95% bootstrap intervals.
 Source of the claims: "Weight Decay Improves Language Model Plasticity" (arXiv 2602.11137);
 those not in its abstract are as reported by readers of the text.
 """
@@ -12,6 +12,7 @@ import numpy as np
 from plasticity_jax.analysis.statistics import paired_bootstrap, wilson_interval
 from plasticity_jax.study.comparisons import gap_difference, probe_correct, probe_difference, rank_drop, score_difference
 from plasticity_jax.study.results import StudyResults
+from plasticity_jax.study.sweep import DECAY
 
 CONSISTENT, INCONSISTENT, CANNOT_TELL = "consistent with", "inconsistent with", "cannot tell"
 
@@ -42,7 +43,9 @@ class Verdict:
 
 
 def verdicts(results: StudyResults) -> list[Verdict]:
-    """Every claim's verdict, in the order of the page."""
+    """Every claim's verdict, in the order of the page; none for a study that does not compare weight decays."""
+    if results.axis.field != DECAY:
+        return []
     return [
         rule(results)
         for rule in (loss_is_u_shaped, downstream_prefers_more, query_key_rank_falls, gap_falls, probes_improve, gain_rises, optima_move)
@@ -65,7 +68,7 @@ def loss_is_u_shaped(results: StudyResults) -> Verdict:
         first, *inner, last = (loss for _, loss in losses)
         if min(inner) + LOSS_MARGIN < min(first, last):
             verdict = CONSISTENT
-        elif min(first, last) + LOSS_MARGIN < min(inner) and len(losses) == len(results.decays):
+        elif min(first, last) + LOSS_MARGIN < min(inner) and len(losses) == len(results.points):
             verdict = INCONSISTENT
     shown = ", ".join(f"{loss:.3f} at λ={decay:.4g}" for decay, loss in losses) or "no finished member"
     return Verdict(
@@ -130,7 +133,7 @@ def query_key_rank_falls(results: StudyResults) -> Verdict:
 
 
 def _rank(results: StudyResults) -> tuple[str, str]:
-    means = {d: float(np.mean(r)) for d in results.decays if (r := results.mean(d, lambda m: m.pseudo_rank("W_QK"))) is not None}
+    means = {d: float(np.mean(r)) for d in results.points if (r := results.mean(d, lambda m: m.pseudo_rank("W_QK"))) is not None}
     if len(means) < 2:
         return CANNOT_TELL, "Fewer than two λ have spectra."
     query_key, value_output = (rank_drop(results, min(means), max(means), product) for product in ("W_QK", "W_VO"))
@@ -159,7 +162,7 @@ def gap_falls(results: StudyResults) -> Verdict:
 
 
 def _gap(results: StudyResults) -> tuple[str, str]:
-    gaps = {d: float(g) for d in results.decays if (g := results.mean(d, lambda m: None if m.gap is None else float(m.gap["gap"]))) is not None}
+    gaps = {d: float(g) for d in results.points if (g := results.mean(d, lambda m: None if m.gap is None else float(m.gap["gap"]))) is not None}
     if len(gaps) < 2:
         return CANNOT_TELL, "Fewer than two λ have a gap."
     shown = ", ".join(f"{gap:.3f} at λ={d:.4g}" for d, gap in sorted(gaps.items()))

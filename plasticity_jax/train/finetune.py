@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 from plasticity_jax.config import ModelConfig, StudyConfig
 from plasticity_jax.data.sft import SftRows, encode_examples, plan, sft_batch
 from plasticity_jax.data.tasks import read_task
+from plasticity_jax.data.tokenizer import copy_tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.load import load_model
 from plasticity_jax.parallel.mesh import make_mesh
@@ -66,7 +66,7 @@ def run(context: Context) -> dict[str, Any]:
         raise UserError(
             f"model.{different}={getattr(config.model, different)} is {getattr(base.config, different)} in {base.path}; use the base's own config."
         )
-    shutil.copyfile(base.path / "tokenizer.json", context.directory.path / "tokenizer.json")
+    copy_tokenizer(base.path, context.directory.path)
 
     rows = encode_examples(read_task(context.parents["task"])[0], base.tokenizer, max_length=recipe.length_buckets[-1])
     schedule = plan(

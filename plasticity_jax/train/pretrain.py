@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.data.loader import TokenRecords, batches
-from plasticity_jax.data.tokenizer import Tokenizer
+from plasticity_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import abstract_params, count_params
 from plasticity_jax.parallel.mesh import make_mesh
@@ -69,12 +68,12 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
     mesh = make_mesh(config.mesh)
     settings = step_settings(config, mesh)
     corpus = first.parents["corpus"]
-    tokenizer = Tokenizer.load(corpus / "tokenizer.json")
+    tokenizer = Tokenizer.load(corpus)
     records, held_out_records = TokenRecords(corpus / "tokens", "train"), TokenRecords(corpus / "tokens", "held_out")
     initial = _initial_params(first, mesh)
     sha256 = params_sha256(initial)
     for context in contexts:
-        shutil.copyfile(corpus / "tokenizer.json", context.directory.path / "tokenizer.json")
+        copy_tokenizer(corpus, context.directory.path)
         _record_provenance(context, initial, sha256, records, mesh)
 
     eval_step = compile_eval_step(settings, mesh)

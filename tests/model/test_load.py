@@ -77,7 +77,7 @@ def test_segment_ids_of_another_shape_are_refused(model):
     "changes, message",
     [
         ({"finish": False}, "not finished"),
-        ({"stage": "evaluate"}, "stage evaluate, which holds no model; give one of stage init, pretrain, finetune"),
+        ({"stage": "evaluate"}, "stage evaluate, which holds no model; give one of stage init, import, pretrain, finetune"),
         ({"steps": ()}, "has no checkpoints folder"),
     ],
 )

@@ -7,7 +7,7 @@ import numpy as np
 
 from plasticity_jax.config import GridConfig, ProbeConfig, ReportConfig, StudyConfig, TaskConfig, grid_members
 from plasticity_jax.records import Run, RunDirectory, write_jsonl
-from plasticity_jax.study.graph import build_graph, save_study
+from plasticity_jax.study.graph import build_graph, run_configs, save_study
 
 PROBLEMS = {"topic": 300, "sentiment": 200}
 MAJORITY = {"topic": 0.2, "sentiment": 0.51}
@@ -17,7 +17,7 @@ DECAY_TABLE = {"embed/embedding": True, "blocks/attention/q/kernel": True, "fina
 
 @dataclass(frozen=True)
 class Planted:
-    """What each point of the grid, in the order of the timescales, is to show. None leaves a stage out there; in `loss` it means diverged."""
+    """What each member of the grid is to show, in the order of the timescales and over again. None leaves a stage out there; in `loss` it means diverged."""
 
     loss: tuple = (3.30, 3.20, 3.10, 3.15)
     before: tuple = (0.10, 0.10, 0.10, 0.10)
@@ -28,13 +28,14 @@ class Planted:
     probe: tuple = (0.60, 0.64, 0.70, 0.74)
     control_passes: bool = True
     seeds: tuple = (0,)
+    grid: GridConfig | None = None  # instead of one timescale per loss
 
 
 def config_of(planted: Planted) -> StudyConfig:
     timescales = (None, 4.0, 0.8, 0.2, 0.05)[: len(planted.loss)]
     return StudyConfig(
         name="planted",
-        grid=GridConfig(timescales=timescales, seeds=planted.seeds),
+        grid=planted.grid or GridConfig(timescales=timescales, seeds=planted.seeds),
         tasks={name: TaskConfig(test_rows=rows) for name, rows in PROBLEMS.items()},
         probe=ProbeConfig(sets=("topic",)),
         report=ReportConfig(bootstrap_samples=500),
@@ -47,13 +48,14 @@ def write_study(workdir: Path, planted: Planted = Planted(), *, stages: tuple[st
     runs = build_graph(config)
     save_study(workdir, replace(config, train=replace(config.train, compute_dtype="float32")), runs)
     index = {member.name: i % len(planted.loss) for i, member in enumerate(grid_members(config))}
+    configs = run_configs(config, runs)
     for run in runs:
         if stages is not None and run.stage not in stages:
             continue
         point = index.get(run.member)
         if run.stage not in ("prepare", "init", "pretrain") and (planted.loss[point] is None or _left_out(planted, run, point)):
             continue
-        _WRITERS[run.stage](workdir / config.name / run.id, run, planted, point, config)
+        _WRITERS[run.stage](workdir / config.name / run.id, run, planted, point, configs[run.id])
     return workdir / config.name
 
 
@@ -105,7 +107,7 @@ def _pretrain(path, run, planted, point, config):
         "tokens": last * 4096,
         "seconds": 70.0,
         "tokens_per_second": 27_000.0,
-        "parameters": 530_000,
+        "parameters": 530_000 * config.model.d_model // 96,
         "weight_decay": decay,
         "peak_lr": config.train.peak_lr,
         "lr_times_decay": config.train.peak_lr * decay,

@@ -11,8 +11,7 @@ from synthetic_study import PROBLEMS, Planted, write_study
 
 from plasticity_jax.errors import UserError
 from plasticity_jax.records import RunDirectory, read_json
-from plasticity_jax.study.report import FIGURES, collect, figure, format_summary, inline_svg, render, render_page, summary_table, write_report
-from plasticity_jax.study.verdicts import verdicts
+from plasticity_jax.study.report import FIGURES, Part, collect, figure, format_summary, inline_svg, render, render_page, summary_table, write_report
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 SECTIONS = {"answer", "warnings", "verdicts", "pretraining", "finetuning", "inside", "members", "tasks", "samples", "config", "provenance"}
@@ -65,7 +64,7 @@ def page(study):
 def words(study) -> str:
     """Text of the page without its figures, which take most of the time."""
     results = collect(study)
-    return Page(render_page(results, verdicts(results), {}, [])).text
+    return Page(render_page(results, [Part.of(part) for part in results.slices], [])).text
 
 
 def test_every_section_and_figure_is_there(page):

@@ -67,9 +67,9 @@ def test_useful_range_ends_at_the_loss_margin(tmp_path):
 
 def test_score_difference_is_paired_and_weights_tasks_alike(tmp_path):
     results = collect(write_study(tmp_path))
-    low, high = results.decays[0], results.decays[-1]
+    low, high = results.points[0], results.points[-1]
     mean, lower, upper = score_difference(results, low, high, ("topic", "sentiment"), gain=False)
-    after = {(m.weight_decay, t): m.after[t].greedy for m in results.members for t in m.after}
+    after = {(m.point, t): m.after[t].greedy for m in results.members for t in m.after}
     expected = np.mean([after[high, t].mean() - after[low, t].mean() for t in ("topic", "sentiment")])
     # 0.6 to 0.8 on nested problems: a difference of 1 on 20% of the items, so its standard error is known.
     error = np.sqrt(0.2 * 0.8 * (1 / 300 + 1 / 200)) / 2
@@ -79,7 +79,7 @@ def test_score_difference_is_paired_and_weights_tasks_alike(tmp_path):
 
 def test_gap_difference_pairs_blocks(tmp_path):
     results = collect(write_study(tmp_path))
-    mean, lower, upper = gap_difference(results, results.decays[0], results.decays[-1])
+    mean, lower, upper = gap_difference(results, results.points[0], results.points[-1])
     assert mean == pytest.approx(0.45, abs=0.01)
     # Blocks differ by 0.3 nats among themselves; unpaired, the interval would be ten times as wide.
     assert upper - lower < 0.05
@@ -88,14 +88,14 @@ def test_gap_difference_pairs_blocks(tmp_path):
 def test_gap_difference_needs_the_same_blocks(tmp_path):
     results = collect(write_study(tmp_path))
     results.members[0].gap["blocks"]["seen"][0]["document"] = 12345
-    assert gap_difference(results, results.decays[0], results.decays[-1]) is None
+    assert gap_difference(results, results.points[0], results.points[-1]) is None
 
 
 def test_seeds_are_paired(tmp_path):
     results = collect(write_study(tmp_path, Planted(seeds=(0, 1))))
-    low, high = results.decays[0], results.decays[-1]
+    low, high = results.points[0], results.points[-1]
     results.members[0].after.clear()  # seed 0 has no score at the smallest λ
     pair = results.pair(low, high, lambda m: m.after_task("topic"))
-    only = {m.weight_decay: m for m in results.members if m.member.seed == 1}
+    only = {m.point: m for m in results.members if m.member.seed == 1}
     np.testing.assert_array_equal(pair[0], only[low].after["topic"].greedy)
     np.testing.assert_array_equal(pair[1], only[high].after["topic"].greedy)

@@ -1,0 +1,248 @@
+"""Folders of Parquet and JSON-lines files, as web corpora are published: what lies in them, and their texts one by one."""
+
+import functools
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from plasticity_jax.errors import UserError
+
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.zstd", ".json.zst")
+# Text in one part of a Parquet file: a minute or two of tokenising, which is what a kill loses.
+PART_BYTES = 128 * 2**20
+ROWS_AT_ONCE = 256
+READ_BYTES = 2**20  # of a column at a time: a row group may hold gigabytes
+
+
+def listing(folder: str) -> list[tuple[str, int]] | None:
+    """The corpus files below a folder as (path relative to it, bytes), in the order of their names; None where there is no such folder.
+
+    Hidden files and folders, and those whose name begins with an underscore, are left out: download tools keep their own there.
+
+    Args:
+      folder: local, or a URL that etils.epath reads, such as gs://bucket/folder.
+    Raises:
+      UserError: a URL that cannot be read.
+    """
+    found = _remote_listing(folder) if "://" in folder else _walk(folder)
+    return None if found is None else list(found)
+
+
+@functools.lru_cache(maxsize=4)
+def _remote_listing(folder: str) -> tuple[tuple[str, int], ...] | None:
+    found = _walk(folder)
+    return None if found is None else tuple(found)
+
+
+def _walk(folder: str) -> list[tuple[str, int]] | None:
+    root = _path(folder)
+    try:
+        if not root.is_dir():
+            return None
+        found = []
+        for directory, _, names in root.walk():
+            inside = directory.relative_to(root)
+            if any(part.startswith((".", "_")) for part in inside.parts):
+                continue
+            for name in names:
+                if name.endswith(SUFFIXES) and not name.startswith((".", "_")):
+                    found.append(((inside / name).as_posix(), (directory / name).stat().length))
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(f"data.files={folder} cannot be read ({_reason(error)}); check the address, and for gs:// install gcsfs") from error
+    return sorted(found)
+
+
+def folder_name(folder: str) -> str:
+    """The last part of a folder's path: the name of its domain."""
+    return folder.rstrip("/").rsplit("/", 1)[-1]
+
+
+def check_folder(folder: str) -> None:
+    """Refuses a folder that is not there or holds no file of a known kind. Raises UserError."""
+    found = listing(folder)
+    if found is None:
+        raise UserError(f"data.files={folder}: no such folder; give the one that the corpus was downloaded to")
+    if not found:
+        raise UserError(f"data.files={folder} holds no file of a known kind ({', '.join(SUFFIXES)}); give the folder that the corpus lies in")
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """A file of a corpus, or some row groups of a Parquet file: what one process reads at a time.
+
+    Attributes:
+      folder, name: of the file; `name` is relative to `folder`.
+      size: of the file, bytes.
+      row_groups: (first, end) of a Parquet file; None for a file of lines.
+      first_row: rows of the file before this part.
+    """
+
+    folder: str
+    name: str
+    size: int
+    row_groups: tuple[int, int] | None = None
+    first_row: int = 0
+
+    def source(self) -> dict[str, Any]:
+        """What the part's records come from, for their manifest: not the folder, which may move."""
+        return {"file": self.name, "bytes": self.size, "row_groups": None if self.row_groups is None else list(self.row_groups)}
+
+    def texts(self, text_field: str) -> Iterator[str]:
+        """The texts of the part's rows, in order, never more than a few hundred in memory.
+
+        Raises:
+          UserError: a file that is damaged or not what its name says, a row without the field, or one whose field is no text; names file and row.
+        """
+        rows = _lines(self, text_field) if self.row_groups is None else _rows(self, text_field)
+        for number, text in rows:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(f"{_place(self, number)}: the text holds half a surrogate pair, which is no character; repair or drop the row") from error
+            yield text
+
+
+def file_parts(folder: str, text_field: str) -> Iterator[FilePart]:
+    """The parts of all files of a folder, in the order of the names; a large Parquet file is cut between row groups.
+
+    Only the footers of Parquet files are read, each when its turn comes.
+
+    Raises:
+      UserError: see `check_folder` and `FilePart.texts`.
+    """
+    check_folder(folder)
+    for name, size in listing(folder) or ():
+        whole = FilePart(folder, name, size)
+        if name.endswith(".parquet"):
+            yield from _parquet_parts(whole, text_field)
+        else:
+            yield whole
+
+
+def _path(folder: str):
+    from etils import epath
+
+    return epath.Path(folder).expanduser()
+
+
+def _open(part: FilePart) -> BinaryIO:
+    try:
+        return (_path(part.folder) / part.name).open("rb")
+    except (ImportError, OSError) as error:
+        raise UserError(f"{part.name} in {part.folder} cannot be opened ({_reason(error)}); download it again") from error
+
+
+def _place(part: FilePart, number: int) -> str:
+    return f"{'line' if part.row_groups is None else 'row'} {number} of {part.name} in {part.folder}"
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- Parquet
+
+
+def _read_parquet(part: FilePart, read: Callable[[Any], Any]) -> Any:
+    """`read(ParquetFile)`, with what pyarrow says of a damaged file in one line."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{part.name} needs pyarrow; install it with: pip install 'plasticity_jax[data]'") from error
+    try:
+        with _open(part) as file:
+            return read(pyarrow.parquet.ParquetFile(file))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{part.name} in {part.folder} is no readable Parquet file ({_reason(error)}); download it again") from error
+
+
+def _parquet_parts(whole: FilePart, text_field: str) -> Iterator[FilePart]:
+    def groups(file) -> list[tuple[int, int]]:
+        """(rows, bytes of text) of every row group."""
+        _check_column(whole, file.schema_arrow, text_field)
+        metadata = file.metadata
+        column = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(text_field)
+        return [(metadata.row_group(i).num_rows, metadata.row_group(i).column(column).total_uncompressed_size) for i in range(metadata.num_row_groups)]
+
+    first, size, rows, first_row = 0, 0, 0, 0
+    found = _read_parquet(whole, groups)
+    for index, (group_rows, group_bytes) in enumerate(found):
+        size, rows = size + group_bytes, rows + group_rows
+        if size >= PART_BYTES or index == len(found) - 1:
+            yield FilePart(whole.folder, whole.name, whole.size, (first, index + 1), first_row)
+            first, size, rows, first_row = index + 1, 0, 0, first_row + rows
+
+
+def _check_column(part: FilePart, schema, text_field: str) -> None:
+    import pyarrow
+
+    if text_field not in schema.names:
+        raise UserError(f"{part.name} in {part.folder} has no column {text_field!r}; it has {', '.join(schema.names)}: set data.text_field to one of them")
+    kind = schema.field(text_field).type
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)):
+        raise UserError(f"column {text_field!r} of {part.name} in {part.folder} holds {kind}, not text; set data.text_field to a column of texts")
+
+
+def _rows(part: FilePart, text_field: str) -> Iterator[tuple[int, str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = part.first_row
+    with _open(part) as opened:
+        try:
+            file = pyarrow.parquet.ParquetFile(opened, buffer_size=READ_BYTES)
+            _check_column(part, file.schema_arrow, text_field)
+            groups = list(range(*part.row_groups))
+            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=[text_field], use_threads=False):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    if text is None:
+                        raise UserError(f"{_place(part, number)} has no text (null); drop the row")
+                    yield number, text
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{part.name} in {part.folder} is no readable Parquet file ({_reason(error)}); download it again") from error
+
+
+# -------------------------------------------------------------------------------------------------------------------------- JSON lines
+
+
+def _lines(part: FilePart, text_field: str) -> Iterator[tuple[int, str]]:
+    number = 0
+    with _open(part) as file:
+        try:
+            for number, line in enumerate(_decompressed(file, part.name), 1):
+                if line.strip():
+                    yield number, _text_of(line, text_field, part, number)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{part.name} in {part.folder} is cut off or damaged after line {number} ({_reason(error)}); download it again") from error
+
+
+def _decompressed(file: BinaryIO, name: str) -> Any:
+    """A binary file to iterate over by lines."""
+    if name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=file)
+    if name.endswith((".zst", ".zstd")):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd"))
+    return file
+
+
+def _text_of(line: bytes, text_field: str, part: FilePart, number: int) -> str:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{_place(part, number)} is no JSON ({_reason(error)}); repair or drop the line") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{_place(part, number)} is no JSON object; every line must be one such as {{{text_field!r}: ...}}")
+    if text_field not in row:
+        raise UserError(f"{_place(part, number)} has no field {text_field!r}; it has {', '.join(sorted(row)) or 'none'}: set data.text_field to one of them")
+    if not isinstance(row[text_field], str):
+        raise UserError(f"{_place(part, number)}: field {text_field!r} is {type(row[text_field]).__name__}, not text; repair or drop the line")
+    return row[text_field]

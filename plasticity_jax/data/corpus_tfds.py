@@ -1,0 +1,127 @@
+"""A prepared TFDS data set as a corpus: its texts by ranges of examples, by random access and without TensorFlow."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plasticity_jax.data.corpus_files import PART_BYTES
+from plasticity_jax.errors import UserError
+
+EXAMPLES_AT_ONCE = 256
+
+
+def data_set_folder(setting: str) -> Path | None:
+    """The folder of a data set, given as that folder or as "name", "name/config" or "name:version"; None where none is prepared.
+
+    A name is looked for where TFDS keeps data: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+    """
+    import tensorflow_datasets as tfds
+
+    from plasticity_jax.data.documents import quiet_tfds
+
+    folder = Path(setting).expanduser()
+    if folder.is_dir():
+        return folder if (folder / "dataset_info.json").is_file() else None
+    try:
+        with quiet_tfds():
+            return Path(tfds.core.read_only_builder.builder_from_files(setting).data_dir)
+    except (tfds.core.registered.DatasetNotFoundError, ValueError, OSError):  # a path that does not exist is no name either
+        return None
+
+
+def check_data_set(setting: str) -> Path:
+    """The folder of a data set. Raises UserError where none is prepared."""
+    folder = data_set_folder(setting)
+    if folder is None:
+        raise UserError(f"data.tfds={setting}: no prepared data set of this name or in this folder; prepare it with TFDS (file_format='array_record') or set "
+                        "$TFDS_DATA_DIR")
+    return folder
+
+
+def data_set_listing(setting: str) -> list[tuple[str, int]] | None:
+    """(name, bytes) of the data set's files, sorted; None where none is prepared."""
+    folder = data_set_folder(setting)
+    return None if folder is None else sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
+
+
+@dataclass(frozen=True)
+class ExamplePart:
+    """A range of the examples of a data set: what one process reads at a time.
+
+    Attributes:
+      folder: of the data set.
+      name: of the data set with its version.
+      split: such as "train" or "train[:10%]".
+      start, end: of the range.
+    """
+
+    folder: str
+    name: str
+    split: str
+    start: int
+    end: int
+
+    def source(self) -> dict[str, Any]:
+        """What the part's records come from, for their manifest: not the folder, which may move."""
+        return {"data_set": self.name, "split": self.split, "examples": [self.start, self.end]}
+
+    def texts(self, text_field: str) -> Iterator[str]:
+        """The texts of the part's examples, in order, never more than a few hundred in memory.
+
+        Raises:
+          UserError: an example that cannot be read, or whose text is not UTF-8.
+        """
+        _, source = _open(self.folder, self.split, text_field)
+        for first in range(self.start, self.end, EXAMPLES_AT_ONCE):
+            numbers = range(first, min(first + EXAMPLES_AT_ONCE, self.end))
+            try:
+                for number, example in zip(numbers, source.__getitems__(numbers), strict=True):
+                    yield example[text_field].decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"example {number} of {self.name} ({self.split}): {text_field!r} is not UTF-8; repair the data set") from error
+            except (OSError, RuntimeError, IndexError) as error:
+                raise UserError(f"{self.name} ({self.split}) in {self.folder} is damaged ({_reason(error)}); prepare it again") from error
+
+
+def example_parts(setting: str, split: str, text_field: str) -> Iterator[ExamplePart]:
+    """The parts of a data set's split, in order.
+
+    Raises:
+      UserError: no such data set or split, one that is not stored as array_record, or a field that is no text.
+    """
+    folder = check_data_set(setting)
+    info, source = _open(str(folder), split, text_field)
+    bytes_per_example = max(info.splits[split].num_bytes // max(len(source), 1), 1)
+    step = max(PART_BYTES // bytes_per_example, 1)
+    for start in range(0, len(source), step):
+        yield ExamplePart(str(folder), info.full_name, split, start, min(start + step, len(source)))
+
+
+def _open(folder: str, split: str, text_field: str) -> tuple[Any, Any]:
+    """(information, random access) of a data set's split."""
+    import tensorflow_datasets as tfds
+
+    from plasticity_jax.data.documents import quiet_tfds
+
+    with quiet_tfds():
+        try:
+            builder = tfds.builder_from_directory(folder)
+        except Exception as error:  # from TFDS come bare exceptions of many kinds
+            raise UserError(f"data.tfds: {folder} holds no TFDS data set that can be read ({_reason(error)}); prepare it again") from error
+        info = builder.info
+        if not isinstance(info.features, tfds.features.FeaturesDict) or text_field not in info.features:
+            raise UserError(f"data set {info.full_name} has no feature {text_field!r}; it has {', '.join(info.features)}: set data.text_field to one of them")
+        if not isinstance(info.features[text_field], tfds.features.Text):
+            raise UserError(f"feature {text_field!r} of data set {info.full_name} is {type(info.features[text_field]).__name__}, not Text; set data.text_field")
+        if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+            raise UserError(f"data set {info.full_name} is stored as {info.file_format.value}, which cannot be read by position; prepare it with "
+                            "file_format='array_record'")
+        try:
+            return info, builder.as_data_source(split)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"data.tfds_split={split!r}: data set {info.full_name} has {', '.join(info.splits)} ({_reason(error)}); set one of them") from error
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

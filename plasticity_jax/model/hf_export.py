@@ -1,0 +1,134 @@
+"""From a run directory to a Hugging Face folder that transformers loads."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plasticity_jax.config import ModelConfig
+from plasticity_jax.data.tokenizer import END_OF_TEXT, PADDING, Tokenizer
+from plasticity_jax.errors import UserError
+from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.model.hf_config import describe
+from plasticity_jax.model.hf_import import COMPANIONS, imported_from, is_hugging_face, read_tokenizer
+from plasticity_jax.model.hf_names import Part, family_of, parts
+from plasticity_jax.model.hf_tensors import DTYPES_BY_NAME, ToWrite, write_weights
+from plasticity_jax.model.load import open_checkpoints, open_model_run
+from plasticity_jax.model.transformer import abstract_params
+from plasticity_jax.parallel.rules import param_paths
+from plasticity_jax.progress import Progress
+from plasticity_jax.records import RunDirectory, write_json
+
+
+def export_model(path: Path, out: Path, dtype: str | None) -> None:
+    """Writes the model of a finished run as config.json, safetensors, generation_config.json and the tokenizer's files.
+
+    Args:
+      out: is missing or an empty folder; appears whole or not at all.
+      dtype: of all tensors; None keeps what an imported model's source had, and is float32 for every other run, a fine-tuned import included.
+    Raises:
+      UserError: no finished run with a model, `out` is not empty, no Hugging Face architecture has this network, or a number is too large for `dtype`.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out} exists and is not an empty folder; give another, or remove it.")
+    if is_hugging_face(path):
+        raise UserError(f"--model={path} is a Hugging Face folder already; give the directory of a run, such as plasticity import makes.")
+    directory = open_model_run(path)
+    model, stage = directory.config().model, directory.run().stage
+    family = family_of(model)
+    if family is None:
+        raise UserError(
+            f"{path}: model.norm_position={model.norm_position} with model.qk_norm={model.qk_norm} is no Hugging Face architecture; "
+            "pre without (Llama) and post with (OLMo-2) are."
+        )
+    if model.d_model % model.n_heads:
+        raise UserError(
+            f"{path}: model.d_model={model.d_model} is not divisible by model.n_heads={model.n_heads}, which transformers demands "
+            "also where the head size is given; it cannot be exported."
+        )
+    tokenizer, source = read_tokenizer(path, model), imported_from(directory)
+    usual, others = dtype or "float32", {}
+    if dtype is None and stage == "import":
+        usual, others = source["dtype"], source["other_dtypes"]
+    of_network = parts(model, family)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        total = sum(part.size for part in of_network)
+        with open_checkpoints(path) as checkpoints, Progress(f"write {out.name}", total=total, unit="parameters") as progress:
+            leaves = _Leaves(checkpoints, model)
+            write_weights(partial, [_to_write(leaves, part, DTYPES_BY_NAME[others.get(part.name, usual)], progress) for part in of_network])
+        settings = _settings(directory, tokenizer, source)
+        write_json(partial / "config.json", describe(model, family, usual, settings))
+        _write_companions(path, tokenizer, settings, partial)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class _Leaves:
+    """The parameters of a checkpoint, of which one at a time is in memory."""
+
+    def __init__(self, checkpoints: Checkpoints, model: ModelConfig):
+        self._checkpoints, self._step = checkpoints, checkpoints.latest()
+        self._abstract = abstract_params(model)
+        self._index = {path: index for index, path in enumerate(param_paths(self._abstract))}
+        self._path, self._leaf = "", None
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        if path != self._path:
+            self._leaf = None  # gone before the next is read
+            self._leaf = self._checkpoints.restore_array(self._step, self._abstract, self._index[path])
+            self._path = path
+        return self._leaf
+
+
+def _to_write(leaves: _Leaves, part: Part, dtype: np.dtype, progress: Progress) -> ToWrite:
+    def values() -> np.ndarray:
+        tensor = leaves[part.path][... if part.layer is None else part.layer]
+        tensor = tensor.T if part.transposed else tensor
+        with np.errstate(over="ignore"):
+            narrowed = tensor.astype(dtype, order="C", copy=False)
+        if dtype == np.float16 and np.isinf(narrowed).any() and not np.isinf(tensor).any():
+            raise UserError(f"--dtype=float16: the tensor {part.name} holds {np.abs(tensor).max():g}, and float16 ends at 65504; use bfloat16 or float32.")
+        progress.update(part.size)
+        return narrowed
+
+    return ToWrite(part.name, part.shape, dtype, values)
+
+
+def _settings(directory: RunDirectory, tokenizer: Tokenizer | None, source: dict[str, Any] | None) -> dict[str, Any]:
+    """What config.json says besides the network: the source's words for an import and what was made of it, this run's own otherwise."""
+    scaling = directory.config().model.rope_scaling
+    own = {
+        "max_position_embeddings": max(directory.config().train.seq_len, int(scaling.factor * scaling.original_length) if scaling else 0),
+        "initializer_range": 0.02,
+    }
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if tokenizer is not None:
+        ids |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return own | ids if source is None else own | source["carried"]
+
+
+def _write_companions(run: Path, tokenizer: Tokenizer | None, settings: dict[str, Any], folder: Path) -> None:
+    for name in COMPANIONS:
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+    if not (folder / "generation_config.json").exists():
+        ids = {name: value for name, value in settings.items() if name.endswith("_token_id") and value is not None}
+        write_json(folder / "generation_config.json", ids)
+    if tokenizer is not None and not (folder / "tokenizer_config.json").exists():  # one that was trained here
+        write_json(
+            folder / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": END_OF_TEXT,
+                "pad_token": PADDING,
+                "model_max_length": settings["max_position_embeddings"],
+                "clean_up_tokenization_spaces": False,
+            },
+        )

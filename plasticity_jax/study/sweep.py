@@ -1,0 +1,83 @@
+"""What a study sweeps: the field on the axis, the fields that cut it into slices, and how their values are written."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from plasticity_jax.config import Member, StudyConfig, grid_members
+
+DECAY, PEAK_LR = "weight_decay", "train.peak_lr"
+_NAMES = {DECAY: ("weight decay", "λ"), PEAK_LR: ("peak learning rate", "peak lr")}
+_LOG_FROM = 3.0  # largest over smallest positive value of a field that is drawn on a logarithmic axis
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A swept field.
+
+    Attributes:
+      field: "weight_decay", or a dotted config field.
+      scale: "log" (0 stands apart), "linear", or "categories", whose order is the config's.
+    """
+
+    field: str
+    scale: str
+
+    @property
+    def name(self) -> str:
+        """In sentences: "weight decay", "peak learning rate", "model.d_model"."""
+        return _NAMES[self.field][0] if self.field in _NAMES else self.field
+
+    @property
+    def symbol(self) -> str:
+        """In figures and tables: "λ", "peak lr", "d_model"."""
+        return _NAMES[self.field][1] if self.field in _NAMES else self.field.rpartition(".")[2]
+
+    @property
+    def label(self) -> str:
+        """Of the axis."""
+        named = f"{self.name} {self.symbol}" if self.field == DECAY else self.name
+        return named + (" (log)" if self.scale == "log" else "")
+
+    @property
+    def least(self) -> str:
+        """Which of the values is the first."""
+        return "first" if self.scale == "categories" else "smallest"
+
+    def value(self, member: Member) -> Any:
+        return member.weight_decay if self.field == DECAY else dict(member.overrides)[self.field]
+
+    def text(self, value: Any) -> str:
+        """A value in three digits; whole numbers in all of theirs."""
+        if isinstance(value, float):
+            return f"{value:.3g}"
+        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    def said(self, value: Any) -> str:
+        return f"{self.symbol} = {self.text(value)}"
+
+
+def study_axis(config: StudyConfig) -> Axis:
+    """The field that a study compares along: weight decay where more than one is swept, otherwise the first field with more than one value."""
+    decays = config.grid.weight_decay if config.grid.timescales is None else config.grid.timescales
+    several = [name for name, values in config.grid.fields if len(values) > 1]
+    return Axis(DECAY, "log") if len(decays) > 1 or not several else _axis(config, several[0])
+
+
+def facet_axes(config: StudyConfig) -> tuple[Axis, ...]:
+    """The other fields with more than one value: each combination of theirs is a slice of the study."""
+    along = study_axis(config).field
+    return tuple(_axis(config, name) for name, values in config.grid.fields if len(values) > 1 and name != along)
+
+
+def swept_values(member: Member) -> dict[str, Any]:
+    """Columns that say which member a row is about: λ and every swept field."""
+    return {DECAY: member.weight_decay, **dict(member.overrides)}
+
+
+def _axis(config: StudyConfig, field: str) -> Axis:
+    values = [dict(member.overrides)[field] for member in grid_members(config)]
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        return Axis(field, "categories")
+    positive = [value for value in values if value > 0]
+    wide = positive and min(values) >= 0 and max(positive) >= _LOG_FROM * min(positive)
+    return Axis(field, "log" if wide else "linear")
