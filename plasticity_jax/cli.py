@@ -246,7 +246,7 @@ def _on_model(arguments, path: Path, flag: str, make) -> int:
     from plasticity_jax.model.load import MODEL_STAGES
     from plasticity_jax.records import RunDirectory, open_run
     from plasticity_jax.study.execute import check_workdir, resolve
-    from plasticity_jax.study.graph import build_graph, corpus_run, probe_set_run, save_study, study_dir, task_run
+    from plasticity_jax.study.graph import build_graph, prepare_runs, run_configs, save_study, study_dir
 
     folder = path if is_hugging_face(path) else None
     directory = open_run(path) if folder is None else None
@@ -259,10 +259,11 @@ def _on_model(arguments, path: Path, flag: str, make) -> int:
         path = study_dir(workdir, study) / model.id
     else:
         model = directory.run()
+        config = run_configs(study, [model])[model.id]
         if imported_from(directory) is not None:
             config = dataclasses.replace(study, model=directory.config().model)
     runs = make(config, model)
-    check_workdir(workdir, config)
+    check_workdir(workdir, study)
     if not (study_dir(workdir, study) / "study.json").is_file():
         save_study(workdir, study, build_graph(study))
     if folder is not None and not RunDirectory(path).done:
@@ -271,13 +272,8 @@ def _on_model(arguments, path: Path, flag: str, make) -> int:
     corpus = path.resolve().parents[1] / model.parents["corpus"] if "corpus" in model.parents else None
     if corpus is not None and corpus.is_dir():
         external[model.parents["corpus"]] = corpus
-    candidates = [
-        corpus_run(config),
-        *(task_run(config, task) for task in config.tasks),
-        *(probe_set_run(config, name) for name in config.probe.sets),
-    ]
     needed = {parent for run in runs for parent in run.parents.values()} - set(external)
-    return _execute(config, workdir, [run for run in candidates if run.id in needed] + runs, external)
+    return _execute(config, workdir, [run for run in prepare_runs(config) if run.id in needed] + runs, external)
 
 
 def _execute(config: StudyConfig, workdir: Path, runs, external=None) -> int:

@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,13 @@ from plasticity_jax.config import (
     from_dict,
     grid_members,
     load_config,
+    member_config,
     result_fields,
     to_dict,
 )
+from plasticity_jax.config_fields import name_text
 from plasticity_jax.errors import UserError
+from plasticity_jax.records import to_json
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -28,7 +33,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_committed_configs_load(path):
     config = load_config(path)
-    assert config.name == path.stem
+    assert config.name.replace("-", "_").replace(".", "p") == path.stem
     assert from_dict(to_dict(config)) == config
 
 
@@ -47,6 +52,25 @@ def test_committed_configs_load(path):
         ("grid.weight_decay", "(-0.1,)", ["grid.weight_decay[0]=-0.1", "not negative"]),
         ("grid.weight_decay", "(0.1,0.1)", ["wd0.1", "twice"]),
         ("grid.weight_decay", "()", ["empty"]),
+        ("grid.fields", "('train.peak_lr',(1e-3,))", ["grid.fields[0]='train.peak_lr'", "tuple"]),
+        ("grid.fields", "(('train.peak_lr',()),)", ["train.peak_lr has no values"]),
+        ("grid.fields", "(('train.peak_lr',(1e-3,'fast')),)", ["grid.fields: train.peak_lr[1]='fast'", "must be a float"]),
+        ("grid.fields", "(('train.peak_lr',(1e-3,-1e-3)),)", ["train.peak_lr=-0.001", "must be positive"]),
+        ("grid.fields", "(('train.peak_lr',(1e-3,)),('train.peak_lr',(2e-3,)))", ["train.peak_lr twice"]),
+        ("grid.fields", "(('train.peak_lr',(1e-3,1.00001e-3)),)", ["wd0-peak_lr0.001", "twice"]),
+        ("grid.fields", "(('train.peaklr',(1e-3,)),)", ["train.peaklr", "did you mean", "train.peak_lr"]),
+        ("grid.fields", "(('trian.peak_lr',(1e-3,)),)", ["trian.peak_lr", "did you mean", "train.peak_lr"]),
+        ("grid.fields", "(('train.log_every',(1,2)),)", ["train.log_every", "not the result"]),
+        ("grid.fields", "(('finetune.peak_lr',(1e-3,)),)", ["finetune.peak_lr", "pretraining alone"]),
+        ("grid.fields", "(('evaluate.temperature',(1.0,)),)", ["evaluate.temperature", "pretraining alone"]),
+        ("grid.fields", "(('model.d_model',(96,90)),)", ["members with model.d_model=90", "88 or 92"]),
+        ("grid.fields", "(('decay.mask',('all','most')),)", ["decay.mask='most'", "matrices-only"]),
+        ("grid.fields", "(('train.compute_dtype',('auto','float32')),)", ["train.compute_dtype", "'auto'", "float32 or bfloat16"]),
+        ("grid.changes", "(('^wd7$',{'train.steps':5}),)", ["'^wd7$' matches no member", "wd0"]),
+        ("grid.changes", "(('(',{'train.steps':5}),)", ["'('", "regular expression"]),
+        ("grid.changes", "(('wd0',{'train.steps':5.5}),)", ["train.steps=5.5", "must be an int"]),
+        ("grid.changes", "(('wd0$',{'train.batch_size':0}),)", ["member wd0", "train.batch_size=0", "positive"]),
+        ("grid.changes", "(('wd0',{'gap.seed':5}),)", ["gap.seed", "pretraining alone"]),
         ("model.d_model", "90", ["model.d_model=90", "model.n_heads=4", "88 or 92"]),
         ("model.n_kv_heads", "3", ["model.n_heads=4", "model.n_kv_heads=3"]),
         ("decay.mask", "none", ["decay.mask='none'", "matrices-only"]),
@@ -112,6 +136,84 @@ def test_decay_follows_from_the_timescale(share, peak_lr, steps, kind):
 def test_members_carry_their_seed_in_the_name():
     config = StudyConfig(grid=GridConfig(timescales=None, weight_decay=(0.0, 0.1), seeds=(0, 3)))
     assert [m.name for m in grid_members(config)] == ["wd0", "wd0.1", "wd0-s3", "wd0.1-s3"]
+
+
+LR_GRID = (("grid.fields", "(('train.peak_lr',(1e-3,4e-3)),)"),)
+
+
+def test_the_grid_is_a_product_of_seeds_fields_and_decays():
+    overrides = [("grid.fields", "(('train.peak_lr',(2,4e-3)),('decay.mask',('all','matrices-only')))"), ("grid.weight_decay", "(0.0,0.1)")]
+    members = grid_members(load_config(CONFIGS / "default.py", [*overrides, ("grid.seeds", "(0,3)")]))
+    masks = ("mask_all", "mask_matrices_only")
+    expected = [f"wd{d}-peak_lr{lr}-{mask}{s}" for s in ("", "-s3") for lr in ("2", "0.004") for mask in masks for d in ("0", "0.1")]
+    assert [m.name for m in members] == expected
+    assert members[2].overrides == (("train.peak_lr", 2.0), ("decay.mask", "matrices-only"))
+    assert type(members[0].overrides[0][1]) is float, "an int where a float belongs would give another hash"
+
+
+def test_timescales_become_decay_at_the_members_own_rate_and_length():
+    fields = "(('train.peak_lr',(1e-3,4e-3)),('train.steps',(100,200)))"
+    config = load_config(CONFIGS / "default.py", [("grid.fields", fields), ("grid.timescales", "(None,0.5)")])
+    for member in grid_members(config):
+        own = member_config(config, member).train
+        assert dict(member.overrides) == {"train.peak_lr": own.peak_lr, "train.steps": own.steps}
+        assert member.weight_decay == pytest.approx(0.0 if member.timescale is None else 1 / (0.5 * own.peak_lr * own.steps))
+
+
+def test_member_config_is_the_study_but_for_what_is_swept():
+    config = load_config(CONFIGS / "default.py", LR_GRID)
+    for member in grid_members(config):
+        own = member_config(config, member)
+        check_config(own)
+        assert own.grid.fields == () and own.train.peak_lr == dict(member.overrides)["train.peak_lr"]
+        assert dataclasses.replace(own, grid=config.grid, train=config.train) == config
+    plain = load_config(CONFIGS / "default.py")
+    assert all(member_config(plain, member) == plain for member in grid_members(plain))
+
+
+def test_changes_apply_in_order_and_leave_the_name():
+    changes = "(('^wd',{'train.batch_size':8}),('wd1$',{'train.batch_size':16,'train.steps':160}))"
+    config = load_config(CONFIGS / "default.py", [("grid.weight_decay", "(0.0,1.0)"), ("grid.changes", changes)])
+    none, one = grid_members(config)
+    assert (none.name, one.name, none.timescale) == ("wd0", "wd1", None)
+    assert [member_config(config, m).train.batch_size for m in (none, one)] == [8, 16]
+    assert one.timescale == pytest.approx(1 / (config.train.peak_lr * 160)), "of the run that the member makes"
+
+
+@pytest.mark.parametrize("overrides", [LR_GRID, (("grid.fields", "(('data.sources',(('sotu',),('bbc','news'))),)"), ("grid.changes", "(('sotu',{'train.steps':9}),)"))])
+def test_a_swept_config_survives_json(overrides):
+    config = load_config(CONFIGS / "default.py", overrides)
+    assert from_dict(json.loads(to_json(to_dict(config)))) == config
+
+
+def test_a_swept_field_may_hold_a_section(tmp_path):
+    scaling = "{'factor':8.0,'low_freq_factor':1.0,'high_freq_factor':4.0,'original_length':64}"
+    config = load_config(CONFIGS / "default.py", [("grid.fields", f"(('model.rope_scaling',(None,{scaling})),)"), ("grid.timescales", "(None,)")])
+    plain, scaled = (member_config(config, m).model.rope_scaling for m in grid_members(config))
+    assert plain is None and scaled.factor == 8.0
+
+
+def test_an_override_of_a_swept_field_is_refused():
+    with pytest.raises(UserError, match="no effect, because grid.fields sweeps train.peak_lr"):
+        load_config(CONFIGS / "default.py", [*LR_GRID, ("train.peak_lr", "1e-3")])
+
+
+@given(st.one_of(st.text(), st.lists(st.text()).map(tuple), st.integers(), st.floats(0, 1e9), st.none()))
+def test_no_value_makes_a_name_that_leaves_its_folder(value):
+    name = f"wd0-files{name_text(value)}"
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) and len(name) < 80
+
+
+@pytest.mark.parametrize(("signature", "overrides", "steps"), [("faithful=False", "True", 7), ("faithful=False", "False", 3), ("", "True", 3)])
+def test_a_config_file_is_told_of_faithful(tmp_path, signature, overrides, steps):
+    file = tmp_path / "mine.py"
+    body = "7 if faithful else 3" if signature else "3"
+    file.write_text(f"from plasticity_jax.config import base_config\ndef get_config({signature}):\n    c = base_config()\n    c.train.steps = {body}\n    return c\n")
+    config = load_config(file, [("faithful", overrides)])
+    assert config.train.steps == steps and config.faithful is (overrides == "True")
+    assert load_config(file).train.steps == 3
+    with pytest.raises(UserError, match="faithful='yes'"):
+        load_config(file, [("faithful", "yes")])
 
 
 def test_hardware_rules_change_execution_fields_of_matching_devices_only():

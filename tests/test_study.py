@@ -175,3 +175,47 @@ def test_interrupt_leaves_a_resumable_study(tmp_path, wheels_dir):
     states = {row["stage"]: row["state"] for row in json.loads(plasticity("status", "--workdir", tmp_path, "--json").stdout)["runs"]}
     assert states["prepare"] == "done" and states["pretrain"] == "missing"
     assert plasticity(*argv[3:]).returncode == 0
+
+
+RATES = """
+import importlib.util
+from plasticity_jax.config import task
+
+def get_config():
+    spec = importlib.util.spec_from_file_location("tiny", {tiny!r})
+    tiny = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    config = tiny.get_config()
+    config.name = "rates"
+    config.data.max_documents = 100
+    config.train.steps = 10
+    config.grid.weight_decay, config.grid.timescales = (0.1,), None
+    config.grid.fields = (("train.peak_lr", (1e-3, 1e-2)),)
+    config.grid.mode = "vmapped"
+    config.tasks = {{"topic": task(train_rows=32, test_rows=16, epochs=1, max_new_tokens=4)}}
+    config.probe.sets = ("topic",)
+    return config
+"""
+
+
+def test_a_study_over_the_learning_rate_alone(tmp_path, wheels_dir):
+    """From one program for both members to the report, with one shared start; then a stage by itself finds its member's runs."""
+    (tmp_path / "rates.py").write_text(RATES.format(tiny=str(TINY)))
+    where = ["--config", tmp_path / "rates.py", "--workdir", tmp_path / "work", f"--config.data.wheels={wheels_dir}"]
+    result = plasticity("study", *where)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(plasticity("status", "--workdir", tmp_path / "work", "--json").stdout)["runs"]
+    assert {row["state"] for row in rows} == {"done"} and sum(row["stage"] == "init" for row in rows) == 1
+    bases = {row["member"]: Path(row["path"]) for row in rows if row["stage"] == "pretrain"}
+    assert list(bases) == ["wd0.1-peak_lr0.001", "wd0.1-peak_lr0.01"]
+    found = [read_json(path / "results.json") for path in bases.values()]
+    assert [r["peak_lr"] for r in found] == [1e-3, 1e-2] and found[0]["held_out"]["loss"] != found[1]["held_out"]["loss"]
+    assert [(row["train.peak_lr"], row["held_out_loss"]) for row in pj.open_study(tmp_path / "work").table()] == [
+        (r["peak_lr"], r["held_out"]["loss"]) for r in found
+    ]
+    page = (tmp_path / "work" / "rates" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "What does peak learning rate do" in page and "consistent with" not in page.split("<body>")[1]
+    again = plasticity("finetune", *where, "--base", bases["wd0.1-peak_lr0.01"], "--task", "topic")
+    assert again.returncode == 0 and "0 runs carried out" in again.stderr, again.stderr
+    dry = plasticity("study", *where, "--dry-run").stdout
+    assert "wd0.1-peak_lr0.01: λ = 0.1, peak lr·λ = 0.001, timescale 100 of the run, train.peak_lr = 0.01" in dry

@@ -53,6 +53,7 @@ def export_model(path: Path, out: Path, dtype: str | None) -> None:
     if dtype is None and stage == "import":
         usual, others = source["dtype"], source["other_dtypes"]
     of_network = parts(model, family)
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -118,8 +119,8 @@ def _write_companions(run: Path, tokenizer: Tokenizer | None, settings: dict[str
     for name in COMPANIONS:
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)
-    if not (folder / "generation_config.json").exists():
-        ids = {name: value for name, value in settings.items() if name.endswith("_token_id") and value is not None}
+    ids = {name: value for name, value in settings.items() if name.endswith("_token_id") and value is not None}
+    if ids and not (folder / "generation_config.json").exists():
         write_json(folder / "generation_config.json", ids)
     if tokenizer is not None and not (folder / "tokenizer_config.json").exists():  # one that was trained here
         write_json(
@@ -127,7 +128,7 @@ def _write_companions(run: Path, tokenizer: Tokenizer | None, settings: dict[str
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": END_OF_TEXT,
-                "pad_token": PADDING,
+                "pad_token": END_OF_TEXT if tokenizer.pad_id == tokenizer.eos_id else PADDING,
                 "model_max_length": settings["max_position_embeddings"],
                 "clean_up_tokenization_spaces": False,
             },

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from plasticity_jax.config import ModelConfig, StudyConfig, to_dict
-from plasticity_jax.data.tokenizer import Tokenizer
+from plasticity_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.hf_config import Description, read_description, read_object
@@ -29,7 +29,8 @@ from plasticity_jax.records import Run, RunDirectory, read_json
 log = logging.getLogger("plasticity_jax")
 
 # What lies beside the weights and belongs to the tokenizer or to how text is generated; carried as it is.
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model",
+SENTENCEPIECE_FILE = "tokenizer.model"
+COMPANIONS = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", SENTENCEPIECE_FILE,
               "vocab.json", "merges.txt", "generation_config.json")  # fmt: skip
 
 # Old checkpoints hold the rotary frequencies, which follow from config.json.
@@ -130,9 +131,14 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
 
 def read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
     """The tokenizer beside a model, or None where there is none. Raises UserError if it has more tokens than the model."""
-    if not (folder / "tokenizer.json").is_file():
+    if (folder / TOKENIZER_FILE).is_file():
+        tokenizer = Tokenizer.load(folder)
+    elif (folder / SENTENCEPIECE_FILE).is_file():
+        from plasticity_jax.data.sentencepiece_model import read_sentencepiece
+
+        tokenizer = read_sentencepiece(folder / SENTENCEPIECE_FILE)
+    else:
         return None
-    tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens and its model {model.vocab_size}; put the tokenizer there that the model was trained with."
@@ -215,6 +221,9 @@ def import_model(folder: Path, target: Path, run: Run, config: StudyConfig) -> N
         for name in COMPANIONS:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, directory.path / name)
+        tokenizer = read_tokenizer(folder, description.model)
+        if tokenizer is not None and not (folder / TOKENIZER_FILE).is_file():
+            tokenizer.save(directory.path / TOKENIZER_FILE)
         params = read_params(description, weights, folder.name)
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
         with Checkpoints(checkpoints, asynchronous=False, save_bytes=largest + 1) as saved:

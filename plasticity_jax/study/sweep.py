@@ -28,6 +28,11 @@ class Axis:
         return _NAMES[self.field][0] if self.field in _NAMES else self.field
 
     @property
+    def title(self) -> str:
+        """At the beginning of a title."""
+        return self.name.capitalize() if self.field in _NAMES else self.name
+
+    @property
     def symbol(self) -> str:
         """In figures and tables: "λ", "peak lr", "d_model"."""
         return _NAMES[self.field][1] if self.field in _NAMES else self.field.rpartition(".")[2]

@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 from synthetic_study import Planted, write_study  # noqa: E402
 
+from plasticity_jax.config import GridConfig  # noqa: E402
 from plasticity_jax.study.report import FIGURES, write_report  # noqa: E402
 
 pytestmark = pytest.mark.browser
@@ -75,10 +76,11 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     whole = write_study(folder / "whole")
     partial = write_study(folder / "partial", Planted(loss=(3.3, 3.2, 3.1, None, None)), stages=("prepare", "init", "pretrain"))
-    return {"whole": write_report(whole), "partial": write_report(partial)}
+    faceted = write_study(folder / "faceted", Planted(grid=GridConfig(fields=(("train.peak_lr", (1e-3, 5e-3)),))))
+    return {"whole": write_report(whole), "partial": write_report(partial), "faceted": write_report(faceted)}
 
 
-@pytest.mark.parametrize("which", ["whole", "partial"])
+@pytest.mark.parametrize("which", ["whole", "partial", "faceted"])
 @pytest.mark.parametrize(("width", "columns"), [(1280, 2), (400, 1)])
 def test_page_fits_its_width(pages, tmp_path, which, width, columns):
     found = _measure(pages[which], tmp_path, width)
@@ -86,7 +88,7 @@ def test_page_fits_its_width(pages, tmp_path, which, width, columns):
     assert found["scroll"] <= width, "the page itself scrolls sideways"
     assert found["outside"] == []
     assert found["columns"] == columns
-    assert len(found["figures"]) == (len(FIGURES) if which == "whole" else 2)
+    assert len(found["figures"]) == {"whole": len(FIGURES), "partial": 2, "faceted": 2 * len(FIGURES)}[which]
     assert all(w > 250 and h > 150 for w, h in found["figures"])
     assert found["loaded"] == []
     assert found["smallest"] >= 10

@@ -87,6 +87,35 @@ def test_a_batch_is_the_records_shifted_by_one():
         "tokens": "int32", "targets": "int32", "positions": "int32", "segment_ids": "int32", "loss_mask": "float32"}
 
 
+EOS = 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=4))
+def test_with_isolate_a_token_sees_exactly_its_own_document(records):
+    batch = as_batch(np.asarray(records), isolate=EOS)
+    for row, segments in zip(records, batch["segment_ids"]):
+        for query in range(8):
+            for key in range(query + 1):
+                same_document = EOS not in row[key:query]  # an end of text between them, or at the key itself, parts them
+                assert (segments[query] == segments[key]) == same_document
+    assert batch["segment_ids"].min() == 1 and batch["segment_ids"].dtype == np.int32
+    plain = as_batch(np.asarray(records))
+    assert all(np.array_equal(batch[name], plain[name]) for name in ("tokens", "targets", "loss_mask", "positions"))
+
+
+def test_the_first_token_of_a_document_counts_as_target_of_the_end_before_it():
+    batch = as_batch(np.array([[5, EOS, 6, 7]]), isolate=EOS)
+    assert batch["segment_ids"].tolist() == [[1, 1, 2]] and batch["targets"].tolist() == [[EOS, 6, 7]] and batch["loss_mask"].tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_batches_pass_isolate_on(records):
+    eos_id = 0
+    (found,) = batches(records, seed=1, batch_size=64, start_step=3, steps=1, isolate=eos_id)
+    expected = as_batch(records.tokens(order(len(records), seed=1, batch_size=64, step=3)), isolate=eos_id)
+    assert np.array_equal(found["segment_ids"], expected["segment_ids"]) and found["segment_ids"].max() > 1
+
+
 def test_tokens_come_in_the_order_asked_for(records):
     every = records.tokens(range(len(records)))
     assert every.shape == (len(records), SEQ_LEN + 1) and every.dtype == np.int32

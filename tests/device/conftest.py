@@ -8,4 +8,4 @@ def pytest_collection_modifyitems(items):
     import jax
 
     if jax.default_backend() == "cpu":
-        raise pytest.UsageError("no GPU or TPU here: jax finds only the CPU. Install jax[cuda13] or jax[tpu] on a machine that has one, then make test-device.")
+        raise pytest.UsageError("no GPU or TPU here: jax finds only the CPU; run make test-device where there is one, with jax[cuda13] or jax[tpu].")

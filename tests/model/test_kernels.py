@@ -182,7 +182,8 @@ def test_eight_devices_equal_float64(kernel, sizes, heads):
             for a, e in zip(actual, expected, strict=True):
                 np.testing.assert_allclose(a[member] if members > 1 else a, e, atol=2e-5)
     """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = str(Path(numpy_attention.__file__).parent)
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -244,7 +245,8 @@ def test_a_kernel_that_cannot_run_is_refused_in_one_line(name, setting, rule):
 
 
 @pytest.mark.parametrize(
-    "capability, head_dim, kernel", [("7.5", 64, "xla"), ("8.0", 64, "cudnn"), ("8.0", 256, "xla"), ("9.0", 256, "cudnn"), ("10.0", 256, "cudnn"), ("gfx942", 64, "xla")]
+    "capability, head_dim, kernel",
+    [("7.5", 64, "xla"), ("8.0", 64, "cudnn"), ("8.0", 256, "xla"), ("9.0", 256, "cudnn"), ("10.0", 256, "cudnn"), ("gfx942", 64, "xla")],
 )
 def test_the_gpu_itself_decides(monkeypatch, capability, head_dim, kernel):
     monkeypatch.setattr(kernels, "_compute_capability", lambda: capability)

@@ -19,17 +19,18 @@ def stages(monkeypatch):
     """Replaces every stage by one that only records its call; `fail` and `diverge` hold ids to treat so."""
 
     class Stages:
-        called, groups, fail, diverge = [], [], {}, set()
+        called, groups, configs, fail, diverge = [], [], {}, {}, set()
 
     state = Stages()
-    state.called, state.groups, state.fail, state.diverge = [], [], {}, set()
+    state.called, state.groups, state.configs, state.fail, state.diverge = [], [], {}, {}, set()
 
     def function(stage):
         def run(contexts):
-            state.groups.append(len(contexts))
+            state.groups.append([context.run.name for context in contexts])
             results = []
             for context in contexts:
                 state.called.append(context.run.id)
+                state.configs[context.run.id] = context.config
                 assert all(RunDirectory(path).done for path in context.parents.values())
                 if context.run.id in state.fail:
                     raise state.fail[context.run.id]
@@ -99,7 +100,41 @@ def test_vmapped_mode_hands_the_members_of_a_seed_over_together(tmp_path, stages
         [("train.compute_dtype", "float32"), ("grid.mode", "vmapped"), ("grid.seeds", "(0,1)")],
     )
     execute(config, tmp_path, build_graph(config))
-    assert stages.groups.count(2) == 2
+    assert sum(len(group) == 2 for group in stages.groups) == 2
+
+
+def test_vmapped_programs_hold_what_differs_in_traced_numbers_only(tmp_path, stages):
+    fields = (("train.peak_lr", (1e-3, 2e-3)), ("model.d_ff", (64, 96)), ("train.warmup_share", (0.1, 0.2)))
+    config = load_config(
+        Path(__file__).parents[2] / "configs" / "tiny.py",
+        [("train.compute_dtype", "float32"), ("grid.mode", "vmapped"), ("grid.fields", repr(fields)), ("grid.weight_decay", "(0.0,0.1)")],
+    )
+    outcome = execute(config, tmp_path, [run for run in build_graph(config) if run.stage in ("prepare", "init", "pretrain")])
+    together = [group for group in stages.groups if len(group) > 1]
+    assert [len(group) for group in together] == [8, 8] and not outcome.waiting
+    assert [{name.split("d_ff")[1][:2] for name in group} for group in together] == [{"64"}, {"96"}]
+
+
+def test_a_stage_receives_its_members_config(tmp_path, stages):
+    config = load_config(
+        Path(__file__).parents[2] / "configs" / "tiny.py",
+        [("train.compute_dtype", "float32"), ("grid.fields", "(('train.peak_lr',(1e-3,2e-3)),)"), ("hardware", "(('cpu',{'train.log_every':7}),)")],
+    )
+    execute(config, tmp_path, build_graph(config))
+    for run in build_graph(config):
+        own = stages.configs[run.id]
+        assert own.train.log_every == 7
+        assert run.member is None or f"peak_lr{own.train.peak_lr:g}" in run.member
+        assert run.member is None or RunDirectory(tmp_path / config.name / run.id).config() == own
+
+
+def test_room_on_disk_is_counted_member_by_member():
+    def needed(*sizes):
+        return execution._bytes_needed(load_config(Path(__file__).parents[2] / "configs" / "tiny.py", [("grid.fields", f"(('model.d_ff',{sizes}),)")]))
+
+    data = 20e3 * 400 * 2 + 10e6  # of both estimates
+    assert needed(64, 128) == pytest.approx(needed(64) + needed(128) - data, abs=2)
+    assert needed(128) > needed(64)
 
 
 def test_a_workdir_that_cannot_hold_the_study_is_refused(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from plasticity_jax.config import load_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.records import STAGES
-from plasticity_jax.study.graph import build_graph, finetune_run, gap_run, read_study, save_study, study_files, study_status
+from plasticity_jax.study.graph import build_graph, finetune_run, gap_run, read_study, run_configs, save_study, study_files, study_status
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
 
@@ -60,6 +60,70 @@ def test_members_of_a_seed_share_start_and_corpus():
     for seed in (0, 1):
         assert len({tuple(run.parents.items()) for run in bases if run.seed == seed}) == 1
     assert len({run.parents["init"] for run in bases}) == 2
+
+
+def pretrained(*overrides):
+    return {run.name: run for run in graph(*overrides) if run.stage == "pretrain"}
+
+
+def swept(*fields):
+    return "grid.fields", repr(fields)
+
+
+def test_a_members_hash_does_not_depend_on_the_others():
+    alone = pretrained(("grid.weight_decay", "(0.1,)"))["wd0.1"]
+    among = pretrained(("grid.weight_decay", "(0.0,0.1,1.0)"), ("grid.seeds", "(0,1)"))["wd0.1"]
+    assert among.id == alone.id
+    # A swept field at the value that the config has anyway is the same run under another name.
+    rates = pretrained(("grid.weight_decay", "(0.1,)"), swept(("train.peak_lr", (5e-3, 1e-3))))
+    assert rates["wd0.1-peak_lr0.005"].hash == alone.hash != rates["wd0.1-peak_lr0.001"].hash
+    assert pretrained(("grid.weight_decay", "(0.0,0.1)"), ("grid.changes", "(('wd0$',{'train.steps':9}),)"))["wd0.1"].id == alone.id
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "parents"),
+    [
+        ("train.peak_lr", (1e-3, 2e-3), {"corpus": 1, "init": 1}),
+        ("train.steps", (10, 20), {"corpus": 1, "init": 1}),
+        ("decay.kind", ("coupled", "independent"), {"corpus": 1, "init": 1}),
+        ("model.d_model", (32, 64), {"corpus": 1, "init": 2}),
+        ("model.init", ("scaled", "truncated"), {"corpus": 1, "init": 2}),
+        ("train.seq_len", (32, 64), {"corpus": 2, "init": 1}),
+        ("model.vocab_size", (300, 512), {"corpus": 2, "init": 2}),
+    ],
+)
+def test_members_share_what_the_swept_field_does_not_define(field, values, parents):
+    runs = graph(swept((field, values)))
+    bases = [run for run in runs if run.stage == "pretrain"]
+    assert len({run.id for run in bases}) == 4
+    assert {role: len({run.parents[role] for run in bases}) for role in parents} == parents
+    assert {stage: sum(run.stage == stage for run in runs) for stage in ("init", "evaluate", "gap")} == {"init": parents["init"], "evaluate": 16, "gap": 4}
+
+
+def test_a_swept_field_reaches_the_tasks_that_it_defines():
+    runs = graph(swept(("data.held_out_share", (0.1, 0.2))))
+    assert sum(run.name == "task-topic" for run in runs) == 2
+    for run in runs:
+        if run.stage == "finetune":
+            task, base = (next(r for r in runs if r.id == run.parents[role]) for role in ("task", "base"))
+            corpus = next(r for r in runs if r.id == base.parents["corpus"])
+            assert task.fields["held_out_share"] == corpus.fields["held_out_share"]
+
+
+def test_every_run_is_carried_out_with_its_members_config():
+    config = load_config(CONFIG, [swept(("train.seq_len", (32, 64)), ("model.d_model", (32, 64))), ("grid.changes", "(('wd0-',{'train.steps':9}),)")])
+    runs = build_graph(config)
+    for run_id, own in run_configs(config, runs).items():
+        run = next(run for run in runs if run.id == run_id)
+        fields = run.fields
+        if run.stage == "init":
+            assert own.model.d_model == fields["model"]["d_model"]
+        elif run.name == "corpus":
+            assert own.train.seq_len == fields["seq_len"]
+        elif run.member:
+            assert f"-seq_len{own.train.seq_len}-d_model{own.model.d_model}" in run.member
+            assert own.train.steps == (9 if run.member.startswith("wd0-") else config.train.steps)
+            assert run.stage != "pretrain" or fields["train"]["seq_len"] == own.train.seq_len
 
 
 def test_names_do_not_matter_for_what_a_task_needs():

@@ -147,7 +147,21 @@ def test_vmapped_members_agree_with_one_by_one(world: World, monkeypatch):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["step"] == b["step"] and a["tokens"] == b["tokens"]
 
 
-@pytest.mark.parametrize(("peak_lr", "max_loss", "reason"), [(1e3, 6.5, "above the limit 6.5"), (1e38, 1e30, "nan"), (1e-2, 1e30, "held-out")])
+def test_vmapped_members_may_differ_in_rate_and_warm_up(world: World):
+    """λ × peak learning rate × warm-up as one program, each against its own run."""
+    grid = {f"grid{i}": (0.1 * (i % 2), change(CONFIG, "train", peak_lr=1e-2 * (1 + i // 2), warmup_share=0.1 + 0.2 * (i == 3))) for i in range(4)}
+    alone = {name: world.pretrain({f"{name}-alone": decay}, config)[0] for name, (decay, config) in grid.items()}
+    together = dict(zip(grid, world.pretrain_grid(grid)))
+    assert len({result["held_out"]["loss"] for result in alone.values()}) == 4, "the four members differ"
+    for name, (decay, config) in grid.items():
+        assert relative(load_model(world.root / f"{name}-alone").params, load_model(world.root / name).params) <= 1e-6
+        assert together[name]["held_out"]["loss"] == pytest.approx(alone[name]["held_out"]["loss"], rel=1e-6)
+        assert together[name]["peak_lr"] == config.train.peak_lr and together[name]["lr_times_decay"] == config.train.peak_lr * decay
+        for a, b in zip(untimed(world.root / f"{name}-alone"), untimed(world.root / name), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a.get("lr") == b.get("lr")
+
+
+@pytest.mark.parametrize(("peak_lr", "max_loss", "reason"), [(1e1, 6.5, "above the limit 6.5"), (1e38, 1e30, "nan"), (1e-2, 1e30, "held-out")])
 def test_a_diverged_run_is_a_result(world: World, monkeypatch, peak_lr, max_loss, reason):
     config, name = change(CONFIG, "train", peak_lr=peak_lr, max_loss=max_loss), f"wild{peak_lr:g}"
     if reason == "held-out":  # an update that breaks the parameters after the last training loss

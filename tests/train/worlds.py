@@ -86,9 +86,13 @@ class World:
 
     def pretrain(self, members: dict[str, float], config: StudyConfig) -> list[dict]:
         """Trains members (name → weight decay) in one call."""
+        return self.pretrain_grid({name: (decay, config) for name, decay in members.items()})
+
+    def pretrain_grid(self, members: dict[str, tuple[float, StudyConfig]]) -> list[dict]:
+        """Trains members (name → weight decay and own config) in one call."""
         from plasticity_jax.train import pretrain
 
-        contexts = [self.pretrain_context(name, decay, config) for name, decay in members.items()]
+        contexts = [self.pretrain_context(name, decay, config) for name, (decay, config) in members.items()]
         return self._in_work(contexts, pretrain.run)
 
     def finetune(self, name: str, base: str, config: StudyConfig, seed: int = 0) -> dict:
