@@ -1,7 +1,6 @@
 """The command line: one sub-command per stage. It parses, calls a library function, and prints."""
 
 import argparse
-import dataclasses
 import logging
 import os
 import signal
@@ -242,7 +241,7 @@ def _analyze(arguments) -> int:
 
 def _on_model(arguments, path: Path, flag: str, make) -> int:
     """Carries out runs on a given model directory, with the prepare runs that they need; a Hugging Face folder is imported into the study first."""
-    from plasticity_jax.model.hf_import import import_model, import_run, imported_from, is_hugging_face
+    from plasticity_jax.model.hf_import import import_model, import_run, imported_from, is_hugging_face, with_network
     from plasticity_jax.model.load import MODEL_STAGES
     from plasticity_jax.records import RunDirectory, open_run
     from plasticity_jax.study.execute import check_workdir, resolve
@@ -261,7 +260,7 @@ def _on_model(arguments, path: Path, flag: str, make) -> int:
         model = directory.run()
         config = run_configs(study, [model])[model.id]
         if imported_from(directory) is not None:
-            config = dataclasses.replace(study, model=directory.config().model)
+            config = with_network(study, directory.config().model)
     runs = make(config, model)
     check_workdir(workdir, study)
     if not (study_dir(workdir, study) / "study.json").is_file():

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -121,27 +122,41 @@ def unigram_log_probabilities(records: TokenRecords, left_out: Int[np.ndarray, "
     return np.log(counts / counts.sum())
 
 
-def block_losses(config: ModelConfig, params: dict, records: TokenRecords, indices: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Mean cross-entropy of the model on each record, in nats per token, float64 [n]."""
+def block_losses(
+    config: ModelConfig, params: dict, records: TokenRecords, indices: Int[np.ndarray, " n"], *, isolate: int | None = None, scan_layers: bool = False,
+    loss_chunks: int = 1,
+) -> Float[np.ndarray, " n"]:
+    """Mean cross-entropy of the model on each record, in nats per token, float64 [n].
+
+    Args:
+      isolate: the end-of-text token, where the model was trained within documents.
+      scan_layers, loss_chunks: as in training; memory, compile time and rounding only.
+    """
     losses_n = np.empty(len(indices))
     with Progress(f"loss on {records.split} blocks", total=len(indices) * records.seq_len, unit="tokens") as progress:
         for start in range(0, len(indices), BLOCKS_PER_BATCH):
             chosen = indices[start : start + BLOCKS_PER_BATCH]
             # A short batch is filled up with its last record: one compiled program for all.
             full = np.concatenate([chosen, np.repeat(chosen[-1:], BLOCKS_PER_BATCH - len(chosen))])
-            batch = as_batch(records.tokens(full))
-            losses_n[start : start + len(chosen)] = np.asarray(_mean_losses(config, params, batch["tokens"], batch["targets"]))[: len(chosen)]
+            batch = as_batch(records.tokens(full), isolate=isolate)
+            segments = None if isolate is None else batch["segment_ids"]
+            means = _mean_losses(config, scan_layers, loss_chunks, params, batch["tokens"], batch["targets"], segments)
+            losses_n[start : start + len(chosen)] = np.asarray(means)[: len(chosen)]
             progress.update(len(chosen) * records.seq_len)
     return losses_n
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _mean_losses(config: ModelConfig, params: dict, tokens_BxT: Int[Array, "B T"], targets_BxT: Int[Array, "B T"]) -> Float[Array, " B"]:
-    from plasticity_jax.model.loss import token_losses
-    from plasticity_jax.model.transformer import apply
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _mean_losses(
+    config: ModelConfig, scan_layers: bool, loss_chunks: int, params: dict, tokens_BxT: Int[Array, "B T"], targets_BxT: Int[Array, "B T"],
+    segments_BxT: Int[Array, "B T"] | None,
+) -> Float[Array, " B"]:
+    from plasticity_jax.model.loss import vocabulary_losses
+    from plasticity_jax.model.transformer import hidden_states, output_kernel
 
-    logits_BxTxV, _ = apply(config, params, tokens_BxT)
-    return token_losses(logits_BxTxV, targets_BxT)[0].mean(axis=-1)
+    x_BxTxD, _ = hidden_states(config, params, tokens_BxT, segment_ids=segments_BxT, scan_layers=scan_layers)
+    losses_BxT, _ = vocabulary_losses(x_BxTxD, output_kernel(config, params), targets_BxT, compute_dtype=jnp.float32, chunks=loss_chunks)
+    return losses_BxT.mean(axis=-1)
 
 
 def summarise(
@@ -212,7 +227,9 @@ def run(context: Context) -> dict:
     model = load_model(context.parents["model"])
     if model.run.stage != "pretrain":
         raise UserError(f"{model.path} is a run of stage {model.run.stage}; the gap needs one of stage pretrain, whose reading order is known.")
-    training = RunDirectory(context.parents["model"]).config().train
+    pretraining = RunDirectory(context.parents["model"]).config()
+    training = pretraining.train
+    isolate = model.tokenizer.eos_id if pretraining.data.isolate_documents else None
     tokens = context.parents["corpus"] / TOKENS
     records = {"seen": TokenRecords(tokens, "train"), "held_out": TokenRecords(tokens, "held_out")}
     train = records["seen"]
@@ -223,7 +240,9 @@ def run(context: Context) -> dict:
 
     losses, control, keys = {}, {}, {}
     for side, split in records.items():
-        losses[side] = block_losses(model.config, model.params, split, indices[side])
+        losses[side] = block_losses(
+            model.config, model.params, split, indices[side], isolate=isolate, scan_layers=training.scan_layers, loss_chunks=training.loss_chunks
+        )
         control[side] = -log_probability_V[split.tokens(indices[side])[:, 1:]].mean(axis=-1)
         keys[side] = ([train.domains[d] for d in split.domain_of[indices[side]]], split.document_of[indices[side]].tolist())
     blocks = {

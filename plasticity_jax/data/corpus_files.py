@@ -14,7 +14,7 @@ from plasticity_jax.errors import UserError
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.zstd", ".json.zst")
 # Text in one part of a Parquet file: a minute or two of tokenising, which is what a kill loses.
 PART_BYTES = 128 * 2**20
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 64
 READ_BYTES = 2**20  # of a column at a time: a row group may hold gigabytes
 
 
@@ -41,19 +41,20 @@ def _remote_listing(folder: str) -> tuple[tuple[str, int], ...] | None:
 def _walk(folder: str) -> list[tuple[str, int]] | None:
     root = _path(folder)
     try:
-        if not root.is_dir():
-            return None
-        found = []
-        for directory, _, names in root.walk():
-            inside = directory.relative_to(root)
-            if any(part.startswith((".", "_")) for part in inside.parts):
-                continue
-            for name in names:
-                if name.endswith(SUFFIXES) and not name.startswith((".", "_")):
-                    found.append(((inside / name).as_posix(), (directory / name).stat().length))
+        return sorted(_below(root, "")) if root.is_dir() else None
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f"data.files={folder} cannot be read ({_reason(error)}); check the address, and for gs:// install gcsfs") from error
-    return sorted(found)
+
+
+def _below(directory: Any, prefix: str) -> Iterator[tuple[str, int]]:
+    for path in directory.iterdir():
+        if path.name.startswith((".", "_")):
+            continue
+        status = path.stat()
+        if status.is_directory:
+            yield from _below(path, f"{prefix}{path.name}/")
+        elif path.name.endswith(SUFFIXES):
+            yield prefix + path.name, status.length
 
 
 def folder_name(folder: str) -> str:

@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from plasticity_jax.data.packing import Packer, SplitWriter, chunks, token_dtype, write_manifest
 from plasticity_jax.data.sources import SPLITS, split_of
@@ -19,12 +19,13 @@ MANIFEST = "shard.json"
 CHUNK_CHARACTERS = 500_000
 
 
+@runtime_checkable
 class Part(Protocol):
     """Where a shard's texts come from; a value that another process can be given."""
 
     def source(self) -> dict[str, Any]: ...
 
-    def texts(self, text_field: str): ...
+    def texts(self, text_field: str) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True)

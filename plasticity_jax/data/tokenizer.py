@@ -24,8 +24,9 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 N_BYTES = 256
 MIN_VOCAB_SIZE = N_BYTES + 2
-# Pieces whose tokens are remembered between calls; about 100 MB of memory at most.
+# Pieces whose tokens are remembered between calls; about 100 MB of memory at most. A text that cannot be cut is one long piece.
 MAX_PIECES = 500_000
+MAX_PIECE_CHARACTERS = 64
 # Their place in an embedding decides what they mean to a model; in tokenizer_config.json they have these keys.
 SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -189,7 +190,11 @@ class Tokenizer:
         new = sorted(set().union(*cut).difference(self._ids_of_piece))
         for piece, encoding in zip(new, self._backend.encode_batch_fast(new, add_special_tokens=False)):
             self._ids_of_piece[piece] = array("i", encoding.ids).tobytes()
-        return [np.frombuffer(b"".join(map(self._ids_of_piece.__getitem__, text_pieces)), np.int32) for text_pieces in cut]
+        encoded = [np.frombuffer(b"".join(map(self._ids_of_piece.__getitem__, text_pieces)), np.int32) for text_pieces in cut]
+        for piece in new:
+            if len(piece) > MAX_PIECE_CHARACTERS:
+                del self._ids_of_piece[piece]
+        return encoded
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""

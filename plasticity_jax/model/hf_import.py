@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from plasticity_jax.config import ModelConfig, StudyConfig, to_dict
+from plasticity_jax.config import DataConfig, ModelConfig, StudyConfig, check_config, to_dict
 from plasticity_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
@@ -180,7 +180,7 @@ def import_run(folder: Path, config: StudyConfig) -> tuple[Run, StudyConfig]:
     """The run that an import of a folder is: named after the folder, defined by the bytes of its files.
 
     Args:
-      config: of the study that the run belongs to; its `model` section gives way to the folder's network.
+      config: of the study that the run belongs to; the folder's network takes the place of its own.
     Returns:
       The run and its config.
     Raises:
@@ -193,7 +193,14 @@ def import_run(folder: Path, config: StudyConfig) -> tuple[Run, StudyConfig]:
     with Progress(f"hash {folder.name}", total=sum(file.stat().st_size for file in files), unit="bytes") as progress:
         fields = {"files": {file.name: _sha256(file, progress) for file in files}, "model": to_dict(description.model)}
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-.") or "model"
-    return Run(config.name, "import", name, fields), replace(config, model=description.model)
+    config = with_network(config, description.model)
+    check_config(config)
+    return Run(config.name, "import", name, fields), config
+
+
+def with_network(config: StudyConfig, model: ModelConfig) -> StudyConfig:
+    """A study's config for runs on an imported model. Its corpus, and the tokenizer named for it, are not this model's."""
+    return replace(config, model=model, data=replace(config.data, tokenizer=DataConfig().tokenizer))
 
 
 def _sha256(path: Path, progress: Progress) -> str:

@@ -139,10 +139,10 @@ def _once(runs: Iterable[Run]) -> list[Run]:
 
 
 def run_configs(config: StudyConfig, runs: Sequence[Run]) -> dict[str, StudyConfig]:
-    """Id → the config to carry a run out with: that of its member, or of a member that needs it; the study's own for what belongs to no member."""
+    """Id → the config to carry a run out with: that of its member, or of the first that needs it; the study's own for what belongs to no member."""
     grid = [(member_config(config, member), member) for member in grid_members(config)]
     members = {member.name: own for own, member in grid}
-    needed = {run.id: own for own, member in grid for run in (*prepare_runs(own), init_run(own, member.seed))}
+    needed = {run.id: own for own, member in reversed(grid) for run in (*prepare_runs(own), init_run(own, member.seed))}
     return {run.id: needed.get(run.id) or members.get(run.member, config) for run in runs}
 
 

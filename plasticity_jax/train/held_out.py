@@ -50,12 +50,14 @@ def held_out_loss(
     *,
     token_bytes: Int[np.ndarray, " vocab"],
     batch_size: int,
+    isolate: int | None,
 ) -> dict[str, Any]:
     """Scores the blocks.
 
     Args:
       eval_step: (params, batch) → nats of every target, see `step.compile_eval_step`.
       token_bytes: bytes of text behind each token; 0 for the end of text, whose nats still count.
+      isolate: see `loader.as_batch`.
     Returns:
       `loss` (nats per token, all domains weighted by their tokens), `bits_per_byte` (nats / ln 2 / bytes of the targets), and the same with
       `tokens` per domain under `domains`.
@@ -63,7 +65,7 @@ def held_out_loss(
     nats, n_bytes = np.empty(len(blocks.records)), np.empty(len(blocks.records))
     for start in range(0, len(blocks.records), batch_size):
         records = blocks.records[start : start + batch_size]
-        batch = as_batch(np.pad(records, ((0, batch_size - len(records)), (0, 0)), mode="edge"))
+        batch = as_batch(np.pad(records, ((0, batch_size - len(records)), (0, 0)), mode="edge"), isolate=isolate)
         losses = np.asarray(eval_step(params, batch), np.float64)[: len(records)]
         nats[start : start + len(records)] = losses.sum(1)
         n_bytes[start : start + len(records)] = token_bytes[records[:, 1:]].sum(1)

@@ -76,13 +76,14 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
         copy_tokenizer(corpus, context.directory.path)
         _record_provenance(context, initial, sha256, records, mesh)
 
+    isolate = tokenizer.eos_id if config.data.isolate_documents else None
     eval_step = compile_eval_step(settings, mesh)
     shardings = param_shardings(mesh, abstract_params(config.model))
 
     def score(params: Params, blocks: HeldOutBlocks) -> dict[str, Any]:
         params = jax.device_put(params, shardings)
         rows = config.train.batch_size // config.train.microbatches  # what fits one part of a training batch fits here
-        return held_out_loss(eval_step, params, blocks, token_bytes=tokenizer.token_bytes, batch_size=rows)
+        return held_out_loss(eval_step, params, blocks, token_bytes=tokenizer.token_bytes, batch_size=rows, isolate=isolate)
 
     curve_blocks = first_blocks(held_out_records, tokens_per_domain=config.train.eval_tokens)
     tracks = [Track(context.directory.path, keep=2 if members else 1) for context in contexts]
@@ -98,7 +99,9 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
             state,
             train_step=compile_train_step(settings, mesh, members=members),
             hyper=stack(hypers) if members else hypers[0],
-            batches=batches(records, seed=seed, batch_size=config.train.batch_size, start_step=start, steps=config.train.steps - start),
+            batches=batches(
+                records, seed=seed, batch_size=config.train.batch_size, start_step=start, steps=config.train.steps - start, isolate=isolate
+            ),
             tracks=[tracks[i] for i in alive],
             members=members,
             settings=_loop_settings(config),

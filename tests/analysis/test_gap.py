@@ -158,8 +158,8 @@ def test_stage_finds_no_gap_where_there_is_none_and_the_planted_one_where_there_
     assert results["gap"] == pytest.approx(results["held_out"] - results["seen"])
     json.dumps(results, allow_nan=False)
 
-    def memorised(config, params, records, indices):
-        return block_losses(config, params, records, indices) - (0.25 if records.split == "train" else 0.0)
+    def memorised(config, params, records, indices, **options):
+        return block_losses(config, params, records, indices, **options) - (0.25 if records.split == "train" else 0.0)
 
     monkeypatch.setattr(gap, "block_losses", memorised)
     planted = stage(tmp_path, corpus, "memorised")
