@@ -32,6 +32,9 @@ def test_help_imports_neither_jax_nor_tensorflow():
     assert "study" in result.stdout
 
 
+FLOAT32 = "--config.train.compute_dtype=float32"  # where the check comes after the probe of "auto"
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -42,6 +45,14 @@ def test_help_imports_neither_jax_nor_tensorflow():
         (["study", "--config", TINY, "--workdir", "w", "--config.model.d_modle=3"], "did you mean model.d_model?"),
         (["study", "--config", TINY, "--workdir", "w", "--config.train.steps"], "has no value"),
         (["study", "--config", TINY, "--workdir", "w", "--no-such-flag"], "--no-such-flag"),
+        (["study", "--config", TINY, "--workdir", "w", FLOAT32, "--config.train.attention=cudnn"], "cuDNN runs on NVIDIA GPUs only, and this is a CPU"),
+        (["pretrain", "--config", TINY, "--workdir", "w", FLOAT32, "--config.train.attention=splash"], "splash attention runs on TPUs only"),
+        (["study", "--config", TINY, "--workdir", "w", "--config.train.attention=flash"], "train.attention='flash' must be one of auto"),
+        (["study", "--config", TINY, "--workdir", "w", "--config.train.remat=dot"], "did you mean dots?"),
+        (["study", "--config", TINY, "--workdir", "w", "--config.train.loss_chunks=7"], "set loss_chunks to a divisor"),
+        (["study", "--config", TINY, "--workdir", "w", "--config.train.schedule=wsd", "--config.train.decay_share=0.95"], "together exceed the run"),
+        (["study", "--config", TINY, "--workdir", "w", "--config.model.d_head=9"], "head size 9 is odd"),
+        (["study", "--config", TINY, "--workdir", "w", "--config.model.rope_scaling=8.0"], "model.rope_scaling=8.0 must be a section with keys factor"),
         (["pretrain", "--config", TINY, "--workdir", "w", "--member", "wd9"], "wd9"),
         (["finetune", "--config", TINY, "--workdir", "w", "--base", "nowhere", "--task", "topic"], "nowhere"),
         (["evaluate", "--config", TINY, "--workdir", "w", "--model", "nowhere", "--task", "topic"], "nowhere"),

@@ -7,7 +7,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from plasticity_jax.errors import UserError
 
@@ -130,7 +130,7 @@ def _path(folder: str):
     return epath.Path(folder).expanduser()
 
 
-def _open(part: FilePart) -> BinaryIO:
+def _open(part: FilePart) -> Any:
     try:
         return (_path(part.folder) / part.name).open("rb")
     except (ImportError, OSError) as error:
@@ -199,13 +199,14 @@ def _rows(part: FilePart, text_field: str) -> Iterator[tuple[int, str]]:
         try:
             file = pyarrow.parquet.ParquetFile(opened, buffer_size=READ_BYTES)
             _check_column(part, file.schema_arrow, text_field)
-            groups = list(range(*part.row_groups))
-            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=[text_field], use_threads=False):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    if text is None:
-                        raise UserError(f"{_place(part, number)} has no text (null); drop the row")
-                    yield number, text
+            # One iterator over all row groups would keep memory of every one until its end.
+            for group in range(*part.row_groups):
+                for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[text_field], use_threads=False):
+                    for text in batch.column(0).to_pylist():
+                        number += 1
+                        if text is None:
+                            raise UserError(f"{_place(part, number)} has no text (null); drop the row")
+                        yield number, text
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{part.name} in {part.folder} is no readable Parquet file ({_reason(error)}); download it again") from error
 
@@ -224,7 +225,7 @@ def _lines(part: FilePart, text_field: str) -> Iterator[tuple[int, str]]:
             raise UserError(f"{part.name} in {part.folder} is cut off or damaged after line {number} ({_reason(error)}); download it again") from error
 
 
-def _decompressed(file: BinaryIO, name: str) -> Any:
+def _decompressed(file: Any, name: str) -> Any:
     """A binary file to iterate over by lines."""
     if name.endswith(".gz"):
         return gzip.GzipFile(fileobj=file)

@@ -43,6 +43,9 @@ def run(context: Context) -> dict[str, Any]:
     _, problems = read_task(context.parents["task"])
     prompts = [format_prompt(problem.prompt) for problem in problems]
     prompt_tokens = model.tokenizer.encode_batch(prompts)
+    if context.config.faithful and model.tokenizer.bos_id is not None:
+        # The original's tokenizer put it before prompts here, though not before the rows of fine-tuning. Source: paper section 4.1.
+        prompt_tokens = [[model.tokenizer.bos_id, *tokens] for tokens in prompt_tokens]
     completions = generate(
         model,
         prompt_tokens,

@@ -1,5 +1,6 @@
 """Checkpoints of a run: parameters, and the optimizer's state beside them, by step."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from absl import logging as absl_logging
 
 from plasticity_jax.errors import UserError
 
-_PIECE = 8 << 20  # bytes of an array that are compressed at once where memory is short
+# Bytes of an array that are compressed at once, and that are held before they go into a file, where memory is short.
+_PIECE, _FILE = 4 << 20, 16 << 20
 _BLOCK = 1 << 20  # elements summed at once
 
 
@@ -25,8 +27,8 @@ class Checkpoints:
       keep: how many of the latest steps to keep.
       asynchronous: `save` returns once the arrays are copied off the device and writes in the background.
       read_only: for reading alone; creates and deletes nothing.
-      save_bytes: save one array after the other, in pieces, so that at most about this much memory is needed beside the arrays; more than the
-        largest array has. None saves all at once.
+      save_bytes: for saving alone: one array after the other, in pieces, so that at most about this much memory is needed beside the arrays; more
+        than the largest array has. None saves all at once.
     """
 
     def __init__(self, directory: Path, *, keep: int = 1, asynchronous: bool = True, read_only: bool = False, save_bytes: int | None = None):
@@ -38,18 +40,24 @@ class Checkpoints:
             read_only=read_only,
             enable_async_checkpointing=asynchronous and not read_only,
         )
-        self._piece = None if save_bytes is None else _PIECE
-        limit = {} if save_bytes is None else {"save_concurrent_gb": save_bytes / 1e9}
-        handlers = {name: ocp.StandardCheckpointHandler(**limit) for name in ("params", "optimizer")} | {"checksums": ocp.JsonCheckpointHandler()}
+        self._frugal = save_bytes is not None
+        # Of the two handlers of the one format, the plainer has all the settings that memory depends on.
+        handler = functools.partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=save_bytes / 1e9) if self._frugal else ocp.StandardCheckpointHandler
+        handlers = {name: handler() for name in ("params", "optimizer")} | {"checksums": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers)
 
     def save(self, step: int, params: Any, optimizer: Any | None = None) -> None:
         """Saves both trees as `step`. The arrays may be donated or changed as soon as this returns."""
         trees = {"params": params} if optimizer is None else {"params": params, "optimizer": optimizer}
         checksums = {name: _checksums(tree) for name, tree in trees.items()}
-        pieces = {name: jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=self._piece), tree) for name, tree in trees.items()}
-        items = {name: ocp.args.StandardSave(tree, save_args=pieces[name]) for name, tree in trees.items()}
+        items = {name: self._save_args(tree) for name, tree in trees.items()}
         self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(checksums)))
+
+    def _save_args(self, tree: Any) -> Any:
+        if not self._frugal:
+            return ocp.args.StandardSave(tree)
+        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), tree)
+        return ocp.args.PyTreeSave(tree, save_args=pieces, ocdbt_target_data_file_size=_FILE)
 
     def latest(self) -> int | None:
         """The largest step that is whole, or None."""

@@ -63,7 +63,7 @@ class Weights:
         """A tensor, or some of its rows, in the type it is stored in. Raises UserError if its file cannot be read."""
         file = self.tensors[name].file
         try:
-            # Not by mmap: pages of the file that were read would count as this process's memory.
+            # Not by mmap, where a file that is cut short meanwhile ends the process.
             with safe_open(file, framework="numpy", backend="pread") as opened:
                 return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
         except (SafetensorError, OSError) as error:

@@ -61,6 +61,26 @@ def resolve(config: StudyConfig, workdir: Path) -> StudyConfig:
     return replace(config, train=replace(config.train, compute_dtype=dtype))
 
 
+def check_device(config: StudyConfig, runs: Sequence[Run]) -> None:
+    """Refuses what this machine's devices cannot run, before anything is written. Raises UserError."""
+    if not {run.stage for run in runs} & {"pretrain", "finetune"}:
+        return
+    import jax
+
+    from plasticity_jax.model.kernels import choose_kernel
+
+    device = jax.devices()[0]
+    config = for_device(config, device.device_kind)
+    for own in (member_config(config, member) for member in grid_members(config)):
+        choose_kernel(
+            own.train.attention,
+            platform=device.platform,
+            head_dim=own.model.head_dim,
+            compute_dtype=own.train.compute_dtype,
+            seq_len=own.train.seq_len,
+        )
+
+
 def check_workdir(workdir: Path, config: StudyConfig) -> None:
     """Refuses a workdir that cannot be written to, or has less room than the study's files need. Raises UserError."""
     try:
@@ -71,10 +91,11 @@ def check_workdir(workdir: Path, config: StudyConfig) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written to ({error.strerror}); give a folder on a writable disk with free space.") from error
-    needed, free = _bytes_needed(config), shutil.disk_usage(workdir).free
+    held = sum(path.stat().st_size for path in study_dir(workdir, config).rglob("*") if path.is_file())
+    needed, free = _bytes_needed(config) - held, shutil.disk_usage(workdir).free
     if free < needed:
         raise UserError(
-            f"--workdir={workdir} has {free / 1e6:,.0f} MB free, and this study needs about {needed / 1e6:,.0f} MB; make room or give another --workdir."
+            f"--workdir={workdir} has {free / 1e6:,.0f} MB free, and this study needs about {needed / 1e6:,.0f} MB more; make room or give another --workdir."
         )
 
 
@@ -95,7 +116,9 @@ def _parameters(config: StudyConfig) -> int:
 
 
 def _data_bytes(config: StudyConfig) -> float:
-    sources = len(config.data.sources)
+    data, sources = config.data, len(config.data.sources)
+    if data.files is not None or data.tfds is not None:
+        return 4.0 * (data.max_tokens or 0)  # what is not limited is not known before it is read
     return 30e6 * sources if config.data.max_documents is None else 20e3 * config.data.max_documents * sources
 
 

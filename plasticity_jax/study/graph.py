@@ -77,6 +77,7 @@ def evaluate_run(config: StudyConfig, model: Run, task: str) -> Run:
     name = f"{model.name}-after" if tuned_on_it else f"{model.name}-{task}-before"
     fields = result_fields(config.evaluate) | {
         "when": when,
+        "faithful": config.faithful,
         "max_new_tokens": task_settings(config, task).max_new_tokens,
         "compute_dtype": config.train.compute_dtype,
     }

@@ -313,9 +313,9 @@ def children(pid):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tokenizer, tmp_path):
-    """120 MB of text in one file and one shard, beside 2 MB: the peak grows by less than 25 MB."""
+    """115 MB of text in one file and one shard, beside 2 MB: the peak grows by less than 25 MB."""
     peaks = {}
-    base = " ".join(some_texts(400))
+    base = " ".join(some_texts(400)).replace("½", "")  # with it, no text could be cut into pieces
     for name, n in (("small", 30), ("large", 2250)):
         folder = tmp_path / name
         folder.mkdir()
@@ -325,8 +325,8 @@ def test_memory_does_not_grow_with_the_corpus(tokenizer, tmp_path):
                 texts = [f"{first + i} {base}" for i in range(30)]
                 writer.write_table(pyarrow.table({"text": texts, "other": texts}, schema=schema))
         peaks[name] = finish(start(tmp_path, tmp_path / f"out-{name}", folder, tokenizer, part_bytes=10**12, seq_len=2048))
-    assert len(base) * 2250 > 120_000_000
-    print(peaks); assert peaks["large"]["kilobytes"] - peaks["small"]["kilobytes"] < 25_000
+    assert len(base) * 2250 > 115_000_000
+    assert peaks["large"]["kilobytes"] - peaks["small"]["kilobytes"] < 25_000
     assert peaks["large"]["loaded"] == []  # nor do processes that tokenise files load what they do not need
 
 
@@ -357,6 +357,14 @@ def test_a_worker_that_the_system_ends_is_one_line(corpus, tokenizer, tmp_path, 
 
 def end_process(folder, part):
     os._exit(9)
+
+
+def test_texts_that_cannot_be_cut_are_not_remembered(tokenizer):
+    """A text with a disputed character is one piece, however long; short pieces stay."""
+    for i in range(50):
+        tokenizer.encode_arrays([f"{i} ½ " + "word " * 1000])
+    tokenizer.encode_arrays(["short words"])
+    assert max(map(len, tokenizer._ids_of_piece)) < 100 and "short" in tokenizer._ids_of_piece
 
 
 def test_the_text_a_tokenizer_is_trained_on_is_bounded(corpus, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The evaluate stage on a tiny model, its file graded again from scratch."""
 
+import dataclasses
 import json
 import re
 import string
@@ -82,6 +83,22 @@ def test_the_stage_end_to_end(context, scripted):
     assert (stored["problems"], stored["n_samples"], stored["cut_prompts"], stored["diverged"]) == (9, 4, 0, None)
     assert stored["source_splits"] == ["held_out"]
     assert stored["majority_class"] == pytest.approx(max(Counter(row["gold"] for row in rows).values()) / 9)
+
+
+@pytest.mark.parametrize("bos", [None, "<|pad|>"])
+@pytest.mark.parametrize("faithful", [False, True])
+def test_prompts_begin_with_the_beginning_of_text_in_faithful_studies_only(context, monkeypatch, faithful, bos):
+    """And only where the tokenizer has such a token."""
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"} | ({"bos_token": bos} if bos else {})
+    (context.parents["model"] / "tokenizer_config.json").write_text(json.dumps(special))
+    read = []
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **options: read.extend(prompts) or [[[2]] * 5 for _ in prompts])
+    with context.directory.work(context.run, context.config) as directory:
+        evaluate.run(Context(dataclasses.replace(CONFIG, faithful=faithful), context.run, directory, context.parents))
+    (context.parents["model"] / "tokenizer_config.json").unlink()
+    tokenizer = Tokenizer.load(context.parents["model"])
+    plain = [tokenizer.encode(f"Human: Text {i}?\nAssistant:") for i in range(9)]
+    assert read == [[1, *tokens] if faithful and bos else tokens for tokens in plain]
 
 
 def test_a_model_without_tokenizer_is_refused(context):
