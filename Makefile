@@ -1,6 +1,6 @@
 # make study      a whole study on this machine, from nothing to a report       (WORK=./work CONFIG=configs/default.py)
 # make test       every test that a plain machine can run
-# make test-all   plus what needs Debian packages (.ci/run installs them) and the newest Python present
+# make test-all   plus what needs Debian packages (.ci/run installs them), parity with torch and transformers, and the newest Python present
 # make test-device  what needs a GPU or a TPU: every attention kernel it has, generation, the tiny study (install jax[cuda13] or jax[tpu] into .venv)
 
 SHELL := /bin/bash

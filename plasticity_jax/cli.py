@@ -10,7 +10,7 @@ from pathlib import Path
 
 from plasticity_jax.config import StudyConfig, grid_members, load_config, member_config
 from plasticity_jax.errors import UserError
-from plasticity_jax.parallel.allocator import keep_freed_memory
+from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
 
 log = logging.getLogger("plasticity_jax")
 
@@ -106,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.takes_config:
             arguments.config = load_config(arguments.config, overrides)
         signal.signal(signal.SIGTERM, _interrupt)
-        if arguments.command not in ("status", "report", "import", "export"):
+        if arguments.command in ("import", "export"):
+            return_freed_memory()
+        elif arguments.command not in ("status", "report"):
             keep_freed_memory()
         return _COMMANDS[arguments.command](arguments)
     except UserError as error:

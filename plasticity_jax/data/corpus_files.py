@@ -103,7 +103,9 @@ class FilePart:
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise UserError(f"{_place(self, number)}: the text holds half a surrogate pair, which is no character; repair or drop the row") from error
+                raise UserError(
+                    f"{_place(self, number)}: the text holds half a surrogate pair, which is no character; repair or drop the row"
+                ) from error
             yield text
 
 
@@ -168,7 +170,9 @@ def _parquet_parts(whole: FilePart, text_field: str) -> Iterator[FilePart]:
         _check_column(whole, file.schema_arrow, text_field)
         metadata = file.metadata
         column = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(text_field)
-        return [(metadata.row_group(i).num_rows, metadata.row_group(i).column(column).total_uncompressed_size) for i in range(metadata.num_row_groups)]
+        return [
+            (metadata.row_group(i).num_rows, metadata.row_group(i).column(column).total_uncompressed_size) for i in range(metadata.num_row_groups)
+        ]
 
     first, size, rows, first_row = 0, 0, 0, 0
     found = _read_parquet(whole, groups)
@@ -183,7 +187,9 @@ def _check_column(part: FilePart, schema, text_field: str) -> None:
     import pyarrow
 
     if text_field not in schema.names:
-        raise UserError(f"{part.name} in {part.folder} has no column {text_field!r}; it has {', '.join(schema.names)}: set data.text_field to one of them")
+        raise UserError(
+            f"{part.name} in {part.folder} has no column {text_field!r}; it has {', '.join(schema.names)}: set data.text_field to one of them"
+        )
     kind = schema.field(text_field).type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)):
@@ -222,7 +228,9 @@ def _lines(part: FilePart, text_field: str) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield number, _text_of(line, text_field, part, number)
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{part.name} in {part.folder} is cut off or damaged after line {number} ({_reason(error)}); download it again") from error
+            raise UserError(
+                f"{part.name} in {part.folder} is cut off or damaged after line {number} ({_reason(error)}); download it again"
+            ) from error
 
 
 def _decompressed(file: Any, name: str) -> Any:
@@ -244,7 +252,9 @@ def _text_of(line: bytes, text_field: str, part: FilePart, number: int) -> str:
     if not isinstance(row, dict):
         raise UserError(f"{_place(part, number)} is no JSON object; every line must be one such as {{{text_field!r}: ...}}")
     if text_field not in row:
-        raise UserError(f"{_place(part, number)} has no field {text_field!r}; it has {', '.join(sorted(row)) or 'none'}: set data.text_field to one of them")
+        raise UserError(
+            f"{_place(part, number)} has no field {text_field!r}; it has {', '.join(sorted(row)) or 'none'}: set data.text_field to one of them"
+        )
     if not isinstance(row[text_field], str):
         raise UserError(f"{_place(part, number)}: field {text_field!r} is {type(row[text_field]).__name__}, not text; repair or drop the line")
     return row[text_field]

@@ -1,5 +1,6 @@
 """A prepared TFDS data set as a corpus: its texts by ranges of examples, by random access and without TensorFlow."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,20 @@ def check_data_set(setting: str) -> Path:
     """The folder of a data set. Raises UserError where none is prepared."""
     folder = data_set_folder(setting)
     if folder is None:
-        raise UserError(f"data.tfds={setting}: no prepared data set of this name or in this folder; prepare it with TFDS (file_format='array_record') or set "
-                        "$TFDS_DATA_DIR")
+        raise UserError(
+            f"data.tfds={setting}: no prepared data set of this name or in this folder; prepare it with TFDS (file_format='array_record') or set "
+            "$TFDS_DATA_DIR"
+        )
     return folder
+
+
+def data_set_name(setting: str) -> str:
+    """What the data set calls itself: the name of its one domain. Raises UserError where none is prepared."""
+    folder = check_data_set(setting)
+    try:
+        return json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))["name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"data.tfds: {folder} holds no TFDS data set that can be read ({_reason(error)}); prepare it again") from error
 
 
 def data_set_listing(setting: str) -> list[tuple[str, int]] | None:
@@ -111,16 +123,24 @@ def _open(folder: str, split: str, text_field: str) -> tuple[Any, Any]:
             raise UserError(f"data.tfds: {folder} holds no TFDS data set that can be read ({_reason(error)}); prepare it again") from error
         info = builder.info
         if not isinstance(info.features, tfds.features.FeaturesDict) or text_field not in info.features:
-            raise UserError(f"data set {info.full_name} has no feature {text_field!r}; it has {', '.join(info.features)}: set data.text_field to one of them")
+            raise UserError(
+                f"data set {info.full_name} has no feature {text_field!r}; it has {', '.join(info.features)}: set data.text_field to one of them"
+            )
         if not isinstance(info.features[text_field], tfds.features.Text):
-            raise UserError(f"feature {text_field!r} of data set {info.full_name} is {type(info.features[text_field]).__name__}, not Text; set data.text_field")
+            raise UserError(
+                f"feature {text_field!r} of data set {info.full_name} is {type(info.features[text_field]).__name__}, not Text; set data.text_field"
+            )
         if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-            raise UserError(f"data set {info.full_name} is stored as {info.file_format.value}, which cannot be read by position; prepare it with "
-                            "file_format='array_record'")
+            raise UserError(
+                f"data set {info.full_name} is stored as {info.file_format.value}, which cannot be read by position; prepare it with "
+                "file_format='array_record'"
+            )
         try:
             return info, builder.as_data_source(split)
         except (KeyError, ValueError) as error:
-            raise UserError(f"data.tfds_split={split!r}: data set {info.full_name} has {', '.join(info.splits)} ({_reason(error)}); set one of them") from error
+            raise UserError(
+                f"data.tfds_split={split!r}: data set {info.full_name} has {', '.join(info.splits)} ({_reason(error)}); set one of them"
+            ) from error
 
 
 def _reason(error: BaseException) -> str:

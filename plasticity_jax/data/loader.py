@@ -61,10 +61,10 @@ class TokenRecords:
         self.fingerprint: str = manifest["fingerprint"]
         self.domains: tuple[str, ...] = tuple(manifest["domains"])
         self._directory, self._dtype = directory, np.dtype(manifest["dtype"])
-        self._shards = [
-            _Shard(directory / entry["name"], entry[f"{split}_documents"], str(records_path(directory / entry["name"], split)), 0, entry[split], entry[split])
-            for entry in manifest.get("shards", ())
-        ]
+        self._shards = []
+        for entry in manifest.get("shards", ()):
+            folder, n = directory / entry["name"], entry[split]
+            self._shards.append(_Shard(folder, entry[f"{split}_documents"], str(records_path(folder, split)), skip=0, take=n, examples_in_shard=n))
         if not self._shards:
             self._source = ArrayRecordDataSource(str(records_path(directory, split)))
         else:
@@ -144,8 +144,8 @@ def as_batch(records_BxT1: Int[np.ndarray, "b record_length"], *, isolate: int |
       isolate: the end-of-text token, to keep attention within documents; None lets a token see the documents before its own in the record, with the
         end-of-text token between.
     Returns:
-      tokens (r[:-1]) and targets (r[1:]), loss_mask (all 1: nothing is padding), segment_ids (all 1; with `isolate` 1, 2, 3 ... for the documents in the
-      record, the end of a text belonging to it) and positions (0 .. T - 1, also with `isolate`, because rotary attention sees differences alone); all
+      tokens (r[:-1]) and targets (r[1:]), loss_mask (all 1: nothing is padding), segment_ids (all 1; with `isolate` 1, 2, 3 ... for the documents in
+      the record, the end of a text belonging to it) and positions (0 .. T - 1, also with `isolate`, because rotary attention sees differences alone); all
       [B, T], loss_mask float32, the rest int32. The first token of a document still counts as the target of the end-of-text token before it.
     """
     records_BxT1 = np.asarray(records_BxT1, np.int32)

@@ -49,8 +49,10 @@ def check_setting(setting: str, vocab_size: int) -> None:
     elif setting != TRAINED and "/" not in setting and Path(setting).suffix not in (".json", ".model") and not Path(setting).exists():
         near = difflib.get_close_matches(setting, names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"data.tokenizer={setting!r} must be one of {', '.join(names)}, or the path of a tokenizer.json, of a folder that holds one or of a "
-                        f"SentencePiece .model{hint}")
+        raise UserError(
+            f"data.tokenizer={setting!r} must be one of {', '.join(names)}, or the path of a tokenizer.json, of a folder that holds one or of a "
+            f"SentencePiece .model{hint}"
+        )
 
 
 def open_tokenizer(setting: str, wheels: Wheels, *, vocab_size: int):
@@ -102,5 +104,7 @@ def setting_fingerprint(setting: str) -> str | None:
 
 def _check_size(setting: str, found: int, vocab_size: int) -> None:
     if found > vocab_size:
-        raise UserError(f"model.vocab_size={vocab_size} is below the {found} entries of data.tokenizer={setting!r}; set it to {found} or more "
-                        f"({-(-found // 128) * 128} is a multiple of 128)")
+        raise UserError(
+            f"model.vocab_size={vocab_size} is below the {found} entries of data.tokenizer={setting!r}; set it to {found} or more "
+            f"({-(-found // 128) * 128} is a multiple of 128)"
+        )

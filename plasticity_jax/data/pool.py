@@ -90,8 +90,10 @@ class ShardPool:
             except TimeoutError:
                 continue
             except BrokenProcessPool as error:
-                raise UserError(f"one of {self._workers} processes that tokenise was ended by the system, probably for want of memory; set data.workers lower and "
-                                "run again: finished shards stay") from error
+                raise UserError(
+                    f"one of {self._workers} processes that tokenise was ended by the system, probably for want of memory; "
+                    "run again: finished shards stay"
+                ) from error
             self._report()
             return manifest
 

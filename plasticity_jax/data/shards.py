@@ -56,8 +56,10 @@ def finished_shard(folder: Path, part: Part, settings: ShardSettings) -> dict | 
     for name, expected in (vars(settings) | {"source": part.source()}).items():
         found = manifest["source"] if name == "source" else manifest["settings"].get(name)
         if found != expected:
-            raise UserError(f"shard {folder} was made with {name} {_short(found)}, and this study has {_short(expected)}; delete {folder.parent} to make "
-                            "the shards anew")
+            raise UserError(
+                f"shard {folder} was made with {name} {_short(found)}, and this study has {_short(expected)}; delete {folder.parent} to make "
+                "the shards anew"
+            )
     return manifest
 
 
@@ -73,8 +75,8 @@ def write_shard(folder: Path, part: Part, tokenizer: Tokenizer, settings: ShardS
       tokenizer: its fingerprint is `settings.tokenizer`.
       on_chunk: called with (documents, tokens) done since the last call; what it raises calls the work off.
     Returns:
-      The content of shard.json: settings, source, dtype, and splits[split] = {documents, tokens (ends of text included), bytes (UTF-8, of text), records,
-      dropped_tokens, sha256 (of the records)}.
+      The content of shard.json: settings, source, dtype, and splits[split] = {documents, tokens (ends of text included), bytes (UTF-8, of text),
+      records, dropped_tokens, sha256 (of the records)}.
     Raises:
       UserError: see the part's `texts`.
     """
@@ -115,7 +117,11 @@ def _write(out: Path, part: Part, tokenizer: Tokenizer, settings: ShardSettings,
     for split in SPLITS:
         writers[split].close()
         records = len(writers[split])
-        counts[split] |= {"records": records, "dropped_tokens": counts[split]["tokens"] - records * record_length, "sha256": digests[split].hexdigest()}
+        counts[split] |= {
+            "records": records,
+            "dropped_tokens": counts[split]["tokens"] - records * record_length,
+            "sha256": digests[split].hexdigest(),
+        }
     manifest = {"settings": vars(settings), "source": part.source(), "dtype": dtype.str, "splits": counts}
     write_manifest(out / MANIFEST, manifest)
     return manifest

@@ -41,20 +41,28 @@ class Corpus:
 def open_corpus(*, files: str | None, tfds: str | None, tfds_split: str, text_field: str) -> Corpus:
     """The corpus of a folder (`files`), or else of a TFDS data set. Raises UserError where it is not there; nothing of it is read yet."""
     from plasticity_jax.data.corpus_files import check_folder, file_parts, folder_name
-    from plasticity_jax.data.corpus_tfds import check_data_set, example_parts
+    from plasticity_jax.data.corpus_tfds import data_set_name, example_parts
 
     if files is not None:
         check_folder(files)
         return Corpus(folder_name(files), lambda: file_parts(files, text_field))
     if tfds is None:
         raise ValueError("neither files nor tfds is given")
-    check_data_set(tfds)
-    name = folder_name(tfds) if Path(tfds).expanduser().is_dir() else tfds.split("/")[0].split(":")[0]
-    return Corpus(name, lambda: example_parts(tfds, tfds_split, text_field))
+    return Corpus(data_set_name(tfds), lambda: example_parts(tfds, tfds_split, text_field))
 
 
-def prepare_stream(directory: Path, corpus: Corpus, *, tokenizer: Tokenizer | None, vocab_size: int, seq_len: int, text_field: str, held_out_share: float,
-                   max_tokens: int | None, workers: int) -> dict:
+def prepare_stream(
+    directory: Path,
+    corpus: Corpus,
+    *,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    seq_len: int,
+    text_field: str,
+    held_out_share: float,
+    max_tokens: int | None,
+    workers: int,
+) -> dict:
     """Writes tokenizer.json and tokens/ into `directory`: one shard per part of the corpus under tokens/shards, and tokens/tokens.json last.
 
     Documents are held out by the hash of their text. Run again after an interruption it makes the shards that are missing; the result is the same,
@@ -90,7 +98,9 @@ def prepare_stream(directory: Path, corpus: Corpus, *, tokenizer: Tokenizer | No
     tokenizer_done = time.monotonic()
     settings = ShardSettings(tokenizer.fingerprint, tokenizer.eos_id, seq_len, text_field, held_out_share)
     wanted = None if max_tokens is None else math.ceil(max_tokens / seq_len)
-    shards = _make_shards(out / SHARDS, corpus, directory / TOKENIZER_FILE, settings, wanted=wanted, max_tokens=max_tokens, workers=workers or available_cores())
+    shards = _make_shards(
+        out / SHARDS, corpus, directory / TOKENIZER_FILE, settings, wanted=wanted, max_tokens=max_tokens, workers=workers or available_cores()
+    )
     tokens = _manifest(corpus, tokenizer, settings, shards, wanted)
     for name, what in (("train", "more text"), ("held_out", "more text or a larger data.held_out_share")):
         if not sum(shard[name] for shard in tokens["shards"]):
@@ -122,8 +132,9 @@ def _train(corpus: Corpus, vocab_size: int, text_field: str, held_out_share: flo
         return Tokenizer.train(texts(), vocab_size)
 
 
-def _make_shards(folder: Path, corpus: Corpus, tokenizer_path: Path, settings: ShardSettings, *, wanted: int | None, max_tokens: int | None,
-                 workers: int) -> list[tuple[str, dict]]:
+def _make_shards(
+    folder: Path, corpus: Corpus, tokenizer_path: Path, settings: ShardSettings, *, wanted: int | None, max_tokens: int | None, workers: int
+) -> list[tuple[str, dict]]:
     """(name, manifest) of the shards, in the order of the parts, up to the one that completes the records wanted."""
     folder.mkdir(exist_ok=True)
     for partial in folder.glob("*.partial"):
@@ -155,7 +166,9 @@ def _make_shards(folder: Path, corpus: Corpus, tokenizer_path: Path, settings: S
                 if wanted is not None and records >= wanted:
                     break
     if wanted is not None and records < wanted:
-        log.info("%s has %s train tokens, fewer than data.max_tokens=%s: all are used", corpus.name, f"{records * settings.seq_len:,}", f"{max_tokens:,}")
+        log.info(
+            "%s has %s train tokens, fewer than data.max_tokens=%s: all are used", corpus.name, f"{records * settings.seq_len:,}", f"{max_tokens:,}"
+        )
     return made
 
 

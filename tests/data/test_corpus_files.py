@@ -33,13 +33,20 @@ BAD = {
     "a column of lists": ("a.parquet", parquet({"text": [["x"]]}), "not text; set data.text_field"),
     "a null": ("a.parquet", parquet({"text": ["x", "y", None]}, row_group_size=2), "row 3 of a.parquet in {folder} has no text (null)"),
     "a truncated Parquet file": ("a.parquet", parquet({"text": ["x"] * 99})[:-30], "a.parquet in {folder} is no readable Parquet file"),
-    "a Parquet file with a hole": ("a.parquet", (lambda b: b[:40] + b"\xff" * 60 + b[100:])(parquet({"text": [f"{i}" * 9 for i in range(99)]}, use_dictionary=False)),
-                                   "is no readable Parquet file"),
+    "a Parquet file with a hole": (
+        "a.parquet",
+        (lambda b: b[:40] + b"\xff" * 60 + b[100:])(parquet({"text": [f"{i}" * 9 for i in range(99)]}, use_dictionary=False)),
+        "is no readable Parquet file",
+    ),
     "an empty Parquet file": ("a.parquet", b"", "is no readable Parquet file"),
     "a row that is no JSON": ("a.jsonl", GOOD + b'{"text": "thr\n', "line 3 of a.jsonl in {folder} is no JSON"),
     "a row that is no object": ("a.jsonl", GOOD + b'["text"]\n', "line 3 of a.jsonl in {folder} is no JSON object"),
     "a row of deep brackets": ("a.jsonl", b"[" * 100_000 + b"\n", "line 1 of a.jsonl in {folder} is no JSON"),
-    "a row without the field": ("a.jsonl", GOOD + b'{"id": 1, "body": "x"}\n', "line 3 of a.jsonl in {folder} has no field 'text'; it has body, id: set data.text_field"),
+    "a row without the field": (
+        "a.jsonl",
+        GOOD + b'{"id": 1, "body": "x"}\n',
+        "line 3 of a.jsonl in {folder} has no field 'text'; it has body, id: set data.text_field",
+    ),
     "text that is no string": ("a.jsonl", b'\n{"text": ["x"]}\n', "line 2 of a.jsonl in {folder}: field 'text' is list, not text"),
     "text that is null": ("a.jsonl", b'{"text": null}\n', "field 'text' is NoneType, not text"),
     "bytes that are not UTF-8": ("a.jsonl", b'{"text": "\xff"}\n', "line 1 of a.jsonl in {folder} is no JSON ('utf-8' codec"),
@@ -135,7 +142,12 @@ def test_a_bucket_is_read_like_a_folder(tmp_path, monkeypatch):
     fsspec.register_implementation("gcs", Bucket, clobber=True)
     backend.fsspec_backend._get_filesystem.cache_clear()
     files = Bucket()
-    for name, content in (("a.parquet", parquet({"text": ["x", "y"]})), ("sub/b.jsonl", GOOD), ("_x/c.jsonl", GOOD), ("d.jsonl.zst", pyarrow.compress(GOOD, "zstd", asbytes=True))):
+    for name, content in (
+        ("a.parquet", parquet({"text": ["x", "y"]})),
+        ("sub/b.jsonl", GOOD),
+        ("_x/c.jsonl", GOOD),
+        ("d.jsonl.zst", pyarrow.compress(GOOD, "zstd", asbytes=True)),
+    ):
         files.pipe(f"gs://bucket/web/{name}", content)
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)

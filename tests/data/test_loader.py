@@ -106,7 +106,8 @@ def test_with_isolate_a_token_sees_exactly_its_own_document(records):
 
 def test_the_first_token_of_a_document_counts_as_target_of_the_end_before_it():
     batch = as_batch(np.array([[5, EOS, 6, 7]]), isolate=EOS)
-    assert batch["segment_ids"].tolist() == [[1, 1, 2]] and batch["targets"].tolist() == [[EOS, 6, 7]] and batch["loss_mask"].tolist() == [[1.0, 1.0, 1.0]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 2]] and batch["targets"].tolist() == [[EOS, 6, 7]]
+    assert batch["loss_mask"].tolist() == [[1.0, 1.0, 1.0]]
 
 
 def test_batches_pass_isolate_on(records):

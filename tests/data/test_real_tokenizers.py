@@ -17,10 +17,56 @@ from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
 
 # What SentencePiece and the pre-tokenizers treat in their own way: runs of spaces, controls, byte fallback, spelled-out specials.
-TRICKY = st.lists(st.sampled_from([
-    " ", "  ", " " * 15, " " * 17, "\n", "\n\n ", "\t", "\r\n", "\x00", "\x85", "\xa0", "\u2028", "\u3000", "▁", "1", "1234", "½", "٣", "'s", "'S", "'ll", "a", "ab",
-    "The", " the", "é", "e\u0301", "中文", "ゼ", "👩‍👩‍👧", "\ue000", "-", "--", ",", ". A", ".)", "</s>", "<s>", "<unk>", "<0x41>", "<|endoftext|>", "|||EMAIL_ADDRESS|||",
-    "<|extra_id_0|>"]), max_size=14).map("".join)
+TRICKY = st.lists(
+    st.sampled_from(
+        [
+            " ",
+            "  ",
+            " " * 15,
+            " " * 17,
+            "\n",
+            "\n\n ",
+            "\t",
+            "\r\n",
+            "\x00",
+            "\x85",
+            "\xa0",
+            "\u2028",
+            "\u3000",
+            "▁",
+            "1",
+            "1234",
+            "½",
+            "٣",
+            "'s",
+            "'S",
+            "'ll",
+            "a",
+            "ab",
+            "The",
+            " the",
+            "é",
+            "e\u0301",
+            "中文",
+            "ゼ",
+            "👩‍👩‍👧",
+            "\ue000",
+            "-",
+            "--",
+            ",",
+            ". A",
+            ".)",
+            "</s>",
+            "<s>",
+            "<unk>",
+            "<0x41>",
+            "<|endoftext|>",
+            "|||EMAIL_ADDRESS|||",
+            "<|extra_id_0|>",
+        ]
+    ),
+    max_size=14,
+).map("".join)
 TEXTS = st.one_of(st.text(), TRICKY, st.text(alphabet="ab ▁-", max_size=60))
 
 
@@ -138,7 +184,8 @@ def test_save_and_load_keep_ids_specials_and_fingerprint(tokenizer, tmp_path):
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         loaded = Tokenizer.load(path)
         assert [getattr(loaded, name) for name in ("vocab_size", "eos_id", "pad_id", "bos_id", "fingerprint")] == [
-            getattr(tokenizer, name) for name in ("vocab_size", "eos_id", "pad_id", "bos_id", "fingerprint")]
+            getattr(tokenizer, name) for name in ("vocab_size", "eos_id", "pad_id", "bos_id", "fingerprint")
+        ]
         assert loaded.encode("  It's 1790 ½\n") == tokenizer.encode("  It's 1790 ½\n")
         assert np.array_equal(loaded.token_bytes, tokenizer.token_bytes)
         assert cutter(loaded._backend) is cutter(tokenizer._backend)
@@ -175,7 +222,9 @@ def write_folder(folder, config=None, **changes):
 
 
 def test_special_tokens_are_strings_or_objects(tmp_path):
-    folder = write_folder(tmp_path / "t", {"eos_token": {"content": "<end>", "lstrip": False}, "pad_token": "<fill>", "bos_token": "<go>", "auto_map": {}})
+    folder = write_folder(
+        tmp_path / "t", {"eos_token": {"content": "<end>", "lstrip": False}, "pad_token": "<fill>", "bos_token": "<go>", "auto_map": {}}
+    )
     tokenizer = Tokenizer.load(folder)
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.bos_id, tokenizer.vocab_size) == (3, 4, 5, 6)
     without = Tokenizer.load(write_folder(tmp_path / "u", {"eos_token": "<end>", "pad_token": None}))
@@ -183,21 +232,31 @@ def test_special_tokens_are_strings_or_objects(tmp_path):
 
 
 def test_nothing_is_added_cut_or_filled_up_whatever_the_file_says(tmp_path):
-    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<go>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-                "special_tokens": {"<go>": {"id": "<go>", "ids": [5], "tokens": ["<go>"]}}}
-    folder = write_folder(tmp_path / "t", {"eos_token": "<end>"}, post_processor=template,
-                          truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
-                          padding={"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 4, "pad_type_id": 0, "pad_token": "<fill>"})
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<go>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<go>": {"id": "<go>", "ids": [5], "tokens": ["<go>"]}},
+    }
+    folder = write_folder(
+        tmp_path / "t",
+        {"eos_token": "<end>"},
+        post_processor=template,
+        truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+        padding={"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 4, "pad_type_id": 0, "pad_token": "<fill>"},
+    )
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.encode("abaab") == [2, 0, 2] and tokenizer.encode_batch(["abaab", "a"]) == [[2, 0, 2], [0]]
 
 
-@pytest.mark.parametrize("config, said", [
-    (None, 'names no end of text and has no <|endoftext|> token; put a tokenizer_config.json with {"eos_token"'),
-    ({"eos_token": "</s>"}, "eos_token '</s>' is not among the 6 tokens"),
-    ("{", "tokenizer_config.json beside it is no JSON"),
-])
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (None, 'names no end of text and has no <|endoftext|> token; put a tokenizer_config.json with {"eos_token"'),
+        ({"eos_token": "</s>"}, "eos_token '</s>' is not among the 6 tokens"),
+        ("{", "tokenizer_config.json beside it is no JSON"),
+    ],
+)
 def test_a_tokenizer_without_an_end_of_text_is_refused_in_one_line(tmp_path, config, said):
     with pytest.raises(UserError) as error:
         Tokenizer.load(write_folder(tmp_path / "t", config))
@@ -227,10 +286,13 @@ def test_a_tokenizer_may_be_smaller_than_the_embedding_and_not_larger(tmp_path, 
         check_setting("dolma2", 100277)
 
 
-@pytest.mark.parametrize("setting, said", [
-    ("dolma", "did you mean dolma2?"),
-    ("/nowhere/tokenizer.json", "no such file; give a tokenizer.json"),
-])
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("dolma", "did you mean dolma2?"),
+        ("/nowhere/tokenizer.json", "no such file; give a tokenizer.json"),
+    ],
+)
 def test_a_setting_that_names_nothing_is_refused_in_one_line(wheels_dir, setting, said):
     with pytest.raises(UserError) as error:
         open_tokenizer(setting, Wheels(wheels_dir), vocab_size=10**6)
@@ -248,20 +310,37 @@ def test_the_fingerprint_of_a_path_is_that_of_its_content(tmp_path):
 # ------------------------------------------------------------------------------------------------------ SentencePiece models not read
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda m: setattr(m.trainer_spec, "model_type", m.trainer_spec.UNIGRAM), "is not a BPE model"),
-    (lambda m: setattr(m.trainer_spec, "byte_fallback", False), "has no byte fallback"),
-    (lambda m: setattr(m.normalizer_spec, "precompiled_charsmap", b"x"), "normalises characters"),
-    (lambda m: setattr(m.normalizer_spec, "remove_extra_whitespaces", True), "removes white space"),
-    (lambda m: setattr(m.pieces[300], "type", m.pieces[300].USER_DEFINED), "user-defined"),
-    (lambda m: m.ClearField("pieces"), "has no pieces"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda m: setattr(m.trainer_spec, "model_type", m.trainer_spec.UNIGRAM), "is not a BPE model"),
+        (lambda m: setattr(m.trainer_spec, "byte_fallback", False), "has no byte fallback"),
+        (lambda m: setattr(m.normalizer_spec, "precompiled_charsmap", b"x"), "normalises characters"),
+        (lambda m: setattr(m.normalizer_spec, "remove_extra_whitespaces", True), "removes white space"),
+        (lambda m: setattr(m.pieces[300], "type", m.pieces[300].USER_DEFINED), "user-defined"),
+        (lambda m: m.ClearField("pieces"), "has no pieces"),
+    ],
+)
 def test_a_sentencepiece_model_that_does_more_is_refused_in_one_line(model, change, said):
     message = sentencepiece_model_pb2.ModelProto.FromString(model)
     change(message)
     with pytest.raises(UserError) as error:
         from_sentencepiece(message.SerializeToString(), "some.model")
     assert said in str(error.value) and "some.model" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_text_that_spells_a_control_piece_stays_text(model):
+    """A model with the piece "</s" and ">": the step from them to "</s>", the end of text, is no merge."""
+    message = sentencepiece_model_pb2.ModelProto.FromString(model)
+    assert {"</", "s", ">"} <= {piece.piece for piece in message.pieces}
+    message.pieces[-1].piece = "</s"
+    tokenizer, reference = (
+        from_sentencepiece(message.SerializeToString(), "m"),
+        sentencepiece.SentencePieceProcessor(model_proto=message.SerializeToString()),
+    )
+    for text in ("tag</s>", "tag</s></s> tag", "</s>"):
+        assert tokenizer.encode(text) == reference.encode(text)
+        assert tokenizer.eos_id not in tokenizer.encode(text) and (31999 in tokenizer.encode(text)) == text.startswith("tag")
 
 
 def test_a_file_that_is_no_sentencepiece_model_is_refused():
@@ -272,7 +351,10 @@ def test_a_file_that_is_no_sentencepiece_model_is_refused():
 def test_a_model_without_the_space_before_is_read_alike(model):
     message = sentencepiece_model_pb2.ModelProto.FromString(model)
     message.normalizer_spec.add_dummy_prefix = False
-    tokenizer, reference = from_sentencepiece(message.SerializeToString(), "m"), sentencepiece.SentencePieceProcessor(model_proto=message.SerializeToString())
+    tokenizer, reference = (
+        from_sentencepiece(message.SerializeToString(), "m"),
+        sentencepiece.SentencePieceProcessor(model_proto=message.SerializeToString()),
+    )
     for text in ("word and  words", " word", "", "\n a"):
         assert tokenizer.encode(text) == tokenizer.encode_batch([text])[0] == reference.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == reference.decode(reference.encode(text)) == text

@@ -34,7 +34,7 @@ def some_texts(n, seed=0):
 def write_corpus(folder, n=120):
     """Texts in the order of reading, over all kinds of files and one folder below."""
     texts = some_texts(n)
-    a, b, c, d = (texts[i * n // 4:(i + 1) * n // 4] for i in range(4))
+    a, b, c, d = (texts[i * n // 4 : (i + 1) * n // 4] for i in range(4))
     (folder / "sub").mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(a))), "text": a}), folder / "a.parquet", row_group_size=7)
     lines = ["".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(part)).encode() for part in (b, c, d)]
@@ -118,11 +118,16 @@ def test_records_are_the_packed_tokens_of_each_shard(corpus, tokenizer):
             stream = [token for document in encoded for token in document]
             owner = [first + i for i, document in enumerate(encoded) for _ in document]
             n = len(stream) // (SEQ_LEN + 1)
-            expected += np.reshape(stream[:n * (SEQ_LEN + 1)], (n, SEQ_LEN + 1)).tolist()
-            owners += owner[:n * (SEQ_LEN + 1):SEQ_LEN + 1]
+            expected += np.reshape(stream[: n * (SEQ_LEN + 1)], (n, SEQ_LEN + 1)).tolist()
+            owners += owner[: n * (SEQ_LEN + 1) : SEQ_LEN + 1]
             first += len(mine)
-            for key, value in (("documents", len(mine)), ("tokens", len(stream)), ("bytes", sum(len(text.encode()) for text in mine)), ("records", n),
-                               ("dropped_tokens", len(stream) - n * (SEQ_LEN + 1))):
+            for key, value in (
+                ("documents", len(mine)),
+                ("tokens", len(stream)),
+                ("bytes", sum(len(text.encode()) for text in mine)),
+                ("records", n),
+                ("dropped_tokens", len(stream) - n * (SEQ_LEN + 1)),
+            ):
                 total[key] += value
         assert records.tokens(range(len(records))).tolist() == expected and len(expected) > 20
         assert records.document_of.tolist() == owners
@@ -168,7 +173,7 @@ def test_max_tokens_keeps_the_first_records_to_the_record(corpus, tokenizer, tmp
     records = TokenRecords(tmp_path / "tokens", "train")
     assert len(records) == math.ceil(1000 / SEQ_LEN) == summary["tokens"]["splits"]["train"]["web"]["records"]
     assert np.array_equal(records.tokens(range(len(records))), everything.tokens(range(len(records))))
-    assert np.array_equal(records.document_of, everything.document_of[:len(records)])
+    assert np.array_equal(records.document_of, everything.document_of[: len(records)])
     used = [entry["name"] for entry in summary["tokens"]["shards"]]
     assert 1 < len(used) < 6 and sorted(path.name for path in (tmp_path / "tokens" / "shards").iterdir()) == [name.split("/")[1] for name in used]
     assert sum(entry["train"] for entry in summary["tokens"]["shards"][:-1]) < len(records)  # no shard more than needed
@@ -190,17 +195,22 @@ def test_only_missing_shards_are_made_again(corpus, tokenizer, tmp_path, small_p
     (tmp_path / "tokens" / "tokens.json").unlink()
     made = []
     original = shards.write_shard
-    monkeypatch.setattr(pool, "write_shard", lambda folder, *arguments, **options: made.append(folder.name) or original(folder, *arguments, **options))
+    monkeypatch.setattr(
+        pool, "write_shard", lambda folder, *arguments, **options: made.append(folder.name) or original(folder, *arguments, **options)
+    )
     again = prepare(tmp_path, folder, tokenizer)
     assert made == ["000002"] and again["fingerprint"] == summary["fingerprint"] and files_of(tmp_path) == files_of(directory)
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"held_out_share": 0.5}, "held_out_share 0.25, and this study has 0.5"),
-    ({"seq_len": 8}, "seq_len 16, and this study has 8"),
-    ({"tokenizer": "other"}, "tokenizer \""),
-    ({"folder": "other"}, "source"),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"held_out_share": 0.5}, "held_out_share 0.25, and this study has 0.5"),
+        ({"seq_len": 8}, "seq_len 16, and this study has 8"),
+        ({"tokenizer": "other"}, 'tokenizer "'),
+        ({"folder": "other"}, "source"),
+    ],
+)
 def test_shards_made_otherwise_are_refused_in_one_line(corpus, tokenizer, tmp_path, changes, said):
     folder = corpus[0]
     prepare(tmp_path / "out", folder, tokenizer)
@@ -239,7 +249,9 @@ def test_bad_input_in_a_later_file_keeps_the_shards_before_and_no_manifest(corpu
         prepare(tmp_path / "out", folder, tokenizer, workers=workers)
     assert f"line 2 of zz.jsonl in {folder}: field 'text' is int, not text" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out" / "tokens" / "tokens.json").exists()
-    assert not [path for path in (tmp_path / "out" / "tokens" / "shards").iterdir() if path.suffix == ".partial" or "zz" in (path / "shard.json").read_text()]
+    assert not [
+        path for path in (tmp_path / "out" / "tokens" / "shards").iterdir() if path.suffix == ".partial" or "zz" in (path / "shard.json").read_text()
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- whole processes, killed and measured
@@ -294,11 +306,14 @@ def test_after_a_kill_the_result_is_bitwise_that_of_one_go(tokenizer, tmp_path, 
         time.sleep(0.002)
     workers_running = children(process.pid)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     assert not (killed / "tokens" / "tokens.json").exists()
-    stop_waiting = time.monotonic() + 30
-    while any(os.path.exists(f"/proc/{pid}") for pid in workers_running):  # workers end with their parent
-        assert time.monotonic() < stop_waiting
+    stop_waiting = time.monotonic() + 20
+    while left := [pid for pid in workers_running if os.path.exists(f"/proc/{pid}")]:  # workers end with their parent
+        if time.monotonic() > stop_waiting:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"processes {left} outlive the one that started them")
         time.sleep(0.02)
     before = {path.name: path.stat().st_mtime_ns for path in made.iterdir() if path.suffix != ".partial"}
     assert 3 <= len(before) < 24

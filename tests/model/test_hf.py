@@ -174,6 +174,23 @@ def test_files_beside_the_weights_are_carried_along(tmp_path, tokenizer):
     assert read_json(tmp_path / "out" / "config.json")["max_position_embeddings"] == LLAMA["max_position_embeddings"]
 
 
+def test_a_sentencepiece_model_alone_becomes_a_tokenizer_json(tmp_path):
+    import sentencepiece
+
+    folder, text = write_folder(tmp_path / "hf"), "Which topic is this text about, the Earth or the Moon? 12 + 34 = 46."
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 50), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=310, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    import_folder(folder, tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "out", None)
+    for place in (folder, tmp_path / "run", tmp_path / "out"):
+        tokenizer = load_model(place).tokenizer
+        assert tokenizer.encode(text) == expected.encode(text) and tokenizer.eos_id == expected.eos_id()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
 # ---------------------------------------------------------------------------------------------------------------------------- the stages
 
 
@@ -271,7 +288,9 @@ def kill(when: str, call: str) -> None:
 MEASURED = """
     import sys
     from pathlib import Path
-    import jax
+    from plasticity_jax.parallel.allocator import return_freed_memory
+
+    return_freed_memory()  # as the command line does
     from plasticity_jax.model.hf_export import export_model
     from plasticity_jax.model.hf_import import import_folder
     from plasticity_jax.model.load import load_model
@@ -297,7 +316,7 @@ MEASURED = """
 
 @pytest.mark.slow
 def test_the_model_and_one_parameter_are_the_most_that_is_in_memory(tmp_path):
-    """283 MB of float32 parameters, of which the largest, with its layers, has 66 MB; allowed beside them are 64 MB of buffers."""
+    """283 MB of float32 parameters, of which the largest, with its layers, has 66 MB; allowed beside them are 24 MB of buffers."""
     width, hidden, layers, vocab = 640, 2560, 10, 8000
     shapes = {"embed_tokens.weight": (vocab, width), "norm.weight": (width,)}
     for layer in range(layers):
@@ -327,7 +346,7 @@ def test_the_model_and_one_parameter_are_the_most_that_is_in_memory(tmp_path):
         assert done.returncode == 0, done.stderr
         measured[what] = int(done.stdout)
     print(measured)
-    assert max(measured.values()) < model + largest + 64e6, measured
+    assert max(measured.values()) < model + largest + 24e6, measured
     assert measured["export"] < model, measured
     exported, source = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
     assert_same_tensors(exported, source)
