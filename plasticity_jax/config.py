@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from plasticity_jax.config_checks import build, check_config, typed_grid, unknown_key
+from plasticity_jax.config_checks import build, check_config, check_trained_vocabulary, typed_grid, unknown_key
 from plasticity_jax.config_fields import (
     DataConfig,
     DecayConfig,
@@ -118,6 +118,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = 
             if other:
                 tree["grid"][other] = None
     config = from_dict(tree)
+    check_trained_vocabulary(config)
     for name, _ in config.grid.fields:
         if name in named:
             raise UserError(f"--config.{name}={named[name]} has no effect, because grid.fields sweeps {name}; change grid.fields.")

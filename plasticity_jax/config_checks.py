@@ -173,8 +173,13 @@ def _check_model(model: ModelConfig) -> None:
             _positive(f"model.rope_scaling.{name}", getattr(model.rope_scaling, name))
         low, high = model.rope_scaling.low_freq_factor, model.rope_scaling.high_freq_factor
         _refuse_unless(low < high, f"model.rope_scaling.low_freq_factor={low} must be below high_freq_factor={high}.")
+
+
+def check_trained_vocabulary(config: StudyConfig) -> None:
+    """Of a config that will train its tokenizer; an imported model's config may have any vocabulary. Raises UserError."""
     _refuse_unless(
-        model.vocab_size >= 300, f"model.vocab_size={model.vocab_size} is below 300; a byte-level tokenizer needs 256 bytes and special tokens."
+        config.data.tokenizer != "train" or config.model.vocab_size >= 300,
+        f"model.vocab_size={config.model.vocab_size} is below 300; a byte-level tokenizer needs 256 bytes and special tokens.",
     )
 
 

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -83,19 +84,16 @@ class ShardPool:
     def _result(self, item: dict | Future) -> dict:
         if isinstance(item, dict):
             return item
-        while True:
+        while futures.wait([item], timeout=SECONDS_BETWEEN_LOOKS).not_done:
             self._report()
-            try:
-                manifest = item.result(timeout=SECONDS_BETWEEN_LOOKS)
-            except TimeoutError:
-                continue
-            except BrokenProcessPool as error:
-                raise UserError(
-                    f"one of {self._workers} processes that tokenise was ended by the system, probably for want of memory; "
-                    "run again: finished shards stay"
-                ) from error
-            self._report()
-            return manifest
+        self._report()
+        try:
+            return item.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"one of {self._workers} processes that tokenise was ended by the system, probably for want of memory; "
+                "set data.workers lower and run again: finished shards stay"
+            ) from error
 
     def _report(self) -> None:
         now = (self._documents.value, self._tokens.value)

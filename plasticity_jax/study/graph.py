@@ -203,7 +203,7 @@ def read_study(path: Path) -> tuple[dict, list[Run]]:
 
 
 def study_status(workdir: Path) -> list[dict]:
-    """One row per run of every study below the workdir, and per run directory that no study lists any more (stale)."""
+    """One row per run of every study below the workdir, of imported models and what was done with them, and of what no study lists any more (stale)."""
     rows = []
     for path in study_files(workdir):
         _, runs = read_study(path)
@@ -212,10 +212,22 @@ def study_status(workdir: Path) -> list[dict]:
             rows.append(_status_row(run, state, reason, path.parent / run.id))
         listed = {run.id for run in runs}
         for config_file in sorted(path.parent.glob("*/*/config.json")):
-            if f"{config_file.parent.parent.name}/{config_file.parent.name}" not in listed:
-                run = RunDirectory(config_file.parent).run()
-                rows.append(_status_row(run, "stale", "not in study.json: its config, code version or a parent has changed", config_file.parent))
+            directory = RunDirectory(config_file.parent)
+            if f"{directory.path.parent.name}/{directory.path.name}" in listed:
+                continue
+            run = directory.run()
+            if _rests_on_import(run, path.parent):
+                state, reason = directory.state()
+            else:
+                state, reason = "stale", "not in study.json: its config, code version or a parent has changed"
+            rows.append(_status_row(run, state, reason, directory.path))
     return rows
+
+
+def _rests_on_import(run: Run, folder: Path) -> bool:
+    """Whether it is an imported model, or was made from one in this study: such runs belong to no graph."""
+    parents = [RunDirectory(folder / parent) for parent in run.parents.values()]
+    return run.stage == "import" or any((p.path / "config.json").is_file() and _rests_on_import(p.run(), folder) for p in parents)
 
 
 def _status_row(run: Run, state: str, reason: str, path: Path) -> dict:

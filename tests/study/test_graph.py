@@ -5,7 +5,7 @@ import pytest
 
 from plasticity_jax.config import load_config
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import STAGES
+from plasticity_jax.records import STAGES, Run, RunDirectory
 from plasticity_jax.study.graph import build_graph, finetune_run, gap_run, read_study, run_configs, save_study, study_files, study_status
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
@@ -140,6 +140,22 @@ def test_gap_of_a_tuned_model_is_refused():
     tuned = next(run for run in build_graph(config) if run.stage == "finetune")
     with pytest.raises(UserError, match="--only"):
         gap_run(config, tuned)
+
+
+def test_status_gives_imported_models_and_what_was_made_from_them_their_own_state(tmp_path):
+    config = load_config(CONFIG)
+    save_study(tmp_path, config, build_graph(config))
+    folder = tmp_path / config.name
+    imported = Run(config.name, "import", "llama", {"files": {}})
+    tuned = Run(config.name, "finetune", "llama-topic", {}, {"base": imported.id})
+    scored = Run(config.name, "evaluate", "llama-topic-after", {}, {"model": tuned.id})
+    for run in (imported, tuned):
+        with RunDirectory(folder / run.id).work(run, config) as directory:
+            directory.finish({})
+    with pytest.raises(RuntimeError), RunDirectory(folder / scored.id).work(scored, config):
+        raise RuntimeError("no such luck")
+    states = {row["id"]: row["state"] for row in study_status(tmp_path)}
+    assert (states[imported.id], states[tuned.id], states[scored.id]) == ("done", "done", "failed")
 
 
 def test_status_names_missing_and_stale_runs(tmp_path):
