@@ -75,4 +75,4 @@ def _study(preset_name: str, *, tokens: float, batch_size: int, seq_len: int, pe
 def set_tokens(config, tokens: float) -> None:
     """Sets the steps that read `tokens` with the config's batches, and reads as much text as one epoch of them needs."""
     config.train.steps = int(tokens / (config.train.batch_size * config.train.seq_len))
-    config.data.max_tokens = config.train.steps * config.train.batch_size * (config.train.seq_len + 1)  # a record holds one token more
+    config.data.max_tokens = config.train.steps * config.train.batch_size * config.train.seq_len

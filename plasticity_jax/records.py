@@ -25,7 +25,7 @@ STAGES = ("prepare", "init", "pretrain", "evaluate", "finetune", "probe", "spect
 # Raised by one when a stage's code changes its results: older runs of that stage, and all that follows from them, become stale.
 RESULT_VERSION = {stage: 1 for stage in (*STAGES, "import")}
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "array-record", "tokenizers", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "array-record", "tokenizers", "sentencepiece", "numpy")
 
 
 # --------------------------------------------------------------------------------------------------------------------------------- JSON

@@ -5,6 +5,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pytest
 
+
 @pytest.fixture(scope="session")
 def wheels_dir() -> Path:
     """The folder of the pinned wheels, which `make test` brings; $PLASTICITY_WHEELS names another."""

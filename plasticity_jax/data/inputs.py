@@ -30,8 +30,6 @@ def corpus_fields(data: DataConfig) -> dict[str, Any]:
         packages = {package for name in data.sources for package in SOURCES[name].packages}
     if data.files is not None or data.tfds is not None:
         fields |= {"text_field": data.text_field, "max_tokens": data.max_tokens}
-    if data.isolate_documents:  # the records are the same, what is learnt from them is not
-        fields["isolate_documents"] = True
     if data.tokenizer != TRAINED:
         fields["tokenizer"] = setting_fingerprint(data.tokenizer) or data.tokenizer
     if data.tokenizer in NAMED:

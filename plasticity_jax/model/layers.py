@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, Int
 
 from plasticity_jax.config import ModelConfig
 
-
 Initializer = nnx.Initializer  # (key, shape, dtype) → array
 
 

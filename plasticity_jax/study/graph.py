@@ -56,7 +56,13 @@ def init_run(config: StudyConfig, seed: int) -> Run:
 
 def pretrain_run(config: StudyConfig, member: Member) -> Run:
     """One member of the grid."""
-    fields = {"train": result_fields(config.train), "decay": result_fields(config.decay), "weight_decay": member.weight_decay, "seed": member.seed}
+    fields = {
+        "train": result_fields(config.train),
+        "decay": result_fields(config.decay),
+        "isolate_documents": config.data.isolate_documents,
+        "weight_decay": member.weight_decay,
+        "seed": member.seed,
+    }
     parents = {"corpus": corpus_run(config).id, "init": init_run(config, member.seed).id}
     return Run(config.name, "pretrain", member.name, fields, parents, member=member.name, seed=member.seed)
 

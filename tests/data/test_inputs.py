@@ -47,16 +47,13 @@ def test_what_changes_the_records_is_another_run_and_where_they_lie_is_not(tmp_p
         {"text_field": "body"},
         {"max_tokens": 9},
         {"held_out_share": 0.2},
-        {
-            "tokenizer": "dolma2",
-        },
-        {"isolate_documents": True},
+        {"tokenizer": "dolma2"},
     ):
         ids.add(corpus_run(config_with(model={"vocab_size": 100352}, files=folder, **changes)).id)
     ids |= {corpus_run(config_with(files=folder, train={"seq_len": 64})).id, corpus_run(config_with(files=folder, model={"vocab_size": 400})).id}
     (tmp_path / "web" / "b.jsonl").write_text('{"text": "x"}\n')
     ids.add(corpus_run(config_with(files=folder)).id)
-    assert len(ids) == 9
+    assert len(ids) == 8
 
 
 def test_a_tokenizer_by_path_counts_by_content(tmp_path):
