@@ -148,7 +148,7 @@ def _interrupt(number, frame):
 
 def _study(arguments) -> int:
     from plasticity_jax.records import STAGES
-    from plasticity_jax.study.execute import check_device, check_workdir, resolve
+    from plasticity_jax.study.execute import check_start, check_workdir, resolve
     from plasticity_jax.study.graph import build_graph, save_study
 
     workdir, stages = arguments.workdir, _choices("--stages", arguments.stages, STAGES)
@@ -158,7 +158,7 @@ def _study(arguments) -> int:
         _print_graph(workdir, config, runs)
         return 0
     chosen = [run for run in runs if run.stage in stages]
-    check_device(config, chosen)
+    check_start(config, workdir, chosen)
     check_workdir(workdir, config)
     save_study(workdir, config, runs)
     code = _execute(config, workdir, chosen)
@@ -198,7 +198,7 @@ def _pretrain(arguments) -> int:
 
 def _stages(arguments, stages: Sequence[str], member: str | None = None) -> int:
     """Carries out whole stages of the graph; of pretrain, only `member` and what it is built from, if given."""
-    from plasticity_jax.study.execute import check_device, check_workdir, resolve
+    from plasticity_jax.study.execute import check_start, check_workdir, resolve
     from plasticity_jax.study.graph import build_graph, save_study
 
     workdir = arguments.workdir
@@ -209,7 +209,7 @@ def _stages(arguments, stages: Sequence[str], member: str | None = None) -> int:
         chosen = [run for run in runs if run.stage == "pretrain" and member in (None, run.member)]
         needed = {parent for run in chosen for parent in run.parents.values()}
         runs = [run for run in runs if run.id in needed] + chosen
-    check_device(config, runs)
+    check_start(config, workdir, runs)
     check_workdir(workdir, config)
     save_study(workdir, config, graph)
     return _execute(config, workdir, runs)
@@ -249,7 +249,7 @@ def _on_model(arguments, path: Path, flag: str, make) -> int:
     from plasticity_jax.model.hf_import import import_model, import_run, imported_from, is_hugging_face, with_network
     from plasticity_jax.model.load import MODEL_STAGES
     from plasticity_jax.records import RunDirectory, open_run
-    from plasticity_jax.study.execute import check_device, check_workdir, resolve
+    from plasticity_jax.study.execute import check_start, check_workdir, resolve
     from plasticity_jax.study.graph import build_graph, prepare_runs, run_configs, save_study, study_dir
 
     folder = path if is_hugging_face(path) else None
@@ -267,7 +267,7 @@ def _on_model(arguments, path: Path, flag: str, make) -> int:
         if imported_from(directory) is not None:
             config = with_network(study, directory.config().model)
     runs = make(config, model)
-    check_device(config, runs)
+    check_start(config, workdir, runs)
     check_workdir(workdir, study)
     if not (study_dir(workdir, study) / "study.json").is_file():
         save_study(workdir, study, build_graph(study))

@@ -47,6 +47,8 @@ FLOAT32 = "--config.train.compute_dtype=float32"  # where the check comes after 
         (["study", "--config", TINY, "--workdir", "w", "--no-such-flag"], "--no-such-flag"),
         (["study", "--config", TINY, "--workdir", "w", FLOAT32, "--config.train.attention=cudnn"], "cuDNN runs on NVIDIA GPUs only, and this is a CPU"),
         (["pretrain", "--config", TINY, "--workdir", "w", FLOAT32, "--config.train.attention=splash"], "splash attention runs on TPUs only"),
+        (["study", "--config", TINY, "--workdir", "w", FLOAT32, "--config.data.max_documents=None", "--config.data.files=web"], "data.files=web: no such"),
+        (["prepare", "--config", TINY, "--workdir", "w", FLOAT32, "--config.data.max_documents=None", "--config.data.tfds=c4"], "no prepared data set"),
         (["study", "--config", TINY, "--workdir", "w", "--config.train.attention=flash"], "train.attention='flash' must be one of auto"),
         (["study", "--config", TINY, "--workdir", "w", "--config.train.remat=dot"], "did you mean dots?"),
         (["study", "--config", TINY, "--workdir", "w", "--config.train.loss_chunks=7"], "set loss_chunks to a divisor"),

@@ -61,23 +61,32 @@ def resolve(config: StudyConfig, workdir: Path) -> StudyConfig:
     return replace(config, train=replace(config.train, compute_dtype=dtype))
 
 
-def check_device(config: StudyConfig, runs: Sequence[Run]) -> None:
-    """Refuses what this machine's devices cannot run, before anything is written. Raises UserError."""
-    if not {run.stage for run in runs} & {"pretrain", "finetune"}:
-        return
+def check_start(config: StudyConfig, workdir: Path, runs: Sequence[Run]) -> None:
+    """Refuses runs whose corpus is not here, or whose settings this machine's devices do not take, before anything is written. Raises UserError."""
+    own = [member_config(config, member) for member in grid_members(config)]
+    todo = [run for run in runs if not RunDirectory(study_dir(workdir, config) / run.id).done]
+    for data in {c.data for c in own if corpus_run(c).id in {run.id for run in todo}}:
+        if data.files is not None or data.tfds is not None:
+            from plasticity_jax.data.streaming import open_corpus
+
+            open_corpus(files=data.files, tfds=data.tfds, tfds_split=data.tfds_split, text_field=data.text_field)
+    if {run.stage for run in todo} & {"pretrain", "finetune"}:
+        _check_kernels(own)
+
+
+def _check_kernels(members: Sequence[StudyConfig]) -> None:
     import jax
 
     from plasticity_jax.model.kernels import choose_kernel
 
     device = jax.devices()[0]
-    config = for_device(config, device.device_kind)
-    for own in (member_config(config, member) for member in grid_members(config)):
+    for config in (for_device(own, device.device_kind) for own in members):
         choose_kernel(
-            own.train.attention,
+            config.train.attention,
             platform=device.platform,
-            head_dim=own.model.head_dim,
-            compute_dtype=own.train.compute_dtype,
-            seq_len=own.train.seq_len,
+            head_dim=config.model.head_dim,
+            compute_dtype=config.train.compute_dtype,
+            seq_len=config.train.seq_len,
         )
 
 
