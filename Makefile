@@ -22,7 +22,7 @@ test: $(VENV)/.installed-test wheels wheels-sentencepiece-32k
 	$(VENV)/bin/python -m pytest
 
 test-all: wheels-dolma2 test
-	$(VENV)/bin/python -m pytest -m browser
+	$(VENV)/bin/python -m pytest -m "browser or dolma2"
 	tests/parity-environment
 	tests/newest-python
 

@@ -150,6 +150,13 @@ def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
     _refuse_unless(value in choices, f"{path}={value!r} must be one of {', '.join(choices)}{hint}")
 
 
+def _pattern(where: str, pattern: str, example: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{where} {pattern!r} is no regular expression ({error}); write one such as {example!r}.") from error
+
+
 def _check_model(model: ModelConfig) -> None:
     for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "rope_theta", "norm_eps"):
         _positive(f"model.{name}", getattr(model, name))
@@ -281,10 +288,7 @@ def _check_swept(config: StudyConfig) -> None:
         _refuse_unless(swept.count(name) == 1, f"grid.fields lists {name} twice; list its values together.")
         _refuse_unless(len(values) > 0, f"grid.fields: {name} has no values; give it at least one, or leave it out.")
     for pattern, changed in grid.changes:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"grid.changes: {pattern!r} is no regular expression ({error}); write one such as '^wd1$'.") from error
+        _pattern("grid.changes:", pattern, "^wd1$")
         for name in changed:
             _refuse_unless(name not in swept, f"grid.changes: {pattern!r} sets {name}, which grid.fields sweeps; do one of the two.")
     for setting in (dict(grid.fields).get("train.compute_dtype", ()), *((c.get("train.compute_dtype"),) for _, c in grid.changes)):
@@ -362,10 +366,7 @@ def _check_downstream(config: StudyConfig) -> None:
 def _check_hardware(config: StudyConfig) -> None:
     known = execution_fields(config)
     for pattern, changes in config.hardware:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"hardware rule {pattern!r} is no regular expression ({error}); write one such as 'H100|A100'.") from error
+        _pattern("hardware rule", pattern, "H100|A100")
         for key in changes:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and how it words the exceptions of others."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of a library says, on one line of at most 200 characters; the name of its type where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

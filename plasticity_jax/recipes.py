@@ -21,13 +21,13 @@ def llama(preset_name: str, *, tokens: float, batch_size: int, peak_lr: float):
     return config
 
 
-def olmo2(*, tokens: float, peak_lr: float = 4e-4):
+def olmo2(*, tokens: float):
     """OLMo-2 1B on its own mixture: batches of 512 x 4096 tokens, z-loss, all but the input embedding decayed. Source: paper sections 2.2, 3 and 4.1.
 
     Args:
       tokens: of the whole run; the steps follow.
     """
-    config = _study("olmo2-1b", tokens=tokens, batch_size=512, seq_len=4096, peak_lr=peak_lr, seed=6198)
+    config = _study("olmo2-1b", tokens=tokens, batch_size=512, seq_len=4096, peak_lr=4e-4, seed=6198)
     config.data.files = "data/olmo-mix-1124"
     config.data.tokenizer = "dolma2"
     config.train.z_loss = 1e-5

@@ -123,13 +123,12 @@ def unigram_log_probabilities(records: TokenRecords, left_out: Int[np.ndarray, "
 
 
 def block_losses(
-    config: ModelConfig, params: dict, records: TokenRecords, indices: Int[np.ndarray, " n"], *, isolate: int | None = None, scan_layers: bool = False,
-    loss_chunks: int = 1,
+    config: ModelConfig, params: dict, records: TokenRecords, indices: Int[np.ndarray, " n"], *, isolate: int | None, scan_layers: bool, loss_chunks: int
 ) -> Float[np.ndarray, " n"]:
     """Mean cross-entropy of the model on each record, in nats per token, float64 [n].
 
     Args:
-      isolate: the end-of-text token, where the model was trained within documents.
+      isolate: the end-of-text token, where the model was trained within documents; else None.
       scan_layers, loss_chunks: as in training; memory, compile time and rounding only.
     """
     losses_n = np.empty(len(indices))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from plasticity_jax.errors import UserError
+from plasticity_jax.errors import UserError, reason
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.zstd", ".json.zst")
 # Text in one part of a Parquet file: a minute or two of tokenising, which is what a kill loses.
@@ -43,7 +43,7 @@ def _walk(folder: str) -> list[tuple[str, int]] | None:
     try:
         return sorted(_below(root, "")) if root.is_dir() else None
     except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"data.files={folder} cannot be read ({_reason(error)}); check the address, and for gs:// install gcsfs") from error
+        raise UserError(f"data.files={folder} cannot be read ({reason(error)}); check the address, and for gs:// install gcsfs") from error
 
 
 def _below(directory: Any, prefix: str) -> Iterator[tuple[str, int]]:
@@ -136,15 +136,11 @@ def _open(part: FilePart) -> Any:
     try:
         return (_path(part.folder) / part.name).open("rb")
     except (ImportError, OSError) as error:
-        raise UserError(f"{part.name} in {part.folder} cannot be opened ({_reason(error)}); download it again") from error
+        raise UserError(f"{part.name} in {part.folder} cannot be opened ({reason(error)}); download it again") from error
 
 
 def _place(part: FilePart, number: int) -> str:
     return f"{'line' if part.row_groups is None else 'row'} {number} of {part.name} in {part.folder}"
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- Parquet
@@ -161,7 +157,7 @@ def _read_parquet(part: FilePart, read: Callable[[Any], Any]) -> Any:
         with _open(part) as file:
             return read(pyarrow.parquet.ParquetFile(file))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{part.name} in {part.folder} is no readable Parquet file ({_reason(error)}); download it again") from error
+        raise UserError(f"{part.name} in {part.folder} is no readable Parquet file ({reason(error)}); download it again") from error
 
 
 def _parquet_parts(whole: FilePart, text_field: str) -> Iterator[FilePart]:
@@ -214,7 +210,7 @@ def _rows(part: FilePart, text_field: str) -> Iterator[tuple[int, str]]:
                             raise UserError(f"{_place(part, number)} has no text (null); drop the row")
                         yield number, text
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{part.name} in {part.folder} is no readable Parquet file ({_reason(error)}); download it again") from error
+            raise UserError(f"{part.name} in {part.folder} is no readable Parquet file ({reason(error)}); download it again") from error
 
 
 # -------------------------------------------------------------------------------------------------------------------------- JSON lines
@@ -229,7 +225,7 @@ def _lines(part: FilePart, text_field: str) -> Iterator[tuple[int, str]]:
                     yield number, _text_of(line, text_field, part, number)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(
-                f"{part.name} in {part.folder} is cut off or damaged after line {number} ({_reason(error)}); download it again"
+                f"{part.name} in {part.folder} is cut off or damaged after line {number} ({reason(error)}); download it again"
             ) from error
 
 
@@ -248,7 +244,7 @@ def _text_of(line: bytes, text_field: str, part: FilePart, number: int) -> str:
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{_place(part, number)} is no JSON ({_reason(error)}); repair or drop the line") from error
+        raise UserError(f"{_place(part, number)} is no JSON ({reason(error)}); repair or drop the line") from error
     if not isinstance(row, dict):
         raise UserError(f"{_place(part, number)} is no JSON object; every line must be one such as {{{text_field!r}: ...}}")
     if text_field not in row:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plasticity_jax.data.corpus_files import PART_BYTES
-from plasticity_jax.errors import UserError
+from plasticity_jax.errors import UserError, reason
 
 EXAMPLES_AT_ONCE = 256
 
@@ -48,7 +48,7 @@ def data_set_name(setting: str) -> str:
     try:
         return json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))["name"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"data.tfds: {folder} holds no TFDS data set that can be read ({_reason(error)}); prepare it again") from error
+        raise UserError(f"data.tfds: {folder} holds no TFDS data set that can be read ({reason(error)}); prepare it again") from error
 
 
 def data_set_listing(setting: str) -> list[tuple[str, int]] | None:
@@ -93,7 +93,7 @@ class ExamplePart:
             except UnicodeDecodeError as error:
                 raise UserError(f"example {number} of {self.name} ({self.split}): {text_field!r} is not UTF-8; repair the data set") from error
             except (OSError, RuntimeError, IndexError) as error:
-                raise UserError(f"{self.name} ({self.split}) in {self.folder} is damaged ({_reason(error)}); prepare it again") from error
+                raise UserError(f"{self.name} ({self.split}) in {self.folder} is damaged ({reason(error)}); prepare it again") from error
 
 
 def example_parts(setting: str, split: str, text_field: str) -> Iterator[ExamplePart]:
@@ -120,7 +120,7 @@ def _open(folder: str, split: str, text_field: str) -> tuple[Any, Any]:
         try:
             builder = tfds.builder_from_directory(folder)
         except Exception as error:  # from TFDS come bare exceptions of many kinds
-            raise UserError(f"data.tfds: {folder} holds no TFDS data set that can be read ({_reason(error)}); prepare it again") from error
+            raise UserError(f"data.tfds: {folder} holds no TFDS data set that can be read ({reason(error)}); prepare it again") from error
         info = builder.info
         if not isinstance(info.features, tfds.features.FeaturesDict) or text_field not in info.features:
             raise UserError(
@@ -139,9 +139,5 @@ def _open(folder: str, split: str, text_field: str) -> tuple[Any, Any]:
             return info, builder.as_data_source(split)
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"data.tfds_split={split!r}: data set {info.full_name} has {', '.join(info.splits)} ({_reason(error)}); set one of them"
+                f"data.tfds_split={split!r}: data set {info.full_name} has {', '.join(info.splits)} ({reason(error)}); set one of them"
             ) from error
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

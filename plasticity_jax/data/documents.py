@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from plasticity_jax.data.sources import SOURCES, SPLITS, Document, split_of
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
 from plasticity_jax.progress import Progress
+from plasticity_jax.records import write_json
 
 FIELDS = ("id", "text", "domain", "source", "licence")
 MANIFEST = "documents.json"
@@ -85,9 +85,7 @@ def build_documents(out: Path, sources: tuple[str, ...], wheels: Wheels, *, held
         "splits": {split: _count(documents) for split, documents in splits.items()},
         "licences": {name: SOURCES[name].licence for name in sorted(set(sources))},
     }
-    partial = out / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, out / MANIFEST)
+    write_json(out / MANIFEST, manifest)
     return manifest
 
 

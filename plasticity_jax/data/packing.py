@@ -1,8 +1,6 @@
 """Documents to fixed-length token records: concatenate with an end-of-text token after each, cut, never pad."""
 
 import hashlib
-import json
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
@@ -14,6 +12,7 @@ from jaxtyping import Int
 from plasticity_jax.data.sources import SPLITS
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.progress import Progress
+from plasticity_jax.records import write_json
 
 TOKENS = "tokens"  # folder of the token records within a corpus run
 MANIFEST = "tokens.json"
@@ -106,13 +105,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def write_manifest(path: Path, manifest: dict) -> None:
-    """Writes JSON atomically: what lies beside it is finished."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def write_token_records(out: Path, documents_dir: Path, tokenizer: Tokenizer, *, seq_len: int) -> dict:
     """Tokenises the documents and writes each split as packed records, every record of one domain.
 
@@ -143,7 +135,7 @@ def write_token_records(out: Path, documents_dir: Path, tokenizer: Tokenizer, *,
             counts[split] = _write_split(out, split, documents[split], tokenizer, domains, dtype, seq_len + 1, digest, progress)
     manifest = {"seq_len": seq_len, "vocab_size": tokenizer.vocab_size, "dtype": dtype.str, "domains": domains, "splits": counts,
                 "tokenizer": tokenizer.fingerprint, "fingerprint": digest.hexdigest()}
-    write_manifest(out / MANIFEST, manifest)
+    write_json(out / MANIFEST, manifest)
     return manifest
 
 

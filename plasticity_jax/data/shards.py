@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from plasticity_jax.data.packing import Packer, SplitWriter, chunks, token_dtype, write_manifest
+from plasticity_jax.data.packing import Packer, SplitWriter, chunks, token_dtype
 from plasticity_jax.data.sources import SPLITS, split_of
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
+from plasticity_jax.records import write_json
 
 MANIFEST = "shard.json"
 # Text per call of the tokenizer: its working memory is some hundred bytes per token.
@@ -123,7 +124,7 @@ def _write(out: Path, part: Part, tokenizer: Tokenizer, settings: ShardSettings,
             "sha256": digests[split].hexdigest(),
         }
     manifest = {"settings": vars(settings), "source": part.source(), "dtype": dtype.str, "splits": counts}
-    write_manifest(out / MANIFEST, manifest)
+    write_json(out / MANIFEST, manifest)
     return manifest
 
 

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from plasticity_jax.data.packing import MANIFEST, TOKENS, token_dtype, write_manifest
+from plasticity_jax.data.packing import MANIFEST, TOKENS, token_dtype
 from plasticity_jax.data.pool import ShardPool, available_cores
 from plasticity_jax.data.shards import Part, ShardSettings, finished_shard
 from plasticity_jax.data.sources import SPLITS, split_of
 from plasticity_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.progress import Progress
+from plasticity_jax.records import write_json
 
 log = logging.getLogger("plasticity_jax")
 
@@ -106,7 +107,7 @@ def prepare_stream(
         if not sum(shard[name] for shard in tokens["shards"]):
             raise UserError(f"data.held_out_share={held_out_share} and train.seq_len={seq_len} leave no {name} record of {corpus.name}; give {what}")
     _remove_others(out / SHARDS, {shard["name"] for shard in tokens["shards"]})
-    write_manifest(out / MANIFEST, tokens)
+    write_json(out / MANIFEST, tokens)
     return {
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
         "tokens": tokens,

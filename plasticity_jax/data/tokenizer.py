@@ -16,7 +16,7 @@ from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from plasticity_jax.data.pieces import SPACE, cutter, own_pre_tokenizer
-from plasticity_jax.errors import UserError
+from plasticity_jax.errors import UserError, reason
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -116,8 +116,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of bad file
-            reason = " ".join(str(error).split())
-            raise UserError(f"tokenizer {path} is not readable ({reason}); delete it and run `plasticity prepare`") from error
+            raise UserError(f"tokenizer {path} is not readable ({reason(error)}); delete it and run `plasticity prepare`") from error
         try:
             return cls(backend, _read_specials(path.with_name(CONFIG_FILE)))
         except UserError as error:

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-from plasticity_jax.errors import UserError
+from plasticity_jax.errors import UserError, reason
 
 # Bytes of an array that are compressed at once, and that are held before they go into a file, where memory is short.
 _PIECE, _FILE = 4 << 20, 16 << 20
@@ -131,8 +131,8 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
-        reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
-        return UserError(f"checkpoint {self.directory / str(step)} cannot be read ({reason}); delete the run's directory and run its stage again.")
+        said = reason(error).split(". ")[0]
+        return UserError(f"checkpoint {self.directory / str(step)} cannot be read ({said}); delete the run's directory and run its stage again.")
 
 
 def _checksums(tree: Any) -> list[int]:

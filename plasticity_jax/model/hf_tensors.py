@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from plasticity_jax.errors import UserError
+from plasticity_jax.errors import UserError, reason
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -119,7 +119,7 @@ def _header(file: Path) -> dict[str, Stored]:
 
 
 def _damaged(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} cannot be read as safetensors, it may be cut short ({' '.join(str(error).split())[:200]}); bring the file again.")
+    return UserError(f"{file} cannot be read as safetensors, it may be cut short ({reason(error)}); bring the file again.")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ writing

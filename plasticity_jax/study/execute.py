@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
-from plasticity_jax.errors import UserError
+from plasticity_jax.errors import UserError, reason
 from plasticity_jax.records import Context, Run, RunDirectory, read_json, to_json
 from plasticity_jax.study.graph import corpus_run, init_run, run_configs, study_dir
 
@@ -194,7 +194,7 @@ def execute(config: StudyConfig, workdir: Path, runs: Sequence[Run], *, external
             problem = storage_problem(error)
             if problem:
                 raise UserError(f"--workdir={workdir}: {problem}; make room or give another --workdir, then run again: it resumes.") from error
-            log.error("%s failed: %s (%s)", ready[0].id, " ".join(str(error).split())[:300], path_of(ready[0].id) / "error.log")
+            log.error("%s failed: %s (%s)", ready[0].id, reason(error), path_of(ready[0].id) / "error.log")
             outcome.failed += [run.id for run in ready]
     return outcome
 

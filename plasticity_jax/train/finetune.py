@@ -38,7 +38,7 @@ def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSe
         b2=recipe.b2,
         eps=recipe.eps,
         clip_norm=recipe.clip_norm,
-        schedule=Schedule("cosine", final_share=0.0),
+        schedule=Schedule("cosine", final_share=0.0, decay_share=1.0),
         decay_kind="coupled",
         decay_mask="no-norms",
     )

@@ -37,7 +37,7 @@ class Schedule:
 
     kind: str
     final_share: float
-    decay_share: float = 1.0
+    decay_share: float
 
 
 @dataclass(frozen=True)

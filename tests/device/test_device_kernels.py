@@ -19,6 +19,9 @@ pytestmark = pytest.mark.device
 # Of the error's norm in that of the exact result. Products of float32 are rounded to TF32 on GPUs and to bfloat16 on TPUs unless asked otherwise.
 TOLERANCE = {"float32": 2e-2, "bfloat16": 2e-2, "float16": 4e-3}
 
+# Kernels of a platform and the types that they take; a GPU is an NVIDIA one of compute capability 8.0 or more.
+HERE = {"gpu": {"xla": TOLERANCE, "cudnn": ("bfloat16", "float16")}, "tpu": {"xla": TOLERANCE, "splash": ("float32", "bfloat16")}}
+
 
 def attention_of(kernel, mesh=None):
     if kernel == "xla":
@@ -41,20 +44,17 @@ def assert_close(actual, arrays, segments, dtype):
         assert error <= TOLERANCE[dtype], f"{name}: {error:.2e} of the norm"
 
 
-def here(kernel, head_dim, dtype):
-    """Skips what this accelerator has no such kernel for."""
-    try:
-        choose_kernel(kernel, platform=jax.default_backend(), head_dim=head_dim, compute_dtype=dtype)
-    except UserError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.parametrize("segmented", [False, True], ids=["whole", "segments"])
 @pytest.mark.parametrize("head_dim", [48, 64, 128])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_kernel_equals_float64_forward_and_backward(kernel, dtype, head_dim, segmented):
-    here(kernel, head_dim, dtype)
+def test_a_kernel_equals_float64_forward_and_backward_or_is_refused(kernel, dtype, head_dim, segmented):
+    chosen = functools.partial(choose_kernel, kernel, platform=jax.default_backend(), head_dim=head_dim, compute_dtype=dtype)
+    if dtype not in HERE[jax.default_backend()].get(kernel, ()):
+        with pytest.raises(UserError, match="set train.attention to 'auto' or 'xla'"):
+            chosen()
+        return
+    assert chosen() == kernel
     for length in (128, 99):
         *arrays, segments = numpy_attention.example(head_dim, length=length, segmented=segmented)
         arrays = [jnp.asarray(x, dtype) for x in arrays]
@@ -65,6 +65,7 @@ def test_a_kernel_equals_float64_forward_and_backward(kernel, dtype, head_dim, s
 def test_the_kernel_of_this_device_serves_members_over_all_devices(segmented):
     """The kernel that auto takes, in the form that a vmapped grid runs it."""
     kernel = choose_kernel("auto", platform=jax.default_backend(), head_dim=64, compute_dtype="bfloat16", seq_len=128)
+    assert kernel == {"gpu": "cudnn", "tpu": "splash"}[jax.default_backend()]
     attention = attention_of(kernel, make_mesh(MeshConfig(data=-1)))
     batch = 2 * len(jax.devices())
     members = [numpy_attention.example(64, length=128, segmented=segmented, seed=seed, batch=batch) for seed in (0, 1)]

@@ -54,7 +54,7 @@ def main() -> None:
                 continue
             shutil.copyfile(Path(written) / "model.safetensors", folder / "model.safetensors")
             # Read again, because the model that was narrowed has narrowed rotary frequencies too.
-            model = transformers.AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32).eval()
+            model = transformers.AutoModelForCausalLM.from_pretrained(written, use_safetensors=True, dtype=torch.float32).eval()
         tokens = np.random.default_rng(2).integers(0, SHAPE["vocab_size"], (2, 96)).astype(np.int32)
         with torch.no_grad():
             logits = model(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()

@@ -24,7 +24,7 @@ def main(folders: list[str]) -> None:
     answers = {"version": transformers.__version__}
     for folder in folders:
         said.truncate(0)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype="auto", output_loading_info=True)
         dtype = str(model.dtype)
         with torch.no_grad():
             logits = model.float().eval()(torch.tensor(inputs["tokens"])).logits
