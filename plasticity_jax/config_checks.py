@@ -121,6 +121,7 @@ def check_config(config: StudyConfig) -> None:
     _check_choices(config)
     _check_downstream(config)
     _check_hardware(config)
+    _check_launch(config)
     _check_grid(config)
 
 
@@ -246,6 +247,15 @@ def _check_data(config: StudyConfig) -> None:
             _refuse_unless(ok, f"data.{name}={value} is for {place}; set data.{other} in its place.")
     _refuse_unless(data.workers >= 0, f"data.workers={data.workers} must not be negative; 0 takes one process per core.")
     check_setting(data.tokenizer, config.model.vocab_size)
+
+
+def _check_launch(config: StudyConfig) -> None:
+    launch = config.launch
+    _positive("launch.start_timeout", launch.start_timeout)
+    _refuse_unless(launch.compile_cache != "", "launch.compile_cache='' is empty; give a folder, or None to keep no compiled programs.")
+    _refuse_unless(0 < launch.mfu <= 1, f"launch.mfu={launch.mfu} is a share of the peak; it must be above 0 and at most 1.")
+    if config.max_device_hours is not None:
+        _positive("max_device_hours", config.max_device_hours)
 
 
 def _check_grid(config: StudyConfig) -> None:

@@ -144,6 +144,15 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """How processes start, and what a launch may cost."""
+
+    start_timeout: int = _execution(300)  # seconds that processes wait for one another at the start
+    compile_cache: str | None = _execution("~/.cache/plasticity_jax/compiled")  # folder of compiled programs, kept between runs; None keeps none
+    mfu: float = _execution(0.4)  # share of the devices' peak FLOP/s that training is taken to reach, in estimates
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """One fine-tuning task: how many rows, how often they are seen, how long an answer may be."""
 
@@ -232,6 +241,8 @@ class StudyConfig:
     decay: DecayConfig = DecayConfig()
     grid: GridConfig = GridConfig()
     mesh: MeshConfig = MeshConfig()
+    launch: LaunchConfig = LaunchConfig()
+    max_device_hours: float | None = _execution(None)  # a study whose pretraining is estimated to take more is refused before it starts
     finetune: FinetuneConfig = FinetuneConfig()
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     evaluate: EvaluateConfig = EvaluateConfig()
