@@ -1,6 +1,6 @@
 # make study      a whole study on this machine, from nothing to a report       (WORK=./work CONFIG=configs/default.py)
 # make test       every test that a plain machine can run
-# make test-all   plus what needs Debian packages (.ci/run installs them), parity with torch and transformers, and the newest Python present
+# make test-all   plus what needs Debian packages (.ci/run installs them), compiling for a TPU, parity with torch and transformers, and the newest Python
 # make test-device  what needs a GPU or a TPU: every attention kernel it has, generation, the tiny study (install jax[cuda13] or jax[tpu] into .venv)
 
 SHELL := /bin/bash
@@ -22,7 +22,8 @@ test: $(VENV)/.installed-test wheels wheels-sentencepiece-32k
 	$(VENV)/bin/python -m pytest
 
 test-all: wheels-dolma2 test
-	$(VENV)/bin/python -m pytest -m "browser or dolma2"
+	$(VENV)/bin/python -m pytest -m "browser or dolma2 or slurm"
+	tests/tpu-environment
 	tests/parity-environment
 	tests/newest-python
 

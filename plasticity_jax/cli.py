@@ -8,13 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from plasticity_jax.config import StudyConfig, grid_members, load_config, member_config
+from plasticity_jax.config import LaunchConfig, StudyConfig, grid_members, load_config, member_config
 from plasticity_jax.errors import UserError
+from plasticity_jax.parallel import processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
+from plasticity_jax.storage import AnyPath, is_local, location
 
 log = logging.getLogger("plasticity_jax")
 
 REFUSED, INTERRUPTED = 2, 130
+_SEVERAL = ("study", "prepare", "pretrain", "finetune", "evaluate", "analyze", "generate")  # commands that run under several processes
 
 _MODEL = "directory of a finished pretrain, finetune or import run, or a Hugging Face folder"
 _EXPORT_DTYPES = ("float32", "bfloat16", "float16")
@@ -23,6 +26,13 @@ _EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def _place(text: str) -> AnyPath:
+    try:
+        return location(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--config", type=Path, required=True, metavar="C", help="Python config file; --config.a.b=value overrides one of its keys"
             )
         if workdir:
-            sub.add_argument("--workdir", type=Path, required=True, metavar="W", help="folder that holds the studies")
+            sub.add_argument("--workdir", type=_place, required=True, metavar="W", help="folder that holds the studies")
         sub.set_defaults(takes_config=config)
         return sub
 
@@ -49,29 +59,34 @@ def _parser() -> argparse.ArgumentParser:
     pretrain = command("pretrain", "pretrain the members of the grid, or one of them")
     pretrain.add_argument("--member", metavar="NAME", help="only this member, such as wd0.1")
     finetune = command("finetune", "fine-tune a pretrained model on a task")
-    finetune.add_argument("--base", type=Path, required=True, metavar="RUN_OR_HF_DIR", help=_MODEL)
+    finetune.add_argument("--base", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=_MODEL)
     finetune.add_argument("--task", required=True, metavar="T")
     finetune.add_argument("--seed", type=int, metavar="S", help="of the order of the rows; the config's first otherwise")
     evaluate = command("evaluate", "generate answers to a task's test rows and grade them")
-    evaluate.add_argument("--model", type=Path, required=True, metavar="RUN_OR_HF_DIR", help=_MODEL)
+    evaluate.add_argument("--model", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=_MODEL)
     evaluate.add_argument("--task", required=True, metavar="T")
     analyze = command("analyze", "probes, attention spectra, and the gap between seen and held-out text")
-    analyze.add_argument("--model", type=Path, required=True, metavar="RUN_OR_HF_DIR", help=_MODEL)
+    analyze.add_argument("--model", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=_MODEL)
     analyze.add_argument("--only", metavar="A,B", help="some of probe,spectra,gap")
     command("report", "write <workdir>/<study>/report/index.html, figures and tables", config=False)
     hf_import = command("import", "turn a Hugging Face folder into a run that the other commands take", config=False, workdir=False)
-    hf_import.add_argument("--hf", type=Path, required=True, metavar="DIR", help="folder with config.json and safetensors, as save_pretrained writes it")
-    hf_import.add_argument("--out", type=Path, required=True, metavar="RUN_DIR", help="directory of the run; missing or empty")
+    hf_import.add_argument("--hf", type=_place, required=True, metavar="DIR", help="folder with config.json and safetensors, as save_pretrained writes it")
+    hf_import.add_argument("--out", type=_place, required=True, metavar="RUN_DIR", help="directory of the run; missing or empty")
     export = command("export", "turn a run into a Hugging Face folder that transformers loads", config=False, workdir=False)
-    export.add_argument("--model", type=Path, required=True, metavar="RUN_DIR", help="directory of a finished pretrain, finetune or import run")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write; missing or empty")
+    export.add_argument("--model", type=_place, required=True, metavar="RUN_DIR", help="directory of a finished pretrain, finetune or import run")
+    export.add_argument("--out", type=_place, required=True, metavar="DIR", help="the folder to write; missing or empty")
     export.add_argument("--dtype", metavar="D", help=f"{', '.join(_EXPORT_DTYPES)}; otherwise that of an import's source, and float32 for other runs")
     generate = command("generate", "continue a prompt", config=False, workdir=False)
-    generate.add_argument("--model", type=Path, required=True, metavar="RUN_OR_HF_DIR", help=_MODEL)
+    generate.add_argument("--model", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=_MODEL)
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the most likely token")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
+    for name in _SEVERAL:
+        together = commands.choices[name].add_argument_group("several processes, started by hand (Cloud TPU and SLURM need none of these)")
+        together.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 is reached by all")
+        together.add_argument("--num-processes", type=int, metavar="N")
+        together.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1, each once")
     return parser
 
 
@@ -94,26 +109,37 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, st
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 done, 1 a run failed, 2 the input was refused, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    worker = supervise.become_worker()
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     for library in ("absl", "asyncio"):  # a failed write raises in our code too; they would add a trace per array
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
-        rest, overrides = _split_overrides(sys.argv[1:] if argv is None else argv)
+        rest, overrides = _split_overrides(argv)
         arguments = _parser().parse_args(rest)
         if overrides and not arguments.takes_config:
             raise UserError(f"plasticity {arguments.command} reads no config; leave out --config.{overrides[0][0]}.")
         if arguments.takes_config:
             arguments.config = load_config(arguments.config, overrides)
+        several = _several(arguments)
+        if several and not worker:
+            return supervise.supervise(argv, _log_folder(arguments))
         signal.signal(signal.SIGTERM, _interrupt)
         if arguments.command in ("import", "export"):
             return_freed_memory()
         elif arguments.command not in ("status", "report"):
             keep_freed_memory()
+        if several:
+            timeout = arguments.config.launch.start_timeout if arguments.takes_config else LaunchConfig().start_timeout
+            processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=timeout)
         return _COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"plasticity: {error}", file=sys.stderr)
         return REFUSED
+    except processes.Parted as error:
+        print(f"plasticity: {error}; run the same commands again: they resume.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("plasticity: interrupted; the same command resumes.", file=sys.stderr)
         return INTERRUPTED
@@ -134,8 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """The `plasticity` program: `main`, and its status as the process's."""
     status = main()
-    if status == REFUSED:
-        # Orbax would print a trace for every array that was still to be read or written; all that is to be said has been.
+    if status == REFUSED or (status and processes.count() > 1):
+        # Orbax would print a trace for every array that was still to be read or written, and jax would wait for processes that wait for this one; all
+        # that is to be said has been.
+        processes.leave()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -146,10 +174,34 @@ def _interrupt(number, frame):
     raise KeyboardInterrupt
 
 
+def _several(arguments) -> bool:
+    """Whether this command is one of several processes of a run. Raises UserError for flags that do not fit together."""
+    if arguments.command not in _SEVERAL or getattr(arguments, "dry_run", False):
+        return False
+    address, n, i = arguments.coordinator, arguments.num_processes, arguments.process_id
+    if address is None and n is None and i is None:
+        return processes.detected()
+    if None in (address, n, i):
+        raise UserError(f"--coordinator={address}, --num-processes={n} and --process-id={i} go together; give all three, or none.")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator={address} must be HOST:PORT of process 0, such as 10.0.0.1:8476.")
+    if n < 1 or not 0 <= i < n:
+        raise UserError(f"--process-id={i} must lie between 0 and --num-processes - 1 = {n - 1}.")
+    return n > 1
+
+
+def _log_folder(arguments) -> Path | None:
+    """Where the runtimes of the processes write; None where the command has no local folder."""
+    if "workdir" not in arguments or not is_local(arguments.workdir):
+        return None
+    return arguments.workdir / arguments.config.name / "logs"
+
+
 def _study(arguments) -> int:
     from plasticity_jax.records import STAGES
-    from plasticity_jax.study.execute import check_start, check_workdir, resolve
-    from plasticity_jax.study.graph import build_graph, save_study
+    from plasticity_jax.study.execute import resolve
+    from plasticity_jax.study.graph import build_graph
 
     workdir, stages = arguments.workdir, _choices("--stages", arguments.stages, STAGES)
     config = resolve(arguments.config, workdir)
@@ -158,13 +210,22 @@ def _study(arguments) -> int:
         _print_graph(workdir, config, runs)
         return 0
     chosen = [run for run in runs if run.stage in stages]
-    check_start(config, workdir, chosen)
-    check_workdir(workdir, config)
-    save_study(workdir, config, runs)
+    _begin(config, workdir, chosen, runs)
     code = _execute(config, workdir, chosen)
     if set(stages) == set(STAGES):
-        _report(workdir / config.name)
+        processes.broadcast(lambda: _report(workdir / config.name))
     return code
+
+
+def _begin(config: StudyConfig, workdir: AnyPath, runs, graph) -> None:
+    """Checks all that can be checked before anything is written, then writes study.json. On several processes the first decides."""
+    from plasticity_jax.study.execute import check_shared, check_start, check_workdir
+    from plasticity_jax.study.graph import save_study
+
+    processes.broadcast(lambda: check_start(config, workdir, runs))
+    processes.broadcast(lambda: check_workdir(workdir, config))
+    check_shared(workdir)
+    processes.broadcast(lambda: save_study(workdir, config, graph))
 
 
 def _status(arguments) -> int:
@@ -198,8 +259,8 @@ def _pretrain(arguments) -> int:
 
 def _stages(arguments, stages: Sequence[str], member: str | None = None) -> int:
     """Carries out whole stages of the graph; of pretrain, only `member` and what it is built from, if given."""
-    from plasticity_jax.study.execute import check_start, check_workdir, resolve
-    from plasticity_jax.study.graph import build_graph, save_study
+    from plasticity_jax.study.execute import resolve
+    from plasticity_jax.study.graph import build_graph
 
     workdir = arguments.workdir
     config = resolve(arguments.config, workdir)
@@ -209,9 +270,7 @@ def _stages(arguments, stages: Sequence[str], member: str | None = None) -> int:
         chosen = [run for run in runs if run.stage == "pretrain" and member in (None, run.member)]
         needed = {parent for run in chosen for parent in run.parents.values()}
         runs = [run for run in runs if run.id in needed] + chosen
-    check_start(config, workdir, runs)
-    check_workdir(workdir, config)
-    save_study(workdir, config, graph)
+    _begin(config, workdir, runs, graph)
     return _execute(config, workdir, runs)
 
 
@@ -244,12 +303,12 @@ def _analyze(arguments) -> int:
     return _on_model(arguments, arguments.model, "--model", runs)
 
 
-def _on_model(arguments, path: Path, flag: str, make) -> int:
+def _on_model(arguments, path: AnyPath, flag: str, make) -> int:
     """Carries out runs on a given model directory, with the prepare runs that they need; a Hugging Face folder is imported into the study first."""
     from plasticity_jax.model.hf_import import import_model, import_run, imported_from, is_hugging_face, with_network
     from plasticity_jax.model.load import MODEL_STAGES
     from plasticity_jax.records import RunDirectory, open_run
-    from plasticity_jax.study.execute import check_start, check_workdir, resolve
+    from plasticity_jax.study.execute import check_shared, check_start, check_workdir, resolve
     from plasticity_jax.study.graph import build_graph, prepare_runs, run_configs, save_study, study_dir
 
     folder = path if is_hugging_face(path) else None
@@ -267,12 +326,17 @@ def _on_model(arguments, path: Path, flag: str, make) -> int:
         if imported_from(directory) is not None:
             config = with_network(study, directory.config().model)
     runs = make(config, model)
-    check_start(config, workdir, runs)
-    check_workdir(workdir, study)
-    if not (study_dir(workdir, study) / "study.json").is_file():
-        save_study(workdir, study, build_graph(study))
-    if folder is not None and not RunDirectory(path).done:
-        import_model(folder, path, model, config)
+
+    def begin() -> None:
+        if not (study_dir(workdir, study) / "study.json").is_file():
+            save_study(workdir, study, build_graph(study))
+        if folder is not None and not RunDirectory(path).done:
+            import_model(folder, path, model, config)
+
+    processes.broadcast(lambda: check_start(config, workdir, runs))
+    processes.broadcast(lambda: check_workdir(workdir, study))
+    check_shared(workdir)
+    processes.broadcast(begin)
     external = {model.id: path.resolve()}
     corpus = path.resolve().parents[1] / model.parents["corpus"] if "corpus" in model.parents else None
     if corpus is not None and corpus.is_dir():
@@ -281,7 +345,7 @@ def _on_model(arguments, path: Path, flag: str, make) -> int:
     return _execute(config, workdir, [run for run in prepare_runs(config) if run.id in needed] + runs, external)
 
 
-def _execute(config: StudyConfig, workdir: Path, runs, external=None) -> int:
+def _execute(config: StudyConfig, workdir: AnyPath, runs, external=None) -> int:
     from plasticity_jax.study.execute import execute
 
     outcome = execute(config, workdir, runs, external=external)
@@ -289,7 +353,7 @@ def _execute(config: StudyConfig, workdir: Path, runs, external=None) -> int:
         "%d runs carried out, %d were done already, %d failed, %d wait for a missing parent",
         *map(len, (outcome.carried_out, outcome.skipped, outcome.failed, outcome.waiting)),
     )
-    if len(runs) <= 3:
+    if len(runs) <= 3 and processes.primary():
         for run in runs:
             print((external or {}).get(run.id, workdir / config.name / run.id))
     return 1 if outcome.failed or outcome.waiting else 0
@@ -303,7 +367,7 @@ def _report_command(arguments) -> int:
     return 0
 
 
-def _report(folder: Path) -> None:
+def _report(folder: AnyPath) -> None:
     from plasticity_jax.study.report import format_summary, summary_table, write_report
 
     page = write_report(folder)
@@ -352,7 +416,7 @@ def _choices(flag: str, text: str | None, known: Sequence[str]) -> tuple[str, ..
     return chosen
 
 
-def _print_graph(workdir: Path, config: StudyConfig, runs) -> None:
+def _print_graph(workdir: AnyPath, config: StudyConfig, runs) -> None:
     from plasticity_jax.records import RunDirectory
 
     for member in grid_members(config):

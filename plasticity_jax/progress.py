@@ -30,7 +30,7 @@ class Progress:
         self._next_line = self._start + 2.0
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
             from tqdm import tqdm
 
             self._bar = tqdm(total=self.total, initial=self.initial, desc=self.what, unit=f" {self.unit}", unit_scale=True, leave=True,

@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import subprocess
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -16,8 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plasticity_jax.append_log import AppendLog
 from plasticity_jax.config import StudyConfig, execution_fields, from_dict, to_dict
 from plasticity_jax.errors import UserError
+from plasticity_jax.locks import Held, is_locked, lock
+from plasticity_jax.storage import AnyPath, is_local, location, make_folder, replacing, upload, write_bytes
 
 # Of a study's graph. Runs of stage "import", models from elsewhere, belong to none.
 STAGES = ("prepare", "init", "pretrain", "evaluate", "finetune", "probe", "spectra", "gap")
@@ -45,25 +47,17 @@ def _strict(value: Any) -> Any:
         return _strict(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    if isinstance(value, Path):
+    if isinstance(value, AnyPath):
         return str(value)
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the whole new one, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(to_json(value, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes(path, (to_json(value, indent=1) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: AnyPath) -> Any:
     """Reads JSON; `float(x)` turns the strings "inf", "-inf" and "nan" back into numbers. Raises UserError if it is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -71,55 +65,61 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}); delete it and run again.") from error
 
 
-def write_jsonl(path: Path, rows: Iterator[dict] | list[dict]) -> None:
+def write_jsonl(path: AnyPath, rows: Iterator[dict] | list[dict]) -> None:
     """Writes one JSON object per line, atomically."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(to_json(row) + "\n" for row in rows)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.writelines((to_json(row) + "\n").encode() for row in rows)
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(path: AnyPath) -> list[dict]:
     """Reads one JSON object per line; a half-written last line (after a kill) is left out."""
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         for line in file:
             if line.endswith("\n"):
                 rows.append(json.loads(line))
     return rows
 
 
+METRICS = "metrics.jsonl"
+
+
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events of a run: one row of numbers per logged step.
+    """`metrics.jsonl` and TensorBoard events of a run: one row of numbers per logged step. On a store both are brought there by `close_part`.
 
     Args:
       directory: the run's directory.
       step: rows after this step are dropped first, so that a resumed run repeats none.
     """
 
-    def __init__(self, directory: Path, *, step: int):
+    def __init__(self, directory: AnyPath, *, step: int):
         from tensorboardX import SummaryWriter
 
-        path = directory / "metrics.jsonl"
-        if path.exists():
-            write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= step])
-        self._file = open(path, "a", encoding="utf-8")
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._rows = AppendLog(directory / METRICS, keep=lambda row: row["step"] <= step)
+        self._events_folder = directory / "tensorboard"
+        self._temporary = None if is_local(directory) else tempfile.TemporaryDirectory(prefix="plasticity-events-")
+        self._events = SummaryWriter(self._temporary.name if self._temporary else str(self._events_folder), purge_step=step + 1)
 
     def write(self, step: int, **values: Any) -> None:
         """Appends `values`; nested dicts become TensorBoard tags joined by slashes."""
-        self._file.write(to_json({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._rows.append(to_json({"step": step, **values}))
         for tag, value in _flatten(values):
             if isinstance(value, (int, float)) and math.isfinite(value):  # tensorboardX prints a warning for every other
                 self._events.add_scalar(tag, value, step)
 
+    def close_part(self) -> None:
+        """Makes what was written outlive this process, also on a store; due before a checkpoint that a later process goes on from."""
+        self._rows.close_part()
+        if self._temporary is not None:
+            self._events.flush()
+            upload(Path(self._temporary.name), self._events_folder)
+
     def close(self) -> None:
-        self._file.close()
         self._events.close()
+        self._rows.close()
+        if self._temporary is not None:
+            upload(Path(self._temporary.name), self._events_folder)
+            self._temporary.cleanup()
 
 
 def _flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -178,9 +178,10 @@ class Run:
 class RunDirectory:
     """The directory of one run. `DONE` is written last; a run without it is not read by any other."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         self.path = path
         self.provenance: dict[str, Any] = {}
+        self._held: Held | None = None
 
     @property
     def done(self) -> bool:
@@ -191,7 +192,7 @@ class RunDirectory:
         if self.done:
             diverged = read_json(self.path / "DONE").get("diverged")
             return ("diverged", diverged) if diverged else ("done", "")
-        if self._locked():
+        if is_locked(self.path / "LOCK"):
             return "running", ""
         if (self.path / "FAILED").is_file():
             return "failed", read_json(self.path / "FAILED")["reason"]
@@ -204,10 +205,10 @@ class RunDirectory:
         Raises:
           UserError: another process works on this run.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "LOCK", "a") as lock:
+        make_folder(self.path)
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._held = stack.enter_context(lock(self.path / "LOCK"))
             except BlockingIOError as error:
                 raise UserError(f"{self.path} is being worked on by another process; wait for it or stop it.") from error
             (self.path / "FAILED").unlink(missing_ok=True)
@@ -221,10 +222,15 @@ class RunDirectory:
                     write_json(self.path / "FAILED", {"reason": f"{type(error).__name__}: {reason}"[:500]})
                     (self.path / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
                 raise
-            (self.path / "LOCK").unlink(missing_ok=True)
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Writes results and provenance, then DONE. `results["diverged"]`, a reason, marks a diverged run."""
+        """Writes results and provenance, then DONE. `results["diverged"]`, a reason, marks a diverged run.
+
+        Raises:
+          UserError: another process has taken the run over meanwhile, which can happen on a store alone.
+        """
+        if self._held is not None:
+            self._held.check()
         write_json(self.path / "results.json", results)
         write_json(self.path / "provenance.json", self.provenance | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         (self.path / "error.log").unlink(missing_ok=True)
@@ -242,16 +248,6 @@ class RunDirectory:
     def _config_json(self) -> dict[str, Any]:
         return read_json(self.path / "config.json")
 
-    def _locked(self) -> bool:
-        try:
-            with open(self.path / "LOCK") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
-
 
 @dataclass
 class Context:
@@ -267,12 +263,12 @@ class Context:
     config: StudyConfig
     run: Run
     directory: RunDirectory
-    parents: dict[str, Path]
+    parents: dict[str, AnyPath]
 
 
-def open_run(path: str | Path) -> RunDirectory:
+def open_run(path: str | AnyPath) -> RunDirectory:
     """Opens a finished run's directory for reading. Raises UserError if it is none."""
-    path = Path(path)
+    path = location(path)
     directory = RunDirectory(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give the directory of a finished run (plasticity status lists them).")

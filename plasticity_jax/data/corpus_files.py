@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plasticity_jax.errors import UserError, reason
+from plasticity_jax.storage import AnyPath, location
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.zstd", ".json.zst")
 # Text in one part of a Parquet file: a minute or two of tokenising, which is what a kill loses.
@@ -24,7 +25,7 @@ def listing(folder: str) -> list[tuple[str, int]] | None:
     Hidden files and folders, and those whose name begins with an underscore, are left out: download tools keep their own there.
 
     Args:
-      folder: local, or a URL that etils.epath reads, such as gs://bucket/folder.
+      folder: local, or a URL such as gs://bucket/folder.
     Raises:
       UserError: a URL that cannot be read.
     """
@@ -39,22 +40,21 @@ def _remote_listing(folder: str) -> tuple[tuple[str, int], ...] | None:
 
 
 def _walk(folder: str) -> list[tuple[str, int]] | None:
-    root = _path(folder)
     try:
+        root = _path(folder)
         return sorted(_below(root, "")) if root.is_dir() else None
-    except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"data.files={folder} cannot be read ({reason(error)}); check the address, and for gs:// install gcsfs") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.files={folder} cannot be read ({reason(error)}); check the address") from error
 
 
-def _below(directory: Any, prefix: str) -> Iterator[tuple[str, int]]:
+def _below(directory: AnyPath, prefix: str) -> Iterator[tuple[str, int]]:
     for path in directory.iterdir():
         if path.name.startswith((".", "_")):
             continue
-        status = path.stat()
-        if status.is_directory:
+        if path.is_dir():
             yield from _below(path, f"{prefix}{path.name}/")
         elif path.name.endswith(SUFFIXES):
-            yield prefix + path.name, status.length
+            yield prefix + path.name, path.stat().st_size
 
 
 def folder_name(folder: str) -> str:
@@ -126,16 +126,14 @@ def file_parts(folder: str, text_field: str) -> Iterator[FilePart]:
             yield whole
 
 
-def _path(folder: str):
-    from etils import epath
-
-    return epath.Path(folder).expanduser()
+def _path(folder: str) -> AnyPath:
+    return location(folder).expanduser()
 
 
 def _open(part: FilePart) -> Any:
     try:
         return (_path(part.folder) / part.name).open("rb")
-    except (ImportError, OSError) as error:
+    except OSError as error:
         raise UserError(f"{part.name} in {part.folder} cannot be opened ({reason(error)}); download it again") from error
 
 

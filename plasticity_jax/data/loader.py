@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from plasticity_jax.data.packing import MANIFEST, index_path, records_path
 from plasticity_jax.errors import UserError
+from plasticity_jax.storage import AnyPath, local_copy, location
 
 # tokens, targets, loss_mask, segment_ids, positions; each [B, T].
 Batch = dict[str, np.ndarray]
@@ -37,7 +38,7 @@ class TokenRecords:
     """Random access to the packed records of a split, as `write_token_records` or `prepare_stream` left them.
 
     Args:
-      directory: the folder with tokens.json.
+      directory: the folder with tokens.json; one on a store is copied to this machine first, once.
       split: "train" or "held_out".
     Attributes:
       domain_of: index into `domains` of each record.
@@ -46,12 +47,13 @@ class TokenRecords:
       UserError: no finished records there, or no such split.
     """
 
-    def __init__(self, directory: Path, split: str):
+    def __init__(self, directory: AnyPath, split: str):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        directory = Path(directory)
+        directory = location(directory)
         if not (directory / MANIFEST).is_file():
             raise UserError(f"{directory} holds no finished token records ({MANIFEST} is missing); run `plasticity prepare` for this study")
+        directory = local_copy(directory, MANIFEST)  # the library reads local files alone
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         if split not in manifest["splits"]:
             raise UserError(f"split {split!r} is unknown; {directory} has {' and '.join(manifest['splits'])}")
@@ -162,21 +164,23 @@ def as_batch(records_BxT1: Int[np.ndarray, "b record_length"], *, isolate: int |
     }
 
 
-def batch_at(records: TokenRecords, *, seed: int, batch_size: int, step: int, isolate: int | None = None) -> Batch:
-    """The batch that every run with this seed and batch size sees at `step`; `isolate` is that of `as_batch`."""
-    return as_batch(records.tokens(order(len(records), seed=seed, batch_size=batch_size, step=step)), isolate=isolate)
+def batch_at(records: TokenRecords, *, seed: int, batch_size: int, step: int, isolate: int | None = None,
+             rows: Int[np.ndarray, " rows"] | None = None) -> Batch:
+    """The batch that every run with this seed and batch size sees at `step`; `isolate` is that of `as_batch`. With `rows`, only those are read."""
+    indices = order(len(records), seed=seed, batch_size=batch_size, step=step)
+    return as_batch(records.tokens(indices if rows is None else indices[rows]), isolate=isolate)
 
 
 def batches(records: TokenRecords, *, seed: int, batch_size: int, start_step: int, steps: int, isolate: int | None = None,
-            prefetch: bool = True) -> Iterator[Batch]:
+            rows: Int[np.ndarray, " rows"] | None = None, prefetch: bool = True) -> Iterator[Batch]:
     """The batches of `steps` steps from `start_step` on: exactly `batch_at(step)` for each. A late start costs nothing.
 
-    With `prefetch`, threads read a few batches ahead.
+    With `rows`, only those rows of each batch are read. With `prefetch`, threads read a few batches ahead.
     """
     import grain
 
     dataset = grain.MapDataset.range(start_step, start_step + steps).map(
-        lambda step: batch_at(records, seed=seed, batch_size=batch_size, step=int(step), isolate=isolate))
+        lambda step: batch_at(records, seed=seed, batch_size=batch_size, step=int(step), isolate=isolate, rows=rows))
     if prefetch:
         options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
     else:

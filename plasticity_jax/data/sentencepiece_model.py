@@ -1,6 +1,5 @@
 """A SentencePiece BPE model, as Llama has one, in the format of the tokenizers library: the same ids and the same decoded text."""
 
-from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models
@@ -8,6 +7,7 @@ from tokenizers import AddedToken, decoders, models
 from plasticity_jax.data.pieces import SPACE, sentencepiece_normalizer, sentencepiece_pre_tokenizer
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
+from plasticity_jax.storage import AnyPath
 
 # ModelProto.SentencePiece.Type
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
@@ -49,9 +49,9 @@ def from_sentencepiece(content: bytes, name: str) -> Tokenizer:
     return Tokenizer(backend, {key: model.pieces[index].piece for key, index in ids.items() if index >= 0})
 
 
-def read_sentencepiece(path: Path) -> Tokenizer:
+def read_sentencepiece(path: AnyPath) -> Tokenizer:
     """`from_sentencepiece` of a file."""
-    return from_sentencepiece(Path(path).read_bytes(), str(path))
+    return from_sentencepiece(path.read_bytes(), str(path))
 
 
 def _parse(content: bytes, name: str):

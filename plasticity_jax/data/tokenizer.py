@@ -3,11 +3,8 @@
 import functools
 import hashlib
 import json
-import os
-import shutil
 from array import array
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from plasticity_jax.data.pieces import SPACE, cutter, own_pre_tokenizer
 from plasticity_jax.errors import UserError, reason
+from plasticity_jax.storage import AnyPath, location, write_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -103,18 +101,18 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
+    def load(cls, path: AnyPath) -> "Tokenizer":
         """Reads a tokenizer.json, or the one in a folder, and the names of the special tokens from a tokenizer_config.json beside it.
 
         Raises:
           UserError: no such file, not a tokenizer, or one without an end of text.
         """
-        path = Path(path)
+        path = location(path)
         path = path / TOKENIZER_FILE if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"tokenizer {path} does not exist; run `plasticity prepare` for this study")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception for every kind of bad file
             raise UserError(f"tokenizer {path} is not readable ({reason(error)}); delete it and run `plasticity prepare`") from error
         try:
@@ -122,24 +120,20 @@ class Tokenizer:
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
-    def save(self, path: Path) -> None:
+    def save(self, path: AnyPath) -> None:
         """Writes the standard tokenizer.json of the tokenizers library, and a tokenizer_config.json beside it where the special tokens are not ours.
 
         Each file is written atomically, the configuration first.
         """
-        path = Path(path)
+        path = location(path)
         config = path.with_name(CONFIG_FILE)
         if self._specials:
             settings = self._specials | {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False,
                                          "tokenizer_class": "PreTrainedTokenizerFast"}
-            partial = config.with_name(config.name + ".partial")
-            partial.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(partial, config)
+            write_bytes(config, (json.dumps(settings, indent=1, ensure_ascii=False) + "\n").encode())
         else:
             config.unlink(missing_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        self._backend.save(str(partial))
-        os.replace(partial, path)
+        write_bytes(path, self._backend.to_str(pretty=True).encode())
 
     @functools.cached_property
     def token_bytes(self) -> Int[np.ndarray, " vocab"]:
@@ -200,25 +194,23 @@ class Tokenizer:
         return self._backend.decode([int(index) for index in ids], skip_special_tokens=skip_special)
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: AnyPath, target: AnyPath) -> None:
     """Copies the tokenizer's files from one run's folder to another's, each atomically; the target then holds no file of another tokenizer.
 
     Raises:
       UserError: the source holds no tokenizer.json.
     """
-    if not (Path(source) / TOKENIZER_FILE).is_file():
+    if not (source / TOKENIZER_FILE).is_file():
         raise UserError(f"{source} holds no {TOKENIZER_FILE}; put the model's tokenizer there")
     for name in (CONFIG_FILE, TOKENIZER_FILE):
-        original, copy = Path(source) / name, Path(target) / name
+        original, copy = source / name, target / name
         if original.is_file():
-            partial = copy.with_name(name + ".partial")
-            shutil.copyfile(original, partial)
-            os.replace(partial, copy)
+            write_bytes(copy, original.read_bytes())
         else:
             copy.unlink(missing_ok=True)
 
 
-def _read_specials(path: Path) -> dict[str, str]:
+def _read_specials(path: AnyPath) -> dict[str, str]:
     """The special tokens that a tokenizer_config.json names; an entry is a string, or an object with the string as "content"."""
     if not path.is_file():
         return {}

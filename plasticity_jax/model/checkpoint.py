@@ -1,7 +1,6 @@
 """Checkpoints of a run: parameters, and the optimizer's state beside them, by step."""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,18 +8,42 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from etils import epath
 
 from plasticity_jax.errors import UserError, reason
+from plasticity_jax.model.checkpoint_copies import StepCopies, committed_steps, remove_step
+from plasticity_jax.storage import AnyPath, is_local, location, remove_tree
 
 # Bytes of an array that are compressed at once, and that are held before they go into a file, where memory is short.
 _PIECE, _FILE = 4 << 20, 16 << 20
 _BLOCK = 1 << 20  # elements summed at once
 
 
+def finished_steps(directory: AnyPath) -> set[int]:
+    """The steps below a directory that are whole; none where there is no such directory."""
+    if is_local(directory):  # a save is renamed to its step's number when it is whole
+        return {int(path.name) for path in directory.iterdir() if path.name.isdigit()} if directory.is_dir() else set()
+    return committed_steps(directory)
+
+
+def delete_step(directory: AnyPath, step: int) -> None:
+    """Removes a step."""
+    if is_local(directory):
+        remove_tree(directory / str(step))
+    else:
+        remove_step(directory, step)
+
+
+def _orbax_writes_to(directory: AnyPath) -> bool:
+    # On other stores Orbax, or the library of arrays below it, would take a half-written step for a whole one, or not write at all.
+    return is_local(directory) or directory.protocol in ("gs", "gcs")
+
+
 class Checkpoints:
     """The steps saved under one directory, as `<directory>/<step>/{params,optimizer,checksums}`.
 
-    A step is visible only once it is whole: a process killed in the middle of a save leaves the step before it as the latest.
+    A step is visible only once it is whole: a process killed in the middle of a save leaves the step before it as the latest. On a store other than
+    gs:// the steps are copied to and from a local folder, in the background where `asynchronous`.
 
     Args:
       directory: created if missing, unless `read_only`.
@@ -29,21 +52,46 @@ class Checkpoints:
       read_only: for reading alone; creates and deletes nothing.
       save_bytes: for saving alone: one array after the other, in pieces, so that at most about this much memory is needed beside the arrays; more
         than the largest array has. None saves all at once.
+      alone: of several processes, only this one uses the checkpoints; its arrays lie on its own devices. Otherwise all do the same at the same time.
+    Raises:
+      UserError: several processes, and a store other than gs://.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 1, asynchronous: bool = True, read_only: bool = False, save_bytes: int | None = None):
-        self.directory = Path(directory).absolute()
+    def __init__(
+        self,
+        directory: AnyPath,
+        *,
+        keep: int = 1,
+        asynchronous: bool = True,
+        read_only: bool = False,
+        save_bytes: int | None = None,
+        alone: bool = False,
+    ):
+        self._place, self._copies = location(directory), None
+        if is_local(self._place):
+            self.directory = self._place.absolute()
+        elif _orbax_writes_to(self._place):
+            self.directory = epath.Path(str(self._place))
+        else:
+            if jax.process_count() > 1 and not alone:
+                raise UserError(f"{self._place}: {jax.process_count()} processes can write checkpoints to a shared disk or to gs:// alone; give one of the two.")
+            self._copies = StepCopies(self._place, keep=keep)
+            self.directory = self._copies.folder
         absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns about every sharding and every missing item that is meant
+        only_here = {"multiprocessing_options": _only_this_process()} if alone and jax.process_count() > 1 else {}
+        if only_here and not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
-            create=not read_only,
+            create=not read_only and not only_here,
             read_only=read_only,
             enable_async_checkpointing=asynchronous and not read_only,
+            **only_here,
         )
-        self._frugal = save_bytes is not None
+        self._frugal, self._only_here = save_bytes is not None, only_here
         # Of the two handlers of the one format, the plainer has all the settings that memory depends on.
         handler = functools.partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=save_bytes / 1e9) if self._frugal else ocp.StandardCheckpointHandler
-        handlers = {name: handler() for name in ("params", "optimizer")} | {"checksums": ocp.JsonCheckpointHandler()}
+        handlers = {name: handler(**only_here) for name in ("params", "optimizer")} | {"checksums": ocp.JsonCheckpointHandler(**only_here)}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers)
 
     def save(self, step: int, params: Any, optimizer: Any | None = None) -> None:
@@ -51,17 +99,22 @@ class Checkpoints:
         trees = {"params": params} if optimizer is None else {"params": params, "optimizer": optimizer}
         checksums = {name: _checksums(tree) for name, tree in trees.items()}
         items = {name: self._save_args(tree) for name, tree in trees.items()}
+        if self._copies is not None:
+            self._copies.wait()
         self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(checksums)))
+        if self._copies is not None:
+            self._copies.publish(step, self._manager.wait_until_finished)
 
     def _save_args(self, tree: Any) -> Any:
         if not self._frugal:
-            return ocp.args.StandardSave(tree)
+            # Orbax takes no arrays of one process's own devices where there are several processes.
+            return ocp.args.StandardSave(jax.tree.map(np.asarray, tree) if self._only_here else tree)
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), tree)
         return ocp.args.PyTreeSave(tree, save_args=pieces, ocdbt_target_data_file_size=_FILE)
 
     def latest(self) -> int | None:
         """The largest step that is whole, or None."""
-        return self._manager.latest_step()
+        return self._manager.latest_step() if self._copies is None else self._copies.latest()
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The parameters of a step, bit for bit.
@@ -93,7 +146,8 @@ class Checkpoints:
         alone = structure.unflatten(leaves)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), alone)
         try:
-            handler = ocp.PyTreeCheckpointHandler()
+            self._fetch(step)
+            handler = ocp.PyTreeCheckpointHandler(**self._only_here)
             tree = handler.restore(self.directory / str(step) / "params", args=ocp.args.PyTreeRestore(alone, restore_args=as_numpy))
             array = jax.tree.leaves(tree)[index]
             if array.shape != leaves[index].shape:
@@ -106,12 +160,18 @@ class Checkpoints:
         return array
 
     def wait(self) -> None:
-        """Returns when every save so far is on disk."""
+        """Returns when every save so far is whole."""
         self._manager.wait_until_finished()
+        if self._copies is not None:
+            self._copies.wait()
 
     def close(self) -> None:
         """Waits for the last save and releases the threads."""
-        self._manager.close()
+        try:
+            self._manager.close()
+        finally:
+            if self._copies is not None:
+                self._copies.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -122,6 +182,7 @@ class Checkpoints:
     def _restore(self, step: int, **abstract: Any) -> Any:
         items = {name: ocp.args.StandardRestore(_placed(tree)) for name, tree in abstract.items()}
         try:
+            self._fetch(step)
             restored = self._manager.restore(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonRestore()))
             for name in abstract:
                 if _checksums(restored[name]) != restored["checksums"][name]:
@@ -130,9 +191,19 @@ class Checkpoints:
         except Exception as error:  # Orbax and tensorstore raise many types for a missing file, a bad checksum or another shape
             raise self._unreadable(step, error) from error
 
+    def _fetch(self, step: int) -> None:
+        if self._copies is not None:
+            self._copies.fetch(step)
+            self._manager.reload()
+
     def _unreadable(self, step: int, error: Exception) -> UserError:
         said = reason(error).split(". ")[0]
-        return UserError(f"checkpoint {self.directory / str(step)} cannot be read ({said}); delete the run's directory and run its stage again.")
+        return UserError(f"checkpoint {self._place / str(step)} cannot be read ({said}); delete the run's directory and run its stage again.")
+
+
+def _only_this_process() -> Any:
+    here = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process_{here}")
 
 
 def _checksums(tree: Any) -> list[int]:

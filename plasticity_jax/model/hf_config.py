@@ -3,12 +3,12 @@
 import json
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from plasticity_jax.config import ModelConfig, RopeScaling
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.hf_names import FAMILIES, Family
+from plasticity_jax.storage import AnyPath
 
 log = logging.getLogger("plasticity_jax")
 
@@ -60,7 +60,7 @@ class Description:
     carried: dict[str, Any]
 
 
-def read_description(folder: Path) -> Description:
+def read_description(folder: AnyPath) -> Description:
     """Reads the config.json of a folder.
 
     Raises:
@@ -107,7 +107,7 @@ def read_description(folder: Path) -> Description:
     return Description(model, family, {name: tree[name] for name in CARRIED if name in tree})
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: AnyPath) -> dict[str, Any]:
     """A JSON object from a file that others wrote. Raises UserError if there is none."""
     if not path.is_file():
         raise UserError(f"{path} is missing; give the folder that save_pretrained wrote, with its {path.name}.")
@@ -120,7 +120,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _family(path: Path, tree: dict[str, Any]) -> Family:
+def _family(path: AnyPath, tree: dict[str, Any]) -> Family:
     named = tree.get("architectures") or []
     named = named if isinstance(named, list) else [named]
     for family in FAMILIES:
@@ -133,7 +133,7 @@ def _family(path: Path, tree: dict[str, Any]) -> Family:
 _REQUIRED = object()
 
 
-def _number(path: Path, tree: dict[str, Any], name: str, kind: type, default: Any = _REQUIRED) -> Any:
+def _number(path: AnyPath, tree: dict[str, Any], name: str, kind: type, default: Any = _REQUIRED) -> Any:
     value = tree.get(name)
     if value is None:
         if default is _REQUIRED:
@@ -144,14 +144,14 @@ def _number(path: Path, tree: dict[str, Any], name: str, kind: type, default: An
     return kind(value)
 
 
-def _flag(path: Path, tree: dict[str, Any], name: str) -> bool:
+def _flag(path: AnyPath, tree: dict[str, Any], name: str) -> bool:
     value = tree.get(name, False)
     if not isinstance(value, bool):
         raise UserError(f"{path}: {name}={value!r} must be true or false; bring the file again.")
     return value
 
 
-def _rope(path: Path, tree: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+def _rope(path: AnyPath, tree: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """The base and the scaling: transformers 5 has both in rope_parameters, 4 has rope_theta and rope_scaling."""
     theta = _number(path, tree, "rope_theta", float, None)
     found = []
@@ -171,7 +171,7 @@ def _rope(path: Path, tree: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     return 10000.0 if theta is None else theta, found[0] if found else None
 
 
-def _scaling(path: Path, key: str, rope: dict[str, Any]) -> RopeScaling | None:
+def _scaling(path: AnyPath, key: str, rope: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     settings = {name: value for name, value in rope.items() if name not in ("rope_type", "type", "rope_theta") and value is not None}
     if settings.pop("partial_rotary_factor", 1) != 1:

@@ -1,7 +1,10 @@
 """From a run directory to a Hugging Face folder that transformers loads."""
 
+import contextlib
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,14 @@ from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel.rules import param_paths
 from plasticity_jax.progress import Progress
 from plasticity_jax.records import RunDirectory, write_json
+from plasticity_jax.storage import AnyPath, is_local, upload, write_bytes
 
 
-def export_model(path: Path, out: Path, dtype: str | None) -> None:
+def export_model(path: AnyPath, out: AnyPath, dtype: str | None) -> None:
     """Writes the model of a finished run as config.json, safetensors, generation_config.json and the tokenizer's files.
 
     Args:
-      out: is missing or an empty folder; appears whole or not at all.
+      out: is missing or an empty folder; appears whole or not at all, on a store with config.json last.
       dtype: of all tensors; None keeps what an imported model's source had, and is float32 for every other run, a fine-tuned import included.
     Raises:
       UserError: no finished run with a model, `out` is not empty, no Hugging Face architecture has this network, or a number is too large for `dtype`.
@@ -53,12 +57,7 @@ def export_model(path: Path, out: Path, dtype: str | None) -> None:
     if dtype is None and stage == "import":
         usual, others = source["dtype"], source["other_dtypes"]
     of_network = parts(model, family)
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
+    with _appearing(out) as partial:
         total = sum(part.size for part in of_network)
         with open_checkpoints(path) as checkpoints, Progress(f"write {out.name}", total=total, unit="parameters") as progress:
             leaves = _Leaves(checkpoints, model)
@@ -66,6 +65,23 @@ def export_model(path: Path, out: Path, dtype: str | None) -> None:
         settings = _settings(directory, tokenizer, source)
         write_json(partial / "config.json", describe(model, family, usual, settings))
         _write_companions(path, tokenizer, settings, partial)
+
+
+@contextlib.contextmanager
+def _appearing(out: AnyPath) -> Iterator[Path]:
+    """A local folder to write to, which becomes `out` when the block ends without an error."""
+    if not is_local(out):
+        with tempfile.TemporaryDirectory(prefix="plasticity-export-") as folder:
+            yield Path(folder)
+            upload(Path(folder), out, last="config.json")
+        return
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -115,10 +131,10 @@ def _settings(directory: RunDirectory, tokenizer: Tokenizer | None, source: dict
     return own | ids if source is None else own | source["carried"]
 
 
-def _write_companions(run: Path, tokenizer: Tokenizer | None, settings: dict[str, Any], folder: Path) -> None:
+def _write_companions(run: AnyPath, tokenizer: Tokenizer | None, settings: dict[str, Any], folder: Path) -> None:
     for name in COMPANIONS:
         if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
+            write_bytes(folder / name, (run / name).read_bytes())
     ids = {name: value for name, value in settings.items() if name.endswith("_token_id") and value is not None}
     if ids and not (folder / "generation_config.json").exists():
         write_json(folder / "generation_config.json", ids)

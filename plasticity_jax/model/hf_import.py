@@ -5,11 +5,9 @@ import hashlib
 import itertools
 import logging
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +23,7 @@ from plasticity_jax.model.hf_tensors import Weights
 from plasticity_jax.model.transformer import Params, count_params
 from plasticity_jax.progress import Progress
 from plasticity_jax.records import Run, RunDirectory, read_json
+from plasticity_jax.storage import AnyPath, is_local, joined, remove_tree, write_bytes
 
 log = logging.getLogger("plasticity_jax")
 
@@ -39,19 +38,22 @@ _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _ROWS_COMPARED = 4096
 
 
-def is_hugging_face(path: Path) -> bool:
+def is_hugging_face(path: AnyPath) -> bool:
     """Whether a folder holds a model of Hugging Face's form, whole or not, rather than a run."""
     if (path / "config.json").is_file():
         return "run" not in read_object(path / "config.json")
     return path.is_dir() and any(file.suffix in (".safetensors", ".bin", ".pt", ".pth") for file in path.iterdir())
 
 
-def open_folder(folder: Path) -> tuple[Description, Weights]:
+def open_folder(folder: AnyPath) -> tuple[Description, Weights]:
     """What a folder's config.json and the headers of its weights say; no weight is read.
 
     Raises:
-      UserError: anything in either that is not supported, or tensors that are not those of the network: missing, surplus, of another shape.
+      UserError: a folder on a store, anything in either that is not supported, or tensors that are not those of the network: missing, surplus, of
+        another shape.
     """
+    if not is_local(folder):
+        raise UserError(f"{folder} is a Hugging Face folder on a store, and weights are read from a disk alone; copy it to one first.")
     description = read_description(folder)
     weights = Weights(folder)
     expected = {part.name: part for part in parts(description.model, description.family)}
@@ -80,7 +82,7 @@ def _and_more(names: Sequence[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _check_tied(folder: Path, weights: Weights) -> None:
+def _check_tied(folder: AnyPath, weights: Weights) -> None:
     """Some writers store the tied output matrix a second time; another one than the embedding would be lost."""
     head, embedding = weights.tensors[HEAD], weights.tensors[EMBEDDING]
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
@@ -129,7 +131,7 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     return raw[start : start + n_bytes].view(np.float32).reshape(shape)
 
 
-def read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
+def read_tokenizer(folder: AnyPath, model: ModelConfig) -> Tokenizer | None:
     """The tokenizer beside a model, or None where there is none. Raises UserError if it has more tokens than the model."""
     if (folder / TOKENIZER_FILE).is_file():
         tokenizer = Tokenizer.load(folder)
@@ -149,7 +151,7 @@ def read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
 # ------------------------------------------------------------------------------------------------------------------------------ the run
 
 
-def import_folder(folder: Path, out: Path) -> None:
+def import_folder(folder: AnyPath, out: AnyPath) -> None:
     """Makes `out` a finished run of stage "import" that belongs to no study; one that was cut off is done again, a finished one is left as it is.
 
     Args:
@@ -176,7 +178,7 @@ def import_folder(folder: Path, out: Path) -> None:
         import_model(folder, out, run, config)
 
 
-def import_run(folder: Path, config: StudyConfig) -> tuple[Run, StudyConfig]:
+def import_run(folder: AnyPath, config: StudyConfig) -> tuple[Run, StudyConfig]:
     """The run that an import of a folder is: named after the folder, defined by the bytes of its files.
 
     Args:
@@ -203,7 +205,7 @@ def with_network(config: StudyConfig, model: ModelConfig) -> StudyConfig:
     return replace(config, model=model, data=replace(config.data, tokenizer=DataConfig().tokenizer))
 
 
-def _sha256(path: Path, progress: Progress) -> str:
+def _sha256(path: AnyPath, progress: Progress) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -212,7 +214,7 @@ def _sha256(path: Path, progress: Progress) -> str:
     return digest.hexdigest()
 
 
-def import_model(folder: Path, target: Path, run: Run, config: StudyConfig) -> None:
+def import_model(folder: AnyPath, target: AnyPath, run: Run, config: StudyConfig) -> None:
     """Makes `target` the finished directory of an import run, as `import_run` described it; one that was cut off is done again.
 
     Its results.json holds `parameters` (their number), `architecture`, `dtype` (of most of the source's tensors), `other_dtypes` (tensor name →
@@ -224,10 +226,10 @@ def import_model(folder: Path, target: Path, run: Run, config: StudyConfig) -> N
     with RunDirectory(target).work(run, config) as directory:
         description, weights = open_folder(folder)
         checkpoints = directory.path / "checkpoints"
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        remove_tree(checkpoints)
         for name in COMPANIONS:
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, directory.path / name)
+                write_bytes(directory.path / name, (folder / name).read_bytes())
         tokenizer = read_tokenizer(folder, description.model)
         if tokenizer is not None and not (folder / TOKENIZER_FILE).is_file():
             tokenizer.save(directory.path / TOKENIZER_FILE)
@@ -257,7 +259,7 @@ def imported_from(directory: RunDirectory) -> dict[str, Any] | None:
     """The results of the import that a run's model comes from, itself or through fine-tuning; None where it was made here or the import is gone."""
     while directory.run().stage == "finetune":
         base = read_json(directory.path / "provenance.json").get("parent_paths", {}).get("base")
-        if base is None or not (directory.path / base / "config.json").is_file():
+        if base is None or not (joined(directory.path, base) / "config.json").is_file():
             return None
-        directory = RunDirectory(directory.path / base)
+        directory = RunDirectory(joined(directory.path, base))
     return directory.results() if directory.run().stage == "import" else None

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.hf_import import is_hugging_face, open_folder, read_params, read_tokenizer
 from plasticity_jax.model.transformer import Params, abstract_params, apply
+from plasticity_jax.storage import AnyPath, location
 
 MODEL_STAGES = ("init", "import", "pretrain", "finetune")
 
@@ -37,7 +37,7 @@ class LoadedModel:
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer | None
-    path: Path
+    path: AnyPath
     run: records.Run | None
 
     def __call__(
@@ -85,13 +85,13 @@ def _integers(name: str, values: Any, shape: tuple[int, ...] | None) -> np.ndarr
     return array.astype(np.int32)
 
 
-def load_model(path: str | Path) -> LoadedModel:
+def load_model(path: str | AnyPath) -> LoadedModel:
     """Opens a Hugging Face folder, or the directory of a finished init, import, pretrain or finetune run and reads its last checkpoint.
 
     Raises:
       UserError: no finished run of such a stage, a damaged checkpoint, or a folder that cannot be imported.
     """
-    path = Path(path)
+    path = location(path)
     if is_hugging_face(path):
         description, weights = open_folder(path)
         tokenizer = read_tokenizer(path, description.model)
@@ -101,7 +101,7 @@ def load_model(path: str | Path) -> LoadedModel:
     return LoadedModel(config, load_params(path, config), read_tokenizer(path, config), path, directory.run())
 
 
-def open_model_run(path: Path) -> records.RunDirectory:
+def open_model_run(path: AnyPath) -> records.RunDirectory:
     """The directory of a finished run that holds a model. Raises UserError if it is none."""
     directory = records.open_run(path)
     stage = directory.run().stage
@@ -110,18 +110,18 @@ def open_model_run(path: Path) -> records.RunDirectory:
     return directory
 
 
-def load_params(path: Path, config: ModelConfig) -> Params:
+def load_params(path: AnyPath, config: ModelConfig) -> Params:
     """The parameters of the last checkpoint below a run's directory. Raises UserError if there is none or it is damaged."""
     with open_checkpoints(path) as checkpoints:
         return checkpoints.restore_params(checkpoints.latest(), abstract_params(config))
 
 
-def open_checkpoints(path: Path) -> Checkpoints:
+def open_checkpoints(path: AnyPath) -> Checkpoints:
     """The checkpoints below a run's directory, for reading. Raises UserError if there is none."""
     folder = path / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{path} has no checkpoints folder; delete the run's directory and run its stage again.")
-    checkpoints = Checkpoints(folder, read_only=True)
+    checkpoints = Checkpoints(folder, read_only=True, alone=True)
     if checkpoints.latest() is None:
         checkpoints.close()
         raise UserError(f"{folder} holds no finished checkpoint; delete the run's directory and run its stage again.")

@@ -4,10 +4,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.model.layers import project
+from plasticity_jax.parallel.sharding import ROWS, constrain
 
 
 @jax.custom_vjp
@@ -38,7 +40,13 @@ token_losses.defvjp(_forward, _backward)
 
 
 def vocabulary_losses(
-    x_BxTxD: Float[Array, "B T D"], kernel_DxV: Float[Array, "D V"], targets_BxT: Int[Array, "B T"], *, compute_dtype: DTypeLike, chunks: int
+    x_BxTxD: Float[Array, "B T D"],
+    kernel_DxV: Float[Array, "D V"],
+    targets_BxT: Int[Array, "B T"],
+    *,
+    compute_dtype: DTypeLike,
+    chunks: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`token_losses` of the logits x · kernel.
 
@@ -47,11 +55,13 @@ def vocabulary_losses(
       compute_dtype: of the product; its sums, and the losses, are float32.
       chunks: parts of the T tokens; only one part's logits exist at a time, forward and backward, so that [B, T, V] is never held. Lowered to its
         greatest common divisor with T.
+      mesh: where the arrays are sharded; the logits lie with their rows and, over tensor, their vocabulary split. None for one device.
     """
     chunks = math.gcd(chunks, targets_BxT.shape[1])
 
     def losses(x, targets):
-        return token_losses(project(x, kernel_DxV, compute_dtype, out_dtype=jnp.float32), targets)
+        logits_BxTxV = project(x, kernel_DxV, compute_dtype, out_dtype=jnp.float32)
+        return token_losses(constrain(mesh, logits_BxTxV, ROWS, None, "tensor"), targets)
 
     if chunks == 1:
         return losses(x_BxTxD, targets_BxT)

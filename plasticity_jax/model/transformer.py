@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.model.attention import Attention, Rope, attend, attention_mask, rope_tables
 from plasticity_jax.model.layers import MLP, Embedding, Initializer, Linear, RMSNorm, project
+from plasticity_jax.parallel.sharding import GATHERED, ROWS, constrain, gather
 
 CAPTURES = ("embed", "block_out", "final_norm", "mlp_act", "attn_probs")
 
@@ -35,6 +36,7 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the projections; attention's products have batch dimensions
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+_GATHER_AGAIN = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
 
 Params = dict[str, Any]
 
@@ -181,7 +183,7 @@ def hidden_states(
       scan_layers: run the layers as a `lax.scan` (smaller program, slower on CPUs) instead of one after the other.
       remat: what the backward pass computes again: "none", "dots" (all but the projections' products) or "full" (all but the blocks' inputs).
       attention: "xla", or a kernel of `kernels.choose_kernel`.
-      mesh: where the arrays are sharded; needed by the splash kernel alone.
+      mesh: where the arrays are sharded, in the layouts of `parallel.sharding`; None for one device.
     Returns:
       The states in `compute_dtype`, and a dict of the captured activations: `embed` [B, T, D], `block_out` [L, B, T, D] (residual stream after
       each block), `final_norm` [B, T, D], `mlp_act` [L, B, T, F] (silu(gate)·up), `attn_probs` [L, B, H, T, T] (float32).
@@ -196,12 +198,13 @@ def hidden_states(
     tokens_BxT = jnp.asarray(tokens_BxT)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     decoder_graph, block_graph = graphs(config)
-    decoder = nnx.merge(decoder_graph, params)
+    outer = gather(mesh, {name: part for name, part in params.items() if name != "blocks"}, compute_dtype)
+    decoder = nnx.merge(decoder_graph, outer)
     rope = rope_of(config, jnp.arange(tokens_BxT.shape[1])[None] if positions is None else jnp.asarray(positions))
     mask = attention_mask(tokens_BxT.shape[1], segment_ids) if attention == "xla" else None
 
     def run_block(x_BxTxD, layer: Params):
-        block = nnx.merge(block_graph, layer)
+        block = nnx.merge(block_graph, gather(mesh, layer, compute_dtype, prefix="blocks", of_layer=True))
         q, k, v = block.qkv(x_BxTxD, rope, compute_dtype)
         if attention == "xla":
             out_BxTxHxDh, probs_BxHxTxT = attend(q, k, v, mask)
@@ -210,13 +213,17 @@ def hidden_states(
 
             out_BxTxHxDh, probs_BxHxTxT = kernel_attention(attention, q, k, v, segment_ids_BxT=segment_ids, mesh=mesh), None
         x_BxTxD, act_BxTxF = block.add(x_BxTxD, out_BxTxHxDh, compute_dtype)
+        x_BxTxD = constrain(mesh, x_BxTxD, ROWS, None, None)
         captures = {"block_out": x_BxTxD, "mlp_act": act_BxTxF, "attn_probs": probs_BxHxTxT}
         return x_BxTxD, {name: captures[name] for name in capture if name in captures}
 
-    if remat != "none":
+    policy = REMAT_POLICIES.get(remat)
+    if policy is None and mesh is not None and mesh.shape["fsdp"] > 1:
+        policy = _GATHER_AGAIN  # kept from the forward to the backward pass, all layers' gathered matrices would be the whole model on every device
+    if policy is not None:
         # A scan's body is compiled once and on its own, so nothing outside can make the compiler merge the two computations.
-        run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=not scan_layers)
-    x_BxTxD = decoder.embed(tokens_BxT, compute_dtype)
+        run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=not scan_layers)
+    x_BxTxD = constrain(mesh, decoder.embed(tokens_BxT, compute_dtype), ROWS, None, None)
     activations = {"embed": x_BxTxD}
     if scan_layers:
         x_BxTxD, of_layers = jax.lax.scan(run_block, x_BxTxD, params["blocks"])

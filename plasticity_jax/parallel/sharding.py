@@ -1,12 +1,22 @@
-"""Which mesh axis holds which axis of a parameter or a batch."""
+"""Which mesh axis holds which axis of a parameter, an activation or a batch.
 
+Storage and computation differ: parameters, moments and gradients lie split over fsdp, and a layer's matrices are gathered over it just before
+their products. Left to itself, the compiler may instead split the products and sum activations over fsdp, which are far larger.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from plasticity_jax.errors import UserError
-from plasticity_jax.parallel.rules import match_rules
+from plasticity_jax.parallel.rules import match_rules, param_paths
 
 # fsdp splits the d_model side of every matrix, tensor splits heads, d_ff and vocabulary; the layer axis comes first in a block.
 SHARDING_RULES = (
@@ -18,6 +28,9 @@ SHARDING_RULES = (
     (r"scale$", PartitionSpec()),
     (r"^head/kernel$", PartitionSpec("fsdp", "tensor"), True),  # absent where the embedding is tied
 )
+
+ROWS = ("data", "fsdp")  # mesh axes that the rows of a batch lie on
+GATHERED = "gathered"  # checkpoint name of what `gather` returns
 
 
 def param_shardings(mesh: Mesh, abstract: Any, *, members: bool = False) -> Any:
@@ -40,6 +53,88 @@ def param_shardings(mesh: Mesh, abstract: Any, *, members: bool = False) -> Any:
     return jax.tree.unflatten(jax.tree.structure(abstract), shardings)
 
 
+def inference_shardings(mesh: Mesh, abstract: Any) -> Any:
+    """As `param_shardings`, but whole over fsdp: what reads all parameters for every token must not gather them for every token."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, _without_fsdp(s.spec)), param_shardings(mesh, abstract))
+
+
+def sharding_table(mesh: Mesh, abstract: Any) -> dict[str, dict[str, Any]]:
+    """Path of each parameter → its `shape`, its `spec` (mesh axis of every axis, or None) and `per_device`, the shape that a device holds."""
+    leaves, shardings = jax.tree.leaves(abstract), jax.tree.leaves(param_shardings(mesh, abstract))
+    return {
+        path: {"shape": list(leaf.shape), "spec": [*s.spec, *[None] * (leaf.ndim - len(s.spec))], "per_device": list(s.shard_shape(leaf.shape))}
+        for path, leaf, s in zip(param_paths(abstract), leaves, shardings, strict=True)
+    }
+
+
+def format_sharding_table(table: dict[str, dict[str, Any]]) -> Iterable[str]:
+    """One line for each parameter of a `sharding_table`."""
+    width = max(map(len, table))
+    for path, row in table.items():
+        shape, spec, part = (", ".join("-" if x is None else str(x) for x in row[name]) for name in ("shape", "spec", "per_device"))
+        yield f"{path:<{width}}  [{shape}]  over [{spec}]  →  [{part}] per device"
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of batch arrays [B, T]: rows over data and fsdp together; all members see the same batch."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+# ----------------------------------------------------------------------------------------------------------------- inside a computation
+
+
+def gather(mesh: Mesh | None, params: Any, dtype: DTypeLike, *, prefix: str = "", of_layer: bool = False) -> Any:
+    """Parameters in the layout of their products: matrices in `dtype`, whole over fsdp, still split over tensor. Gradients go back to the storage layout.
+
+    The gather moves values of `dtype`, and each result bears the checkpoint name GATHERED, so that a policy can gather again instead of keeping it.
+
+    Args:
+      mesh: None, or one of a single device, changes nothing.
+      params: a part of the parameter tree.
+      prefix: path of that part, such as "blocks".
+      of_layer: the arrays of `blocks` are of one layer, without the layer axis.
+    """
+    if mesh is None or mesh.size == 1:
+        return params
+    paths = [f"{prefix}/{path}".strip("/") for path in param_paths(params)]
+    table = match_rules([(pattern, spec, True) for pattern, spec, *_ in SHARDING_RULES], paths)
+    leaves = []
+    for leaf, (path, spec) in zip(jax.tree.leaves(params), table.items(), strict=True):
+        if any(spec):
+            stored = NamedSharding(mesh, PartitionSpec(*spec[1:]) if of_layer else spec)
+            computed = NamedSharding(mesh, _without_fsdp(stored.spec))
+            leaf = checkpoint_name(_laid_out(leaf.astype(dtype), stored, computed), GATHERED)
+        leaves.append(leaf)
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def constrain(mesh: Mesh | None, x: Array, *axes: Any) -> Array:
+    """`x` with its axes on these mesh axes (None: whole). An axis that its mesh axes do not divide, or one device, is left to the compiler."""
+    if mesh is None or mesh.size == 1:
+        return x
+    for size, names in zip(x.shape, axes):
+        shards = math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+        if size % shards:
+            return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _laid_out(x: Array, stored: NamedSharding, computed: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(x, computed)
+
+
+def _laid_out_forward(x: Array, stored: NamedSharding, computed: NamedSharding) -> tuple[Array, None]:
+    return _laid_out(x, stored, computed), None
+
+
+def _laid_out_backward(stored: NamedSharding, computed: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
+    # The transpose of the constraint alone would make the whole gradient on every device: a sum in the place of a reduce-scatter.
+    return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_laid_out.defvjp(_laid_out_forward, _laid_out_backward)

@@ -3,20 +3,21 @@
 import contextlib
 import errno
 import logging
-import os
-import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError, reason
+from plasticity_jax.parallel import processes
 from plasticity_jax.records import Context, Run, RunDirectory, read_json, to_json
+from plasticity_jax.storage import AnyPath, check_writable, free_bytes, relative
 from plasticity_jax.study.graph import corpus_run, init_run, run_configs, study_dir
 
 log = logging.getLogger("plasticity_jax")
+
+_TOGETHER = ("pretrain", "finetune")  # stages that all processes of a run carry out at once; the others are the first one's
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
 _STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")
@@ -45,23 +46,27 @@ def stage_function(stage: str) -> Callable[[Sequence[Context]], list[dict]]:
     return lambda contexts: [one(context) for context in contexts]
 
 
-def resolve(config: StudyConfig, workdir: Path) -> StudyConfig:
+def resolve(config: StudyConfig, workdir: AnyPath) -> StudyConfig:
     """Replaces `train.compute_dtype = "auto"` by what this study uses: the value stored with it, or what this machine favours."""
     if config.train.compute_dtype != "auto":
         return config
-    stored = study_dir(workdir, config) / "study.json"
+    dtype = processes.broadcast(lambda: _compute_dtype(study_dir(workdir, config) / "study.json"))
+    return replace(config, train=replace(config.train, compute_dtype=dtype))
+
+
+def _compute_dtype(stored: AnyPath) -> str:
     if stored.is_file():
         dtype = read_json(stored).get("resolved", {}).get("compute_dtype")
         if dtype:
-            return replace(config, train=replace(config.train, compute_dtype=dtype))
+            return dtype
     from plasticity_jax.train.precision import resolve_compute_dtype
 
     dtype = resolve_compute_dtype("auto")
     log.info("train.compute_dtype auto → %s on this machine", dtype)
-    return replace(config, train=replace(config.train, compute_dtype=dtype))
+    return dtype
 
 
-def check_start(config: StudyConfig, workdir: Path, runs: Sequence[Run]) -> None:
+def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> None:
     """Refuses runs whose corpus is not here, or whose settings this machine's devices do not take, before anything is written. Raises UserError."""
     own = [member_config(config, member) for member in grid_members(config)]
     todo = [run for run in runs if not RunDirectory(study_dir(workdir, config) / run.id).done]
@@ -71,16 +76,22 @@ def check_start(config: StudyConfig, workdir: Path, runs: Sequence[Run]) -> None
 
             open_corpus(files=data.files, tfds=data.tfds, tfds_split=data.tfds_split, text_field=data.text_field)
     if {run.stage for run in todo} & {"pretrain", "finetune"}:
-        _check_kernels(own)
+        _check_devices(own)
 
 
-def _check_kernels(members: Sequence[StudyConfig]) -> None:
+def _check_devices(members: Sequence[StudyConfig]) -> None:
     import jax
 
     from plasticity_jax.model.kernels import choose_kernel
+    from plasticity_jax.parallel.batches import check_batch_size
+    from plasticity_jax.parallel.mesh import make_mesh
 
     device = jax.devices()[0]
     for config in (for_device(own, device.device_kind) for own in members):
+        mesh = make_mesh(config.mesh)
+        check_batch_size(mesh, config.train.batch_size, config.train.microbatches, "train")
+        if config.tasks:
+            check_batch_size(mesh, config.finetune.batch_size, config.finetune.microbatches, "finetune")
         choose_kernel(
             config.train.attention,
             platform=device.platform,
@@ -90,18 +101,17 @@ def _check_kernels(members: Sequence[StudyConfig]) -> None:
         )
 
 
-def check_workdir(workdir: Path, config: StudyConfig) -> None:
+def check_workdir(workdir: AnyPath, config: StudyConfig) -> None:
     """Refuses a workdir that cannot be written to, or has less room than the study's files need. Raises UserError."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir) as file:
-            file.write(b"\0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
+        check_writable(workdir)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written to ({error.strerror}); give a folder on a writable disk with free space.") from error
+    free = free_bytes(workdir)
+    if free is None:
+        return
     held = sum(path.stat().st_size for path in study_dir(workdir, config).rglob("*") if path.is_file())
-    needed, free = _bytes_needed(config) - held, shutil.disk_usage(workdir).free
+    needed = _bytes_needed(config) - held
     if free < needed:
         raise UserError(
             f"--workdir={workdir} has {free / 1e6:,.0f} MB free, and this study needs about {needed / 1e6:,.0f} MB more; make room or give another --workdir."
@@ -131,6 +141,31 @@ def _data_bytes(config: StudyConfig) -> float:
     return 30e6 * sources if config.data.max_documents is None else 20e3 * config.data.max_documents * sources
 
 
+def check_shared(workdir: AnyPath) -> None:
+    """Refuses a workdir that the processes of a run do not share. Raises UserError on all of them."""
+    if processes.count() == 1:
+        return
+    token = workdir / processes.broadcast(lambda: f".shared-{uuid.uuid4().hex}")
+    processes.broadcast(lambda: token.write_text("shared", encoding="utf-8"))
+    try:
+        seen = processes.gather("shared", _appears(token))
+    finally:
+        processes.broadcast(lambda: token.unlink(missing_ok=True))
+    blind = [str(i) for i, sees in enumerate(seen) if not sees]
+    if blind:
+        raise UserError(
+            f"--workdir={workdir} is not the same folder for process {', '.join(blind)} as for process 0; give a folder on a disk that all hosts share."
+        )
+
+
+def _appears(path: AnyPath) -> bool:
+    for _ in range(20):  # a network file system shows another host's file after some seconds
+        if path.exists():
+            return True
+        time.sleep(0.5)
+    return False
+
+
 @dataclass
 class Outcome:
     """What became of the runs asked for: ids of those carried out, skipped as done, failed, and not reached because a parent is missing."""
@@ -141,7 +176,7 @@ class Outcome:
     waiting: list[str]
 
 
-def execute(config: StudyConfig, workdir: Path, runs: Sequence[Run], *, external: dict[str, Path] | None = None) -> Outcome:
+def execute(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, external: dict[str, AnyPath] | None = None) -> Outcome:
     """Carries out the runs that are not done, parents first.
 
     A run that fails is recorded and the rest goes on. A diverged parent makes its children diverged: that is a result.
@@ -157,15 +192,12 @@ def execute(config: StudyConfig, workdir: Path, runs: Sequence[Run], *, external
     outcome = Outcome([], [], [], [])
     located = {run.id: folder / run.id for run in runs} | (external or {})
 
-    def path_of(run_id: str) -> Path:
+    def path_of(run_id: str) -> AnyPath:
         return located.get(run_id, folder / run_id)
 
-    todo = []
-    for run in runs:
-        if RunDirectory(path_of(run.id)).done:
-            outcome.skipped.append(run.id)
-        else:
-            todo.append(run)
+    done = set(processes.broadcast(lambda: [run.id for run in runs if RunDirectory(path_of(run.id)).done]))
+    outcome.skipped = [run.id for run in runs if run.id in done]
+    todo = [run for run in runs if run.id not in done]
     if not todo:
         return outcome
     if {run.stage for run in todo} != {"prepare"}:  # preparing needs no accelerator
@@ -174,21 +206,19 @@ def execute(config: StudyConfig, workdir: Path, runs: Sequence[Run], *, external
         config = for_device(config, jax.devices()[0].device_kind)
     groups, configs = _groups(config, todo), run_configs(config, todo)
     for number, group in enumerate(groups, 1):
-        ready = []
-        for run in group:
-            missing = [parent for parent in run.parents.values() if not RunDirectory(path_of(parent)).done]
-            if missing:
-                log.warning("%s waits for %s", run.id, ", ".join(missing))
+        missing = processes.broadcast(lambda: [[parent for parent in run.parents.values() if not RunDirectory(path_of(parent)).done] for run in group])
+        for run, parents in zip(group, missing, strict=True):
+            if parents:
+                log.warning("%s waits for %s", run.id, ", ".join(parents))
                 outcome.waiting.append(run.id)
-            else:
-                ready.append(run)
+        ready = [run for run, parents in zip(group, missing, strict=True) if not parents]
         if not ready:
             continue
         log.info("[%d/%d] %s", number, len(groups), ", ".join(run.id for run in ready))
         try:
             _carry_out(configs, ready, path_of)
             outcome.carried_out += [run.id for run in ready]
-        except UserError:
+        except (UserError, processes.Parted):
             raise
         except Exception as error:
             problem = storage_problem(error)
@@ -215,24 +245,37 @@ def _program(run: Run) -> str:
     return to_json([fields | {"train": train}, run.parents])
 
 
-def _carry_out(configs: dict[str, StudyConfig], group: Sequence[Run], path_of: Callable[[str], Path]) -> None:
+def _carry_out(configs: dict[str, StudyConfig], group: Sequence[Run], path_of: Callable[[str], AnyPath]) -> None:
+    """Of several processes, the first holds the runs' locks and writes their text files; the others take part in the stages of `_TOGETHER`."""
     with contextlib.ExitStack() as stack:
         contexts = []
         for run in group:
-            config = configs[run.id]
-            directory = stack.enter_context(RunDirectory(path_of(run.id)).work(run, config))
+            directory = RunDirectory(path_of(run.id))
             parents = {role: path_of(parent) for role, parent in run.parents.items()}
-            directory.provenance["parent_paths"] = {role: os.path.relpath(path, directory.path) for role, path in parents.items()}
-            contexts.append(Context(config, run, directory, parents))
-        diverged = [role for role, path in contexts[0].parents.items() if RunDirectory(path).state()[0] == "diverged"]
-        start = time.monotonic()
-        if diverged:
-            results = [{"diverged": f"its {diverged[0]} diverged"} for _ in contexts]
+            contexts.append(Context(configs[run.id], run, directory, parents))
+
+        def begin() -> list[str]:
+            for context in contexts:
+                directory = stack.enter_context(context.directory.work(context.run, context.config))
+                directory.provenance["parent_paths"] = {role: relative(path, directory.path) for role, path in context.parents.items()}
+            return [role for role, path in contexts[0].parents.items() if RunDirectory(path).state()[0] == "diverged"]
+
+        def carry_out() -> None:
+            start = time.monotonic()
+            if diverged:
+                results = [{"diverged": f"its {diverged[0]} diverged"} for _ in contexts]
+            else:
+                results = stage_function(group[0].stage)(contexts)
+            if processes.primary():
+                for context, result in zip(contexts, results, strict=True):
+                    context.directory.provenance["seconds"] = time.monotonic() - start
+                    context.directory.finish(result)
+
+        diverged = processes.broadcast(begin)
+        if group[0].stage in _TOGETHER and not diverged:
+            processes.together(carry_out)
         else:
-            results = stage_function(group[0].stage)(contexts)
-        for context, result in zip(contexts, results, strict=True):
-            context.directory.provenance["seconds"] = time.monotonic() - start
-            context.directory.finish(result)
+            processes.broadcast(carry_out)
 
 
 def storage_problem(error: BaseException) -> str | None:

@@ -4,11 +4,11 @@ The functions that make one run take the config of the member it is for (`member
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from plasticity_jax.config import Member, StudyConfig, grid_members, member_config, result_fields, to_dict
 from plasticity_jax.errors import UserError
 from plasticity_jax.records import Run, RunDirectory, read_json, write_json
+from plasticity_jax.storage import AnyPath, make_folder
 
 
 def corpus_run(config: StudyConfig) -> Run:
@@ -175,21 +175,21 @@ def _pinned(packages) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------- study on disk
 
 
-def study_dir(workdir: Path, config: StudyConfig) -> Path:
+def study_dir(workdir: AnyPath, config: StudyConfig) -> AnyPath:
     return workdir / config.name
 
 
-def save_study(workdir: Path, config: StudyConfig, runs: list[Run]) -> None:
+def save_study(workdir: AnyPath, config: StudyConfig, runs: list[Run]) -> None:
     """Writes study.json: the config with what `auto` came to, and every run with its parents and hash."""
     folder = study_dir(workdir, config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     resolved = {"compute_dtype": config.train.compute_dtype}
     write_json(
         folder / "study.json", {"study": config.name, "config": to_dict(config), "resolved": resolved, "runs": [run.to_dict() for run in runs]}
     )
 
 
-def study_files(workdir: Path) -> list[Path]:
+def study_files(workdir: AnyPath) -> list[AnyPath]:
     """The study.json files below a workdir. Raises UserError if there is none."""
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; give the one that plasticity study wrote to.")
@@ -199,7 +199,7 @@ def study_files(workdir: Path) -> list[Path]:
     return found
 
 
-def read_study(path: Path) -> tuple[dict, list[Run]]:
+def read_study(path: AnyPath) -> tuple[dict, list[Run]]:
     """The contents of a study.json and its runs."""
     tree = read_json(path)
     try:
@@ -208,7 +208,7 @@ def read_study(path: Path) -> tuple[dict, list[Run]]:
         raise UserError(f"{path} is no study of this version ({error!r} is missing); run plasticity study again.") from error
 
 
-def study_status(workdir: Path) -> list[dict]:
+def study_status(workdir: AnyPath) -> list[dict]:
     """One row per run of every study below the workdir, of imported models and what was done with them, and of what no study lists any more (stale)."""
     rows = []
     for path in study_files(workdir):
@@ -230,13 +230,13 @@ def study_status(workdir: Path) -> list[dict]:
     return rows
 
 
-def _rests_on_import(run: Run, folder: Path) -> bool:
+def _rests_on_import(run: Run, folder: AnyPath) -> bool:
     """Whether it is an imported model, or was made from one in this study: such runs belong to no graph."""
     parents = [RunDirectory(folder / parent) for parent in run.parents.values()]
     return run.stage == "import" or any((p.path / "config.json").is_file() and _rests_on_import(p.run(), folder) for p in parents)
 
 
-def _status_row(run: Run, state: str, reason: str, path: Path) -> dict:
+def _status_row(run: Run, state: str, reason: str, path: AnyPath) -> dict:
     return {
         "id": run.id,
         "study": run.study,

@@ -1,9 +1,9 @@
 """A study on disk, for notebooks."""
 
-from pathlib import Path
 from typing import Any
 
 from plasticity_jax.errors import UserError
+from plasticity_jax.storage import AnyPath, location
 from plasticity_jax.study.graph import study_files, study_status
 from plasticity_jax.study.report import collect, figure, summary_table
 
@@ -16,7 +16,7 @@ class Study:
       runs: one dict per run, as `plasticity status --json` gives them.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         self.path = path
         self.runs: list[dict[str, Any]] = [row for row in study_status(path.parent) if row["study"] == path.name]
 
@@ -41,13 +41,13 @@ class Study:
         return figure(parts[part], name)
 
 
-def open_study(workdir: str | Path, name: str | None = None) -> Study:
+def open_study(workdir: str | AnyPath, name: str | None = None) -> Study:
     """Opens the study in `workdir`, or the one called `name` where there are several.
 
     Raises:
       UserError: there is no study, or several and no name to choose by.
     """
-    folders = {path.parent.name: path.parent for path in study_files(Path(workdir))}
+    folders = {path.parent.name: path.parent for path in study_files(location(workdir))}
     if name is None and len(folders) == 1:
         return Study(next(iter(folders.values())))
     if name not in folders:

@@ -3,12 +3,10 @@
 import io
 import itertools
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -20,6 +18,7 @@ from plasticity_jax.config import to_dict
 from plasticity_jax.config_fields import name_text
 from plasticity_jax.progress import Progress
 from plasticity_jax.records import to_json
+from plasticity_jax.storage import AnyPath, location, make_folder, write_bytes
 from plasticity_jax.study.axes import STYLE
 from plasticity_jax.study.plots import FIGURES, figure
 from plasticity_jax.study.results import MemberResults, StudyResults, collect, number
@@ -56,7 +55,7 @@ class Part:
         return cls(results, prefix, verdicts(results), {})
 
 
-def write_report(study_dir: Path) -> Path:
+def write_report(study_dir: AnyPath) -> AnyPath:
     """Writes `<study_dir>/report/`: index.html, figures/*.png, figures/*.svg, tables/*.csv.
 
     Every file is replaced as a whole, the page last: a reader sees the old page or the new one. What earlier reports left behind and this one
@@ -70,8 +69,8 @@ def write_report(study_dir: Path) -> Path:
       UserError: no study there.
     """
     results = collect(study_dir)
-    out = Path(study_dir) / "report"
-    written: set[Path] = set()
+    out = location(study_dir) / "report"
+    written: set[AnyPath] = set()
     parts = [Part.of(one) for one in results.slices]
     with Progress("report", total=len(FIGURES) * len(parts) + 2, unit="parts") as progress:
         for part in parts:
@@ -238,7 +237,7 @@ def _first_rows(member: MemberResults, task: str, when: str) -> list[dict[str, A
     score = getattr(member, when).get(task)
     if score is None or not (score.runs[0] / "completions.jsonl").is_file():
         return []
-    with open(score.runs[0] / "completions.jsonl", encoding="utf-8") as file:
+    with (score.runs[0] / "completions.jsonl").open(encoding="utf-8") as file:
         return [json.loads(line) for line in itertools.islice(file, SAMPLES)]
 
 
@@ -280,12 +279,7 @@ def _digits(value: Any, digits: int) -> str:
     return "–" if found is None else f"{found:.{digits}f}"
 
 
-def _replace(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _replace(path: AnyPath, content: bytes) -> AnyPath:
+    make_folder(path.parent)
+    write_bytes(path, content)
     return path

@@ -4,15 +4,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from plasticity_jax.analysis.statistics import wilson_interval
+from plasticity_jax.append_log import read_log
 from plasticity_jax.config import Member, StudyConfig, from_dict, grid_members
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import Run, RunDirectory, read_json, read_jsonl
+from plasticity_jax.records import METRICS, Run, RunDirectory, read_json
+from plasticity_jax.storage import AnyPath, location
 from plasticity_jax.study.sweep import Axis, facet_axes, study_axis, swept_values
 
 
@@ -32,7 +33,7 @@ class RunState:
     run: Run
     state: str
     reason: str
-    path: Path
+    path: AnyPath
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Score:
     greedy: np.ndarray
     no_answer: float | None
     majority_class: float
-    runs: tuple[Path, ...]
+    runs: tuple[AnyPath, ...]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class StudyResults:
       facet: (axis, value) of the other swept fields, in a slice that holds the members with these values; empty for a whole study.
     """
 
-    path: Path
+    path: AnyPath
     config: StudyConfig
     resolved: dict[str, Any]
     members: tuple[MemberResults, ...]
@@ -219,7 +220,7 @@ class StudyResults:
         return float(np.mean(means)) if means and None not in means else None
 
 
-def collect(study_dir: Path) -> StudyResults:
+def collect(study_dir: AnyPath) -> StudyResults:
     """Reads a study directory, finished or not.
 
     Args:
@@ -227,7 +228,7 @@ def collect(study_dir: Path) -> StudyResults:
     Raises:
       UserError: no study.json there, or one of another version.
     """
-    study_dir = Path(study_dir)
+    study_dir = location(study_dir)
     file = study_dir / "study.json"
     if not file.is_file():
         raise UserError(f"{study_dir} holds no study.json; run plasticity study first, or give the folder of a study.")
@@ -243,7 +244,7 @@ def collect(study_dir: Path) -> StudyResults:
     return StudyResults(study_dir, config, resolved, members, tuple(config.tasks), prepared, states, axis)
 
 
-def _state(study_dir: Path, run: Run) -> RunState:
+def _state(study_dir: AnyPath, run: Run) -> RunState:
     path = study_dir / run.id
     state, reason = RunDirectory(path).state()
     return RunState(run, state, reason, path)
@@ -263,7 +264,7 @@ def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults
         state="missing" if pretrain is None else pretrain.state,
         reason="" if pretrain is None else pretrain.reason,
         pretrain=RunDirectory(pretrain.path).results() if finished else None,
-        curve=tuple(_curve(pretrain.path)) if pretrain is not None else (),
+        curve=tuple(read_log(pretrain.path / METRICS)) if pretrain is not None else (),
         before=_scores(states, "before"),
         after=_scores(states, "after"),
         probe=of("probe"),
@@ -271,11 +272,6 @@ def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults
         gap=of("gap"),
         provenance=read_json(pretrain.path / "provenance.json") if finished and (pretrain.path / "provenance.json").is_file() else {},
     )
-
-
-def _curve(directory: Path) -> list[dict[str, Any]]:
-    path = directory / "metrics.jsonl"
-    return read_jsonl(path) if path.is_file() else []
 
 
 def _scores(states: list[RunState], when: str) -> dict[str, Score]:

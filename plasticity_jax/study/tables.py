@@ -2,12 +2,12 @@
 
 import csv
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from plasticity_jax.analysis.statistics import bootstrap_mean, leave_one_out_pearson, pearson, spearman
+from plasticity_jax.storage import AnyPath
 from plasticity_jax.study.comparisons import score_difference
 from plasticity_jax.study.results import MemberResults, StudyResults, collect, number
 from plasticity_jax.study.sweep import swept_values
@@ -15,7 +15,7 @@ from plasticity_jax.study.sweep import swept_values
 Rows = list[dict[str, Any]]
 
 
-def summary_table(study_dir: Path) -> Rows:
+def summary_table(study_dir: AnyPath) -> Rows:
     """One row per member for the terminal.
 
     Returns:

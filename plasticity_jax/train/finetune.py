@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from plasticity_jax.config import ModelConfig, StudyConfig
@@ -16,7 +15,10 @@ from plasticity_jax.data.tasks import read_task
 from plasticity_jax.data.tokenizer import copy_tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.load import load_model
+from plasticity_jax.parallel import arrays, processes
+from plasticity_jax.parallel.batches import check_batch_size
 from plasticity_jax.parallel.mesh import make_mesh
+from plasticity_jax.parallel.sharding import batch_sharding, param_shardings
 from plasticity_jax.records import Context
 from plasticity_jax.train.loop import LoopSettings, Track, train
 from plasticity_jax.train.optimizer import OptimizerSettings, Schedule, warmup_steps
@@ -66,7 +68,8 @@ def run(context: Context) -> dict[str, Any]:
         raise UserError(
             f"model.{different}={getattr(config.model, different)} is {getattr(base.config, different)} in {base.path}; use the base's own config."
         )
-    copy_tokenizer(base.path, context.directory.path)
+    if processes.primary():
+        copy_tokenizer(base.path, context.directory.path)
 
     rows = encode_examples(read_task(context.parents["task"])[0], base.tokenizer, max_length=recipe.length_buckets[-1])
     schedule = plan(
@@ -77,7 +80,9 @@ def run(context: Context) -> dict[str, Any]:
         seed=context.run.seed,
     )
     mesh = make_mesh(config.mesh)
+    check_batch_size(mesh, recipe.batch_size, recipe.microbatches, "finetune")
     settings = step_settings(config, base.config, mesh)
+    initial = arrays.put(base.params, param_shardings(mesh, base.params))
     summary = json.loads((context.parents["task"] / "summary.json").read_text(encoding="utf-8"))
     context.directory.provenance |= {
         "data_fingerprint": summary["fingerprint"],
@@ -87,7 +92,7 @@ def run(context: Context) -> dict[str, Any]:
     track = Track(context.directory.path, keep=1)
     params = None
     if not track.diverged:
-        state, start = starting_state(settings, mesh, base.params, [track.directory], members=False)
+        state, start = starting_state(settings, mesh, initial, [track.directory], members=False)
         if start:
             log.info("resumes at step %d of %d", start, len(schedule))
         params = train(
@@ -100,7 +105,7 @@ def run(context: Context) -> dict[str, Any]:
                 warmup=warmup_steps(len(schedule), recipe.warmup_share),
                 total=len(schedule),
             ),
-            batches=_batches(rows, schedule[start:], recipe.batch_size, base.tokenizer.pad_id),
+            batches=_batches(rows, schedule[start:], recipe.batch_size, base.tokenizer.pad_id, mesh),
             tracks=[track],
             members=False,
             settings=LoopSettings(
@@ -113,9 +118,11 @@ def run(context: Context) -> dict[str, Any]:
             ),
             held_out=None,
         )["params"]
-    update = None if track.diverged else relative_update(base.params, jax.device_get(params))
+    update = None if track.diverged else relative_update(initial, params)
     if update is not None and not math.isfinite(update):  # the last update is seen by no training loss
         track.stop("parameters not finite after the last step")
+    if not processes.primary():  # only the first process's results are kept, and only it has the log at hand
+        return {}
     last = track.rows()[-1]
     return {
         "diverged": track.diverged,
@@ -129,6 +136,7 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-def _batches(rows: SftRows, schedule: list, batch_size: int, pad_id: int) -> Iterator[Batch]:
+def _batches(rows: SftRows, schedule: list, batch_size: int, pad_id: int, mesh: Mesh) -> Iterator[Batch]:
     for bucket_length, indices in schedule:
-        yield sft_batch(rows, indices, bucket_length=bucket_length, batch_size=batch_size, pad_id=pad_id)
+        batch = sft_batch(rows, indices, bucket_length=bucket_length, batch_size=batch_size, pad_id=pad_id)
+        yield batch if processes.count() == 1 else arrays.put(batch, batch_sharding(mesh))

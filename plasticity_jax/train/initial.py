@@ -8,6 +8,7 @@ import numpy as np
 
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import count_params, init_params
+from plasticity_jax.parallel.arrays import to_host
 from plasticity_jax.parallel.rules import param_paths
 from plasticity_jax.records import Context
 from plasticity_jax.train.optimizer import Params
@@ -19,7 +20,7 @@ def params_sha256(params: Params) -> str:
     """sha256 (hex) over path, type, shape and bytes of every parameter, in the order of the paths."""
     digest = hashlib.sha256()
     for path, leaf in sorted(zip(param_paths(params), jax.tree.leaves(params), strict=True), key=lambda pair: pair[0]):
-        array = np.asarray(leaf)
+        array = to_host(leaf)
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
@@ -32,7 +33,7 @@ def run(context: Context) -> dict[str, Any]:
       `parameters` (their number) and `params_sha256`.
     """
     params = init_params(context.config.model, context.run.seed)
-    with Checkpoints(context.directory.path / CHECKPOINTS, keep=1, asynchronous=False) as checkpoints:
+    with Checkpoints(context.directory.path / CHECKPOINTS, keep=1, asynchronous=False, alone=True) as checkpoints:
         if checkpoints.latest() is None:
             checkpoints.save(0, params)
     sha256 = params_sha256(params)

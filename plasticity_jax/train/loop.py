@@ -9,15 +9,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from plasticity_jax.append_log import read_log
 from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.progress import Progress
-from plasticity_jax.records import MetricsLog, read_json, read_jsonl, write_json
+from plasticity_jax.records import METRICS, MetricsLog, read_json, write_json
+from plasticity_jax.storage import AnyPath
 from plasticity_jax.train.initial import CHECKPOINTS
 from plasticity_jax.train.step import Batch, Hyper, Metrics, State
 
@@ -46,7 +48,7 @@ class LoopSettings:
 
 @dataclass
 class Track:
-    """One model's way through the loop.
+    """One model's way through the loop. Of several processes, only the first keeps its log; all save its checkpoints together.
 
     Attributes:
       directory: of its run.
@@ -56,7 +58,7 @@ class Track:
       seconds: of training, without held-out losses, saving and compiling, over all resumes; members of one program share its time equally.
     """
 
-    directory: Path
+    directory: AnyPath
     keep: int
     diverged: str | None = None
     tokens: int = 0
@@ -66,21 +68,23 @@ class Track:
 
     def __post_init__(self):
         # A diverged member saves nothing more, so its end is noted beside its checkpoints until the run is finished.
-        if (self.directory / _DIVERGED).is_file():
-            self.diverged = read_json(self.directory / _DIVERGED)["reason"]
+        self.diverged = processes.broadcast(self._noted)
+
+    def _noted(self) -> str | None:
+        return read_json(self.directory / _DIVERGED)["reason"] if (self.directory / _DIVERGED).is_file() else None
 
     def begin(self, step: int) -> None:
         """Opens the log as it was at `step`, with what was counted until then, and the folder of the checkpoints."""
-        for row in self.rows():
-            if row["step"] <= step:
-                self.tokens, self.seconds = row["tokens"], row["seconds"]
-        self.log = MetricsLog(self.directory, step=step)
+        if processes.primary():
+            for row in self.rows():
+                if row["step"] <= step:
+                    self.tokens, self.seconds = row["tokens"], row["seconds"]
+            self.log = MetricsLog(self.directory, step=step)
         self.checkpoints = Checkpoints(self.directory / CHECKPOINTS, keep=self.keep, asynchronous=True)
 
     def rows(self) -> list[dict]:
         """What was logged so far."""
-        path = self.directory / "metrics.jsonl"
-        return read_jsonl(path) if path.is_file() else []
+        return read_log(self.directory / METRICS)
 
     def train_loss(self) -> float | None:
         """Mean training loss of the last `TAIL_STEPS` steps that were logged one by one; None before the first."""
@@ -90,7 +94,8 @@ class Track:
     def stop(self, reason: str) -> None:
         """Marks the model as diverged."""
         self.diverged = reason
-        write_json(self.directory / _DIVERGED, {"reason": reason})
+        if processes.primary():
+            write_json(self.directory / _DIVERGED, {"reason": reason})
 
     def close(self) -> None:
         """Waits for a checkpoint that is being written."""
@@ -204,7 +209,7 @@ class _Loop:
             return
         step, metrics = self.pending
         self.pending = None
-        numbers = {name: np.atleast_1d(value) for name, value in jax.device_get(metrics).items()}
+        numbers = {name: np.atleast_1d(value) for name, value in arrays.to_host(metrics).items()}
         seconds = self.clock.lap() / len(self.tracks)
         # Where something is due the device is idle; elsewhere the next step runs during the following lines.
         with self.clock.paused() if self.due(step) else contextlib.nullcontext():
@@ -229,7 +234,8 @@ class _Loop:
             row = {"tokens": track.tokens, **numbers, "seconds": track.seconds}
             if self._held_out_due(step) and not track.diverged:
                 row["held_out"] = self.held_out(self._model(i, state["params"]))
-            track.log.write(step, **row)
+            if track.log is not None:
+                track.log.write(step, **row)
 
     def _save(self, step: int, state: State) -> None:
         alive = [(i, track) for i, track in enumerate(self.tracks) if not track.diverged]
@@ -237,6 +243,8 @@ class _Loop:
         for _, track in alive:
             track.checkpoints.wait()
         for i, track in alive:
+            if track.log is not None:
+                track.log.close_part()
             track.checkpoints.save(step, self._model(i, state["params"]), self._model(i, state["optimizer"]))
 
     def _model(self, i: int, tree: Any) -> Any:

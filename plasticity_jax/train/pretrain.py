@@ -13,15 +13,17 @@ from plasticity_jax.data.loader import TokenRecords, batches
 from plasticity_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import abstract_params, count_params
+from plasticity_jax.parallel import arrays, processes
+from plasticity_jax.parallel.batches import check_batch_size, global_batches, local_rows
 from plasticity_jax.parallel.mesh import make_mesh
-from plasticity_jax.parallel.sharding import param_shardings
+from plasticity_jax.parallel.sharding import batch_sharding, param_shardings
 from plasticity_jax.records import Context
 from plasticity_jax.train.held_out import HeldOutBlocks, first_blocks, held_out_loss
 from plasticity_jax.train.initial import CHECKPOINTS, params_sha256
 from plasticity_jax.train.loop import LoopSettings, Track, train
 from plasticity_jax.train.optimizer import OptimizerSettings, Params, Schedule, decay_table, timescale_steps, warmup_steps
 from plasticity_jax.train.restore import param_norms, starting_state
-from plasticity_jax.train.step import StepSettings, compile_eval_step, compile_train_step, execution_of, hyper_parameters, stack
+from plasticity_jax.train.step import Batch, StepSettings, compile_eval_step, compile_train_step, execution_of, hyper_parameters, stack
 
 log = logging.getLogger("plasticity_jax")
 
@@ -66,6 +68,8 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
     config, seed = first.config, first.run.seed
     members = len(contexts) > 1
     mesh = make_mesh(config.mesh)
+    log.info("mesh of %d devices: %s", mesh.size, ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
+    check_batch_size(mesh, config.train.batch_size, config.train.microbatches, "train")
     settings = step_settings(config, mesh)
     corpus = first.parents["corpus"]
     tokenizer = Tokenizer.load(corpus)
@@ -73,17 +77,21 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
     initial = _initial_params(first, mesh)
     sha256 = params_sha256(initial)
     for context in contexts:
-        copy_tokenizer(corpus, context.directory.path)
+        if processes.primary():
+            copy_tokenizer(corpus, context.directory.path)
         _record_provenance(context, initial, sha256, records, mesh)
 
     isolate = tokenizer.eos_id if config.data.isolate_documents else None
     eval_step = compile_eval_step(settings, mesh)
     shardings = param_shardings(mesh, abstract_params(config.model))
 
+    def placed_step(params: Params, batch: Batch):
+        return eval_step(params, arrays.put(batch, batch_sharding(mesh)))
+
     def score(params: Params, blocks: HeldOutBlocks) -> dict[str, Any]:
         params = jax.device_put(params, shardings)
         rows = config.train.batch_size // config.train.microbatches  # what fits one part of a training batch fits here
-        return held_out_loss(eval_step, params, blocks, token_bytes=tokenizer.token_bytes, batch_size=rows, isolate=isolate)
+        return held_out_loss(placed_step, params, blocks, token_bytes=tokenizer.token_bytes, batch_size=rows, isolate=isolate)
 
     curve_blocks = first_blocks(held_out_records, tokens_per_domain=config.train.eval_tokens)
     tracks = [Track(context.directory.path, keep=2 if members else 1) for context in contexts]
@@ -94,13 +102,25 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
         if start:
             log.info("resumes at step %d of %d", start, config.train.steps)
         hypers = [_hyper(contexts[i]) for i in alive]
+        rows = local_rows(mesh, config.train.batch_size)
         state = train(
             "pretrain " + ", ".join(contexts[i].run.name for i in alive),
             state,
             train_step=compile_train_step(settings, mesh, members=members),
             hyper=stack(hypers) if members else hypers[0],
-            batches=batches(
-                records, seed=seed, batch_size=config.train.batch_size, start_step=start, steps=config.train.steps - start, isolate=isolate
+            batches=global_batches(
+                batches(
+                    records,
+                    seed=seed,
+                    batch_size=config.train.batch_size,
+                    start_step=start,
+                    steps=config.train.steps - start,
+                    isolate=isolate,
+                    rows=rows if processes.count() > 1 else None,
+                ),
+                mesh,
+                rows,
+                config.train.batch_size,
             ),
             tracks=[tracks[i] for i in alive],
             members=members,
@@ -116,7 +136,10 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
         if held_out and blocks.domains and not math.isfinite(held_out["loss"]):  # the last update is seen by no training loss
             track.stop(f"held-out loss {held_out['loss']} after the last step")
         norms = {} if track.diverged else param_norms(final[i])
-        results.append(_facts(context, track) | {"held_out": None if track.diverged else held_out, "norms": norms})
+        if processes.primary():  # only its results are kept, and only it has the log at hand
+            results.append(_facts(context, track) | {"held_out": None if track.diverged else held_out, "norms": norms})
+        else:
+            results.append({})
     return results
 
 

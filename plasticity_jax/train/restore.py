@@ -1,9 +1,7 @@
 """Where a run goes on: the last step that every model of a program has saved, and the state at it."""
 
 import functools
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,20 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.model.checkpoint import Checkpoints, delete_step, finished_steps
 from plasticity_jax.model.transformer import abstract_params
+from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.rules import param_paths
+from plasticity_jax.storage import AnyPath
 from plasticity_jax.train.initial import CHECKPOINTS
 from plasticity_jax.train.optimizer import Params
 from plasticity_jax.train.step import State, StepSettings, initial_state, stack, state_shardings
 
 
-def common_step(runs: Sequence[Path]) -> int:
+def common_step(runs: Sequence[AnyPath]) -> int:
     """The largest step that all runs have a whole checkpoint of; 0 if there is none."""
-    return max(set.intersection(*(_finished_steps(run / CHECKPOINTS) for run in runs)), default=0)
+    return max(set.intersection(*(finished_steps(run / CHECKPOINTS) for run in runs)), default=0)
 
 
-def starting_state(settings: StepSettings, mesh: Mesh, initial: Params, runs: Sequence[Path], *, members: bool) -> tuple[State, int]:
+def starting_state(settings: StepSettings, mesh: Mesh, initial: Params, runs: Sequence[AnyPath], *, members: bool) -> tuple[State, int]:
     """The state that training goes on from, on the mesh: the runs' last common checkpoint, or the step-0 parameters.
 
     Checkpoints after that step are deleted: they will be written again.
@@ -37,35 +37,35 @@ def starting_state(settings: StepSettings, mesh: Mesh, initial: Params, runs: Se
     Raises:
       UserError: a damaged checkpoint.
     """
-    step = common_step(runs)
-    for run in runs:
-        for later in _finished_steps(run / CHECKPOINTS):
-            if later > step:
-                shutil.rmtree(run / CHECKPOINTS / str(later))
+    step = processes.broadcast(lambda: _prepare_step(runs))
     states = [_state_at(settings, mesh, initial, run, step) for run in runs]
     state = stack(states) if members else states[0]
     # Always a copy: the first update takes over the memory of its state, and `initial` is needed further.
     return jax.device_put(state, state_shardings(settings, mesh, members=members), may_alias=False), step
 
 
+def _prepare_step(runs: Sequence[AnyPath]) -> int:
+    step = common_step(runs)
+    for run in runs:
+        for later in finished_steps(run / CHECKPOINTS):
+            if later > step:
+                delete_step(run / CHECKPOINTS, later)
+    return step
+
+
 def param_norms(params: Params) -> dict[str, float]:
     """L2 norm of every parameter, all layers together: path → norm."""
-    return {path: float(np.linalg.norm(np.asarray(leaf, np.float64))) for path, leaf in zip(param_paths(params), jax.tree.leaves(params), strict=True)}
+    return {path: float(np.linalg.norm(np.asarray(arrays.to_host(leaf), np.float64))) for path, leaf in zip(param_paths(params), jax.tree.leaves(params), strict=True)}
 
 
 def relative_update(before: Params, after: Params) -> float:
     """‖after − before‖ / ‖before‖ over all parameters together."""
-    before, after = ([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in (before, after))
+    before, after = ([np.asarray(arrays.to_host(leaf), np.float64) for leaf in jax.tree.leaves(tree)] for tree in (before, after))
     change = sum(float(np.square(a - b).sum()) for a, b in zip(after, before, strict=True))
     return (change / sum(float(np.square(b).sum()) for b in before)) ** 0.5
 
 
-def _finished_steps(directory: Path) -> set[int]:
-    """A save is renamed to its step's number when it is whole."""
-    return {int(path.name) for path in directory.iterdir() if path.name.isdigit()} if directory.is_dir() else set()
-
-
-def _state_at(settings: StepSettings, mesh: Mesh, initial: Params, run: Path, step: int) -> State:
+def _state_at(settings: StepSettings, mesh: Mesh, initial: Params, run: AnyPath, step: int) -> State:
     if step == 0:
         return jax.jit(functools.partial(initial_state, settings))(initial)
     abstract = _abstract_state(settings, mesh)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from plasticity_jax.config import ModelConfig, TrainConfig
 from plasticity_jax.model.loss import masked_sum, vocabulary_losses
 from plasticity_jax.model.transformer import abstract_params, hidden_states, output_kernel
-from plasticity_jax.parallel.sharding import batch_sharding, param_shardings
+from plasticity_jax.parallel.sharding import ROWS, batch_sharding, constrain, gather, param_shardings
 from plasticity_jax.train.optimizer import OptimizerSettings, Params, make_optimizer, schedule_shape
 
 State = dict[str, Any]  # "params", "optimizer" (optax state), "step" (updates done)
@@ -128,7 +128,7 @@ def make_train_step(settings: StepSettings, mesh: Mesh | None = None) -> Callabl
             return jax.tree.map(jnp.add, carry, gradient(params, part)), None
 
         # Every device keeps its rows: part i takes row i of each run of `microbatches` rows.
-        parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+        parts = jax.tree.map(lambda x: constrain(mesh, x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), None, ROWS), batch)
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts)))
         return jax.lax.scan(add, zero, parts)[0]
 
@@ -165,8 +165,9 @@ def _losses(settings: StepSettings, mesh: Mesh | None, params: Params, batch: Ba
         attention=execution.attention,
         mesh=mesh,
     )
-    kernel_DxV = output_kernel(settings.model, params)
-    return vocabulary_losses(x_BxTxD, kernel_DxV, batch["targets"], compute_dtype=dtype, chunks=execution.loss_chunks)
+    name = "embed" if settings.model.tie_embeddings else "head"
+    kernel_DxV = output_kernel(settings.model, gather(mesh, {name: params[name]}, dtype))
+    return vocabulary_losses(x_BxTxD, kernel_DxV, batch["targets"], compute_dtype=dtype, chunks=execution.loss_chunks, mesh=mesh)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- compiled forms

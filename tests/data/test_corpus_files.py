@@ -6,8 +6,6 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
-from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
 
 from plasticity_jax.data import corpus_files
 from plasticity_jax.data.corpus_files import FilePart, check_folder, file_parts, folder_name, listing
@@ -121,40 +119,21 @@ def test_a_folder_is_named_by_its_last_part():
     assert [folder_name(folder) for folder in ("/data/fineweb-edu/", "fineweb", "gs://bucket/mix")] == ["fineweb-edu", "fineweb", "mix"]
 
 
-class Bucket(MemoryFileSystem):
-    """Google's address before the paths of fsspec's file system in memory."""
-
-    protocol = ("gcs", "gs")
-    store, pseudo_dirs = {}, [""]
-
-    def __init__(self, **options):
-        super().__init__()
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.replace("gs://", "memory://").replace("gcs://", "memory://"))
-
-    def glob(self, path, **options):
-        return [found.lstrip("/") for found in super().glob(path, **options)]
-
-
-def test_a_bucket_is_read_like_a_folder(tmp_path, monkeypatch):
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    files = Bucket()
+def test_a_bucket_is_read_like_a_folder(tmp_path):
+    files = fsspec.filesystem("memory")
     for name, content in (
         ("a.parquet", parquet({"text": ["x", "y"]})),
         ("sub/b.jsonl", GOOD),
         ("_x/c.jsonl", GOOD),
         ("d.jsonl.zst", pyarrow.compress(GOOD, "zstd", asbytes=True)),
     ):
-        files.pipe(f"gs://bucket/web/{name}", content)
+        files.pipe(f"memory://corpora/web/{name}", content)
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    assert listing("gs://bucket/web") == listing(str(tmp_path))
-    assert read("gs://bucket/web") == read(tmp_path) == ["x", "y", "one", "two", "one", "two"]
-    with pytest.raises(UserError, match="gs://bucket/none: no such folder"):
-        check_folder("gs://bucket/none")
+    assert listing("memory://corpora/web") == listing(str(tmp_path))
+    assert read("memory://corpora/web") == read(tmp_path) == ["x", "y", "one", "two", "one", "two"]
+    with pytest.raises(UserError, match="memory://corpora/none: no such folder"):
+        check_folder("memory://corpora/none")
 
 
 def test_an_address_that_cannot_be_read_is_one_line():

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from plasticity_jax import storage
 from plasticity_jax.config import load_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.records import RunDirectory
@@ -145,6 +146,6 @@ def test_a_workdir_that_cannot_hold_the_study_is_refused(tmp_path, monkeypatch):
         check_workdir(file / "below", CONFIG)
     check_workdir(tmp_path / "fine", CONFIG)
     usage = type("Usage", (), {"free": 1_000_000})
-    monkeypatch.setattr(execution.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="1 MB free"):
         check_workdir(tmp_path / "fine", CONFIG)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from plasticity_jax.data.tasks.base import LICENCES, Example, majority_share
 from plasticity_jax.errors import UserError
+from plasticity_jax.storage import AnyPath
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Example))
 
@@ -32,7 +33,7 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(unfinished, path)
 
 
-def read_jsonl(path: Path, fields: tuple[str, ...], *, sha256: str) -> list[dict]:
+def read_jsonl(path: AnyPath, fields: tuple[str, ...], *, sha256: str) -> list[dict]:
     """Reads what `write_jsonl` wrote, checking the hash, and that each line holds exactly `fields`, all of them strings.
 
     Raises:
@@ -54,7 +55,7 @@ def read_jsonl(path: Path, fields: tuple[str, ...], *, sha256: str) -> list[dict
     return rows
 
 
-def read_summary(directory: Path) -> dict:
+def read_summary(directory: AnyPath) -> dict:
     """The summary beside the rows; its absence means that the rows were never finished.
 
     Raises:
@@ -104,7 +105,7 @@ def write_task(directory: Path, train: list[Example], test: list[Example]) -> di
     return summary
 
 
-def read_task(directory: Path) -> tuple[list[Example], list[Example]]:
+def read_task(directory: AnyPath) -> tuple[list[Example], list[Example]]:
     """Reads what `write_task` wrote.
 
     Returns:

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# A Cloud TPU slice through a queued resource: ask for it, install on all of its hosts, run one plasticity command on all of them, follow it, give it back.
+#
+#   export TPU_NAME=grid TPU_ZONE=us-west4-a TPU_TYPE=v5litepod-16      # TPU_PROJECT, TPU_RUNTIME: those of gcloud and of the type otherwise
+#   launch/tpu/tpu.sh create [--spot]      then wait: prints the state until the slice is there
+#   launch/tpu/tpu.sh wait
+#   launch/tpu/tpu.sh install              the last commit, its environment and the pinned data, on every host
+#   launch/tpu/tpu.sh run study --config configs/llama_1b_20tpp.py --workdir gs://bucket/work
+#   launch/tpu/tpu.sh attach               follows worker 0's log; Ctrl-C leaves the run alone, attach again at any time
+#   launch/tpu/tpu.sh logs                 the last lines of every host
+#   launch/tpu/tpu.sh stop | state | delete
+#   launch/tpu/tpu.sh --dry-run COMMAND ... prints what would be sent, and sends nothing
+#
+# jax finds hosts and coordinator by itself on Cloud TPU: the command is the same on every host and needs no flags for it.
+# The workdir must be one that all hosts see (gs://...). A spot slice can be taken at any moment (state SUSPENDED): delete, create --spot, wait, install,
+# run the same command; the study goes on from its last checkpoints.
+set -euo pipefail
+
+fail() {
+  echo "tpu.sh: $*" >&2
+  exit 2
+}
+
+dry_run=0
+if [[ ${1:-} == --dry-run ]]; then
+  dry_run=1
+  shift
+fi
+action=${1:-}
+case $action in
+  create | wait | install | run | attach | logs | stop | state | delete) shift ;;
+  *) fail "'$action' is no command; give create, wait, install, run, attach, logs, stop, state or delete." ;;
+esac
+[[ -n ${TPU_NAME:-} ]] || fail "TPU_NAME is not set; export the name that the slice has or is to have."
+[[ -n ${TPU_ZONE:-} ]] || fail "TPU_ZONE is not set; export a zone that has the type, such as us-west4-a."
+((dry_run)) || command -v gcloud >/dev/null || fail "gcloud is not on the PATH; install the Google Cloud CLI and log in."
+
+where=(--zone="$TPU_ZONE")
+[[ -z ${TPU_PROJECT:-} ]] || where+=(--project="$TPU_PROJECT")
+
+send() {
+  if ((dry_run)); then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+queued() { send gcloud compute tpus queued-resources "$1" "$TPU_NAME" "${where[@]}" "${@:2}"; }
+on() { send gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker="$1" --command="$2"; }
+
+case $action in
+  create)
+    [[ -n ${TPU_TYPE:-} ]] || fail "TPU_TYPE is not set; export an accelerator type, such as v5litepod-16, v4-32, v5p-128 or v6e-16."
+    case $TPU_TYPE in
+      v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+      v5p-*) runtime=v2-alpha-tpuv5 ;;
+      v6e-*) runtime=v2-alpha-tpuv6e ;;
+      v4-*) runtime=tpu-ubuntu2204-base ;;
+      *) runtime=${TPU_RUNTIME:-} ;;
+    esac
+    [[ -n $runtime ]] || fail "TPU_TYPE=$TPU_TYPE has no known runtime; export TPU_RUNTIME, or give v4-*, v5litepod-*, v5p-* or v6e-*."
+    [[ $* == "" || $* == --spot ]] || fail "create takes --spot only, not '$*'."
+    queued create --node-id="$TPU_NAME" --accelerator-type="$TPU_TYPE" --runtime-version="${TPU_RUNTIME:-$runtime}" "$@"
+    ;;
+  state) queued describe --format='value(state.state)' ;;
+  wait)
+    if ((dry_run)); then
+      queued describe --format='value(state.state)'
+      exit 0
+    fi
+    while true; do
+      state=$(queued describe --format='value(state.state)')
+      echo "$(date +%H:%M:%S) $TPU_NAME: $state"
+      case $state in
+        ACTIVE) exit 0 ;;
+        FAILED | SUSPENDING | SUSPENDED) echo "tpu.sh: $TPU_NAME is $state; delete it and create it again." >&2 && exit 1 ;;
+      esac
+      sleep "${TPU_POLL_SECONDS:-30}"
+    done
+    ;;
+  install)
+    archive=$(mktemp -d)/plasticity_jax.tar.gz
+    trap 'rm -rf "$(dirname "$archive")"' EXIT
+    [[ -z $(git -C "$(dirname "$0")/../.." status --porcelain --untracked-files=no) ]] || echo "tpu.sh: changes that are not committed are left out." >&2
+    send git -C "$(dirname "$0")/../.." archive --prefix=plasticity_jax/ --output="$archive" HEAD
+    send gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:" "${where[@]}" --worker=all
+    # uv brings a Python of its own: that of the TPU images is 3.10. jax[tpu] holds libtpu.
+    on all "set -e; tar xzf plasticity_jax.tar.gz; cd plasticity_jax; python3 -m pip install --quiet --user uv
+      [ -d .venv ] || ~/.local/bin/uv venv --quiet --seed --python 3.12 .venv
+      .venv/bin/pip install --quiet -e '.[data,gcs,tpu]'; make wheels"
+    ;;
+  run)
+    (($#)) || fail "run needs a command of plasticity, such as: run study --config C --workdir gs://bucket/work"
+    # Detached from the connection, so that a lost one costs nothing; a run that is still going is not started twice.
+    on all "cd plasticity_jax
+      if kill -0 \$(cat ~/plasticity.pid 2>/dev/null) 2>/dev/null; then echo 'a run is still going here; stop it first' >&2; exit 2; fi
+      setsid nohup .venv/bin/plasticity$(printf ' %q' "$@") >>~/plasticity.log 2>&1 </dev/null & echo \$! >~/plasticity.pid"
+    ;;
+  attach) on 0 "tail -n 100 -F --pid=\$(cat ~/plasticity.pid) ~/plasticity.log" ;;
+  logs) on all "hostname; tail -n 20 ~/plasticity.log" ;;
+  stop) on all "kill \$(cat ~/plasticity.pid)" ;;
+  delete) queued delete --force --quiet ;;
+esac

@@ -1,0 +1,214 @@
+"""Several processes as one run: how they start, and what they tell one another. jax is imported only when it is needed."""
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from plasticity_jax.errors import UserError, reason
+
+log = logging.getLogger("plasticity_jax")
+
+HEARTBEAT_TIMEOUT = 25  # seconds without a sign of life after which jax's coordination service counts a process as lost
+JOINING, JOINED = "joining: ", "this is process "  # begin the lines for the process that supervises this one
+_POLL = 10  # seconds that one read of a value not yet written waits, so that an interrupt is noticed
+
+_numbers: dict[str, int] = {}  # how often each name was used, so that every value has a key of its own
+
+
+def detected() -> bool:
+    """Whether jax knows this environment (Cloud TPU, SLURM, MPI, Kubernetes) as one of several processes."""
+    from jax._src.clusters import ClusterEnv  # jax names no public way to ask without starting
+
+    for environment in ClusterEnv._cluster_types:
+        try:
+            if not environment.opt_in_only_method and environment.is_env_present() and environment.get_process_count() > 1:
+                return True
+        except Exception as error:  # a metadata server that does not answer: jax.distributed.initialize would fail the same way
+            log.info("jax could not read this machine's cluster environment (%s); going on as one process", reason(error))
+    return False
+
+
+def start(coordinator: str | None, num_processes: int | None, process_id: int | None, *, timeout: int) -> None:
+    """Joins the processes of a run, before any device is used; None leaves all three to jax.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      timeout: seconds that processes wait for one another.
+    Raises:
+      UserError: the coordinator does not answer, or the processes have different numbers of devices.
+    """
+    import jax
+
+    who = "" if process_id is None else f"process {process_id} of {num_processes}: "
+    refusal = (
+        f"--coordinator={coordinator}: the {num_processes or ''} processes did not meet within {timeout} s; start all of them with the same address and "
+        "number, each with its own --process-id, or raise launch.start_timeout."
+    )
+    _to_supervisor(JOINING + refusal)  # on a time-out the runtime ends this process before Python can say it
+    log.info("%swaiting up to %d s for the other processes%s", who, timeout, f" at {coordinator}" if coordinator else "")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
+        )
+    except Exception as error:
+        raise UserError(refusal.replace("; start", f" ({reason(error)}); start")) from error
+    mine = {"host": socket.gethostname(), "devices": jax.local_device_count(), "kind": jax.local_devices()[0].device_kind}
+    everyone = gather("start", mine, timeout=timeout)
+    if len({(one["devices"], one["kind"]) for one in everyone}) > 1:
+        shown = ", ".join(f"process {i} ({one['host']}) has {one['devices']} x {one['kind']}" for i, one in enumerate(everyone))
+        raise UserError(f"unequal hosts: {shown}; give every process the same number and kind of devices.")
+    _to_supervisor(f"{JOINED}{index()} of {count()}")
+    hosts = len({one["host"] for one in everyone})
+    log.info("%d hosts, %d processes, %d devices each (%s); this is process %d", hosts, count(), mine["devices"], mine["kind"], index())
+    if not primary():
+        log.info("process 0 shows the progress of all; this one speaks of problems only")
+        log.setLevel(logging.WARNING)
+
+
+def _to_supervisor(line: str) -> None:
+    os.write(2, f"{line}\n".encode())
+
+
+def leave() -> None:
+    """Before a process ends in the middle of a run: the first waits until the others have read what it told them, for they read it from it."""
+    if count() == 1:
+        return
+    try:
+        _client().key_value_set(f"plasticity/leave/{index()}", "")
+        if primary():
+            for i in range(count()):
+                _client().blocking_key_value_get(f"plasticity/leave/{i}", _POLL * 1000)
+    except Exception as error:
+        log.debug("some processes did not say that they leave: %s", reason(error))
+
+
+def _client():
+    from jax._src.distributed import global_state  # jax has no public access to the coordination service's key-value store
+
+    return global_state.client
+
+
+def count() -> int:
+    """Number of processes of this run."""
+    import sys
+
+    if "jax" not in sys.modules or _client() is None:
+        return 1
+    from jax._src.distributed import global_state
+
+    return global_state.num_processes
+
+
+def index() -> int:
+    """Number of this process, from 0."""
+    if count() == 1:
+        return 0
+    from jax._src.distributed import global_state
+
+    return global_state.process_id
+
+
+def primary() -> bool:
+    """Whether this process decides and writes text files; true of the only one."""
+    return index() == 0
+
+
+# ------------------------------------------------------------------------------------------------------------------- what they tell
+
+
+def _key(name: str) -> str:
+    _numbers[name] = _numbers.get(name, 0) + 1
+    return f"plasticity/{name}/{_numbers[name]}"
+
+
+def _read(key: str, timeout: float | None) -> str:
+    """The value of a key, once some process has written it; waits without end if `timeout` is None."""
+    waited = 0
+    while True:
+        try:
+            return _client().blocking_key_value_get(key, _POLL * 1000)
+        except Exception as error:
+            waited += _POLL
+            if "DEADLINE_EXCEEDED" not in str(error) or (timeout is not None and waited >= timeout):
+                raise
+
+
+class Failed(Exception):
+    """What another process of the run failed with."""
+
+
+class Parted(Exception):
+    """This process failed while the others go on: it has to end, and they notice."""
+
+
+def broadcast(decide: Callable[[], Any]) -> Any:
+    """What `decide()` gives on process 0, on every process: a JSON value. It may take hours: the others wait without a device.
+
+    Raises:
+      UserError: raised by `decide`; on every process, with the same line.
+      Failed: on the others, where `decide` raised something else.
+    """
+    if count() == 1:
+        return decide()
+    key = _key("broadcast")
+    if not primary():
+        return _outcome(json.loads(_read(key, None)))
+    try:
+        value = decide()
+    except Exception as error:
+        _client().key_value_set(key, json.dumps(_told(error)))
+        raise
+    _client().key_value_set(key, json.dumps({"value": value}))
+    return value
+
+
+def together(work: Callable[[], Any]) -> Any:
+    """`work()` on every process at once; where it fails on one, it fails on all.
+
+    Raises:
+      UserError, Failed: what the first process that failed said.
+      Parted: `work` failed here and the others do not answer, for they wait for this process in the middle of theirs.
+    """
+    if count() == 1:
+        return work()
+    value, own = None, None
+    try:
+        value = work()
+    except Exception as error:
+        own = error
+    try:
+        everyone = gather("together", {"value": None} if own is None else _told(own), timeout=None if own is None else HEARTBEAT_TIMEOUT + 15)
+    except Exception as error:
+        if own is None:
+            raise
+        raise Parted(f"process {index()} of {count()} failed: {reason(own)}") from own if isinstance(own, UserError) else error
+    for i, told in enumerate(everyone):
+        if i == index() and own is not None:
+            raise own
+        _outcome(told)
+    return value
+
+
+def _told(error: Exception) -> dict[str, str]:
+    return {"refused" if isinstance(error, UserError) else "failed": reason(error) if not isinstance(error, UserError) else str(error)}
+
+
+def _outcome(told: dict[str, Any]) -> Any:
+    if "refused" in told:
+        raise UserError(told["refused"])
+    if "failed" in told:
+        raise Failed(told["failed"])
+    return told["value"]
+
+
+def gather(name: str, value: Any, *, timeout: float | None = None) -> list[Any]:
+    """Every process's JSON value, in their order, on every process."""
+    if count() == 1:
+        return [value]
+    key = _key(name)
+    _client().key_value_set(f"{key}/{index()}", json.dumps(value))
+    return [json.loads(_read(f"{key}/{i}", timeout)) for i in range(count())]

@@ -1,0 +1,123 @@
+"""A run of several processes, supervised: the command's own process starts a worker and says in one line how it ended.
+
+When one process of a run dies, jax ends the others from C++ with a trace. So the worker's runtime writes to a log file, and its parent, which
+knows no jax, reads there who was lost.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from plasticity_jax.parallel.processes import JOINED, JOINING
+
+WORKER = "PLASTICITY_WORKER"  # set for a worker: file descriptors of its parent's standard output and error
+
+_UNHEALTHY = re.compile(r"tasks are unhealthy[^\n]*\n((?:[^\n]*\d[^\n]*\n?)+?)(?:The tasks have crashed|\n|$)")
+_NO_LEADER = ("Failed to send RPC to coordination service", "failed to connect to all addresses")
+_PR_SET_PDEATHSIG = 1
+
+
+def become_worker() -> bool:
+    """In a worker: messages go to the terminal again, and True. The mark is taken off, so that programs started from here are none."""
+    terminal = os.environ.pop(WORKER, None)
+    if terminal is None:
+        return False
+    sys.stdout, sys.stderr = (
+        os.fdopen(int(number), "w", buffering=1, encoding="utf-8", errors="backslashreplace") for number in terminal.split(",")
+    )
+    return True
+
+
+def supervise(argv: list[str], log_dir: Path | None) -> int:
+    """Runs the same command line as a worker and waits for it.
+
+    Args:
+      log_dir: where the runtime's messages go, one file per process; None, or a folder that cannot be made, takes one for temporary files.
+    Returns:
+      The worker's exit status; 1 where it was lost or lost another.
+    """
+    log_path = _log_path(log_dir)
+    terminal = [os.dup(1), os.dup(2)]
+    parent = os.getpid()
+
+    def in_worker():
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    with open(log_path, "wb") as log_file:
+        environment = os.environ | {WORKER: ",".join(map(str, terminal))}
+        command = [sys.executable, "-m", "plasticity_jax", *argv]
+        worker = subprocess.Popen(command, stdout=log_file, stderr=log_file, env=environment, pass_fds=terminal, preexec_fn=in_worker)
+    interrupted = []
+
+    def pass_on(number, frame):
+        interrupted.append(number)
+        worker.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    status = worker.wait()
+    if status in (0, 2):
+        log_path.unlink(missing_ok=True)
+    if status in (0, 2, 130) or (interrupted and status >= 0):
+        return status
+    text = log_path.read_text(encoding="utf-8", errors="replace")
+    joining = re.search(rf"^{JOINING}(.+)$", text, re.MULTILINE)
+    if status == -signal.SIGABRT and joining and JOINED not in text:
+        print(f"plasticity: {joining[1]}", file=sys.stderr)
+        return 2
+    said = _verdict(status, text)
+    if said is not None:
+        print(f"plasticity: {said} (log: {log_path})", file=sys.stderr)
+    return 1
+
+
+def _verdict(status: int, text: str) -> str | None:
+    """One line on why the run ended; None where the worker has said it itself."""
+    who = re.search(rf"{JOINED}(\d+) of (\d+)", text)
+    of = f" of {who[2]}" if who else ""
+    again = "run the same commands again: they resume"
+    if status < 0 and status != -signal.SIGABRT:
+        mine = f"process {who[1]}{of}" if who else "this process"
+        return f"{mine} was lost, killed by {_signal_name(-status)}; {again}"
+    lost = lost_processes(text)
+    if lost:
+        plural = "es" if len(lost) > 1 else ""
+        return f"process{plural} {', '.join(map(str, lost))}{of} {'were' if plural else 'was'} lost; {again}"
+    if status == -signal.SIGABRT:
+        return f"the runtime ended process {who[1] if who else '?'}{of}; {again}"
+    return None
+
+
+def lost_processes(text: str) -> list[int]:
+    """Numbers of the processes that jax's coordination service gave up, from what the runtime logged."""
+    lost = set()
+    for found in _UNHEALTHY.finditer(text):
+        lost |= {int(number) for number in re.findall(r"(?:task:|^)(\d+)\s*$", found[1], re.MULTILINE)}
+    if not lost and any(words in text for words in _NO_LEADER):
+        lost = {0}
+    return sorted(lost)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"
+
+
+def _log_path(folder: Path | None) -> Path:
+    name = f"{socket.gethostname()}-{os.getpid()}.log"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+    except (AttributeError, OSError):
+        return Path(tempfile.mkdtemp(prefix="plasticity-")) / name

@@ -1,0 +1,472 @@
+"""What launchers would send, checked by tools and stand-ins of what receives it; nothing here leaves the machine."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from plasticity_jax.config import grid_members, load_config
+from plasticity_jax.records import RunDirectory
+from plasticity_jax.study.graph import build_graph, save_study
+
+TOP = Path(__file__).parents[2]
+LAUNCH = TOP / "launch"
+TINY = TOP / "configs" / "tiny.py"
+FLOAT32 = "--config.train.compute_dtype=float32"
+TPU = {"TPU_NAME": "grid", "TPU_ZONE": "us-west4-a", "TPU_TYPE": "v5litepod-16"}
+TOOLS = Path(sys.executable).parent
+
+
+def run(script, *arguments, path: str | None = None, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
+    script = LAUNCH / script
+    command = [sys.executable, script] if script.suffix == ".py" else [script]
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TPU", "PLASTICITY"))}
+    if path is not None:
+        known["PATH"] = path
+    return subprocess.run([*map(str, command), *map(str, arguments)], env=known | environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def stand_in(folder: Path, name: str, body: str) -> str:
+    """Puts a program of this name before all others; returns the PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+    (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A workdir with a study.json of configs/tiny.py, and its config."""
+    config = load_config(TINY, [("train.compute_dtype", "float32")])
+    save_study(tmp_path / "work", config, build_graph(config))
+    return tmp_path / "work", config
+
+
+def write_jobs(workdir: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
+    return run("slurm/study.py", "--config", TINY, FLOAT32, "--workdir", workdir, "--out", out, *more)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- linters
+
+
+def test_every_shell_script_passes_shellcheck_and_stops_at_errors(study, tmp_path):
+    write_jobs(study[0], tmp_path / "jobs")
+    scripts = [*LAUNCH.rglob("*.sh"), *(tmp_path / "jobs").glob("*.s*")]
+    assert len(scripts) > 10
+    checked = subprocess.run([TOOLS / "shellcheck", *scripts], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+    for script in scripts:
+        assert "\nset -euo pipefail\n" in script.read_text(), script
+        if script.suffix == ".sh":
+            assert os.access(script, os.X_OK), script
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "tpu"])
+def test_dockerfiles_pass_hadolint_and_hold_what_they_copy(kind):
+    file = LAUNCH / "docker" / f"Dockerfile.{kind}"
+    checked = subprocess.run([TOOLS / "hadolint", "--failure-threshold", "style", file], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+    lines = file.read_text().splitlines()
+    for line in lines:
+        if line.startswith("COPY"):
+            assert all((TOP / source).exists() for source in line.split()[1:-1]), line
+    assert [line for line in lines if line.startswith("FROM")] == ["FROM python:3.12.11-slim-bookworm"]
+    assert [line for line in lines if line.startswith("USER")] == ["USER 1000"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- Cloud TPU
+
+
+@pytest.mark.parametrize("action", ["create --spot", "wait", "install", "run study --config C", "attach", "logs", "stop", "state", "delete"])
+def test_tpu_dry_run_prints_commands_and_sends_none(action, tmp_path):
+    path = stand_in(tmp_path / "bin", "gcloud", f"echo called >>{tmp_path}/called")
+    printed = run("tpu/tpu.sh", "--dry-run", *action.split(), path=path, **TPU)
+    assert printed.returncode == 0 and "gcloud compute tpus" in printed.stdout and "--zone=us-west4-a" in printed.stdout
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "runtime"), [("v4-32", "tpu-ubuntu2204-base"), ("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v5p-128", "v2-alpha-tpuv5"), ("v6e-16", "v2-alpha-tpuv6e")]
+)
+def test_tpu_create_asks_for_the_runtime_of_the_type(kind, runtime):
+    """Runtime versions as in Google's table of TPU software versions."""
+    sent = shlex.split(run("tpu/tpu.sh", "--dry-run", "create", "--spot", **TPU | {"TPU_TYPE": kind}).stdout)
+    assert {f"--accelerator-type={kind}", f"--runtime-version={runtime}", "--spot", "--node-id=grid"} <= set(sent)
+
+
+HOSTS = """
+[[ $4 == ssh ]] || exit 0
+command=$(printf '%s\\n' "$@" | sed -z 's/.*\\n--command=//')
+cd "$HOME" && exec bash -c "$command"
+"""
+
+
+def test_tpu_run_reaches_the_host_word_for_word_and_is_not_started_twice(tmp_path):
+    """A stand-in for gcloud that carries the remote command out in a folder of its own, as ssh would on the host."""
+    host = tmp_path / "host"
+    program = host / "plasticity_jax" / ".venv" / "bin" / "plasticity"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/usr/bin/env bash\nprintf '<%s>\\n' \"$@\"\nexec sleep 30\n")
+    program.chmod(0o755)
+    environment = TPU | {"HOME": str(host), "path": stand_in(tmp_path / "bin", "gcloud", HOSTS)}
+    words = ["study", "--config.name=it's $HOME", "--workdir", 'a "b" c']
+    started = run("tpu/tpu.sh", "run", *words, **environment)
+    assert started.returncode == 0, started.stderr
+    try:
+        for _ in range(50):
+            if (host / "plasticity.log").read_text().count("\n") == len(words):
+                break
+            time.sleep(0.1)
+        assert (host / "plasticity.log").read_text() == "".join(f"<{word}>\n" for word in words)
+        second = run("tpu/tpu.sh", "run", *words, **environment)
+        assert second.returncode == 2 and "still going" in second.stderr
+        assert "<study>" in run("tpu/tpu.sh", "logs", **environment).stdout
+    finally:
+        stopped = run("tpu/tpu.sh", "stop", **environment)
+    assert stopped.returncode == 0, stopped.stderr
+    attached = run("tpu/tpu.sh", "attach", **environment)  # ends by itself, because the run has ended
+    assert attached.returncode == 0 and "<study>" in attached.stdout
+
+
+def test_tpu_wait_goes_on_until_the_slice_is_active_and_says_when_it_is_lost(tmp_path):
+    states = tmp_path / "states"
+    path = stand_in(tmp_path / "bin", "gcloud", f"head -n 1 {states}; sed -i 1d {states}")
+    states.write_text("WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\nnever asked\n")
+    waited = run("tpu/tpu.sh", "wait", path=path, TPU_POLL_SECONDS="0.05", **TPU)
+    assert waited.returncode == 0 and re.findall(r"grid: (\w+)", waited.stdout) == ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+    states.write_text("SUSPENDED\n")
+    lost = run("tpu/tpu.sh", "wait", path=path, **TPU)
+    assert lost.returncode == 1 and lost.stderr == "tpu.sh: grid is SUSPENDED; delete it and create it again.\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------- GKE
+
+
+def gke(*arguments, command=("study", "--config", "configs/tiny.py", "--workdir", "gs://b/$(HOME) 'w'"), **environment):
+    return run("tpu/gke.py", "--name", "grid", "--image", "registry/plasticity:tpu", *arguments, "--", *command, **environment)
+
+
+# Chips per host and hosts: Google's table of TPU machine types in GKE. The accelerator type counts TensorCores on v4 and v5p, chips on v5e and v6e.
+@pytest.mark.parametrize(
+    ("topology", "hosts", "chips", "kind", "label"),
+    [
+        ("v5e:4x4", 4, 4, "v5litepod-16", "tpu-v5-lite-podslice"),
+        ("v5e:2x2", 1, 4, "v5litepod-4", "tpu-v5-lite-podslice"),
+        ("v5e:1x1", 1, 1, "v5litepod-1", "tpu-v5-lite-podslice"),
+        ("v6e:8x8", 16, 4, "v6e-64", "tpu-v6e-slice"),
+        ("v4:2x2x4", 4, 4, "v4-32", "tpu-v4-podslice"),
+        ("v5p:4x4x4", 16, 4, "v5p-128", "tpu-v5p-slice"),
+    ],
+)
+def test_gke_manifest_is_a_jobset_of_a_valid_kubernetes_job(topology, hosts, chips, kind, label):
+    printed = gke("--dry-run", "--spot", "--topology", topology)
+    assert printed.returncode == 0, printed.stderr
+    jobset = yaml.safe_load(printed.stdout)
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    [replicated] = jobset["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **replicated["template"]}
+    kubernetes_validate.validate(job, "1.29", strict=True)
+    assert job["spec"]["parallelism"] == job["spec"]["completions"] == hosts and replicated["replicas"] == 1
+    pod = job["spec"]["template"]["spec"]
+    selector = {"gke-tpu-accelerator": label, "gke-tpu-topology": topology.split(":")[1], "gke-spot": "true"}
+    assert pod["nodeSelector"] == {f"cloud.google.com/{name}": value for name, value in selector.items()}
+    [container] = pod["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": chips}
+    # Kubernetes reads $$ as one dollar sign, and expands no variable after it.
+    assert [word.replace("$$", "$") for word in container["args"]] == ["study", "--config", "configs/tiny.py", "--workdir", "gs://b/$(HOME) 'w'"]
+    xpk = shlex.split(printed.stdout.partition("xpk: ")[2].partition("\n")[0])
+    assert xpk[:3] == ["xpk", "workload", "create"] and f"--tpu-type={kind}" in xpk
+    assert shlex.split(xpk[-1].removeprefix("--command=")) == ["plasticity", "study", "--config", "configs/tiny.py", "--workdir", "gs://b/$(HOME) 'w'"]
+
+
+def test_gke_sends_to_kubectl_what_the_dry_run_printed(tmp_path):
+    path = stand_in(tmp_path / "bin", "kubectl", f'echo "$@" >{tmp_path}/words; cat >{tmp_path}/sent')
+    assert gke("--topology", "v5e:4x4", path=path).returncode == 0
+    printed = gke("--topology", "v5e:4x4", "--dry-run").stdout
+    assert (tmp_path / "words").read_text() == "apply --filename=-\n"
+    assert yaml.safe_load((tmp_path / "sent").read_text()) == yaml.safe_load(printed)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------- SLURM
+
+
+def test_slurm_run_puts_options_before_the_script_and_the_command_after(tmp_path):
+    sent = shlex.split(run("slurm/run.sh", "--dry-run", "--nodes=2", "--comment=a b", "--", "study", "--dry-run", "--config.name=x y").stdout)
+    script = sent.index(str(LAUNCH / "slurm" / "job.sh"))
+    assert sent[0] == "sbatch" and {"--nodes=2", "--comment=a b", "--ntasks-per-node=1"} <= set(sent[:script])
+    assert sent[script + 1 :] == ["study", "--dry-run", "--config.name=x y"]
+
+
+@pytest.mark.parametrize(("tasks", "nodes", "devices"), [("2", "2", "0,1,2,3"), ("8", "2", "none")])
+def test_slurm_job_names_all_gpus_of_a_node_to_its_only_process(tmp_path, tasks, nodes, devices):
+    """jax itself gives a process under SLURM one GPU, which is right for a task per GPU only."""
+    path = stand_in(tmp_path / "bin", "srun", 'echo "${JAX_LOCAL_DEVICE_IDS:-none} $*"')
+    done = run("slurm/job.sh", "study", "a b", path=path, SLURM_GPUS_ON_NODE="4", SLURM_NTASKS=tasks, SLURM_JOB_NUM_NODES=nodes)
+    assert done.stdout == f"{devices} --kill-on-bad-exit=1 plasticity study a b\n"
+
+
+def sent_by(submit: Path) -> tuple[dict[str, tuple[str, list[str]]], list[str]]:
+    """Job → (kind of dependency, jobs it waits for), and the jobs in the order of sending, from the dry run of submit.sh."""
+    printed = subprocess.run([submit, "--dry-run"], capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    after, order = {}, []
+    for line in printed.stdout.splitlines():
+        words = line.split()
+        name = words[-1].removesuffix(".sbatch")
+        dependency = next((word for word in words if word.startswith("--dependency=")), "--dependency=none")
+        kind, *parents = dependency.removeprefix("--dependency=").split(":")
+        after[name] = kind, [parent.strip("<>") for parent in parents]
+        order.append(name)
+    return after, order
+
+
+def test_slurm_study_has_a_job_for_every_run_after_its_parents(study, tmp_path):
+    workdir, config = study
+    runs = build_graph(config)
+    made = write_jobs(workdir, tmp_path / "jobs", "--options=--partition=p --comment='a b'", "--pretrain-options=--nodes=2")
+    assert made.returncode == 0, made.stderr
+    after, order = sent_by(tmp_path / "jobs" / "submit.sh")
+
+    def job(run):
+        if run.stage in ("prepare", "init"):
+            return "prepare"
+        return "analyze-" + run.parents["model"].split("/")[1] if run.stage in ("probe", "spectra", "gap") else run.id.replace("/", "-")
+
+    assert set(order) == {job(run) for run in runs} | {"report"}
+    by_id = {run.id: run for run in runs}
+    for run_ in runs:
+        kind, parents = after[job(run_)]
+        needed = {job(by_id[parent]) for parent in run_.parents.values()} - {job(run_)}
+        assert needed <= set(parents) and (kind == "afterok" or not needed)
+        assert all(order.index(parent) < order.index(job(run_)) for parent in parents)
+    kind, last = after["report"]
+    waited_for = {parent for name, (_, parents) in after.items() if name != "report" for parent in parents}
+    assert kind == "afterany" and set(last) == set(order) - waited_for - {"report"}
+    for path in (tmp_path / "jobs").glob("*.sbatch"):
+        header = [line for line in path.read_text().splitlines() if line.startswith("#SBATCH")]
+        assert "#SBATCH --partition=p" in header and "#SBATCH '--comment=a b'" in header
+        assert ("#SBATCH --nodes=2" in header) == path.name.startswith("pretrain-")
+
+
+def test_slurm_jobs_hold_commands_that_make_exactly_their_runs(study, tmp_path):
+    """The command line's own parser and the functions it calls, on the words of each script."""
+    from plasticity_jax import cli
+    from plasticity_jax.study import graph
+
+    workdir, config = study
+    runs = {run.id: run for run in build_graph(config)}
+    write_jobs(workdir, tmp_path / "jobs")
+    made = set()
+    for path in (tmp_path / "jobs").glob("*.sbatch"):
+        line = path.read_text().splitlines()[-1]
+        words = shlex.split(line)
+        assert words[:3] == ["exec", "bash", str(LAUNCH / "slurm" / "job.sh")]
+        rest, overrides = cli._split_overrides(words[3:])
+        arguments = cli._parser().parse_args(rest)
+        assert arguments.workdir == workdir
+        if arguments.command == "report":
+            continue
+        assert load_config(arguments.config, overrides) == config
+        if arguments.command == "study":
+            made |= {run.id for run in runs.values() if run.stage in arguments.stages.split(",")}
+        elif arguments.command == "pretrain":
+            [member] = [member for member in grid_members(config) if member.name == arguments.member]
+            made.add(graph.pretrain_run(config, member).id)
+        elif arguments.command == "finetune":
+            base = runs[str(arguments.base.relative_to(workdir / config.name))]
+            made.add(graph.finetune_run(config, base, arguments.task, arguments.seed).id)
+        else:
+            model = runs[str(arguments.model.relative_to(workdir / config.name))]
+            if arguments.command == "evaluate":
+                made.add(graph.evaluate_run(config, model, arguments.task).id)
+            else:
+                make = {"probe": graph.probe_run, "spectra": graph.spectra_run, "gap": graph.gap_run}
+                made |= {make[kind](config, model).id for kind in arguments.only.split(",")}
+    assert made == set(runs)
+
+
+def test_slurm_study_leaves_out_what_is_done_and_writes_only_whole_folders(study, tmp_path):
+    workdir, config = study
+    for run_ in build_graph(config):
+        if run_.stage in ("prepare", "init"):
+            with RunDirectory(workdir / config.name / run_.id).work(run_, config) as directory:
+                directory.finish({})
+    shared = sum(run_.stage in ("prepare", "init") for run_ in build_graph(config))
+    assert f"({shared} of {len(build_graph(config))} runs are done already)" in write_jobs(workdir, tmp_path / "jobs").stdout
+    after, order = sent_by(tmp_path / "jobs" / "submit.sh")
+    assert "prepare" not in order and all(after[name] == ("none", []) for name in order if name.startswith("pretrain-"))
+    printed = write_jobs(workdir, tmp_path / "none", "--dry-run")
+    assert printed.returncode == 0 and not (tmp_path / "none").exists()
+    for path in (tmp_path / "jobs").iterdir():
+        assert path.read_text().replace(str(tmp_path / "jobs"), str(tmp_path / "none")) in printed.stdout
+
+
+def test_slurm_study_sends_a_vmapped_grid_as_one_job(tmp_path):
+    config = load_config(TINY, [("train.compute_dtype", "float32"), ("grid.mode", "vmapped")])
+    save_study(tmp_path / "work", config, build_graph(config))
+    made = write_jobs(tmp_path / "work", tmp_path / "jobs", "--config.grid.mode=vmapped")
+    assert made.returncode == 0, made.stderr
+    after, order = sent_by(tmp_path / "jobs" / "submit.sh")
+    assert [name for name in order if name.startswith("pretrain")] == ["pretrain"] and after["pretrain"] == ("afterok", ["prepare"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- local GPUs
+
+
+def test_local_processes_share_the_gpus_out_and_find_one_another():
+    printed = run("local/processes.sh", "--dry-run", "--gpus", "0,1,2,3", "--processes", "2", "--port", "999", "--", "study", "--config", "a b")
+    commands = [shlex.split(line) for line in printed.stdout.splitlines()]
+    together = ["--coordinator=localhost:999", "--num-processes=2"]
+    start = ["plasticity", "study", "--config", "a b", *together]
+    assert commands == [
+        ["env", "CUDA_VISIBLE_DEVICES=0,1", *start, "--process-id=0"],
+        ["env", "CUDA_VISIBLE_DEVICES=2,3", *start, "--process-id=1"],
+    ]
+    one = run("local/processes.sh", "--dry-run", "--gpus", "0,1", "--", "study").stdout
+    assert shlex.split(one) == ["env", "CUDA_VISIBLE_DEVICES=0,1", "plasticity", "study"]
+
+
+def test_local_processes_end_with_the_worst_status_after_all_have_ended(tmp_path):
+    body = f'for word in "$@"; do [[ $word != --process-id=* ]] || id=${{word#*=}}; done; sleep 0.$((5 - id * 4)); echo $id >>{tmp_path}/ended; exit $((3 - id * 3))'
+    path = stand_in(tmp_path / "bin", "plasticity", body)
+    ended = run("local/processes.sh", "--gpus", "0,1", "--processes", "2", "--", "study", path=path)
+    assert ended.returncode == 3 and (tmp_path / "ended").read_text() == "1\n0\n"
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(200):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} has not come")
+
+
+def test_local_processes_pass_an_end_on_and_wait_for_all(tmp_path):
+    body = f'echo x >{tmp_path}/started; trap "sleep 0.3; echo x >>{tmp_path}/ended; exit 130" TERM; while true; do sleep 0.05; done'
+    path = stand_in(tmp_path / "bin", "plasticity", body)
+    script = subprocess.Popen(
+        [LAUNCH / "local" / "processes.sh", "--gpus", "0,1", "--processes", "2", "--", "study"], env=os.environ | {"PATH": path}, stderr=subprocess.DEVNULL
+    )
+    wait_for(tmp_path / "started")
+    time.sleep(0.3)  # both have set their trap
+    script.terminate()
+    assert script.wait(timeout=20) == 130 and (tmp_path / "ended").read_text() == "x\nx\n"
+
+
+def stand_in_package(folder: Path, main: str) -> str:
+    """Puts a `python -m plasticity_jax` of this text before the package's own, from a folder that holds no plasticity_jax; returns the PYTHONPATH."""
+    package = folder / "plasticity_jax"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"__path__.append({str(TOP / 'plasticity_jax')!r})\n")
+    (package / "__main__.py").write_text(main)
+    return str(folder)
+
+
+def test_local_members_take_the_next_free_gpu_and_one_failure_leaves_the_others_alone(tmp_path):
+    python_path = stand_in_package(
+        tmp_path / "lib",
+        "import os, sys, time\n"
+        f"open({str(tmp_path / 'calls')!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ' + ' '.join(sys.argv[1:]) + '\\n')\n"
+        "time.sleep(0.5)\n"
+        "sys.exit('wd25' in sys.argv)\n",
+    )
+    given = ["--gpus", "3,5", "--config", TINY, "--workdir", tmp_path / "work", "--config.grid.timescales=(None,0.2,0.1,0.05)"]
+    names = [m.name for m in grid_members(load_config(TINY, [("grid.timescales", "(None,0.2,0.1,0.05)")]))]
+    ended = run("local/members.py", *given, cwd=tmp_path, PYTHONPATH=python_path)
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert ended.returncode == 1 and "wd25 ended with status 1" in ended.stderr, ended.stderr
+    assert calls[0][0] == "3" and calls[0][-1] == "prepare,init"
+    assert sorted(call[-1] for call in calls[1:]) == sorted(names) and {call[0] for call in calls[1:]} == {"3", "5"}
+    assert {path.stem for path in (tmp_path / "work" / "tiny" / "logs").iterdir()} == set(names)
+    printed = run("local/members.py", "--dry-run", *given)
+    assert [shlex.split(line)[-1] for line in printed.stdout.splitlines()] == ["prepare,init", *names]
+
+
+def test_local_members_end_with_their_launcher(tmp_path):
+    python_path = stand_in_package(
+        tmp_path / "lib",
+        "import os, sys, time\n"
+        "if 'pretrain' in sys.argv:\n"
+        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "    time.sleep(60)\n",
+    )
+    command = [sys.executable, LAUNCH / "local" / "members.py", "--gpus", "0", "--config", TINY, "--workdir", tmp_path / "work"]
+    launcher = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": python_path}, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "pid")
+    time.sleep(0.1)
+    launcher.terminate()
+    _, said = launcher.communicate(timeout=20)
+    assert launcher.returncode == 130 and said.endswith("interrupted; the same command resumes.\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "says"),
+    [
+        ("tpu/tpu.sh", ["fly"], "'fly' is no command"),
+        ("tpu/tpu.sh", ["--dry-run", "run"], "run needs a command"),
+        ("tpu/tpu.sh", ["--dry-run", "create", "--sopt"], "create takes --spot only"),
+        ("tpu/gke.py", ["--name", "x", "--image", "i", "--topology", "v9:4x4", "--", "study"], "--topology=v9:4x4 is no slice"),
+        ("tpu/gke.py", ["--name", "x", "--image", "i", "--topology", "v5e:3x2", "--", "study"], "6 chips"),
+        ("tpu/gke.py", ["--name", "X", "--image", "i", "--topology", "v5e:4x4", "--", "study"], "--name=X"),
+        ("tpu/gke.py", ["--name", "x"], "required"),
+        ("slurm/run.sh", ["--nodes=2"], "no command after --"),
+        ("slurm/job.sh", [], "no command"),
+        ("slurm/study.py", ["--config", TINY], "required"),
+        ("slurm/study.py", ["--config", TINY, "--workdir", "/nowhere", "--out", "x"], "is not there yet"),
+        ("slurm/study.py", ["--config", TINY, "--workdir", "/nowhere", "--out", "x", "--options=-N2"], "'-N2' is no long option"),
+        ("slurm/study.py", ["--config", TINY, "--workdir", "/nowhere", "--out", "x", "--options=--array=1-3"], "--array is set"),
+        ("slurm/study.py", ["--config", TINY, "--workdir", "/nowhere", "--out", "x", "--options='"], "No closing quotation"),
+        ("slurm/study.py", ["--config", TINY, "--workdir", "/nowhere", "--out", "x", "--config.train.stesp=3"], "steps"),
+        ("local/processes.sh", ["--gpus", "0,1,2", "--processes", "2", "--", "study"], "3 GPUs do not divide"),
+        ("local/processes.sh", ["--gpus", "all", "--", "study"], "--gpus=all"),
+        ("local/processes.sh", ["--processes", "0", "--", "study"], "--processes=0"),
+        ("local/processes.sh", ["--port", "70000", "--", "study"], "--port=70000"),
+        ("local/processes.sh", ["--gpus", "0"], "no command after --"),
+        ("local/members.py", ["--gpus", "a", "--config", TINY, "--workdir", "w"], "--gpus=a"),
+        ("local/members.py", ["--gpus", "0", "--config", TINY, "--workdir", "w", "--grid"], "--grid is no option"),
+        ("local/members.py", ["--gpus", "0", "--config", TINY, "--workdir", "memory://b/w"], "local folder"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(script, arguments, says):
+    refused = run(script, *arguments, **TPU)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and not refused.stdout, refused.stderr
+    assert refused.stderr.startswith(f"{Path(script).name}: ") and says in refused.stderr
+
+
+@pytest.mark.parametrize(("missing", "says"), [("TPU_NAME", "TPU_NAME is not set"), ("TPU_ZONE", "TPU_ZONE"), ("TPU_TYPE", "TPU_TYPE")])
+def test_tpu_names_the_variable_that_is_missing(missing, says):
+    refused = run("tpu/tpu.sh", "--dry-run", "create", **{name: value for name, value in TPU.items() if name != missing})
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and says in refused.stderr
+
+
+def test_slurm_study_refuses_a_study_of_another_config_and_a_folder_of_others(study, tmp_path):
+    other = write_jobs(study[0], tmp_path / "jobs", "--config.train.steps=7")
+    assert other.returncode == 2 and other.stderr.count("\n") == 1 and "another config" in other.stderr
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    taken = write_jobs(study[0], tmp_path / "mine")
+    assert taken.returncode == 2 and taken.stderr.count("\n") == 1 and "holds other things" in taken.stderr
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_names_from_study_json_cannot_leave_the_folder(study, tmp_path):
+    workdir, _ = study
+    path = workdir / "tiny" / "study.json"
+    tree = json.loads(path.read_text())
+    tree["runs"][0]["name"] = "../../escaped"
+    path.write_text(json.dumps(tree))
+    refused = write_jobs(workdir, tmp_path / "jobs")
+    assert refused.returncode == 2 and not (tmp_path / "jobs").exists()

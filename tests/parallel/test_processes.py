@@ -1,0 +1,285 @@
+"""Two processes of four simulated devices each, over loopback, against one process."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from plasticity_jax.parallel.supervise import lost_processes
+
+PLASTICITY = [sys.executable, "-m", "plasticity_jax"]
+TINY = str(Path(__file__).parents[2] / "configs" / "tiny.py")
+CONFIG = ["--config", TINY, "--config.train.compute_dtype=float32", "--config.train.steps=60", "--config.train.checkpoint_every=20"]
+CONFIG += ["--config.train.log_every=1", "--config.train.batch_size=16", "--config.launch.compile_cache=None"]
+PRETRAIN = ["pretrain", *CONFIG, "--member", "wd0"]
+SMALLER = """
+import importlib.util
+from plasticity_jax.config import task
+
+def get_config():
+    spec = importlib.util.spec_from_file_location("tiny", {tiny!r})
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.data.max_documents, config.train.steps, config.train.compute_dtype = 200, 20, "float32"
+    config.tasks = {{"topic": task(train_rows=64, test_rows=16, epochs=1, max_new_tokens=8)}}
+    config.grid.timescales, config.probe.sets, config.evaluate.prompt_buckets = (0.2,), ("topic",), (192,)
+    config.launch.compile_cache = None
+    return config
+"""
+
+
+def start(arguments, *, devices, process=None, port=None, **environment):
+    if process is not None:
+        arguments = [*arguments, "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(process)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
+    return subprocess.Popen(PLASTICITY + arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end(process, timeout=240):
+    """(exit status, lines on standard error)"""
+    _, errors = process.communicate(timeout=timeout)
+    return process.returncode, errors.splitlines()
+
+
+def one(arguments, devices=8):
+    status, lines = end(start(arguments, devices=devices))
+    assert status == 0, "\n".join(lines)
+
+
+def pair(arguments, devices=(4, 4), each=((), ())):
+    port = free_port()
+    return [start([*arguments, *each[i]], devices=devices[i], process=i, port=port) for i in (0, 1)]
+
+
+def two(arguments):
+    for status, lines in map(end, pair(arguments)):
+        assert status == 0, "\n".join(lines)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def run_folder(workdir):
+    [folder] = (workdir / "tiny" / "pretrain").iterdir()
+    return folder
+
+
+def losses(workdir):
+    return {row["step"]: row["loss"] for row in map(json.loads, open(run_folder(workdir) / "metrics.jsonl"))}
+
+
+def held_out(workdir):
+    return json.loads((run_folder(workdir) / "results.json").read_text())["held_out"]["loss"]
+
+
+def final_params(workdir):
+    import jax
+
+    from plasticity_jax.model.load import load_model
+
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(load_model(run_folder(workdir)).params)]
+
+
+def assert_close(a, b):
+    assert losses(a).keys() == losses(b).keys() == set(range(1, 61))
+    np.testing.assert_allclose(list(losses(a).values()), list(losses(b).values()), rtol=1e-5)
+    np.testing.assert_allclose(held_out(a), held_out(b), rtol=1e-5)
+    for x, y in zip(final_params(a), final_params(b), strict=True):
+        assert np.linalg.norm(x.astype(np.float64) - y) <= 1e-5 * np.linalg.norm(x.astype(np.float64))
+
+
+def assert_same(a, b):
+    assert losses(a) == losses(b)
+    assert held_out(a) == held_out(b)
+    for x, y in zip(final_params(a), final_params(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A workdir with the corpus and the step-0 parameters."""
+    workdir = tmp_path_factory.mktemp("prepared")
+    one(["study", *CONFIG, "--stages", "prepare,init", "--workdir", str(workdir)])
+    return workdir
+
+
+@pytest.fixture
+def workdir(prepared, tmp_path):
+    return shutil.copytree(prepared, tmp_path / "work")
+
+
+@pytest.fixture(scope="module")
+def by_one(prepared, tmp_path_factory):
+    workdir = shutil.copytree(prepared, tmp_path_factory.mktemp("one") / "work")
+    one([*PRETRAIN, "--workdir", str(workdir)], devices=1)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def by_two(prepared, tmp_path_factory):
+    workdir = shutil.copytree(prepared, tmp_path_factory.mktemp("two") / "work")
+    two([*PRETRAIN, "--workdir", str(workdir), "--config.mesh.fsdp=4"])
+    return workdir
+
+
+def wait_for_step(workdir, step, processes):
+    deadline = time.monotonic() + 120
+    while not any((workdir / "tiny" / "pretrain").glob(f"*/checkpoints/{step}")):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
+def worker_of(process):
+    return int(subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()[0])
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(by_one, by_two):
+    assert_close(by_one, by_two)
+    mesh = json.loads((run_folder(by_two) / "provenance.json").read_text())["mesh"]
+    assert mesh == {"member": 1, "data": 2, "fsdp": 4, "tensor": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_is_named_by_all_and_the_pair_resumes_to_the_same_bits(workdir, by_two, victim):
+    arguments = [*PRETRAIN, "--workdir", str(workdir), "--config.mesh.fsdp=4"]
+    processes = pair(arguments)
+    wait_for_step(workdir, 20, processes)
+    os.kill(worker_of(processes[victim]), signal.SIGKILL)
+    for status, lines in (end(process, timeout=60) for process in processes):
+        assert status == 1
+        assert re.match(rf"plasticity: process {victim} of 2 was lost.*run the same commands again: they resume", lines[-1]), lines[-1]
+        assert not any("Traceback" in line or "@ 0x" in line for line in lines)
+    two(arguments)
+    assert_same(workdir, by_two)
+
+
+@pytest.mark.slow
+def test_a_worker_ends_with_its_parent_and_one_process_takes_over(workdir, by_one):
+    arguments = [*PRETRAIN, "--workdir", str(workdir)]
+    processes = pair(arguments)
+    wait_for_step(workdir, 20, processes)
+    processes[1].kill()
+    status, lines = end(processes[0], timeout=60)
+    assert status == 1
+    assert lines[-1].startswith("plasticity: process 1 of 2 was lost")
+    assert end(processes[1])[0] == -signal.SIGKILL
+    one(arguments, devices=1)
+    assert_close(workdir, by_one)
+
+
+@pytest.mark.slow
+def test_two_processes_take_over_from_one(workdir, by_one):
+    arguments = [*PRETRAIN, "--workdir", str(workdir)]
+    process = start(arguments, devices=1)
+    wait_for_step(workdir, 20, [process])
+    process.kill()
+    process.communicate()
+    two(arguments)
+    assert_close(workdir, by_one)
+
+
+@pytest.mark.slow
+def test_an_interrupt_reaches_the_workers(workdir):
+    processes = pair([*PRETRAIN, "--workdir", str(workdir)])
+    wait_for_step(workdir, 20, processes)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for status, lines in (end(process, timeout=60) for process in processes):
+        assert status == 130, lines
+        assert lines[-1] == "plasticity: interrupted; the same command resumes."
+
+
+@pytest.mark.slow
+def test_a_study_of_two_processes_gives_the_results_of_one(tmp_path):
+    config = tmp_path / "smaller.py"
+    config.write_text(SMALLER.format(tiny=TINY))
+    arguments = ["study", "--config", str(config)]
+    one([*arguments, "--workdir", str(tmp_path / "one")], devices=1)
+    two([*arguments, "--workdir", str(tmp_path / "two")])
+    found = {path.relative_to(tmp_path / "one"): json.loads(path.read_text()) for path in sorted((tmp_path / "one").glob("tiny/*/*/results.json"))}
+    assert {path.parts[1] for path in found} == {"prepare", "init", "pretrain", "evaluate", "finetune", "probe", "spectra", "gap"}
+    for path, results in found.items():
+        assert_alike(results, json.loads((tmp_path / "two" / path).read_text()), str(path))
+    assert (tmp_path / "two" / "tiny" / "report" / "index.html").is_file()
+
+
+def assert_alike(a, b, where):
+    """Equal but for times, and for numbers that a reduction over devices rounds otherwise."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in ("seconds", "tokens_per_second", "tokens_per_second_generated"):
+                assert_alike(a[key], b[key], f"{where}: {key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_alike(x, y, f"{where}[{i}]")
+    elif isinstance(a, float):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-6), where
+    else:
+        assert a == b, where
+
+
+SOON = ["pretrain", "--config", TINY, "--config.train.compute_dtype=float32", "--config.launch.start_timeout=8"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--coordinator", "127.0.0.1:1"], "go together; give all three, or none"),
+        (["--coordinator", "127.0.0.1", "--num-processes", "2", "--process-id", "0"], "--coordinator=127.0.0.1 must be HOST:PORT"),
+        (["--coordinator", "127.0.0.1:1", "--num-processes", "2", "--process-id", "2"], "--process-id=2 must lie between 0 and"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(tmp_path, arguments, words):
+    status, lines = end(start([*SOON, "--workdir", str(tmp_path / "w"), *arguments], devices=1))
+    assert (status, len(lines)) == (2, 1)
+    assert words in lines[0]
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_unreachable_coordinator_is_one_line_after_the_timeout(tmp_path):
+    status, lines = end(start([*SOON, "--workdir", str(tmp_path)], devices=1, process=1, port=free_port()), timeout=60)
+    assert status == 2
+    assert "the 2 processes did not meet within 8 s" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("devices", "each", "words"),
+    [
+        ((2, 4), ((), ()), "unequal hosts: process 0"),
+        ((2, 2), (("--workdir", "{0}/a"), ("--workdir", "{0}/b")), "is not the same folder for process 1 as for process 0"),
+        ((2, 2), (("--config.mesh.fsdp=3",),) * 2, "mesh.fsdp=3"),
+        ((4, 4), (("--config.train.batch_size=12",),) * 2, "train.batch_size=12 in train.microbatches=1 part(s) is not divisible by mesh.data x mesh.fsdp = 8"),
+    ],
+)
+def test_what_one_process_finds_wrong_all_say(tmp_path, devices, each, words):
+    each = [[argument.format(tmp_path) for argument in own] for own in each]
+    for status, lines in map(end, pair([*SOON, "--workdir", str(tmp_path / "w")], devices, each)):
+        assert status == 2
+        assert lines[-1].startswith("plasticity: ") and words in lines[-1]
+    assert not list(tmp_path.glob("*/*/study.json"))
+
+
+def test_the_lost_are_read_from_the_runtimes_words():
+    # As jax 0.10.2 writes them; the first of a task that stopped, the second where the coordinator is gone.
+    unhealthy = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n{}\nThe tasks have crashed. Check the task logs"
+    assert lost_processes(unhealthy.format("1")) == [1]
+    assert lost_processes(unhealthy.format("3\n12")) == [3, 12]
+    assert lost_processes("UNAVAILABLE: Failed to send RPC to coordination service. Either the leader task was preempted/died/restarted") == [0]
+    assert lost_processes("UNKNOWN: Gloo all-reduce failed: Connection reset by peer") == []
