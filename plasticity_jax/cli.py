@@ -383,8 +383,13 @@ def _generate(arguments) -> int:
     from plasticity_jax.evaluate.generate import continue_text
     from plasticity_jax.model.load import load_model
 
-    model = load_model(arguments.model)
-    print(continue_text(model, arguments.prompt, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed))
+    def text() -> str:
+        model = load_model(arguments.model)
+        return continue_text(model, arguments.prompt, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed)
+
+    continued = processes.broadcast(text)
+    if processes.primary():
+        print(continued)
     return 0
 
 

@@ -12,14 +12,16 @@ import uuid
 from collections.abc import Iterator
 
 from plasticity_jax.errors import UserError
+from plasticity_jax.progress import Progress
 from plasticity_jax.storage import AnyPath, is_local, write_bytes
 
 log = logging.getLogger("plasticity_jax")
 
-HEARTBEAT_SECONDS = 30.0
-# A holder that was not heard of for so long is taken for dead: well above a slow store, and what a restart on another machine waits at most.
-# Holder and reader compare their clocks, which must agree to less than the difference of the two.
-STALE_SECONDS = 300.0
+HEARTBEAT_SECONDS = 15.0
+# A holder that was not heard of for so long is taken for dead: well above a slow store, and what the restart of a killed run on another machine waits
+# at most. Clocks of holder and reader that agree to less than the difference of the two make that wait shorter, and are not needed.
+STALE_SECONDS = 120.0
+LOOK_SECONDS = 2.0
 # Longer than a store takes to write an object.
 TAKEOVER_SECONDS = 2.0
 
@@ -41,6 +43,8 @@ class Held:
 @contextlib.contextmanager
 def lock(path: AnyPath) -> Iterator[Held]:
     """Holds the lock while the block runs; the file is gone after a block that did not raise, and always on a store.
+
+    Where another machine's process holds it, this waits for a sign of life, and takes the lock if none comes.
 
     Raises:
       BlockingIOError: another process holds it.
@@ -85,7 +89,7 @@ def _acquire(path: AnyPath) -> str:
     try:
         path.fs.pipe_file(path.path, content, mode="create")
     except FileExistsError:
-        if _alive(_read(path)):
+        if not _abandoned(path):
             raise BlockingIOError(f"{path} is held") from None
         write_bytes(path, content)
         # Two processes may take over a dead one's lock at once; the last to write has it.
@@ -94,6 +98,27 @@ def _acquire(path: AnyPath) -> str:
             raise BlockingIOError(f"{path} is held") from None
     _held.add(token)
     return token
+
+
+def _abandoned(path: AnyPath) -> bool:
+    """Whether the holder is gone. Waits for it to be heard of, or to have been silent for too long."""
+    first = _read(path)
+    if not _alive(first):
+        return True
+    if first.get("host") == socket.gethostname():
+        return False
+    log.info("%s is held by process %s of %s; waiting for a sign of life", path, first.get("pid"), first.get("host"))
+    end = time.monotonic() + STALE_SECONDS
+    with Progress("wait for its holder", total=round(STALE_SECONDS), unit="seconds") as progress:
+        while time.monotonic() < end:
+            time.sleep(LOOK_SECONDS)
+            progress.update(round(LOOK_SECONDS))
+            now = _read(path)
+            if not _alive(now):
+                return True
+            if now != first:
+                return False
+    return True
 
 
 def _content(token: str) -> bytes:

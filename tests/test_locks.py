@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 
@@ -23,6 +24,7 @@ RUN = Run("s", "spectra", "wd0.1", {"mass": 0.95}, {"model": "pretrain/wd0.1-012
 @pytest.fixture
 def path(monkeypatch):
     monkeypatch.setattr(locks, "TAKEOVER_SECONDS", 0.0)
+    monkeypatch.setattr(locks, "LOOK_SECONDS", 0.01)
     return location(f"memory://{uuid.uuid4().hex}/run/LOCK")
 
 
@@ -54,7 +56,6 @@ def test_a_lock_has_one_holder_and_is_gone_afterwards(path):
 @pytest.mark.parametrize(
     ("holder", "held"),
     [
-        ({}, True),
         ({"time": 0.0}, False),
         ({"time": time.time() - locks.STALE_SECONDS - 1}, False),
         ({"host": socket.gethostname(), "pid": os.getppid()}, True),
@@ -72,6 +73,23 @@ def test_a_holder_that_was_not_heard_of_is_taken_for_dead(path, holder, held):
         with lock(path):
             assert is_locked(path)
         assert not path.exists()
+
+
+@pytest.mark.parametrize("ahead", [0.0, 1e6])  # seconds of the holder's clock
+def test_a_holder_elsewhere_has_time_to_give_a_sign_of_life(path, monkeypatch, ahead):
+    monkeypatch.setattr(locks, "STALE_SECONDS", 20.0)
+    left_by(path, time=time.time() + ahead)
+    assert is_locked(path)
+    timer = threading.Timer(0.05, left_by, args=(path,), kwargs={"time": time.time() + ahead + 1})
+    timer.start()
+    with pytest.raises(BlockingIOError), lock(path):
+        pass
+    timer.join()
+    assert json.loads(path.read_bytes())["token"] == "theirs"
+    monkeypatch.setattr(locks, "STALE_SECONDS", 0.05)
+    with lock(path) as held:
+        held.check()
+    assert not path.exists()
 
 
 def test_a_killed_process_of_this_machine_blocks_nobody(path):

@@ -1,7 +1,6 @@
 """Jobs on a real SLURM of this machine: one run as two tasks, and a whole study as the scripts that launch/slurm/study.py writes."""
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -104,15 +103,19 @@ def test_what_follows_from_a_failed_job_is_cancelled_and_the_report_still_runs(c
 
 
 def test_two_tasks_of_a_job_pretrain_one_model_together(cluster, wheels_dir, tmp_path):
-    work = tmp_path / "work"
-    given = [*CONFIG, *SMALL, f"--config.data.wheels={wheels_dir.resolve()}", "--config.mesh.data=4", "--workdir", work]
-    log = tmp_path / "pretrain.log"
-    sent = cluster.run(RUN, f"--output={log}", f"--chdir={TOP}", "--ntasks-per-node=2", "--ntasks=2", "--", "pretrain", *given, "--member", "wd0")
-    assert sent.returncode == 0, sent.stderr
-    job = sent.stdout.split()[-1]
-    ended = cluster.wait([job], seconds=300)[job]
-    assert ended["JobState"] == "COMPLETED", log.read_text()
-    done = list((work / "tiny" / "pretrain").glob("*/DONE"))
-    assert len(done) == 1, log.read_text()
-    provenance = json.loads((done[0].parent / "provenance.json").read_text())
-    assert os.path.isfile(done[0].parent / "metrics.jsonl") and provenance, log.read_text()
+    """And give the loss curve that one process with one device gives."""
+    losses = {}
+    for tasks, environment in ((2, {}), (1, {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"})):
+        work, log = tmp_path / f"work{tasks}", tmp_path / f"pretrain{tasks}.log"
+        given = [*CONFIG, *SMALL, f"--config.data.wheels={wheels_dir.resolve()}", f"--config.mesh.data={2 * tasks if tasks > 1 else 1}", "--workdir", work]
+        options = [f"--output={log}", f"--chdir={TOP}", f"--ntasks-per-node={tasks}"]
+        sent = cluster.run(RUN, *options, "--", "pretrain", *given, "--member", "wd0", **environment)
+        assert sent.returncode == 0, sent.stderr
+        job = sent.stdout.split()[-1]
+        ended = cluster.wait([job], seconds=300)[job]
+        assert ended["JobState"] == "COMPLETED", log.read_text()
+        assert ("2 processes, 2 devices each" in log.read_text()) == (tasks == 2)
+        [done] = (work / "tiny" / "pretrain").glob("*/DONE")
+        losses[tasks] = {row["step"]: row["loss"] for row in map(json.loads, (done.parent / "metrics.jsonl").read_text().splitlines()) if "loss" in row}
+    assert set(losses[2]) == set(losses[1]) == set(range(1, 9))
+    assert list(losses[2].values()) == pytest.approx(list(losses[1].values()), rel=1e-5)

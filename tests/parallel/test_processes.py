@@ -18,7 +18,7 @@ from plasticity_jax.parallel.supervise import lost_processes
 
 PLASTICITY = [sys.executable, "-m", "plasticity_jax"]
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.py")
-CONFIG = ["--config", TINY, "--config.train.compute_dtype=float32", "--config.train.steps=60", "--config.train.checkpoint_every=20"]
+CONFIG = ["--config", TINY, "--config.train.compute_dtype=float32", "--config.train.steps=24", "--config.train.checkpoint_every=8"]
 CONFIG += ["--config.train.log_every=1", "--config.train.batch_size=16", "--config.launch.compile_cache=None"]
 PRETRAIN = ["pretrain", *CONFIG, "--member", "wd0"]
 SMALLER = """
@@ -94,7 +94,7 @@ def final_params(workdir):
 
 
 def assert_close(a, b):
-    assert losses(a).keys() == losses(b).keys() == set(range(1, 61))
+    assert losses(a).keys() == losses(b).keys() == set(range(1, 25))
     np.testing.assert_allclose(list(losses(a).values()), list(losses(b).values()), rtol=1e-5)
     np.testing.assert_allclose(held_out(a), held_out(b), rtol=1e-5)
     for x, y in zip(final_params(a), final_params(b), strict=True):
@@ -158,7 +158,7 @@ def test_two_processes_give_the_losses_of_one(by_one, by_two):
 def test_a_killed_process_is_named_by_all_and_the_pair_resumes_to_the_same_bits(workdir, by_two, victim):
     arguments = [*PRETRAIN, "--workdir", str(workdir), "--config.mesh.fsdp=4"]
     processes = pair(arguments)
-    wait_for_step(workdir, 20, processes)
+    wait_for_step(workdir, 8, processes)
     os.kill(worker_of(processes[victim]), signal.SIGKILL)
     for status, lines in (end(process, timeout=60) for process in processes):
         assert status == 1
@@ -172,7 +172,7 @@ def test_a_killed_process_is_named_by_all_and_the_pair_resumes_to_the_same_bits(
 def test_a_worker_ends_with_its_parent_and_one_process_takes_over(workdir, by_one):
     arguments = [*PRETRAIN, "--workdir", str(workdir)]
     processes = pair(arguments)
-    wait_for_step(workdir, 20, processes)
+    wait_for_step(workdir, 8, processes)
     processes[1].kill()
     status, lines = end(processes[0], timeout=60)
     assert status == 1
@@ -186,7 +186,7 @@ def test_a_worker_ends_with_its_parent_and_one_process_takes_over(workdir, by_on
 def test_two_processes_take_over_from_one(workdir, by_one):
     arguments = [*PRETRAIN, "--workdir", str(workdir)]
     process = start(arguments, devices=1)
-    wait_for_step(workdir, 20, [process])
+    wait_for_step(workdir, 8, [process])
     process.kill()
     process.communicate()
     two(arguments)
@@ -196,7 +196,7 @@ def test_two_processes_take_over_from_one(workdir, by_one):
 @pytest.mark.slow
 def test_an_interrupt_reaches_the_workers(workdir):
     processes = pair([*PRETRAIN, "--workdir", str(workdir)])
-    wait_for_step(workdir, 20, processes)
+    wait_for_step(workdir, 8, processes)
     for process in processes:
         process.send_signal(signal.SIGTERM)
     for status, lines in (end(process, timeout=60) for process in processes):

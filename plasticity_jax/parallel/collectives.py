@@ -1,0 +1,149 @@
+"""What a compiled program sends between devices and which arrays it holds, read from its optimized HLO text."""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all", "collective-broadcast")
+_NO_BUFFER = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "constant", "call")
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
+_CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computations|true_computation|false_computation)=\{?(%?[\w.\-]+(?:, ?%[\w.\-]+)*)")
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # operands and attributes
+
+
+def collective_bytes(hlo: str) -> dict[str, int]:
+    """Kind of collective → bytes per device and execution of the program, loops counted as often as they turn; kinds that occur only.
+
+    The bytes of one collective are those of its operands or of its result, whichever is larger: what an all-gather makes, what a reduce-scatter
+    takes. Over n devices a ring sends (n-1)/n of it from each device, and twice that for an all-reduce.
+
+    Args:
+      hlo: `compiled.as_text()`.
+    """
+    computations, entry = _parse(hlo)
+    total: Counter[str] = Counter()
+    for name, times in _executions(computations, entry).items():
+        shapes = {i.name: i.shape for i in computations[name]}
+        for instruction in computations[name]:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in KINDS:
+                operands = re.findall(r"%([\w.\-]+)", _operands(instruction.rest))
+                taken = sum(shape_bytes(shapes.get(operand, "")) for operand in operands)
+                total[kind] += times * max(taken, _made(instruction))
+    return dict(sorted(total.items()))
+
+
+def largest_arrays(hlo: str, number: int) -> list[tuple[int, str]]:
+    """The largest different arrays that instructions outside fusions make: (bytes per device, "shape, operation in the model")."""
+    computations, entry = _parse(hlo)
+    sizes = {}
+    for name in _executions(computations, entry, through=("while", "conditional", "call")):
+        for instruction in computations[name]:
+            if instruction.opcode not in _NO_BUFFER:
+                where = re.search(r'op_name="([^"]*)"', instruction.rest)
+                shape = " ".join(f"{kind}[{dims}]" for kind, dims in _SHAPE.findall(instruction.shape))
+                sizes[f"{shape}, {where[1] if where else instruction.opcode}"] = shape_bytes(instruction.shape)
+    return [(size, text) for text, size in sorted(sizes.items(), key=lambda item: -item[1])[:number]]
+
+
+def shape_bytes(shape: str) -> int:
+    """Bytes of an HLO shape's text, without padding; of a tuple, of all its arrays."""
+    bits = 0
+    for kind, dims in _SHAPE.findall(shape):
+        digits = re.search(r"\d+", kind)
+        width = _BITS[kind] if kind in _BITS else int(digits[0]) if digits else 0
+        bits += width * math.prod(int(size) for size in dims.split(",") if size)
+    return bits // 8
+
+
+def _made(instruction: _Instruction) -> int:
+    """Bytes of the result. An asynchronous start returns its operands too, beside its result: the larger element of its tuple is meant."""
+    if instruction.opcode.endswith("-start") and instruction.shape.startswith("("):
+        return max((shape_bytes(part) for part in _elements(instruction.shape)), default=0)
+    return shape_bytes(instruction.shape)
+
+
+def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """Computations by name, and the name of the entry."""
+    computations: dict[str, list[_Instruction]] = {}
+    current, entry = None, ""
+    for line in hlo.splitlines():
+        if not line.startswith((" ", "\t")):
+            found = _COMPUTATION.match(line) if not line.startswith("HloModule") else None
+            current = computations.setdefault(found[2], []) if found else None
+            entry = found[2] if found and found[1] else entry
+        elif current is not None and (found := _NAME.match(line)):
+            name, text = found.groups()
+            end = _closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
+            opcode = re.match(r"\s*([\w\-]+)\(", text[end:])
+            if opcode:
+                current.append(_Instruction(name, text[:end], opcode[1], text[end + opcode.end() - 1 :]))
+    return computations, entry
+
+
+def _executions(computations: dict[str, list[_Instruction]], entry: str, through: tuple[str, ...] | None = None) -> Counter[str]:
+    """How often each computation runs; `through` limits the instructions that are followed into what they call."""
+    times: Counter[str] = Counter()
+
+    def visit(name: str, factor: int) -> None:
+        times[name] += factor
+        for instruction in computations.get(name, ()):
+            if through is not None and instruction.opcode not in through or instruction.opcode in ("async-done", "async-update"):
+                continue
+            turns = _turns(instruction, computations) if instruction.opcode == "while" else 1
+            for called in _CALLED.findall(instruction.rest):
+                for child in re.split(r", ?", called):
+                    child = child.removeprefix("%")
+                    if child in computations:
+                        visit(child, factor * turns)
+
+    visit(entry, 1)
+    return times
+
+
+def _turns(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
+    """Turns of a loop: as the compiler states it, else the one constant that its condition compares with."""
+    stated = _TRIPS.search(instruction.rest)
+    if stated:
+        return int(stated[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", instruction.rest)
+    constants = [i for i in computations.get(condition[1] if condition else "", ()) if i.opcode == "constant" and i.shape.startswith("s32[]")]
+    number = re.match(r"\((\d+)\)", constants[0].rest) if len(constants) == 1 else None
+    return int(number[1]) if number else 1
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i
+    return len(text) - 1
+
+
+def _operands(rest: str) -> str:
+    return rest[: _closing(rest, 0) + 1]
+
+
+def _elements(shape: str) -> list[str]:
+    """The elements of a tuple's shape."""
+    parts, depth, start = [], 0, 1
+    for i, letter in enumerate(shape):
+        depth += (letter in "({[") - (letter in ")}]")
+        if depth == 1 and letter == "," or depth == 0 and letter == ")":
+            parts.append(shape[start:i])
+            start = i + 1
+    return parts

@@ -1,0 +1,94 @@
+"""What is known of the devices that train: arithmetic, memory, and how many share a host."""
+
+import functools
+import os
+import re
+import time
+from dataclasses import dataclass
+
+GIB = 2**30
+MATMUL_SIZE, MATMUL_ROUNDS = 1024, 5
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of device, as jax counts devices (a TPU v4 chip with its two cores joined is one).
+
+    Attributes:
+      name: as in a topology, such as "v5e".
+      kind: jax's `device_kind`.
+      peak_flops: dense bf16 FLOP/s, as its maker states it; of an unknown device the measured speed of a matrix product.
+      memory: bytes.
+      reserve: bytes of it that a program cannot have: the runtime's own, and on GPUs the libraries' workspaces and the CUDA context.
+      per_host: devices of a full host.
+    """
+
+    name: str
+    kind: str
+    peak_flops: float
+    memory: int
+    reserve: int
+    per_host: int
+
+    @property
+    def limit(self) -> int:
+        """Bytes that a program may take."""
+        return self.memory - self.reserve
+
+
+# Sources: Google Cloud's pages of each TPU version; NVIDIA's data sheets of A100, H100 and H200 (SXM, without sparsity). TPU reserves are what the
+# TPU compiler itself leaves out; a GPU's are 5% for the CUDA context, NCCL, and cuDNN's workspace, which the compiler reads as zero.
+_GPU_RESERVE = 4 * GIB
+KNOWN = (
+    Hardware("v4", "TPU v4", 275e12, 32 * GIB, GIB // 4, 4),
+    Hardware("v5e", "TPU v5 lite", 197e12, 16 * GIB, GIB // 4, 4),
+    Hardware("v5p", "TPU v5", 459e12, 96 * GIB, GIB // 4, 4),
+    Hardware("v6e", "TPU v6 lite", 918e12, 32 * GIB, GIB // 4, 4),
+    Hardware("a100", "NVIDIA A100-SXM4-80GB", 312e12, 80 * GIB, _GPU_RESERVE, 8),
+    Hardware("a100-40", "NVIDIA A100-SXM4-40GB", 312e12, 40 * GIB, _GPU_RESERVE, 8),
+    Hardware("h100", "NVIDIA H100 80GB HBM3", 989e12, 80 * GIB, _GPU_RESERVE, 8),
+    Hardware("h200", "NVIDIA H200", 989e12, 141 * 10**9, _GPU_RESERVE, 8),
+)
+# (regex over jax's device_kind, name); the first that matches counts.
+_KINDS = (
+    (r"TPU v4$", "v4"),
+    (r"TPU v5 ?(lite|e)", "v5e"),
+    (r"TPU v5p?$", "v5p"),
+    (r"TPU v6 ?(lite|e)", "v6e"),
+    (r"A100.*40GB", "a100-40"),
+    (r"A100", "a100"),
+    (r"H100.*HBM3", "h100"),
+    (r"H200", "h200"),
+)
+
+
+def named(name: str) -> Hardware | None:
+    """The hardware that a topology calls `name`; None if it is not known."""
+    return next((hardware for hardware in KNOWN if hardware.name == name), None)
+
+
+def of_kind(device_kind: str) -> Hardware | None:
+    """The hardware of jax's `device_kind`; None if it is not known."""
+    return next((named(name) for pattern, name in _KINDS if re.search(pattern, device_kind, re.IGNORECASE)), None)
+
+
+@functools.lru_cache(maxsize=4)
+def measured(device_kind: str, sharing: int) -> Hardware:
+    """The hardware of an unknown kind that is here: the speed of a float32 matrix product on jax's first device, measured once.
+
+    Args:
+      sharing: devices that share this host's arithmetic and memory, as simulated CPU devices do.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((MATMUL_SIZE, MATMUL_SIZE))
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, x))
+    seconds = []
+    for _ in range(MATMUL_ROUNDS):
+        start = time.perf_counter()
+        jax.block_until_ready(product(x, x))
+        seconds.append(time.perf_counter() - start)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware(device_kind, device_kind, 2 * MATMUL_SIZE**3 / min(seconds) / sharing, memory // sharing, 0, sharing)
