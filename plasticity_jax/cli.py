@@ -6,12 +6,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from plasticity_jax.config import LaunchConfig, StudyConfig, grid_members, load_config, member_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
+from plasticity_jax.parallel.flags import prepare_backend
 from plasticity_jax.storage import AnyPath, is_local, location
 
 log = logging.getLogger("plasticity_jax")
@@ -69,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--model", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=_MODEL)
     analyze.add_argument("--only", metavar="A,B", help="some of probe,spectra,gap")
     command("report", "write <workdir>/<study>/report/index.html, figures and tables", config=False)
+    check = command("check", "compile the train step for hardware that need not be here: does it fit, and what does the grid take?", workdir=False)
+    check.add_argument("--topology", required=True, metavar="T", help="such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8")
+    check.add_argument("--search", action="store_true", help="look for the largest microbatch and the lightest remat that fit (at most 6 compiles)")
+    check.add_argument("--mfu", type=float, metavar="SHARE", help="of the devices' peak FLOP/s; launch.mfu otherwise")
+    check.add_argument("--json", action="store_true", help="one JSON object on standard output")
     hf_import = command("import", "turn a Hugging Face folder into a run that the other commands take", config=False, workdir=False)
     hf_import.add_argument("--hf", type=_place, required=True, metavar="DIR", help="folder with config.json and safetensors, as save_pretrained writes it")
     hf_import.add_argument("--out", type=_place, required=True, metavar="RUN_DIR", help="directory of the run; missing or empty")
@@ -122,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"plasticity {arguments.command} reads no config; leave out --config.{overrides[0][0]}.")
         if arguments.takes_config:
             arguments.config = load_config(arguments.config, overrides)
+        launch = arguments.config.launch if arguments.takes_config else LaunchConfig()
+        if arguments.command in _SEVERAL:
+            prepare_backend(launch.compile_cache)
         several = _several(arguments)
         if several and not worker:
             return supervise.supervise(argv, _log_folder(arguments))
@@ -131,8 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.command not in ("status", "report"):
             keep_freed_memory()
         if several:
-            timeout = arguments.config.launch.start_timeout if arguments.takes_config else LaunchConfig().start_timeout
-            processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=timeout)
+            processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=launch.start_timeout)
         return _COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"plasticity: {error}", file=sys.stderr)
@@ -375,6 +384,24 @@ def _report(folder: AnyPath) -> None:
     print(f"report: {page}")
 
 
+def _check(arguments) -> int:
+    # Before jax is imported: the devices are described to the compiler, not looked for.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    from plasticity_jax.parallel.deviceless import target
+    from plasticity_jax.records import to_json
+    from plasticity_jax.train.check import check, lines, search, to_record
+
+    config = arguments.config
+    if arguments.mfu is not None:
+        if not 0 < arguments.mfu <= 1:
+            raise UserError(f"--mfu={arguments.mfu} is a share of the peak; it must be above 0 and at most 1.")
+        config = replace(config, launch=replace(config.launch, mfu=arguments.mfu))
+    place = target(arguments.topology)
+    answer = (search if arguments.search else check)(config, place)
+    print(to_json(to_record(answer, place)) if arguments.json else "\n".join(lines(answer, place)))
+    return 0 if answer.fits else 1
+
+
 def _generate(arguments) -> int:
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens={arguments.max_new_tokens} must be at least 1.")
@@ -447,4 +474,5 @@ _COMMANDS = {
     "import": _import,
     "export": _export,
     "generate": _generate,
+    "check": _check,
 }

@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # tests compile what they test; those of the cache turn it on
 
 import pytest
 

@@ -34,7 +34,7 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
     parser = Parser(prog="members.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--gpus", required=True, metavar="0,1", help="numbers of the GPUs to use")
-    parser.add_argument("--config", type=Path, required=True, metavar="C", help="config file of the study; --config.a.b=value overrides one of its keys")
+    parser.add_argument("--config", type=Path, required=True, metavar="C", help="config of the study; --config.a.b=value overrides one of its keys")
     parser.add_argument("--workdir", required=True, metavar="W", help="folder that holds the studies, on this machine")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
     arguments, overrides = parser.parse_known_args(argv)

@@ -5,9 +5,9 @@ launch/slurm/run.sh -- prepare --config C --workdir W            # writes W/<stu
 launch/slurm/study.py --config C --workdir W --out jobs --options="--partition=gpu --gpus-per-node=1" --pretrain-options="--nodes=2 --gpus-per-node=8"
 jobs/submit.sh [--dry-run]
 
-One job per run; what is read from one model (probe, spectra, gap) is one job, and so is the whole grid in vmapped mode. A job waits for its parents with
-afterok and is cancelled if one fails; the report waits with afterany, and shows what there is, as `plasticity study` does. Runs that are done get no job:
-after a failure, the same two commands send the rest. Run it with the Python of the environment that has plasticity_jax.
+One job per run; what is read from one model (probe, spectra, gap) is one job, and so is the whole grid in vmapped mode. A job waits for its parents
+with afterok and is cancelled if one fails; the report waits with afterany, and shows what there is, as `plasticity study` does. Runs that are done
+get no job: after a failure, the same two commands send the rest. Run it with the Python of the environment that holds plasticity_jax.
 """
 
 import argparse
@@ -173,7 +173,7 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[tuple[s
             raise UserError(f"{message} (see study.py --help)")
 
     parser = Parser(prog="study.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--config", type=Path, required=True, metavar="C", help="config file of the study; --config.a.b=value overrides one of its keys")
+    parser.add_argument("--config", type=Path, required=True, metavar="C", help="config of the study; --config.a.b=value overrides one of its keys")
     parser.add_argument("--workdir", required=True, metavar="W", help="folder that holds the study; all nodes must see it")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the scripts and the logs; all nodes must see it")
     parser.add_argument("--options", default="", metavar="O", help='options of sbatch for every job, such as "--partition=gpu --gpus-per-node=1"')
@@ -193,7 +193,7 @@ def _saved_runs(config: StudyConfig, workdir: AnyPath) -> list[Run]:
     """The runs of study.json. Raises UserError if it is not there, or of another config."""
     path = study_dir(workdir, config) / "study.json"
     if not path.is_file():
-        raise UserError(f"{path} is not there yet; write it first, on a node of the kind that will train: launch/slurm/run.sh -- prepare (same config).")
+        raise UserError(f"{path} is not there yet; write it on a node of the kind that will train: launch/slurm/run.sh -- prepare (same config).")
     _, runs = read_study(path)
     if {run.id for run in runs} != {run.id for run in build_graph(resolve(config, workdir))}:
         raise UserError(f"{path} was written for another config or version; write it anew with the same config: launch/slurm/run.sh -- prepare.")

@@ -4,8 +4,8 @@
 launch/tpu/gke.py [--dry-run] --name grid --topology v5e:4x4 --image REGION-docker.pkg.dev/PROJECT/REPO/plasticity:tpu [--spot] \\
     -- study --config configs/llama_1b_20tpp.py --workdir gs://bucket/work
 
-Build and push the image first (launch/docker/Dockerfile.tpu). kubectl must point to the cluster, which needs the JobSet controller and a node pool of the
-topology. Follow it with `kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME`; end it with `kubectl delete jobset NAME`. Needs Python only.
+Build and push the image first (launch/docker/Dockerfile.tpu). kubectl must point to the cluster, which needs the JobSet controller and a node pool of
+the topology. Follow it with `kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME`; end it with `kubectl delete jobset NAME`. Needs Python only.
 """
 
 import argparse

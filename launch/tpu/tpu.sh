@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice through a queued resource: ask for it, install on all of its hosts, run one plasticity command on all of them, follow it, give it back.
+# A Cloud TPU slice through a queued resource: ask for it, install on all of its hosts, run one plasticity command on all, follow it, give it back.
 #
 #   export TPU_NAME=grid TPU_ZONE=us-west4-a TPU_TYPE=v5litepod-16      # TPU_PROJECT, TPU_RUNTIME: those of gcloud and of the type otherwise
 #   launch/tpu/tpu.sh create [--spot]      then wait: prints the state until the slice is there
@@ -12,8 +12,8 @@
 #   launch/tpu/tpu.sh --dry-run COMMAND ... prints what would be sent, and sends nothing
 #
 # jax finds hosts and coordinator by itself on Cloud TPU: the command is the same on every host and needs no flags for it.
-# The workdir must be one that all hosts see (gs://...). A spot slice can be taken at any moment (state SUSPENDED): delete, create --spot, wait, install,
-# run the same command; the study goes on from its last checkpoints.
+# The workdir must be one that all hosts see (gs://...). A spot slice can be taken at any moment (state SUSPENDED): delete, create --spot, wait,
+# install, run the same command; the study goes on from its last checkpoints.
 set -euo pipefail
 
 fail() {
@@ -82,8 +82,9 @@ case $action in
   install)
     archive=$(mktemp -d)/plasticity_jax.tar.gz
     trap 'rm -rf "$(dirname "$archive")"' EXIT
-    [[ -z $(git -C "$(dirname "$0")/../.." status --porcelain --untracked-files=no) ]] || echo "tpu.sh: changes that are not committed are left out." >&2
-    send git -C "$(dirname "$0")/../.." archive --prefix=plasticity_jax/ --output="$archive" HEAD
+    top=$(dirname "$0")/../..
+    [[ -z $(git -C "$top" status --porcelain --untracked-files=no) ]] || echo "tpu.sh: changes that are not committed are left out." >&2
+    send git -C "$top" archive --prefix=plasticity_jax/ --output="$archive" HEAD
     send gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:" "${where[@]}" --worker=all
     # uv brings a Python of its own: that of the TPU images is 3.10. jax[tpu] holds libtpu.
     on all "set -e; tar xzf plasticity_jax.tar.gz; cd plasticity_jax; python3 -m pip install --quiet --user uv

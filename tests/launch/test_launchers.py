@@ -13,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from plasticity_jax.cli import REFUSED
 from plasticity_jax.config import grid_members, load_config
 from plasticity_jax.records import RunDirectory
 from plasticity_jax.study.graph import build_graph, save_study
@@ -94,7 +95,8 @@ def test_tpu_dry_run_prints_commands_and_sends_none(action, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "runtime"), [("v4-32", "tpu-ubuntu2204-base"), ("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v5p-128", "v2-alpha-tpuv5"), ("v6e-16", "v2-alpha-tpuv6e")]
+    ("kind", "runtime"),
+    [("v4-32", "tpu-ubuntu2204-base"), ("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v5p-128", "v2-alpha-tpuv5"), ("v6e-16", "v2-alpha-tpuv6e")],
 )
 def test_tpu_create_asks_for_the_runtime_of_the_type(kind, runtime):
     """Runtime versions as in Google's table of TPU software versions."""
@@ -154,7 +156,7 @@ def gke(*arguments, command=("study", "--config", "configs/tiny.py", "--workdir"
     return run("tpu/gke.py", "--name", "grid", "--image", "registry/plasticity:tpu", *arguments, "--", *command, **environment)
 
 
-# Chips per host and hosts: Google's table of TPU machine types in GKE. The accelerator type counts TensorCores on v4 and v5p, chips on v5e and v6e.
+# Chips per host and hosts: Google's table of TPU machine types in GKE. The accelerator type counts cores on v4 and v5p, chips on v5e and v6e.
 @pytest.mark.parametrize(
     ("topology", "hosts", "chips", "kind", "label"),
     [
@@ -175,16 +177,21 @@ def test_gke_manifest_is_a_jobset_of_a_valid_kubernetes_job(topology, hosts, chi
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **replicated["template"]}
     kubernetes_validate.validate(job, "1.29", strict=True)
     assert job["spec"]["parallelism"] == job["spec"]["completions"] == hosts and replicated["replicas"] == 1
+    # Refused input is not tried again; all else is, up to the limit.
+    assert [rule["onExitCodes"]["values"] for rule in job["spec"]["podFailurePolicy"]["rules"]] == [[REFUSED]]
+    [rule] = jobset["spec"]["failurePolicy"]["rules"]
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     pod = job["spec"]["template"]["spec"]
     selector = {"gke-tpu-accelerator": label, "gke-tpu-topology": topology.split(":")[1], "gke-spot": "true"}
     assert pod["nodeSelector"] == {f"cloud.google.com/{name}": value for name, value in selector.items()}
     [container] = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
     # Kubernetes reads $$ as one dollar sign, and expands no variable after it.
-    assert [word.replace("$$", "$") for word in container["args"]] == ["study", "--config", "configs/tiny.py", "--workdir", "gs://b/$(HOME) 'w'"]
+    command = ["study", "--config", "configs/tiny.py", "--workdir", "gs://b/$(HOME) 'w'"]
+    assert [word.replace("$$", "$") for word in container["args"]] == command
     xpk = shlex.split(printed.stdout.partition("xpk: ")[2].partition("\n")[0])
     assert xpk[:3] == ["xpk", "workload", "create"] and f"--tpu-type={kind}" in xpk
-    assert shlex.split(xpk[-1].removeprefix("--command=")) == ["plasticity", "study", "--config", "configs/tiny.py", "--workdir", "gs://b/$(HOME) 'w'"]
+    assert shlex.split(xpk[-1].removeprefix("--command=")) == ["plasticity", *command]
 
 
 def test_gke_sends_to_kubectl_what_the_dry_run_printed(tmp_path):
@@ -335,7 +342,8 @@ def test_local_processes_share_the_gpus_out_and_find_one_another():
 
 
 def test_local_processes_end_with_the_worst_status_after_all_have_ended(tmp_path):
-    body = f'for word in "$@"; do [[ $word != --process-id=* ]] || id=${{word#*=}}; done; sleep 0.$((5 - id * 4)); echo $id >>{tmp_path}/ended; exit $((3 - id * 3))'
+    body = 'for word in "$@"; do [[ $word != --process-id=* ]] || id=${word#*=}; done\n'
+    body += f'sleep 0.$((5 - id * 4)); echo $id >>{tmp_path}/ended; exit $((3 - id * 3))'
     path = stand_in(tmp_path / "bin", "plasticity", body)
     ended = run("local/processes.sh", "--gpus", "0,1", "--processes", "2", "--", "study", path=path)
     assert ended.returncode == 3 and (tmp_path / "ended").read_text() == "1\n0\n"
@@ -352,9 +360,8 @@ def wait_for(path: Path) -> None:
 def test_local_processes_pass_an_end_on_and_wait_for_all(tmp_path):
     body = f'echo x >{tmp_path}/started; trap "sleep 0.3; echo x >>{tmp_path}/ended; exit 130" TERM; while true; do sleep 0.05; done'
     path = stand_in(tmp_path / "bin", "plasticity", body)
-    script = subprocess.Popen(
-        [LAUNCH / "local" / "processes.sh", "--gpus", "0,1", "--processes", "2", "--", "study"], env=os.environ | {"PATH": path}, stderr=subprocess.DEVNULL
-    )
+    command = [LAUNCH / "local" / "processes.sh", "--gpus", "0,1", "--processes", "2", "--", "study"]
+    script = subprocess.Popen(command, env=os.environ | {"PATH": path}, stderr=subprocess.DEVNULL)
     wait_for(tmp_path / "started")
     time.sleep(0.3)  # both have set their trap
     script.terminate()

@@ -107,7 +107,7 @@ def test_two_tasks_of_a_job_pretrain_one_model_together(cluster, wheels_dir, tmp
     losses = {}
     for tasks, environment in ((2, {}), (1, {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"})):
         work, log = tmp_path / f"work{tasks}", tmp_path / f"pretrain{tasks}.log"
-        given = [*CONFIG, *SMALL, f"--config.data.wheels={wheels_dir.resolve()}", f"--config.mesh.data={2 * tasks if tasks > 1 else 1}", "--workdir", work]
+        given = [*CONFIG, *SMALL, f"--config.data.wheels={wheels_dir.resolve()}", f"--config.mesh.data={4 if tasks == 2 else 1}", "--workdir", work]
         options = [f"--output={log}", f"--chdir={TOP}", f"--ntasks-per-node={tasks}"]
         sent = cluster.run(RUN, *options, "--", "pretrain", *given, "--member", "wd0", **environment)
         assert sent.returncode == 0, sent.stderr
@@ -116,6 +116,7 @@ def test_two_tasks_of_a_job_pretrain_one_model_together(cluster, wheels_dir, tmp
         assert ended["JobState"] == "COMPLETED", log.read_text()
         assert ("2 processes, 2 devices each" in log.read_text()) == (tasks == 2)
         [done] = (work / "tiny" / "pretrain").glob("*/DONE")
-        losses[tasks] = {row["step"]: row["loss"] for row in map(json.loads, (done.parent / "metrics.jsonl").read_text().splitlines()) if "loss" in row}
+        rows = map(json.loads, (done.parent / "metrics.jsonl").read_text().splitlines())
+        losses[tasks] = {row["step"]: row["loss"] for row in rows if "loss" in row}
     assert set(losses[2]) == set(losses[1]) == set(range(1, 9))
     assert list(losses[2].values()) == pytest.approx(list(losses[1].values()), rel=1e-5)

@@ -1,0 +1,285 @@
+"""Does a config fit on a machine, and what does the whole grid take there? Compiles the real train step, for devices that need not be here."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from plasticity_jax.config import ModelConfig, StudyConfig, for_device, grid_members, member_config
+from plasticity_jax.errors import UserError
+from plasticity_jax.model.transformer import abstract_params
+from plasticity_jax.parallel import hardware
+from plasticity_jax.parallel.batches import check_batch_size
+from plasticity_jax.parallel.collectives import collective_bytes, largest_arrays
+from plasticity_jax.parallel.deviceless import Target
+from plasticity_jax.parallel.mesh import make_mesh
+from plasticity_jax.parallel.rules import param_paths
+from plasticity_jax.progress import Progress
+from plasticity_jax.train.pretrain import step_settings
+from plasticity_jax.train.step import compile_train_step, initial_state, state_shardings
+
+log = logging.getLogger("plasticity_jax")
+
+MOST_COMPILES = 6
+LARGEST = 5  # buffers that an answer of "does not fit" names
+REMAT_BY_WEIGHT = ("none", "dots", "full")  # what is computed again grows from left to right
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one compile says; bytes are per device.
+
+    Attributes:
+      params, optimizer: bytes of the state's shards.
+      temporary: all the rest that the program holds: activations, gradients, batches.
+      total: what it holds at once.
+      limit: what a program may hold.
+      largest: (bytes, description) of the largest buffers.
+      collectives: kind → bytes per step; empty where the compiler refused.
+      compile_seconds: lowering and compiling.
+    """
+
+    config: StudyConfig
+    fits: bool
+    params: int
+    optimizer: int
+    temporary: int
+    total: int
+    limit: int
+    largest: list[tuple[int, str]]
+    collectives: dict[str, int]
+    compile_seconds: float
+
+
+def flops_per_token(model: ModelConfig, seq_len: int) -> int:
+    """Model FLOPs of one training token, forward and backward: 6 N + 12 L H Dh T.
+
+    N counts the parameters of matrix products: all but the norms' gains and, unless it is tied to the output, the input embedding. Attention counts
+    all T x T scores, also those that the causal mask hides; recomputation does not count.
+    Source: PaLM (arXiv 2204.02311), appendix B.
+    """
+    abstract = abstract_params(model)
+    products = 0
+    for path, leaf in zip(param_paths(abstract), jax.tree.leaves(abstract), strict=True):
+        if path.endswith("/kernel") or (path == "embed/embedding" and model.tie_embeddings):
+            products += math.prod(leaf.shape)
+    return 6 * products + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
+
+
+def grid_flops(config: StudyConfig) -> float:
+    """Model FLOPs of pretraining every member of the grid."""
+    owns = [member_config(config, member) for member in grid_members(config)]
+    return sum(float(flops_per_token(o.model, o.train.seq_len)) * o.train.steps * o.train.batch_size * o.train.seq_len for o in owns)
+
+
+def grid_device_hours(config: StudyConfig, peak_flops: float) -> float:
+    """Device-hours of pretraining the grid at `launch.mfu` of each device's peak."""
+    return grid_flops(config) / (config.launch.mfu * peak_flops) / 3600
+
+
+def refuse_over_budget(config: StudyConfig) -> None:
+    """Refuses a study whose pretraining would take more device-hours on the devices that jax sees than `max_device_hours`.
+
+    Raises:
+      UserError: it would.
+    """
+    if config.max_device_hours is None:
+        return
+    device = jax.devices()[0]
+    known = hardware.of_kind(device.device_kind) or hardware.measured(device.device_kind, jax.local_device_count())
+    hours = grid_device_hours(config, known.peak_flops)
+    if hours > config.max_device_hours:
+        raise UserError(
+            f"max_device_hours={config.max_device_hours:g}: the grid's pretraining is estimated at {hours:,.3g} device-hours on {device.device_kind} "
+            f"(launch.mfu={config.launch.mfu:g}) and must stay within it; raise max_device_hours, or shorten the grid or train.steps."
+        )
+
+
+def check(config: StudyConfig, target: Target) -> Answer:
+    """Compiles the train step of a config for a target, once.
+
+    Args:
+      config: as loaded; the hardware rules of the target's devices are applied here.
+    Raises:
+      UserError: sizes that do not go with the number of devices.
+    """
+    return _compile(_resolved(config, target), target)
+
+
+def search(config: StudyConfig, target: Target) -> Answer:
+    """The largest microbatch that fits with full remat, then the lightest remat policy that fits with it; at most `MOST_COMPILES` compiles.
+
+    Returns:
+      The answer of the settings found, or, where none fits, of the smallest microbatch with full remat.
+    """
+    config = _resolved(config, target)
+    mesh = make_mesh(config.mesh, target.devices)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = config.train.batch_size
+    parts = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n % rows == 0]
+    if not parts:
+        check_batch_size(mesh, batch, config.train.microbatches, "train")
+    compiles = 0
+
+    def answer(microbatches: int, remat: str) -> Answer:
+        nonlocal compiles
+        compiles += 1
+        return _compile(_with(config, microbatches=microbatches, remat=remat), target)
+
+    best, low, high, last = None, 0, len(parts) - 1, None
+    while low <= high and compiles < MOST_COMPILES - len(REMAT_BY_WEIGHT) + 1:
+        middle = (low + high) // 2
+        last = answer(parts[middle], "full")
+        if last.fits:
+            best, high = last, middle - 1
+        else:
+            low = middle + 1
+    if best is None:
+        return last
+    for remat in REMAT_BY_WEIGHT[:-1]:
+        lighter = answer(best.config.train.microbatches, remat)
+        if lighter.fits:
+            return lighter
+    return best
+
+
+def to_record(answer: Answer, target: Target) -> dict[str, Any]:
+    """What `plasticity check --json` prints."""
+    train = answer.config.train
+    return {
+        "topology": target.topology,
+        "devices": len(target.devices),
+        "fits": answer.fits,
+        "bytes": {name: getattr(answer, name) for name in ("params", "optimizer", "temporary", "total", "limit")},
+        "microbatch": train.batch_size // train.microbatches,
+        "remat": train.remat,
+        "flops_per_token": flops_per_token(answer.config.model, train.seq_len),
+        "collectives": answer.collectives,
+        "compile_seconds": round(answer.compile_seconds, 1),
+        "device_hours": grid_device_hours(answer.config, target.hardware.peak_flops),
+    }
+
+
+def lines(answer: Answer, target: Target) -> list[str]:
+    """The answer for a reader."""
+    config, train, known = answer.config, answer.config.train, target.hardware
+    mesh = make_mesh(config.mesh, target.devices).shape
+    free, share = answer.limit - answer.total, answer.total / answer.limit
+    flops = flops_per_token(config.model, train.seq_len)
+    hours = grid_device_hours(config, known.peak_flops)
+    speed = config.launch.mfu * known.peak_flops * len(target.devices) / flops
+    text = [
+        f"{target.topology}: {len(target.devices)} x {known.kind}, mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.items()),
+        f"batch {train.batch_size} x {train.seq_len} in {train.microbatches} parts of {train.batch_size // train.microbatches}, remat {train.remat}",
+        f"{'fits' if answer.fits else 'does not fit'}: {_gib(answer.total)} of {_gib(answer.limit)} per device ({share:.0%})",
+        f"per device: parameters {_gib(answer.params)}, optimizer {_gib(answer.optimizer)}, activations and other temporaries {_gib(answer.temporary)}, "
+        f"free {_gib(free)}",
+        f"model FLOPs per token: {flops:,} (6 N + 12 L H Dh T)",
+        "collectives per device and step: " + (", ".join(f"{kind} {_gib(size)}" for kind, size in answer.collectives.items()) or "none"),
+        f"compiled in {answer.compile_seconds:.0f} s",
+        f"at {config.launch.mfu:.0%} MFU: {speed:,.0f} tokens/s; the whole grid {hours / len(target.devices):,.3g} hours, {hours:,.3g} device-hours",
+    ]
+    if not answer.fits:
+        text += ["the largest buffers:"] + [f"  {_gib(size)}  {what}" for size, what in answer.largest]
+    return text
+
+
+def parse_out_of_memory(message: str) -> tuple[int, list[tuple[int, str]]]:
+    """From a TPU compiler's RESOURCE_EXHAUSTED message: bytes that the program would use, and its largest allocations with what they are for."""
+    used = re.search(r"Used ([\d.]+)([BKMGT]?) of", message)
+    largest = []
+    for size, unit, rest in re.findall(r"Size: ([\d.]+)([BKMGT]?)\n(.*?)(?=\n\s*={5,}|\Z)", message, re.DOTALL):
+        named = [found[1] for found in (re.search(r'op_name="([^"]*)"', rest), re.search(r"Shape: (\S+?\])", rest)) if found]
+        largest.append((_bytes(size, unit), ", ".join(reversed(named)) or "unnamed"))
+    return _bytes(*used.groups()) if used else 0, largest[:LARGEST]
+
+
+def _resolved(config: StudyConfig, target: Target) -> StudyConfig:
+    config = for_device(config, target.devices[0].device_kind)
+    if config.train.compute_dtype == "auto":
+        config = _with(config, compute_dtype="float32" if target.devices[0].platform == "cpu" else "bfloat16")
+    return config
+
+
+def _with(config: StudyConfig, **train: Any) -> StudyConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+
+
+def _compile(config: StudyConfig, target: Target) -> Answer:
+    train = config.train
+    mesh = make_mesh(config.mesh, target.devices)
+    check_batch_size(mesh, train.batch_size, train.microbatches, "train")
+    settings = step_settings(config, mesh)
+    state = jax.eval_shape(lambda params: initial_state(settings, params), abstract_params(config.model))
+    params, optimizer = _shard_bytes(state, state_shardings(settings, mesh, members=False))
+    batch = {
+        name: jax.ShapeDtypeStruct((train.batch_size, train.seq_len), jnp.int32)
+        for name in ("tokens", "targets", "loss_mask", "segment_ids", "positions")
+    }
+    hyper = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("weight_decay", "peak_lr", "warmup_steps", "total_steps")}
+    limit, start = target.hardware.limit, time.monotonic()
+    refusal, compiled = "", None
+    with _ticking(f"compile for {target.topology}, {train.microbatches} parts, remat {train.remat}"):
+        try:
+            compiled = compile_train_step(settings, mesh, members=False).lower(state, batch, hyper).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            refusal = str(error)
+    seconds = time.monotonic() - start
+    if compiled is None:
+        total, largest = parse_out_of_memory(refusal)
+        collectives = {}
+    else:
+        memory, hlo = compiled.memory_analysis(), compiled.as_text()
+        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        largest, collectives = largest_arrays(hlo, LARGEST), collective_bytes(hlo)
+    fits = compiled is not None and total <= limit
+    return Answer(config, fits, params, optimizer, max(total - params - optimizer, 0), total, limit, largest, collectives, seconds)
+
+
+def _shard_bytes(state: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, int]:
+    """Bytes per device of the parameters and of the optimizer's state."""
+
+    def of(name: str) -> int:
+        pairs = zip(jax.tree.leaves(state[name]), jax.tree.leaves(shardings[name]), strict=True)
+        return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
+
+    return of("params"), of("optimizer")
+
+
+@contextlib.contextmanager
+def _ticking(what: str) -> Iterator[None]:
+    """Shows that a call which says nothing by itself is at work."""
+    done = threading.Event()
+    with Progress(what, total=None, unit="seconds") as progress:
+
+        def tick() -> None:
+            while not done.wait(1.0):
+                progress.update(1)
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * _UNITS[unit])
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if abs(size) >= 2**27 else f"{size / 2**20:,.2f} MiB"

@@ -1,0 +1,94 @@
+"""`plasticity check`: what it counts, against independent counts; what it refuses."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from worlds import CONFIG, change
+
+from plasticity_jax.config import GridConfig, ModelConfig
+from plasticity_jax.errors import UserError
+from plasticity_jax.model.transformer import abstract_params, apply, count_params
+from plasticity_jax.parallel.deviceless import target
+from plasticity_jax.train.check import check, flops_per_token, grid_device_hours, parse_out_of_memory, refuse_over_budget, search, to_record
+
+OUT_OF_MEMORY = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
+
+  Largest program allocations in hbm:
+
+  1. Size: 8.00G
+     Operator: op_name="jit(train_step)/dot"
+     Shape: f32[16,2048,32000]{2,1,0:T(8,128)}
+     Unpadded size: 8.00G
+     ==========================
+
+  2. Size: 512.0M
+     Shape: bf16[20,16]{1,0}
+     ==========================
+"""
+
+
+def dot_flops(jaxpr) -> int:
+    """FLOPs of every matrix product in a program without loops."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            total += dot_flops(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_are_those_of_the_programs_products(tied):
+    model = ModelConfig(vocab_size=320, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, tie_embeddings=tied)
+    batch, length = 2, 8
+    jaxpr = jax.make_jaxpr(lambda params, tokens: apply(model, params, tokens)[0])(abstract_params(model), jnp.zeros((batch, length), jnp.int32))
+    assert 3 * dot_flops(jaxpr.jaxpr) == batch * length * flops_per_token(model, length)
+
+
+def test_device_hours_of_the_grid_are_those_of_its_members():
+    config = dataclasses.replace(CONFIG, grid=GridConfig(weight_decay=(0.0, 0.1), timescales=None, seeds=(0, 1)))
+    tokens = 4 * CONFIG.train.steps * CONFIG.train.batch_size * CONFIG.train.seq_len
+    expected = tokens * flops_per_token(config.model, config.train.seq_len) / (config.launch.mfu * 1e6) / 3600
+    assert grid_device_hours(config, 1e6) == pytest.approx(expected)
+
+
+def test_a_launch_over_the_budget_is_refused():
+    refuse_over_budget(CONFIG)
+    refuse_over_budget(dataclasses.replace(CONFIG, max_device_hours=1e6))
+    with pytest.raises(UserError, match=r"max_device_hours=1e-12.*raise max_device_hours"):
+        refuse_over_budget(dataclasses.replace(CONFIG, max_device_hours=1e-12))
+
+
+def test_a_check_says_the_bytes_of_the_state():
+    place = target("cpu:1")
+    record = to_record(check(CONFIG, place), place)
+    params = 4 * count_params(CONFIG.model)
+    assert record["fits"] and record["bytes"]["params"] == params
+    assert 2 * params <= record["bytes"]["optimizer"] <= 2 * params + 64
+    assert set(record) == {"topology", "devices", "fits", "bytes", "microbatch", "remat", "flops_per_token", "collectives", "compile_seconds", "device_hours"}
+    json.dumps(record, allow_nan=False)
+
+
+def test_too_little_memory_is_an_answer_that_names_the_largest_buffers():
+    place = target("cpu:1")
+    small = dataclasses.replace(place, hardware=dataclasses.replace(place.hardware, memory=1000))
+    answer = check(CONFIG, small)
+    assert not answer.fits and answer.total > answer.limit and answer.largest
+
+
+def test_search_ends_at_the_whole_batch_without_remat_where_all_fits():
+    answer = search(change(CONFIG, "train", scan_layers=True), target("cpu:1"))
+    assert (answer.fits, answer.config.train.microbatches, answer.config.train.remat) == (True, 1, "none")
+
+
+def test_the_tpu_compilers_refusal_is_read():
+    total, largest = parse_out_of_memory(OUT_OF_MEMORY)
+    assert total == int(20.5 * 2**30)
+    assert largest == [(8 * 2**30, "f32[16,2048,32000], jit(train_step)/dot"), (512 * 2**20, "bf16[20,16]")]
