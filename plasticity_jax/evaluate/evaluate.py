@@ -15,6 +15,9 @@ from plasticity_jax.evaluate.answers import extract_answer, judge, majority_inde
 from plasticity_jax.evaluate.generate import count_cut, cut_at_stop, generate
 from plasticity_jax.evaluate.metrics import metrics
 from plasticity_jax.model.load import load_model
+from plasticity_jax.parallel import arrays, processes
+from plasticity_jax.parallel.mesh import make_mesh
+from plasticity_jax.parallel.sharding import inference_shardings
 from plasticity_jax.records import Context, write_jsonl
 
 log = logging.getLogger("plasticity_jax")
@@ -46,8 +49,11 @@ def run(context: Context) -> dict[str, Any]:
     if context.config.faithful and model.tokenizer.bos_id is not None:
         # The original's tokenizer put it before prompts here, though not before the rows of fine-tuning. Source: paper section 4.1.
         prompt_tokens = [[model.tokenizer.bos_id, *tokens] for tokens in prompt_tokens]
+    mesh = make_mesh(context.config.mesh)
+    mesh = mesh if mesh.size > 1 else None
+    params = model.params if mesh is None else arrays.put(model.params, inference_shardings(mesh, model.params))
     completions = generate(
-        model,
+        (model.config, params),
         prompt_tokens,
         max_new_tokens=context.config.tasks[task.name].max_new_tokens,
         n_samples=settings.n_samples,
@@ -60,7 +66,10 @@ def run(context: Context) -> dict[str, Any]:
         compute_dtype=context.config.train.compute_dtype,
         greedy_first=True,
         what=f"evaluate {context.run.name}",
+        mesh=mesh,
     )
+    if not processes.primary():  # the first process grades and writes
+        return {}
     texts = [[cut_at_stop(model.tokenizer.decode(tokens)) for tokens in of_problem] for of_problem in completions]
     rows = [graded(problem, prompt, of_problem, task.grader) for problem, prompt, of_problem in zip(problems, prompts, texts)]
     write_jsonl(context.directory.path / COMPLETIONS, rows)

@@ -9,21 +9,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.cache import decode, read_prompts
+from plasticity_jax.parallel import arrays
+from plasticity_jax.parallel.batches import row_shards
+from plasticity_jax.parallel.sharding import ROWS
 from plasticity_jax.progress import Progress
 
 STOP_STRINGS = ("Human", "Assistant")  # the paper's "Human:" and "Assistant:" begin with these two
 VOCAB_BLOCK = 32  # entries per block of the two-level draw from the vocabulary
+_BATCH_SPECS = (PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec(None, ROWS), PartitionSpec(ROWS))  # of tokens, valid, uniforms, filled
 IN_FLIGHT = 2  # batches that the device works on at once; on a CPU they share its cores, elsewhere the second hides the host's part
 
 
 def generate(model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, n_samples: int, temperature: float, seed: int,
              buckets: tuple[int, ...], batch_size: int, eos_id: int, pad_id: int, compute_dtype: Any, greedy_first: bool = False,
-             what: str = "generate") -> list[list[list[int]]]:
+             what: str = "generate", mesh: Mesh | None = None) -> list[list[list[int]]]:
     """Completes every prompt, greedily or by sampling.
 
     A completion's random stream depends on `seed`, the prompt's tokens, the sample's number and the position in the completion, and batches have
@@ -43,6 +48,8 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: in
       compute_dtype: of the matrix products and the cache.
       greedy_first: with samples, puts the greedy completion before them, from the same prefill.
       what: name of the wait in the progress display.
+      mesh: where the parameters are sharded (`sharding.inference_shardings`): prompts lie over data and fsdp. Of several processes, all call this
+        with the same arguments and get the same tokens. None for one device.
     Returns:
       Per prompt, per completion, the token ids without the end-of-text token.
     Raises:
@@ -52,14 +59,15 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: in
     config, params = model if isinstance(model, tuple) else (model.config, model.params)
     greedy = greedy_first or n_samples == 0
     n_completions = n_samples + greedy
-    rows = max(1, batch_size // n_completions)
+    shards = 1 if mesh is None else row_shards(mesh)
+    rows = max(1, batch_size // n_completions // shards) * shards
     completions: list[list[list[int]]] = [[] for _ in prompts]
     waiting: collections.deque[tuple[list[int], Array]] = collections.deque()
     with Progress(what, total=len(prompts) * n_completions, unit="completions") as progress:
 
         def collect() -> None:
             indices, out = waiting.popleft()
-            for index, rows_of_prompt in zip(indices, np.asarray(out)):
+            for index, rows_of_prompt in zip(indices, arrays.to_host(out)):
                 completions[index] = [_until(row.tolist(), eos_id) for row in rows_of_prompt]
             progress.update(len(indices) * n_completions)
 
@@ -67,9 +75,11 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: in
             held = [prompts[index] for index in indices]
             uniforms = _uniforms(held, rows, n_samples, greedy, max_new_tokens, seed)
             tokens, valid = _padded(held, bucket, rows, pad_id)
-            filled = np.arange(rows) < len(indices)
-            waiting.append((indices, complete(config, max_new_tokens, n_samples, greedy, jnp.dtype(compute_dtype), params, tokens, valid, uniforms,
-                                              filled, np.float32(temperature), np.int32(eos_id), np.int32(pad_id))))
+            batch = (tokens, valid, uniforms, np.arange(rows) < len(indices))
+            if mesh is not None:
+                batch = tuple(arrays.put(x, NamedSharding(mesh, spec)) for x, spec in zip(batch, _BATCH_SPECS, strict=True))
+            waiting.append((indices, complete(config, max_new_tokens, n_samples, greedy, jnp.dtype(compute_dtype), params, *batch,
+                                              np.float32(temperature), np.int32(eos_id), np.int32(pad_id))))
             if len(waiting) == IN_FLIGHT:
                 collect()
         while waiting:

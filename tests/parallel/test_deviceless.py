@@ -1,5 +1,6 @@
 """Topologies by their text, and what is known of the devices."""
 
+import jax
 import pytest
 
 from plasticity_jax.errors import UserError
@@ -9,6 +10,7 @@ from plasticity_jax.parallel import deviceless, hardware
 @pytest.mark.parametrize("text, says", [("v9:2x2", "unknown"), ("v5e:4", "2 numbers"), ("v5p:4x4", "3 numbers"), ("h100:0", "a number of devices"),
                                         ("h100:12", "whole nodes"), ("cpu:9999", "simulates")])
 def test_a_wrong_topology_is_one_line(text, says):
+    jax.devices()  # jax has begun, so that its number of devices is fixed
     with pytest.raises(UserError, match=says) as refusal:
         deviceless.target(text)
     assert text in str(refusal.value) and "\n" not in str(refusal.value)
