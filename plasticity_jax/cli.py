@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from plasticity_jax.config import LaunchConfig, StudyConfig, grid_members, load_config, member_config
+from plasticity_jax.config import StudyConfig, grid_members, load_config, member_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
@@ -129,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"plasticity {arguments.command} reads no config; leave out --config.{overrides[0][0]}.")
         if arguments.takes_config:
             arguments.config = load_config(arguments.config, overrides)
-        launch = arguments.config.launch if arguments.takes_config else LaunchConfig()
+        config = arguments.config if arguments.takes_config else StudyConfig()
         if arguments.command in _SEVERAL:
-            prepare_backend(launch.compile_cache)
+            prepare_backend(config.launch.compile_cache)
         several = _several(arguments)
         if several and not worker:
             return supervise.supervise(argv, _log_folder(arguments))
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.command not in ("status", "report"):
             keep_freed_memory()
         if several:
-            processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=launch.start_timeout)
+            processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=config.launch.start_timeout)
         return _COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"plasticity: {error}", file=sys.stderr)

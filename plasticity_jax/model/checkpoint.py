@@ -78,20 +78,23 @@ class Checkpoints:
             self._copies = StepCopies(self._place, keep=keep)
             self.directory = self._copies.folder
         absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns about every sharding and every missing item that is meant
-        only_here = {"multiprocessing_options": _only_this_process()} if alone and jax.process_count() > 1 else {}
-        if only_here and not read_only:
+        together = {} if jax.process_count() == 1 else {"multiprocessing_options": _processes(self._place, alone)}
+        self._only_here = bool(together) and alone
+        if self._only_here and not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
-            create=not read_only and not only_here,
+            create=not read_only and not self._only_here,
             read_only=read_only,
             enable_async_checkpointing=asynchronous and not read_only,
-            **only_here,
+            # Made in the background, a folder is awaited by the number of saves so far, which differs where one process has saved alone.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=not together),
+            **together,
         )
-        self._frugal, self._only_here = save_bytes is not None, only_here
+        self._frugal, self._together = save_bytes is not None, together
         # Of the two handlers of the one format, the plainer has all the settings that memory depends on.
         handler = functools.partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=save_bytes / 1e9) if self._frugal else ocp.StandardCheckpointHandler
-        handlers = {name: handler(**only_here) for name in ("params", "optimizer")} | {"checksums": ocp.JsonCheckpointHandler(**only_here)}
+        handlers = {name: handler(**together) for name in ("params", "optimizer")} | {"checksums": ocp.JsonCheckpointHandler(**together)}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers)
 
     def save(self, step: int, params: Any, optimizer: Any | None = None) -> None:
@@ -147,7 +150,7 @@ class Checkpoints:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), alone)
         try:
             self._fetch(step)
-            handler = ocp.PyTreeCheckpointHandler(**self._only_here)
+            handler = ocp.PyTreeCheckpointHandler(**self._together)
             tree = handler.restore(self.directory / str(step) / "params", args=ocp.args.PyTreeRestore(alone, restore_args=as_numpy))
             array = jax.tree.leaves(tree)[index]
             if array.shape != leaves[index].shape:
@@ -201,9 +204,13 @@ class Checkpoints:
         return UserError(f"checkpoint {self._place / str(step)} cannot be read ({said}); delete the run's directory and run its stage again.")
 
 
-def _only_this_process() -> Any:
+def _processes(directory: AnyPath, alone: bool) -> Any:
+    """Which processes Orbax waits for, and under which name: two saves at once, as of two members, would else wait for one another's barriers."""
+    name = "_".join(directory.parts[-3:])
+    if not alone:
+        return ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
     here = jax.process_index()
-    return ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process_{here}")
+    return ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"{name}_{here}")
 
 
 def _checksums(tree: Any) -> list[int]:

@@ -1,123 +1,131 @@
-"""What is set before a backend starts: compiler flags that hide communication behind computation, and the store of compiled programs."""
+"""What is set before jax starts: compiler flags per platform, each with its reason, and where compiled programs are kept. Imports no jax."""
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
 import platform
 import warnings
-from collections.abc import MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
-
-from plasticity_jax.config import StudyConfig
-from plasticity_jax.errors import reason
 
 log = logging.getLogger("plasticity_jax")
 
-# platform → (environment variable that its compiler reads, flags with the reason for each)
-FLAGS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    "tpu": (
-        "LIBTPU_INIT_ARGS",
-        (
-            ("--xla_tpu_enable_async_collective_fusion=true", "gathers and scatters of weights run beside products"),
-            ("--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true", "the same for FSDP's gathers, which are most of the traffic"),
-            ("--xla_tpu_enable_async_collective_fusion_multiple_steps=true", "a gather may span several products, so the next layer's begins early"),
-            ("--xla_tpu_overlap_compute_collective_tc=true", "lets the tensor core compute while a collective is under way"),
-        ),
-    ),
-    "gpu": (
-        "XLA_FLAGS",
-        (
-            ("--xla_gpu_enable_latency_hiding_scheduler=true", "orders the program so that collectives start as early as their operands exist"),
-            ("--xla_gpu_enable_pipelined_all_gather=true", "in a loop over layers the next layer's weights are gathered during this one"),
-            ("--xla_gpu_enable_pipelined_reduce_scatter=true", "in a loop over layers the last layer's gradients are scattered during this one"),
-            ("--xla_gpu_enable_while_loop_double_buffering=true", "without two buffers a pipelined gather would be copied"),
-        ),
-    ),
-    "cpu": ("XLA_FLAGS", ()),  # its collectives are copies within one memory
-}
 
-_MIN_COMPILE_SECONDS = 1.0  # what compiles faster is not worth a file
-_PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
+@dataclass(frozen=True)
+class Flag:
+    """One flag of the compiler, and why it is set."""
+
+    name: str
+    value: str
+    reason: str
 
 
-def guess_platform(environment: MutableMapping[str, str] = os.environ) -> str:
-    """"tpu", "gpu" or "cpu": what JAX_PLATFORMS names first, or the plugin that is installed. Starts nothing."""
-    named = environment.get("JAX_PLATFORMS", "").split(",")[0].strip().lower()
-    if named:
-        return {"cuda": "gpu", "rocm": "gpu"}.get(named, named)
-    for name, modules in _PLUGINS.items():
-        if any(importlib.util.find_spec(module) for module in modules):
-            return name
-    return "cpu"
+@dataclass(frozen=True)
+class Platform:
+    """The flags of a platform.
 
-
-def set_flags(name: str, environment: MutableMapping[str, str] = os.environ) -> list[str]:
-    """Adds the flags of a platform to the variable that its compiler reads; one that the user has set there, to any value, stays as it is.
-
-    Returns:
-      The flags added.
+    Attributes:
+      variable: the environment variable that its runtime reads them from.
+      names: what JAX_PLATFORMS calls it.
+      packages: any of them, installed, means that the platform may be here.
     """
-    if name not in FLAGS:
-        return []
-    variable, flags = FLAGS[name]
-    present = environment.get(variable, "").split()
-    set_already = {flag.partition("=")[0] for flag in present}
-    added = [flag for flag, _ in flags if flag.partition("=")[0] not in set_already]
-    if added:
-        environment[variable] = " ".join([*present, *added])
-    return added
+
+    variable: str
+    names: tuple[str, ...]
+    packages: tuple[str, ...]
+    flags: tuple[Flag, ...]
 
 
-def prepare_backend(config: StudyConfig) -> None:
-    """Sets the platform's flags and opens the store of compiled programs. Before any device is used."""
-    name = guess_platform()
-    set_flags(name)
-    if config.launch.compile_cache is not None:
-        _use_compile_cache(Path(config.launch.compile_cache).expanduser() / _machine(name))
+# Every flag is one that jax 0.10 to 0.12 accept: an unknown one would end the process.
+PLATFORMS = (
+    Platform(
+        "XLA_FLAGS",
+        ("cuda", "gpu"),
+        ("jax_cuda13_plugin", "jax_cuda12_plugin"),
+        (
+            Flag("xla_gpu_enable_latency_hiding_scheduler", "true", "gathers of the next layer's weights run during this layer's products"),
+            Flag("xla_gpu_enable_pipelined_all_gather", "true", "the same for a loop over layers: a gather is begun one turn of the loop before its use"),
+            Flag("xla_gpu_enable_pipelined_reduce_scatter", "true", "and gradients are still being summed while the next layer's are computed"),
+            Flag("xla_gpu_enable_while_loop_double_buffering", "true", "so that the pipelined loop needs no copies between its turns"),
+        ),
+    ),
+    Platform(
+        "LIBTPU_INIT_ARGS",
+        ("tpu",),
+        ("libtpu",),
+        (
+            Flag("xla_enable_async_all_gather", "true", "gathers of weights do not hold up the products before them"),
+            Flag("xla_tpu_enable_async_collective_fusion", "true", "collectives run inside the fusions that compute meanwhile"),
+            Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "gathers among them: the greater part of what fsdp sends"),
+            Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", "one collective may stretch over several fusions"),
+            Flag("xla_tpu_overlap_compute_collective_tc", "true", "the tensor core goes on computing while data travels"),
+        ),
+    ),
+)
+
+_CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
-def _machine(name: str) -> str:
-    """Folder of the programs that may run here. A CPU's program uses the instructions of the machine that compiled it, and jax's key names none."""
-    from jaxlib.version import __version__
+def prepare_backend(compile_cache: str | None) -> None:
+    """Sets flags and the folder of compiled programs for this process, before jax is imported. What the user has set himself stays.
 
-    if name != "cpu":
-        return f"{name}-jaxlib{__version__}"
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        features = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        features = ""
-    digest = hashlib.sha256(f"{platform.machine()} {platform.processor()} {features}".encode()).hexdigest()[:12]
-    return f"cpu-jaxlib{__version__}-{digest}"
+    Args:
+      compile_cache: folder, "~" allowed; None keeps no compiled programs. One that cannot be written to is said and left out.
+    """
+    for here in PLATFORMS:
+        if _may_be_here(here):
+            os.environ[here.variable] = with_flags(os.environ.get(here.variable, ""), here.flags)
+    if _CACHE_VARIABLE not in os.environ and compile_cache is not None:
+        _choose_cache(compile_cache)
+    if _CACHE_VARIABLE in os.environ:
+        _say_damage_in_one_line()
 
 
-def _use_compile_cache(folder: Path) -> None:
-    import jax
+def with_flags(text: str, flags: tuple[Flag, ...]) -> str:
+    """Flags as an environment variable holds them, after those that are there already, whose values stay."""
+    given = {word.lstrip("-").partition("=")[0] for word in text.split()}
+    return " ".join([text, *(f"--{flag.name}={flag.value}" for flag in flags if flag.name not in given)]).strip()
 
+
+def _may_be_here(here: Platform) -> bool:
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    if asked:
+        return any(name in asked.split(",") for name in here.names)
+    return any(importlib.util.find_spec(package) is not None for package in here.packages)
+
+
+def _choose_cache(compile_cache: str) -> None:
+    folder = Path(compile_cache).expanduser() / _machine()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError("no permission to write")
+        (folder / f".{os.getpid()}").touch()
+        (folder / f".{os.getpid()}").unlink()
     except OSError as error:
-        log.warning("launch.compile_cache: %s cannot be used (%s); going on without stored programs", folder, reason(error))
+        log.warning("launch.compile_cache=%s cannot be written to (%s): every start compiles anew", compile_cache, error.strerror)
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
-    _log_cache_warnings()
+    os.environ[_CACHE_VARIABLE] = str(folder)
 
 
-def _log_cache_warnings() -> None:
-    """jax warns of an entry that it cannot read or write, and compiles; here that is one line like all others."""
-    shown = warnings.showwarning
-    if getattr(shown, "of_compile_cache", False):
-        return
+def _machine() -> str:
+    """Folder name for programs of this kind of processor and this compiler: jax's own key does not tell processors apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    described = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))} or set(lines))
+    digest = hashlib.sha256("\n".join(described).encode()).hexdigest()[:8]
+    return f"jaxlib-{importlib.metadata.version('jaxlib')}-{platform.machine()}-{digest}"
 
-    def show(message, category, filename, lineno, file=None, line=None):
+
+def _say_damage_in_one_line() -> None:
+    show = warnings.showwarning
+
+    def shown(message, category, filename, lineno, file=None, line=None):
         if "persistent compilation cache" in str(message):
-            log.warning("launch.compile_cache: a stored program could not be used, so it is compiled again (%s)", reason(message))
+            log.warning("a compiled program in %s cannot be used and is compiled anew: %s", os.environ.get(_CACHE_VARIABLE), " ".join(str(message).split())[:200])
         else:
-            shown(message, category, filename, lineno, file, line)
+            show(message, category, filename, lineno, file, line)
 
-    show.of_compile_cache = True
-    warnings.showwarning = show
+    warnings.showwarning = shown

@@ -36,14 +36,15 @@ class Hardware:
         return self.memory - self.reserve
 
 
-# Sources: Google Cloud's pages of each TPU version; NVIDIA's data sheets of A100, H100 and H200 (SXM, without sparsity). TPU reserves are what the
-# TPU compiler itself leaves out; a GPU's are 5% for the CUDA context, NCCL, and cuDNN's workspace, which the compiler reads as zero.
+# Peaks: Google Cloud's pages of each TPU version; NVIDIA's data sheets of A100, H100 and H200 (SXM, without sparsity). A TPU's reserve is what its
+# compiler leaves out: its refusals name 30.75, 15.75, 95.74 and 31.25 GiB as available. A GPU's is ours, for the CUDA context, NCCL, and cuDNN's
+# workspace, which the compiler reads as zero.
 _GPU_RESERVE = 4 * GIB
 KNOWN = (
-    Hardware("v4", "TPU v4", 275e12, 32 * GIB, GIB // 4, 4),
+    Hardware("v4", "TPU v4", 275e12, 32 * GIB, 5 * GIB // 4, 4),
     Hardware("v5e", "TPU v5 lite", 197e12, 16 * GIB, GIB // 4, 4),
-    Hardware("v5p", "TPU v5", 459e12, 96 * GIB, GIB // 4, 4),
-    Hardware("v6e", "TPU v6 lite", 918e12, 32 * GIB, GIB // 4, 4),
+    Hardware("v5p", "TPU v5", 459e12, 96 * GIB, 26 * GIB // 100, 4),
+    Hardware("v6e", "TPU v6 lite", 918e12, 32 * GIB, 3 * GIB // 4, 4),
     Hardware("a100", "NVIDIA A100-SXM4-80GB", 312e12, 80 * GIB, _GPU_RESERVE, 8),
     Hardware("a100-40", "NVIDIA A100-SXM4-40GB", 312e12, 40 * GIB, _GPU_RESERVE, 8),
     Hardware("h100", "NVIDIA H100 80GB HBM3", 989e12, 80 * GIB, _GPU_RESERVE, 8),

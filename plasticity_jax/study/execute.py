@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import logging
+import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError, reason
@@ -77,6 +79,10 @@ def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> N
             open_corpus(files=data.files, tfds=data.tfds, tfds_split=data.tfds_split, text_field=data.text_field)
     if {run.stage for run in todo} & {"pretrain", "finetune"}:
         _check_devices(own)
+    if config.max_device_hours is not None and "pretrain" in {run.stage for run in todo}:
+        from plasticity_jax.train.check import refuse_over_budget
+
+        refuse_over_budget(config)
 
 
 def _check_devices(members: Sequence[StudyConfig]) -> None:
@@ -110,12 +116,20 @@ def check_workdir(workdir: AnyPath, config: StudyConfig) -> None:
     free = free_bytes(workdir)
     if free is None:
         return
-    held = sum(path.stat().st_size for path in study_dir(workdir, config).rglob("*") if path.is_file())
-    needed = _bytes_needed(config) - held
+    needed = _bytes_needed(config) - _held_bytes(study_dir(workdir, config))
     if free < needed:
         raise UserError(
             f"--workdir={workdir} has {free / 1e6:,.0f} MB free, and this study needs about {needed / 1e6:,.0f} MB more; make room or give another --workdir."
         )
+
+
+def _held_bytes(folder: Path) -> int:
+    held = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # other jobs of the study write and delete meanwhile
+                held += os.stat(os.path.join(parent, name)).st_size
+    return held
 
 
 def _bytes_needed(config: StudyConfig) -> int:

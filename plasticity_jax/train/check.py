@@ -222,10 +222,8 @@ def _compile(config: StudyConfig, target: Target) -> Answer:
     settings = step_settings(config, mesh)
     state = jax.eval_shape(lambda params: initial_state(settings, params), abstract_params(config.model))
     params, optimizer = _shard_bytes(state, state_shardings(settings, mesh, members=False))
-    batch = {
-        name: jax.ShapeDtypeStruct((train.batch_size, train.seq_len), jnp.int32)
-        for name in ("tokens", "targets", "loss_mask", "segment_ids", "positions")
-    }
+    types = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32, "segment_ids": jnp.int32, "positions": jnp.int32}
+    batch = {name: jax.ShapeDtypeStruct((train.batch_size, train.seq_len), dtype) for name, dtype in types.items()}
     hyper = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("weight_decay", "peak_lr", "warmup_steps", "total_steps")}
     limit, start = target.hardware.limit, time.monotonic()
     refusal, compiled = "", None
