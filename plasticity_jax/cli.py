@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -168,7 +169,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The `plasticity` program: `main`, and its status as the process's."""
-    status = main()
+    try:
+        status = main()
+    except Exception:
+        if processes.count() == 1:
+            raise
+        traceback.print_exc()
+        status = 1
     if status == REFUSED or (status and processes.count() > 1):
         # Orbax would print a trace for every array that was still to be read or written, and jax would wait for processes that wait for this one; all
         # that is to be said has been.
@@ -180,6 +187,7 @@ def entry() -> None:
 
 
 def _interrupt(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to a worker and to its parent, which passes it on
     raise KeyboardInterrupt
 
 

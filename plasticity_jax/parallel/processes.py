@@ -15,6 +15,8 @@ HEARTBEAT_TIMEOUT = 25  # seconds without a sign of life after which jax's coord
 JOINING, JOINED = "joining: ", "this is process "  # begin the lines for the process that supervises this one
 _POLL = 10  # seconds that one read of a value not yet written waits, so that an interrupt is noticed
 
+_NO_ANSWER = ("Socket closed", "failed to connect to all addresses", "Connection refused", "Connection reset")  # of process 0, which keeps the values
+
 _numbers: dict[str, int] = {}  # how often each name was used, so that every value has a key of its own
 
 
@@ -44,8 +46,10 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
     who = "" if process_id is None else f"process {process_id} of {num_processes}: "
     refusal = (
-        f"--coordinator={coordinator}: the {num_processes or ''} processes did not meet within {timeout} s; start all of them with the same address and "
+        f"--coordinator={coordinator}: the {num_processes} processes did not meet within {timeout} s; start all of them with the same address and "
         "number, each with its own --process-id, or raise launch.start_timeout."
+        if coordinator
+        else f"the processes of this cluster did not meet within {timeout} s; start all of them with the same command, or raise launch.start_timeout."
     )
     _to_supervisor(JOINING + refusal)  # on a time-out the runtime ends this process before Python can say it
     log.info("%swaiting up to %d s for the other processes%s", who, timeout, f" at {coordinator}" if coordinator else "")
@@ -54,19 +58,45 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         jax.distributed.initialize(
             coordinator, num_processes, process_id, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
         )
+        everyone = _meet(timeout)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(refusal.replace("; start", f" ({reason(error)}); start")) from error
-    mine = {"host": socket.gethostname(), "devices": jax.local_device_count(), "kind": jax.local_devices()[0].device_kind}
-    everyone = gather("start", mine, timeout=timeout)
     if len({(one["devices"], one["kind"]) for one in everyone}) > 1:
         shown = ", ".join(f"process {i} ({one['host']}) has {one['devices']} x {one['kind']}" for i, one in enumerate(everyone))
         raise UserError(f"unequal hosts: {shown}; give every process the same number and kind of devices.")
     _to_supervisor(f"{JOINED}{index()} of {count()}")
     hosts = len({one["host"] for one in everyone})
-    log.info("%d hosts, %d processes, %d devices each (%s); this is process %d", hosts, count(), mine["devices"], mine["kind"], index())
+    log.info(
+        "%d hosts, %d processes, %d devices each (%s); this is process %d", hosts, count(), everyone[0]["devices"], everyone[0]["kind"], index()
+    )
     if not primary():
         log.info("process 0 shows the progress of all; this one speaks of problems only")
         log.setLevel(logging.WARNING)
+
+
+def _meet(timeout: int) -> list[dict[str, Any]]:
+    """What every process is, in their order. Raises UserError where they were told different numbers of processes."""
+    import jax
+
+    mine = {
+        "host": socket.gethostname(),
+        "devices": jax.local_device_count(),
+        "kind": jax.local_devices()[0].device_kind,
+        "processes": count(),
+    }
+    _client().key_value_set(f"plasticity/start/{index()}", json.dumps(mine))
+    everyone = []
+    for i in range(count()):  # in order: the number that process 0 was told is seen before one is awaited that will not come
+        one = json.loads(_read(f"plasticity/start/{i}", timeout))
+        if one["processes"] != count():
+            raise UserError(
+                f"--num-processes={count()} of process {index()} is {one['processes']} for process {i} ({one['host']}); "
+                "give every process the same number."
+            )
+        everyone.append(one)
+    return everyone
 
 
 def _to_supervisor(line: str) -> None:
@@ -126,12 +156,14 @@ def _key(name: str) -> str:
 
 
 def _read(key: str, timeout: float | None) -> str:
-    """The value of a key, once some process has written it; waits without end if `timeout` is None."""
+    """The value of a key, once some process has written it; waits without end if `timeout` is None. Raises Parted where process 0 is gone."""
     waited = 0
     while True:
         try:
             return _client().blocking_key_value_get(key, _POLL * 1000)
         except Exception as error:
+            if any(words in str(error) for words in _NO_ANSWER):
+                raise Parted(f"process 0 of {count()} was lost") from error
             waited += _POLL
             if "DEADLINE_EXCEEDED" not in str(error) or (timeout is not None and waited >= timeout):
                 raise
@@ -142,7 +174,7 @@ class Failed(Exception):
 
 
 class Parted(Exception):
-    """This process failed while the others go on: it has to end, and they notice."""
+    """This process cannot go on with the others, because it failed while they go on, or because the first is gone: it has to end."""
 
 
 def broadcast(decide: Callable[[], Any]) -> Any:
@@ -183,7 +215,7 @@ def together(work: Callable[[], Any]) -> Any:
     try:
         everyone = gather("together", {"value": None} if own is None else _told(own), timeout=None if own is None else HEARTBEAT_TIMEOUT + 15)
     except Exception as error:
-        if own is None:
+        if own is None or isinstance(error, Parted):
             raise
         raise Parted(f"process {index()} of {count()} failed: {reason(own)}") from own if isinstance(own, UserError) else error
     for i, told in enumerate(everyone):

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -33,7 +33,7 @@ ROWS = ("data", "fsdp")  # mesh axes that the rows of a batch lie on
 GATHERED = "gathered"  # checkpoint name of what `gather` returns
 
 
-def param_shardings(mesh: Mesh, abstract: Any, *, members: bool = False) -> Any:
+def param_shardings(mesh: Mesh | AbstractMesh, abstract: Any, *, members: bool = False) -> Any:
     """A tree of NamedSharding for a parameter tree (arrays or shapes).
 
     Args:
@@ -53,12 +53,12 @@ def param_shardings(mesh: Mesh, abstract: Any, *, members: bool = False) -> Any:
     return jax.tree.unflatten(jax.tree.structure(abstract), shardings)
 
 
-def inference_shardings(mesh: Mesh, abstract: Any) -> Any:
+def inference_shardings(mesh: Mesh | AbstractMesh, abstract: Any) -> Any:
     """As `param_shardings`, but whole over fsdp: what reads all parameters for every token must not gather them for every token."""
     return jax.tree.map(lambda s: NamedSharding(mesh, _without_fsdp(s.spec)), param_shardings(mesh, abstract))
 
 
-def sharding_table(mesh: Mesh, abstract: Any) -> dict[str, dict[str, Any]]:
+def sharding_table(mesh: Mesh | AbstractMesh, abstract: Any) -> dict[str, dict[str, Any]]:
     """Path of each parameter → its `shape`, its `spec` (mesh axis of every axis, or None) and `per_device`, the shape that a device holds."""
     leaves, shardings = jax.tree.leaves(abstract), jax.tree.leaves(param_shardings(mesh, abstract))
     return {

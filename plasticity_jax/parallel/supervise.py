@@ -55,7 +55,9 @@ def supervise(argv: list[str], log_dir: Path | None) -> int:
     with open(log_path, "wb") as log_file:
         environment = os.environ | {WORKER: ",".join(map(str, terminal))}
         command = [sys.executable, "-m", "plasticity_jax", *argv]
-        worker = subprocess.Popen(command, stdout=log_file, stderr=log_file, env=environment, pass_fds=terminal, preexec_fn=in_worker)
+        worker = subprocess.Popen(  # in a group of its own: the terminal's Ctrl-C reaches it once, from here
+            command, stdout=log_file, stderr=log_file, env=environment, pass_fds=terminal, preexec_fn=in_worker, process_group=0
+        )
     interrupted = []
 
     def pass_on(number, frame):

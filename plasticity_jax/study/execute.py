@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -230,14 +230,11 @@ def execute(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, exter
             continue
         log.info("[%d/%d] %s", number, len(groups), ", ".join(run.id for run in ready))
         try:
-            _carry_out(configs, ready, path_of)
+            _carry_out(configs, ready, path_of, _refuse_storage_problems(workdir))
             outcome.carried_out += [run.id for run in ready]
         except (UserError, processes.Parted):
             raise
         except Exception as error:
-            problem = storage_problem(error)
-            if problem:
-                raise UserError(f"--workdir={workdir}: {problem}; make room or give another --workdir, then run again: it resumes.") from error
             log.error("%s failed: %s (%s)", ready[0].id, reason(error), path_of(ready[0].id) / "error.log")
             outcome.failed += [run.id for run in ready]
     return outcome
@@ -259,7 +256,9 @@ def _program(run: Run) -> str:
     return to_json([fields | {"train": train}, run.parents])
 
 
-def _carry_out(configs: dict[str, StudyConfig], group: Sequence[Run], path_of: Callable[[str], AnyPath]) -> None:
+def _carry_out(
+    configs: dict[str, StudyConfig], group: Sequence[Run], path_of: Callable[[str], AnyPath], guarded: Callable[[Callable], Callable]
+) -> None:
     """Of several processes, the first holds the runs' locks and writes their text files; the others take part in the stages of `_TOGETHER`."""
     with contextlib.ExitStack() as stack:
         contexts = []
@@ -285,11 +284,26 @@ def _carry_out(configs: dict[str, StudyConfig], group: Sequence[Run], path_of: C
                     context.directory.provenance["seconds"] = time.monotonic() - start
                     context.directory.finish(result)
 
+        # Guarded inside, so that every process hears of a storage problem as a refusal and stops.
+        begin, carry_out = guarded(begin), guarded(carry_out)
         diverged = processes.broadcast(begin)
         if group[0].stage in _TOGETHER and not diverged:
             processes.together(carry_out)
         else:
             processes.broadcast(carry_out)
+
+
+@contextlib.contextmanager
+def _refuse_storage_problems(workdir: AnyPath) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        problem = storage_problem(error)
+        if problem is None:
+            raise
+        raise UserError(f"--workdir={workdir}: {problem}; make room or give another --workdir, then run again: it resumes.") from error
 
 
 def storage_problem(error: BaseException) -> str | None:

@@ -16,7 +16,7 @@ from plasticity_jax.model.transformer import abstract_params, count_params
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.batches import check_batch_size, global_batches, local_rows
 from plasticity_jax.parallel.mesh import make_mesh
-from plasticity_jax.parallel.sharding import batch_sharding, param_shardings
+from plasticity_jax.parallel.sharding import batch_sharding, format_sharding_table, param_shardings, sharding_table
 from plasticity_jax.records import Context
 from plasticity_jax.train.held_out import HeldOutBlocks, first_blocks, held_out_loss
 from plasticity_jax.train.initial import CHECKPOINTS, params_sha256
@@ -181,8 +181,13 @@ def _record_provenance(context: Context, initial: Params, sha256: str, records: 
     log.info("%s: λ = %.6g, peak lr·λ = %.4g (%s), %s", context.run.name, weight_decay, config.train.peak_lr * weight_decay, config.decay.kind, meaning)
     log.info("decayed: %s", ", ".join(path for path, decayed in table.items() if decayed) or "none")
     log.info("not decayed: %s", ", ".join(path for path, decayed in table.items() if not decayed) or "none")
+    placed = sharding_table(mesh, initial)
+    if mesh.size > 1:
+        for line in format_sharding_table(placed):
+            log.info("%s", line)
     context.directory.provenance |= {
         "decay_table": table,
+        "sharding_table": placed,
         "step_0_sha256": sha256,
         "data_fingerprint": records.fingerprint,
         "mesh": dict(mesh.shape),

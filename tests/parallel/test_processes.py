@@ -38,9 +38,9 @@ def get_config():
 """
 
 
-def start(arguments, *, devices, process=None, port=None, **environment):
+def start(arguments, *, devices, process=None, port=None, n=2, **environment):
     if process is not None:
-        arguments = [*arguments, "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(process)]
+        arguments = [*arguments, "--coordinator", f"127.0.0.1:{port}", "--num-processes", str(n), "--process-id", str(process)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
     return subprocess.Popen(PLASTICITY + arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -205,6 +205,25 @@ def test_an_interrupt_reaches_the_workers(workdir):
 
 
 @pytest.mark.slow
+def test_members_of_one_program_on_two_processes_give_the_losses_of_one(workdir, by_one):
+    # Both members save at the same steps, each in the background.
+    two(["pretrain", *CONFIG, "--workdir", str(workdir), "--config.grid.mode=vmapped", "--config.train.checkpoint_every=10"])
+    finished = sorted(path.parent.name for path in (workdir / "tiny" / "pretrain").glob("*/DONE"))
+    assert len(finished) == 2
+    shutil.rmtree(workdir / "tiny" / "pretrain" / next(name for name in finished if not name.startswith("wd0-")))
+    assert_close(workdir, by_one)
+
+
+@pytest.mark.slow
+def test_a_storage_problem_of_the_first_process_is_refused_by_all(workdir):
+    shutil.rmtree(workdir / "tiny" / "init")
+    (workdir / "tiny" / "init").touch()
+    for status, lines in map(end, pair([*PRETRAIN, "--workdir", str(workdir)], devices=(1, 1))):
+        assert status == 2
+        assert f"--workdir={workdir}: Not a directory" in lines[-1] and lines[-1].endswith("then run again: it resumes.")
+
+
+@pytest.mark.slow
 def test_a_study_of_two_processes_gives_the_results_of_one(tmp_path):
     config = tmp_path / "smaller.py"
     config.write_text(SMALLER.format(tiny=TINY))
@@ -257,6 +276,14 @@ def test_an_unreachable_coordinator_is_one_line_after_the_timeout(tmp_path):
     status, lines = end(start([*SOON, "--workdir", str(tmp_path)], devices=1, process=1, port=free_port()), timeout=60)
     assert status == 2
     assert "the 2 processes did not meet within 8 s" in lines[-1]
+
+
+def test_different_numbers_of_processes_are_one_line_on_all(tmp_path):
+    port = free_port()
+    processes = [start([*SOON, "--workdir", str(tmp_path)], devices=1, process=i, port=port, n=n) for i, n in enumerate((2, 3))]
+    for i, (status, lines) in enumerate(end(process, timeout=60) for process in processes):
+        assert status == 2
+        assert lines[-1].startswith(f"plasticity: --num-processes={2 + i} of process {i} is {3 - i} for process {1 - i} (")
 
 
 @pytest.mark.parametrize(
