@@ -194,14 +194,25 @@ def lines(answer: Answer, target: Target) -> list[str]:
     return text
 
 
-def parse_out_of_memory(message: str) -> tuple[int, list[tuple[int, str]]]:
-    """From a TPU compiler's RESOURCE_EXHAUSTED message: bytes that the program would use, and its largest allocations with what they are for."""
-    used = re.search(r"Used ([\d.]+)([BKMGT]?) of", message)
-    largest = []
-    for size, unit, rest in re.findall(r"Size: ([\d.]+)([BKMGT]?)\n(.*?)(?=\n\s*={5,}|\Z)", message, re.DOTALL):
-        named = [found[1] for found in (re.search(r'op_name="([^"]*)"', rest), re.search(r"Shape: (\S+?\])", rest)) if found]
-        largest.append((_bytes(size, unit), ", ".join(reversed(named)) or "unnamed"))
-    return _bytes(*used.groups()) if used else 0, largest[:LARGEST]
+def refused_bytes(message: str) -> int:
+    """From a TPU compiler's RESOURCE_EXHAUSTED message: bytes of the temporaries that the program would need; 0 if it names none."""
+    found = re.search(r"temporaries \(([\d.]+)([BKMGT]?)\)", message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+
+
+def largest_values(program: str, number: int) -> list[tuple[int, str]]:
+    """The largest different shapes in a program that is not yet split over devices: (bytes over all devices, "type[shape] over all devices").
+
+    The TPU compiler's refusal names no buffers, so these stand for them.
+
+    Args:
+      program: StableHLO, `lowered.as_text()`.
+    """
+    sizes = {}
+    for dims, kind in set(re.findall(r"tensor<((?:\d+x)+)([a-z]+\d+)>", program)):
+        shape = [int(size) for size in dims.split("x") if size]
+        sizes[f"{kind}[{','.join(map(str, shape))}] over all devices"] = math.prod(shape) * int(re.sub(r"\D", "", kind)) // 8
+    return [(size, text) for text, size in sorted(sizes.items(), key=lambda item: -item[1])[:number]]
 
 
 def _resolved(config: StudyConfig, target: Target) -> StudyConfig:
@@ -229,15 +240,16 @@ def _compile(config: StudyConfig, target: Target) -> Answer:
     refusal, compiled = "", None
     with _ticking(f"compile for {target.topology}, {train.microbatches} parts, remat {train.remat}"):
         try:
-            compiled = compile_train_step(settings, mesh, members=False).lower(state, batch, hyper).compile()
+            lowered = compile_train_step(settings, mesh, members=False).lower(state, batch, hyper)
+            compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             refusal = str(error)
     seconds = time.monotonic() - start
     if compiled is None:
-        total, largest = parse_out_of_memory(refusal)
-        collectives = {}
+        total = params + optimizer + refused_bytes(refusal)
+        largest, collectives = largest_values(lowered.as_text(), LARGEST), {}
     else:
         memory, hlo = compiled.memory_analysis(), compiled.as_text()
         total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -273,10 +285,6 @@ def _ticking(what: str) -> Iterator[None]:
         finally:
             done.set()
             thread.join()
-
-
-def _bytes(number: str, unit: str) -> int:
-    return int(float(number) * _UNITS[unit])
 
 
 def _gib(size: int) -> str:

@@ -79,7 +79,7 @@ def test_slurm_study_has_a_job_for_every_run_after_its_parents(study, tmp_path):
 
 def test_slurm_jobs_hold_commands_that_make_exactly_their_runs(study, tmp_path):
     """The command line's own parser and the functions it calls, on the words of each script."""
-    from plasticity_jax import cli
+    from plasticity_jax.arguments import parser, split_overrides
     from plasticity_jax.study import graph
 
     workdir, config = study
@@ -90,8 +90,8 @@ def test_slurm_jobs_hold_commands_that_make_exactly_their_runs(study, tmp_path):
         line = path.read_text().splitlines()[-1]
         words = shlex.split(line)
         assert words[:3] == ["exec", "bash", str(LAUNCH / "slurm" / "job.sh")]
-        rest, overrides = cli._split_overrides(words[3:])
-        arguments = cli._parser().parse_args(rest)
+        rest, overrides = split_overrides(words[3:])
+        arguments = parser().parse_args(rest)
         assert arguments.workdir == workdir
         if arguments.command == "report":
             continue

@@ -13,22 +13,10 @@ from plasticity_jax.config import GridConfig, ModelConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.transformer import abstract_params, apply, count_params
 from plasticity_jax.parallel.deviceless import target
-from plasticity_jax.train.check import check, flops_per_token, grid_device_hours, parse_out_of_memory, refuse_over_budget, search, to_record
+from plasticity_jax.train.check import check, flops_per_token, grid_device_hours, largest_values, refuse_over_budget, refused_bytes, search, to_record
 
-OUT_OF_MEMORY = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
-
-  Largest program allocations in hbm:
-
-  1. Size: 8.00G
-     Operator: op_name="jit(train_step)/dot"
-     Shape: f32[16,2048,32000]{2,1,0:T(8,128)}
-     Unpadded size: 8.00G
-     ==========================
-
-  2. Size: 512.0M
-     Shape: bf16[20,16]{1,0}
-     ==========================
-"""
+# As libtpu 0.0.52 says it.
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.51G) exceeds available HBM (15.75G)."
 
 
 def dot_flops(jaxpr) -> int:
@@ -89,6 +77,10 @@ def test_search_ends_at_the_whole_batch_without_remat_where_all_fits():
 
 
 def test_the_tpu_compilers_refusal_is_read():
-    total, largest = parse_out_of_memory(OUT_OF_MEMORY)
-    assert total == int(20.5 * 2**30)
-    assert largest == [(8 * 2**30, "f32[16,2048,32000], jit(train_step)/dot"), (512 * 2**20, "bf16[20,16]")]
+    assert refused_bytes(OUT_OF_MEMORY) == int(17.51 * 2**30)
+
+
+def test_the_largest_values_of_a_program_are_named():
+    program = jax.jit(lambda x: (x[:, None] * x[None]).sum()).lower(jax.ShapeDtypeStruct((64, 32), jax.numpy.float32)).as_text()
+    assert largest_values(program, 2) == [(4 * 64 * 64 * 32, "f32[64,64,32] over all devices"), (4 * 64 * 32, "f32[64,32] over all devices")]
+
