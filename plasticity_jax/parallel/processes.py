@@ -54,6 +54,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     _to_supervisor(JOINING + refusal)  # on a time-out the runtime ends this process before Python can say it
     log.info("%swaiting up to %d s for the other processes%s", who, timeout, f" at {coordinator}" if coordinator else "")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would take the place of ours
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
