@@ -16,6 +16,6 @@ def get_config():
     config.grid.weight_decay = (0.0, 0.0001, 0.001, 0.01, 0.1, 0.5, 1.0, 1.5, 3.0, 10.0)
     config.hardware = (
         ("TPU v5 lite", {"train.microbatches": 4}),
-        ("H100|H200", {"train.microbatches": 32, "finetune.microbatches": 4}),
+        ("H100|H200", {"train.microbatches": 8, "finetune.microbatches": 4}),
     )
     return config

@@ -19,6 +19,6 @@ def get_config(faithful=False):
     config.hardware = (
         ("TPU v5 lite", {"train.microbatches": 2}),
         ("TPU v4", {"train.microbatches": 8}),
-        ("H100|H200", {"train.microbatches": 8}),
+        ("H100|H200", {"train.microbatches": 2}),
     )
     return config

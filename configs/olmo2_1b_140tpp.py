@@ -19,5 +19,5 @@ def get_config():
     config.train.decay_share = 0.2
     config.train.final_lr_share = 0.0
     config.grid.weight_decay = (0.0, 0.1, 0.3, 1.0)
-    config.hardware = (("H100|H200", {"train.microbatches": 16}),)
+    config.hardware = (("H100|H200", {"train.microbatches": 4}),)
     return config

@@ -14,5 +14,5 @@ def get_config():
     config = olmo2(tokens=30e9)
     config.name = "olmo2-1b-20tpp"
     config.grid.weight_decay = (0.0, 0.1, 0.3, 0.6, 1.0)
-    config.hardware = (("H100|H200", {"train.microbatches": 16}),)
+    config.hardware = (("H100|H200", {"train.microbatches": 4}),)
     return config
