@@ -23,7 +23,6 @@ from plasticity_jax.parallel.collectives import collective_bytes, largest_arrays
 from plasticity_jax.parallel.deviceless import Target
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.rules import param_paths
-from plasticity_jax.progress import Progress
 from plasticity_jax.train.pretrain import step_settings
 from plasticity_jax.train.step import compile_train_step, initial_state, state_shardings
 
@@ -270,21 +269,21 @@ def _shard_bytes(state: dict[str, Any], shardings: dict[str, Any]) -> tuple[int,
 
 @contextlib.contextmanager
 def _ticking(what: str) -> Iterator[None]:
-    """Shows that a call which says nothing by itself is at work."""
-    done = threading.Event()
-    with Progress(what, total=None, unit="seconds") as progress:
+    """Says every ten seconds that a call which says nothing by itself is at work."""
+    done, start = threading.Event(), time.monotonic()
+    log.info("%s: begun", what)
 
-        def tick() -> None:
-            while not done.wait(1.0):
-                progress.update(1)
+    def tick() -> None:
+        while not done.wait(10.0):
+            log.info("%s: %.0f s so far", what, time.monotonic() - start)
 
-        thread = threading.Thread(target=tick, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _gib(size: int) -> str:
