@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,8 @@ def detected() -> bool:
         try:
             if not environment.opt_in_only_method and environment.is_env_present() and environment.get_process_count() > 1:
                 return True
-        except Exception as error:  # a metadata server that does not answer: jax.distributed.initialize would fail the same way
-            log.info("jax could not read this machine's cluster environment (%s); going on as one process", reason(error))
+        except Exception as error:  # such as a metadata server that does not answer; asking must not end a run on one machine
+            log.warning("jax could not read this machine's cluster environment (%s); going on as one process", reason(error))
     return False
 
 
@@ -125,8 +126,6 @@ def _client():
 
 def count() -> int:
     """Number of processes of this run."""
-    import sys
-
     if "jax" not in sys.modules or _client() is None:
         return 1
     from jax._src.distributed import global_state
@@ -218,7 +217,7 @@ def together(work: Callable[[], Any]) -> Any:
     except Exception as error:
         if own is None or isinstance(error, Parted):
             raise
-        raise Parted(f"process {index()} of {count()} failed: {reason(own)}") from own if isinstance(own, UserError) else error
+        raise Parted(f"process {index()} of {count()} failed: {reason(own)}") from own
     for i, told in enumerate(everyone):
         if i == index() and own is not None:
             raise own
@@ -227,7 +226,7 @@ def together(work: Callable[[], Any]) -> Any:
 
 
 def _told(error: Exception) -> dict[str, str]:
-    return {"refused" if isinstance(error, UserError) else "failed": reason(error) if not isinstance(error, UserError) else str(error)}
+    return {"refused": str(error)} if isinstance(error, UserError) else {"failed": reason(error)}
 
 
 def _outcome(told: dict[str, Any]) -> Any:

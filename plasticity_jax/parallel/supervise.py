@@ -4,6 +4,7 @@ When one process of a run dies, jax ends the others from C++ with a trace. So th
 knows no jax, reads there who was lost.
 """
 
+import contextlib
 import ctypes
 import os
 import re
@@ -42,6 +43,7 @@ def supervise(argv: list[str], log_dir: Path | None) -> int:
     Returns:
       The worker's exit status; 1 where it was lost or lost another.
     """
+    made = _missing_folders(log_dir)
     log_path = _log_path(log_dir)
     terminal = [os.dup(1), os.dup(2)]
     parent = os.getpid()
@@ -69,6 +71,9 @@ def supervise(argv: list[str], log_dir: Path | None) -> int:
     status = worker.wait()
     if status in (0, 2):
         log_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what was made for the log alone goes with it, and nothing that holds more
+            for folder in made:
+                folder.rmdir()
     if status in (0, 2, 130) or (interrupted and status >= 0):
         return status
     text = log_path.read_text(encoding="utf-8", errors="replace")
@@ -116,6 +121,11 @@ def _signal_name(number: int) -> str:
         return f"signal {number} ({signal.Signals(number).name})"
     except ValueError:
         return f"signal {number}"
+
+
+def _missing_folders(folder: Path | None) -> list[Path]:
+    """The folder and those above it that do not exist yet, innermost first."""
+    return [] if folder is None else [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def _log_path(folder: Path | None) -> Path:

@@ -173,9 +173,11 @@ def check_shared(workdir: AnyPath) -> None:
 
 
 def _appears(path: AnyPath) -> bool:
-    for _ in range(20):  # a network file system shows another host's file after some seconds
+    for attempt in range(20):  # a network file system shows another host's file after some seconds
         if path.exists():
             return True
+        if attempt == 2:
+            log.warning("waiting up to 10 s for %s, which process 0 has written", path)
         time.sleep(0.5)
     return False
 
