@@ -207,7 +207,6 @@ def _check_train(config: StudyConfig) -> None:
         "log_every",
         "checkpoint_every",
         "microbatches",
-        "loss_chunks",
     ):
         _positive(f"train.{name}", getattr(train, name))
     _refuse_unless(
@@ -215,8 +214,8 @@ def _check_train(config: StudyConfig) -> None:
         f"train.batch_size={train.batch_size} is not divisible by train.microbatches={train.microbatches}; set microbatches to a divisor of it.",
     )
     _refuse_unless(
-        train.seq_len % train.loss_chunks == 0,
-        f"train.seq_len={train.seq_len} is not divisible by train.loss_chunks={train.loss_chunks}; set loss_chunks to a divisor of it.",
+        train.loss_chunks == 0 or (train.loss_chunks > 0 and train.seq_len % train.loss_chunks == 0),
+        f"train.seq_len={train.seq_len} is not divisible by train.loss_chunks={train.loss_chunks}; set loss_chunks to a divisor of it, or to 0.",
     )
     for name in ("warmup_share", "decay_share", "final_lr_share", "b1", "b2"):
         _share(f"train.{name}", getattr(train, name))

@@ -105,7 +105,7 @@ class TrainConfig:
     scan_layers: bool = _execution(False)  # a loop over layers instead of unrolled ones: compiles faster, runs slower on a CPU
     remat: str = _execution("none")  # what the backward pass computes again: none | dots (all but matrix products) | full (all but block inputs)
     attention: str = _execution("auto")  # auto | xla | cudnn (NVIDIA) | splash (TPU)
-    loss_chunks: int = _execution(1)  # parts of a sequence whose logits are held at once; divides seq_len
+    loss_chunks: int = _execution(0)  # parts of a sequence whose logits are held at once; divides seq_len; 0: as few as keep them within 256 MiB per device
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,10 @@ def block_losses(
       isolate: the end-of-text token, where the model was trained within documents; else None.
       scan_layers, loss_chunks: as in training; memory, compile time and rounding only.
     """
+    from plasticity_jax.model.loss import chunks_that_fit
+
     losses_n = np.empty(len(indices))
+    loss_chunks = chunks_that_fit(loss_chunks, rows=BLOCKS_PER_BATCH, seq_len=records.seq_len, vocab_size=config.vocab_size)
     with Progress(f"loss on {records.split} blocks", total=len(indices) * records.seq_len, unit="tokens") as progress:
         for start in range(0, len(indices), BLOCKS_PER_BATCH):
             chosen = indices[start : start + BLOCKS_PER_BATCH]

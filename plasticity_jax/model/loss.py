@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from plasticity_jax.model.layers import project
 from plasticity_jax.parallel.sharding import ROWS, constrain
 
+LOGIT_BYTES = 256 << 20  # a share of any accelerator's memory that nothing else misses
+
 
 @jax.custom_vjp
 def token_losses(
@@ -37,6 +39,18 @@ def _backward(saved, cotangents_BxT):
 
 
 token_losses.defvjp(_forward, _backward)
+
+
+def chunks_that_fit(chunks: int, *, rows: int, seq_len: int, vocab_size: int) -> int:
+    """`chunks` as it is, or for 0 the smallest divisor of `seq_len` that leaves at most LOGIT_BYTES of float32 logits at a time.
+
+    Args:
+      rows, vocab_size: of the logits, on one device.
+    """
+    if chunks:
+        return chunks
+    divisors = (n for n in range(1, seq_len + 1) if seq_len % n == 0)
+    return next((n for n in divisors if 4 * rows * seq_len * vocab_size <= n * LOGIT_BYTES), seq_len)
 
 
 def vocabulary_losses(

@@ -44,7 +44,9 @@ def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSe
         decay_kind="coupled",
         decay_mask="no-norms",
     )
-    execution = execution_of(config.train, model, mesh, microbatches=recipe.microbatches)
+    execution = execution_of(
+        config.train, model, mesh, batch_size=recipe.batch_size, seq_len=recipe.length_buckets[-1], microbatches=recipe.microbatches
+    )
     return StepSettings(model, optimizer, config.train.compute_dtype, z_loss=0.0, isolate_documents=False, execution=execution)
 
 

@@ -46,7 +46,14 @@ def step_settings(config: StudyConfig, mesh: Mesh) -> StepSettings:
         train_config.compute_dtype,
         z_loss=train_config.z_loss,
         isolate_documents=config.data.isolate_documents,
-        execution=execution_of(train_config, config.model, mesh, microbatches=train_config.microbatches),
+        execution=execution_of(
+            train_config,
+            config.model,
+            mesh,
+            batch_size=train_config.batch_size,
+            seq_len=train_config.seq_len,
+            microbatches=train_config.microbatches,
+        ),
     )
 
 

@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from plasticity_jax.config import ModelConfig, TrainConfig
-from plasticity_jax.model.loss import masked_sum, vocabulary_losses
+from plasticity_jax.model.loss import chunks_that_fit, masked_sum, vocabulary_losses
 from plasticity_jax.model.transformer import abstract_params, hidden_states, output_kernel
+from plasticity_jax.parallel.batches import row_shards
 from plasticity_jax.parallel.sharding import ROWS, batch_sharding, constrain, gather, param_shardings
 from plasticity_jax.train.optimizer import OptimizerSettings, Params, make_optimizer, schedule_shape
 
@@ -63,14 +64,18 @@ class StepSettings:
     execution: Execution
 
 
-def execution_of(train: TrainConfig, model: ModelConfig, mesh: Mesh, *, microbatches: int) -> Execution:
-    """The execution settings of a config on this mesh, with `train.attention` resolved.
+def execution_of(train: TrainConfig, model: ModelConfig, mesh: Mesh, *, batch_size: int, seq_len: int, microbatches: int) -> Execution:
+    """The execution settings of a config on this mesh, with `train.attention` and `train.loss_chunks` resolved.
 
+    Args:
+      batch_size, seq_len, microbatches: of the batches to train on, the longest of them.
     Raises:
       UserError: the kernel asked for cannot run there.
     """
     kernel = _kernel(train.attention, mesh.devices.flat[0].platform, model.head_dim, train.compute_dtype, train.seq_len)
-    return Execution(microbatches, train.scan_layers, train.remat, kernel, train.loss_chunks)
+    rows = -(-batch_size // (microbatches * row_shards(mesh)))
+    chunks = chunks_that_fit(train.loss_chunks, rows=rows, seq_len=seq_len, vocab_size=-(-model.vocab_size // mesh.shape["tensor"]))
+    return Execution(microbatches, train.scan_layers, train.remat, kernel, chunks)
 
 
 @functools.lru_cache(maxsize=32)

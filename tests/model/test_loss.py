@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from plasticity_jax.model import masked_sum, token_losses, vocabulary_losses
+from plasticity_jax.model.loss import chunks_that_fit
 
 GENERATOR = np.random.default_rng(0)
 LOGITS = GENERATOR.normal(0, 4, (3, 5, 11)).astype(np.float32)
@@ -89,3 +90,17 @@ def test_chunks_never_hold_all_logits():
     logits = 2 * 256 * 32768 * 4
     assert temporary(1) > logits
     assert temporary(8) < logits / 2
+
+
+@pytest.mark.parametrize(
+    "chunks, rows, seq_len, vocab_size, expected",
+    [
+        (0, 32, 128, 1024, 1),  # 16 MiB
+        (0, 32, 2048, 32000, 32),  # 7.8 GiB: 31.25 parts of 256 MiB
+        (0, 16, 96, 2**16, 2),  # 384 MiB
+        (0, 4096, 2, 2**20, 2),  # none is enough: one position at a time
+        (3, 32, 2048, 32000, 3),  # what is asked for stays
+    ],
+)
+def test_logits_are_held_in_as_few_chunks_as_fit(chunks, rows, seq_len, vocab_size, expected):
+    assert chunks_that_fit(chunks, rows=rows, seq_len=seq_len, vocab_size=vocab_size) == expected
