@@ -208,7 +208,7 @@ def largest_values(program: str, number: int) -> list[tuple[int, str]]:
       program: StableHLO, `lowered.as_text()`.
     """
     sizes = {}
-    for dims, kind in set(re.findall(r"tensor<((?:\d+x)+)([a-z]+\d+)>", program)):
+    for dims, kind in dict.fromkeys(re.findall(r"tensor<((?:\d+x)+)([a-z]+\d+)>", program)):
         shape = [int(size) for size in dims.split("x") if size]
         sizes[f"{kind}[{','.join(map(str, shape))}] over all devices"] = math.prod(shape) * int(re.sub(r"\D", "", kind)) // 8
     return [(size, text) for text, size in sorted(sizes.items(), key=lambda item: -item[1])[:number]]
