@@ -40,6 +40,7 @@ def pretrain(workdir, cache, *more):
     command = [sys.executable, "-m", "plasticity_jax", "pretrain", "--config", TINY, "--member", "wd0", "--workdir", str(workdir)]
     command += ["--config.train.compute_dtype=float32", "--config.train.steps=6", "--config.data.max_documents=100", f"--config.launch.compile_cache={cache}"]
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a command that ran in this process has set it, and what is set stays
     result = subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stderr
