@@ -10,8 +10,8 @@ Not yet run here; lowest loss reported at λ 0.5, best after fine-tuning at 1.0.
 from plasticity_jax.recipes import llama
 
 
-def get_config():
-    config = llama("llama-0.5b", tokens=10e9, batch_size=512, peak_lr=2.5e-4)
+def get_config(faithful=False):
+    config = llama("llama-0.5b", tokens=10e9, batch_size=512, peak_lr=2.5e-4, faithful=faithful)
     config.name = "llama-0.5b-20tpp"
     config.grid.weight_decay = (0.0, 0.0001, 0.001, 0.01, 0.1, 0.5, 1.0, 1.5, 3.0, 10.0)
     config.hardware = (

@@ -12,9 +12,8 @@ from plasticity_jax.recipes import llama
 
 
 def get_config(faithful=False):
-    config = llama("llama-1b", tokens=20e9, batch_size=1024 if faithful else 512, peak_lr=2e-4)
+    config = llama("llama-1b", tokens=20e9, batch_size=1024 if faithful else 512, peak_lr=2e-4, faithful=faithful)
     config.name = "llama-1b-20tpp"
-    config.faithful = faithful
     config.grid.weight_decay = (0.0, 0.0001, 0.001, 0.01, 0.1, 0.5, 1.0, 1.5, 3.0, 10.0)
     config.hardware = (
         ("TPU v5 lite", {"train.microbatches": 2}),

@@ -13,9 +13,8 @@ from plasticity_jax.recipes import llama
 
 
 def get_config(faithful=False):
-    config = llama("llama-4b", tokens=80e9, batch_size=1024, peak_lr=1.5e-4)
+    config = llama("llama-4b", tokens=80e9, batch_size=1024, peak_lr=1.5e-4, faithful=faithful)
     config.name = "llama-4b-20tpp"
-    config.faithful = faithful
     config.grid.weight_decay = (0.0, 0.1, 1.0)
     if faithful:
         config.grid.changes = (

@@ -11,8 +11,8 @@ not known, and the authors' λ 0.1 was decayed from an early public checkpoint i
 from plasticity_jax.recipes import olmo2
 
 
-def get_config():
-    config = olmo2(tokens=210e9)
+def get_config(faithful=False):
+    config = olmo2(tokens=210e9, faithful=faithful)
     config.name = "olmo2-1b-140tpp"
     config.train.schedule = "wsd"
     config.train.warmup_share = 4000 / config.train.steps

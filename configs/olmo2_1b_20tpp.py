@@ -10,8 +10,8 @@ Not yet run here; lowest loss reported at λ 0.6, best after fine-tuning at 1.0.
 from plasticity_jax.recipes import olmo2
 
 
-def get_config():
-    config = olmo2(tokens=30e9)
+def get_config(faithful=False):
+    config = olmo2(tokens=30e9, faithful=faithful)
     config.name = "olmo2-1b-20tpp"
     config.grid.weight_decay = (0.0, 0.1, 0.3, 0.6, 1.0)
     config.hardware = (("H100|H200", {"train.microbatches": 4}),)

@@ -10,8 +10,8 @@ Not yet run here.
 from plasticity_jax.recipes import olmo2
 
 
-def get_config():
-    config = olmo2(tokens=30e9)
+def get_config(faithful=False):
+    config = olmo2(tokens=30e9, faithful=faithful)
     config.name = "olmo2-1b-lr-grid"
     config.grid.weight_decay = (0.1, 0.6, 1.0)
     config.grid.fields = (("train.peak_lr", (2e-4, 4e-4, 8e-4)),)

@@ -61,6 +61,12 @@ def read_log(path: AnyPath) -> list[dict]:
     return [json.loads(line) for content in contents for line in _lines(content)]
 
 
+def remove_log(path: AnyPath) -> None:
+    """Removes a log, whichever form it has."""
+    for part in [path] if is_local(path) else [part for _, part in _parts(path)]:
+        part.unlink(missing_ok=True)
+
+
 def _cut(path: AnyPath, keep: Callable[[dict], bool]) -> int:
     """Drops the rows from the first that is not kept on; returns the number of the last part that is left.
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from plasticity_jax.arguments import EXPORT_DTYPES, SEVERAL, is_one_of_several, parser, split_overrides
-from plasticity_jax.config import StudyConfig, grid_members, load_config, member_config
+from plasticity_jax.config import Member, StudyConfig, grid_members, load_config, member_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _interrupt)
         if arguments.command in ("import", "export"):
             return_freed_memory()
-        elif arguments.command not in ("status", "report"):
+        elif arguments.command not in ("status", "show", "report"):
             keep_freed_memory()
         if several:
             processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=config.launch.start_timeout)
@@ -158,7 +158,7 @@ def _prepare(arguments) -> int:
 
 
 def _pretrain(arguments) -> int:
-    names = [member.name for member in grid_members(arguments.config)]
+    names = list(dict.fromkeys(member.base for member in grid_members(arguments.config)))
     if arguments.member is not None and arguments.member not in names:
         raise UserError(f"--member={arguments.member} is not in the grid; its members are {', '.join(names)}.")
     return _stages(arguments, ("prepare", "init", "pretrain"), member=arguments.member)
@@ -184,8 +184,19 @@ def _stages(arguments, stages: Sequence[str], member: str | None = None) -> int:
 def _finetune(arguments) -> int:
     from plasticity_jax.study.graph import finetune_run
 
-    seed = arguments.config.finetune.seeds[0] if arguments.seed is None else arguments.seed
-    return _on_model(arguments, arguments.base, "--base", lambda config, base: [finetune_run(config, base, arguments.task, seed)])
+    study = arguments.config
+    seed = study.finetune.seeds[0] if arguments.seed is None else arguments.seed
+    members = {member.name: member for member in grid_members(study)}
+    if arguments.member is not None and arguments.member not in members:
+        raise UserError(f"--member={arguments.member} is not in the grid; its members are {', '.join(members)}.")
+    member = members.get(arguments.member)
+
+    def runs(config, base):
+        if member is not None and (base.stage != "pretrain" or base.member != member.base):
+            raise UserError(f"--member={member.name} is fine-tuned from {member.base}, and --base={arguments.base} is {base.name}; give its base or leave --member out.")
+        return [finetune_run(config, base, arguments.task, seed, member)]
+
+    return _on_model(arguments, arguments.base, "--base", runs, member)
 
 
 def _evaluate(arguments) -> int:
@@ -210,8 +221,11 @@ def _analyze(arguments) -> int:
     return _on_model(arguments, arguments.model, "--model", runs)
 
 
-def _on_model(arguments, path: AnyPath, flag: str, make) -> int:
-    """Carries out runs on a given model directory, with the prepare runs that they need; a Hugging Face folder is imported into the study first."""
+def _on_model(arguments, path: AnyPath, flag: str, make, member: Member | None = None) -> int:
+    """Carries out runs on a given model directory, with the prepare runs that they need; a Hugging Face folder is imported into the study first.
+
+    A `member` gives the recipe of the fine-tuning.
+    """
     from plasticity_jax.model.hf_import import import_model, import_run, imported_from, is_hugging_face, with_network
     from plasticity_jax.model.load import MODEL_STAGES
     from plasticity_jax.records import RunDirectory, open_run
@@ -232,6 +246,8 @@ def _on_model(arguments, path: AnyPath, flag: str, make) -> int:
         config = run_configs(study, [model])[model.id]
         if imported_from(directory) is not None:
             config = with_network(study, directory.config().model)
+    if member is not None:
+        config = replace(config, finetune=member_config(study, member).finetune)
     runs = make(config, model)
 
     def begin() -> None:
@@ -264,6 +280,26 @@ def _execute(config: StudyConfig, workdir: AnyPath, runs, external=None) -> int:
         for run in runs:
             print((external or {}).get(run.id, workdir / config.name / run.id))
     return 1 if outcome.failed or outcome.waiting else 0
+
+
+def _show(arguments) -> int:
+    from itertools import islice
+
+    from plasticity_jax.records import to_json
+    from plasticity_jax.study.browse import Filter, browse, text_of
+
+    if arguments.limit < 0:
+        raise UserError(f"--limit={arguments.limit} must not be negative; 0 shows all.")
+    wanted = Filter(arguments.member, arguments.weight_decay, arguments.task, arguments.when, arguments.verdict, arguments.id, arguments.samples)
+    shown = 0
+    for row in islice(browse(arguments.workdir, wanted), arguments.limit or None):
+        print(to_json(row) if arguments.json else text_of(row))
+        shown += 1
+    if shown == 0:
+        log.info("no completion is like that")
+    elif shown == arguments.limit:
+        log.info("the first %d; --limit shows more", shown)
+    return 0
 
 
 def _report_command(arguments) -> int:
@@ -368,6 +404,7 @@ _COMMANDS = {
     "finetune": _finetune,
     "evaluate": _evaluate,
     "analyze": _analyze,
+    "show": _show,
     "report": _report_command,
     "import": _import,
     "export": _export,

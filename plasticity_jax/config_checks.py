@@ -73,7 +73,8 @@ def _describe(hint: Any) -> str:
     return {int: "an int", float: "a float", bool: "True or False", str: "a string", dict: "a dict", Any: "any value"}.get(hint, str(hint))
 
 
-_SWEPT_SECTIONS = ("model", "train", "decay", "data")
+ZERO_SHOT_SETS = ("hellaswag", "winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
+_SWEPT_SECTIONS = ("model", "train", "decay", "data", "finetune")
 
 
 def typed_grid(config: StudyConfig) -> StudyConfig:
@@ -102,10 +103,12 @@ def _swept_type(config: StudyConfig, where: str, name: str) -> Any:
         if not hasattr(config, section):
             raise unknown_key(f"{where}: ", name, known)
         raise UserError(
-            f"{where} sets {name}, but members differ in their pretraining alone and are fine-tuned and examined alike; "
+            f"{where} sets {name}, but members differ in their training alone and are examined alike; "
             f"set a field of {', '.join(_SWEPT_SECTIONS)}, or λ in grid.weight_decay."
         )
     settings = getattr(config, section)
+    if name == "finetune.seeds":
+        raise UserError(f"{where} sets finetune.seeds, which every member is fine-tuned with already; list the seeds in finetune.seeds alone.")
     if name in execution_fields(config):
         raise UserError(f"{where} sets {name}, which changes speed, cadence or place and not the result; set {name} once, for all members.")
     if last not in result_fields(settings):
@@ -304,7 +307,7 @@ def _check_swept(config: StudyConfig) -> None:
         _refuse_unless("auto" not in setting, "the grid sets train.compute_dtype to 'auto', which differs by machine; name float32 or bfloat16.")
     for values in itertools.product(*(values for _, values in grid.fields)) if grid.fields else ():
         overrides = tuple(zip(swept, values))
-        _check_alone(member_config(config, Member("", 0.0, None, 0, overrides)), "the members with " + ", ".join(f"{name}={value}" for name, value in overrides))
+        _check_alone(member_config(config, Member("", "", 0.0, None, 0, overrides)), "the members with " + ", ".join(f"{name}={value}" for name, value in overrides))
 
 
 def _check_alone(own: StudyConfig, who: str) -> None:
@@ -339,6 +342,8 @@ def _check_downstream(config: StudyConfig) -> None:
     for name, settings in config.tasks.items():
         for key in ("train_rows", "test_rows", "epochs", "max_new_tokens"):
             _positive(f"tasks.{name}.{key}", getattr(settings, key))
+        _refuse_unless(settings.verifier_rows >= 0, f"tasks.{name}.verifier_rows={settings.verifier_rows} must not be negative.")
+        _check_task_files(name, settings.files)
     tune = config.finetune
     for name in ("peak_lr", "batch_size", "eps", "clip_norm", "log_every", "checkpoint_every", "microbatches"):
         _positive(f"finetune.{name}", getattr(tune, name))
@@ -349,15 +354,14 @@ def _check_downstream(config: StudyConfig) -> None:
     for name in ("warmup_share", "b1", "b2"):
         _share(f"finetune.{name}", getattr(tune, name))
     _refuse_unless(tune.weight_decay >= 0, f"finetune.weight_decay={tune.weight_decay} must not be negative.")
+    _choice("finetune.too_long", tune.too_long, ("cut", "cut-both", "drop"))
     _refuse_unless(len(tune.seeds) > 0, "finetune.seeds=() is empty; give at least one seed.")
     for path, buckets in (("finetune.length_buckets", tune.length_buckets), ("evaluate.prompt_buckets", config.evaluate.prompt_buckets)):
         _refuse_unless(
             len(buckets) > 0 and all(b > 0 for b in buckets) and list(buckets) == sorted(set(buckets)),
             f"{path}={buckets} must be positive and strictly increasing.",
         )
-    _positive("evaluate.n_samples", config.evaluate.n_samples)
-    _positive("evaluate.temperature", config.evaluate.temperature)
-    _positive("evaluate.batch_size", config.evaluate.batch_size)
+    _check_evaluate(config)
     for name in ("train_rows", "test_rows", "max_length"):
         _positive(f"probe.{name}", getattr(config.probe, name))
     _refuse_unless(
@@ -370,6 +374,54 @@ def _check_downstream(config: StudyConfig) -> None:
         f"gap.tokens_per_side={config.gap.tokens_per_side} is below one sequence of train.seq_len={config.train.seq_len} tokens.",
     )
     _positive("report.bootstrap_samples", config.report.bootstrap_samples)
+
+
+def _check_task_files(name: str, files: dict[str, str]) -> None:
+    from plasticity_jax.data.tasks import TASKS
+
+    sets = TASKS[name].sets
+    for key in files:
+        _refuse_unless(bool(sets), f"tasks.{name}.files sets {key!r}, but {name} brings its own rows; leave files out.")
+        _choice(f"tasks.{name}.files", key, sets)
+    for key in sets:
+        _refuse_unless(bool(files.get(key)), f"tasks.{name}.files has no {key!r}, and {name} brings no rows of its own; give the file or folder that holds them.")
+
+
+def _check_evaluate(config: StudyConfig) -> None:
+    from plasticity_jax.data.tasks import TASKS
+
+    evaluate, reward, verifier, zero_shot = config.evaluate, config.reward, config.verifier, config.zero_shot
+    for name in ("n_samples", "temperature", "batch_size", "repetition_penalty"):
+        _positive(f"evaluate.{name}", getattr(evaluate, name))
+    _refuse_unless(evaluate.top_k >= 0, f"evaluate.top_k={evaluate.top_k} must not be negative; 0 samples from all tokens.")
+    _refuse_unless(0 < evaluate.top_p <= 1, f"evaluate.top_p={evaluate.top_p} must be above 0 and at most 1, which samples from all tokens.")
+    _refuse_unless(all(evaluate.stop), f"evaluate.stop={evaluate.stop} holds an empty string, at which every completion would end; leave it out.")
+    _refuse_unless(evaluate.grade_workers >= 0, f"evaluate.grade_workers={evaluate.grade_workers} must not be negative; 0 takes one process per core.")
+    _choice("reward.scorer", reward.scorer, ("none", "log-probability", "verifier", "sequence-classification"))
+    for name in ("max_length", "batch_size"):
+        _positive(f"reward.{name}", getattr(reward, name))
+    takes_model = reward.scorer in ("log-probability", "sequence-classification")
+    _refuse_unless(reward.model is None or takes_model, f"reward.model={reward.model} has no effect with reward.scorer={reward.scorer!r}; leave it out.")
+    _refuse_unless(
+        reward.model is not None or reward.scorer != "sequence-classification",
+        "reward.scorer='sequence-classification' needs reward.model, the folder of a Hugging Face reward model.",
+    )
+    for name in ("n_samples", "epochs", "peak_lr", "batch_size"):
+        _positive(f"verifier.{name}", getattr(verifier, name))
+    _share("verifier.warmup_share", verifier.warmup_share)
+    _refuse_unless(
+        0 < verifier.held_out_share < 1, f"verifier.held_out_share={verifier.held_out_share} must lie strictly between 0 and 1; 0.2 is usual."
+    )
+    for name, settings in config.tasks.items():
+        _refuse_unless(
+            reward.scorer != "verifier" or settings.verifier_rows > 0 or TASKS[name].grader == "likelihood",
+            f"reward.scorer='verifier' needs rows of its own in every task; set tasks.{name}.verifier_rows, such as 200.",
+        )
+    for i, name in enumerate(zero_shot.sets):
+        _choice(f"zero_shot.sets[{i}]", name, ZERO_SHOT_SETS)
+    if zero_shot.limit is not None:
+        _positive("zero_shot.limit", zero_shot.limit)
+    _positive("zero_shot.batch_size", zero_shot.batch_size)
 
 
 def _check_hardware(config: StudyConfig) -> None:

@@ -158,8 +158,11 @@ class TaskConfig:
 
     train_rows: int = 6000
     test_rows: int = 300
+    verifier_rows: int = 0  # training rows that no fine-tuning sees, for the samples that an outcome verifier learns from
     epochs: int = 3
     max_new_tokens: int = 16
+    # Set of the task → its original rows, for tasks that bring none: a file or folder of Parquet or JSON lines, or tfds:NAME@SPLIT; several with commas.
+    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,10 @@ class FinetuneConfig:
     eps: float = 1e-8
     clip_norm: float = 1.0
     weight_decay: float = 0.0
-    length_buckets: tuple[int, ...] = (64, 96, 128)  # tokens; longer rows are cut to the last
+    length_buckets: tuple[int, ...] = (64, 96, 128)  # tokens
+    too_long: str = "cut"  # rows longer than the last bucket: cut (the prompt's beginning) | cut-both (ends of prompt and response, LLaMA-Factory's rule) | drop
+    group_by_length: bool = True  # batches of rows of one bucket; otherwise of rows in random order, as in the paper
+    packing: bool = False  # several rows in a sequence of the last bucket's length, each attending to itself alone
     seeds: tuple[int, ...] = (0,)
     log_every: int = _execution(20)
     checkpoint_every: int = _execution(500)
@@ -187,9 +193,46 @@ class EvaluateConfig:
 
     n_samples: int = 8
     temperature: float = 1.0
+    top_k: int = 0  # samples come from the k likeliest tokens; 0: from all
+    top_p: float = 1.0  # samples come from the fewest tokens whose probabilities add up to this
+    repetition_penalty: float = 1.0  # of tokens in prompt or completion: positive logits are divided by it, negative ones multiplied
+    stop: tuple[str, ...] = ("Human", "Human:", "Assistant", "Assistant:")  # a completion ends before the first of these
     seed: int = 0
     prompt_buckets: tuple[int, ...] = (32, 64, 96, 128)  # tokens; a longer prompt loses its beginning
     batch_size: int = _execution(512)  # sequences generated at once
+    grade_workers: int = _execution(0)  # processes that compare mathematical answers; 0 takes one per core
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What chooses among sampled completions (RM@n) and rates them (ORM score); the report names it."""
+
+    scorer: str = "none"  # none | log-probability (per token) | verifier (trained here, see below) | sequence-classification (a Hugging Face reward model)
+    model: str | None = None  # log-probability: a run or Hugging Face folder, None for the model that wrote the completion; sequence-classification: a folder
+    max_length: int = 2048  # tokens of problem and completion; of longer ones the beginning is lost
+    batch_size: int = _execution(64)
+
+
+@dataclass(frozen=True)
+class VerifierConfig:
+    """The outcome verifier: per task, a fine-tuned model with a scalar head, trained on graded samples of rows kept for it (`tasks.<name>.verifier_rows`)."""
+
+    n_samples: int = 4  # per row and member
+    epochs: int = 3
+    peak_lr: float = 1e-3
+    batch_size: int = 64
+    warmup_share: float = 0.1
+    held_out_share: float = 0.2  # of the rows, for the AUC that is reported
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ZeroShotConfig:
+    """The zero-shot suite before and after fine-tuning (forgetting), by lm-evaluation-harness: needs the extra `harness`."""
+
+    sets: tuple[str, ...] = ()  # hellaswag, winogrande, piqa, openbookqa, arc_easy, arc_challenge
+    limit: int | None = None  # examples per set, from the beginning; None takes all
+    batch_size: int = _execution(64)
 
 
 @dataclass(frozen=True)
@@ -246,6 +289,9 @@ class StudyConfig:
     finetune: FinetuneConfig = FinetuneConfig()
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     evaluate: EvaluateConfig = EvaluateConfig()
+    reward: RewardConfig = RewardConfig()
+    verifier: VerifierConfig = VerifierConfig()
+    zero_shot: ZeroShotConfig = ZeroShotConfig()
     probe: ProbeConfig = ProbeConfig()
     spectra: SpectraConfig = SpectraConfig()
     gap: GapConfig = GapConfig()
@@ -259,7 +305,8 @@ class Member:
     """One point of the grid.
 
     Attributes:
-      name: `wd0.1`; with swept fields `wd0.1-peak_lr0.0004`; with a seed other than 0 `wd0.1-s1`.
+      name: `wd0.1`; with swept fields `wd0.1-peak_lr0.0004`, of the fine-tuning `wd0.1-sft_peak_lr1e-05`; with a seed other than 0 `wd0.1-s1`.
+      base: the name without the fine-tuning's fields: members that share it share their pretraining.
       weight_decay: the decay coefficient λ.
       timescale: AdamW's timescale at the peak learning rate as a share of the run; None for λ = 0.
       seed: seed of the initial parameters and of the order of the batches.
@@ -268,6 +315,7 @@ class Member:
     """
 
     name: str
+    base: str
     weight_decay: float
     timescale: float | None
     seed: int
@@ -287,13 +335,16 @@ def grid_members(config: StudyConfig) -> tuple[Member, ...]:
         for values in itertools.product(*(values for _, values in grid.fields)):
             overrides = tuple(zip((name for name, _ in grid.fields), values))
             own = _with(config, overrides)
-            parts = [f"-{name.rpartition('.')[2]}{name_text(value)}" for name, value in overrides] + [f"-s{seed}"] * (seed != 0)
+            parts = [(name.startswith("finetune."), f"-{name.rpartition('.')[2]}{name_text(value)}") for name, value in overrides]
+            of_seed = f"-s{seed}" if seed else ""
             for decay, timescale in _decays(own):
-                name = f"wd{decay:.4g}" + "".join(parts)
+                base = f"wd{decay:.4g}" + "".join(part for tuned, part in parts if not tuned)
+                name = base + "".join(f"-sft_{part[1:]}" for tuned, part in parts if tuned) + of_seed
+                base += of_seed
                 changes = tuple(pair for pattern, changed in grid.changes if re.search(pattern, name) for pair in changed.items())
                 if changes and decay:
                     timescale = 1.0 / (decay * _decay_per_run(_with(own, changes)))
-                members.append(Member(name, decay, timescale, seed, overrides, changes))
+                members.append(Member(name, base, decay, timescale, seed, overrides, changes))
     return tuple(members)
 
 

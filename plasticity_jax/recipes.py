@@ -5,29 +5,58 @@ Each function returns a ConfigDict for `get_config()` to change. What the paper 
 
 from plasticity_jax.config import base_config, preset, task
 
+# Where the sets of the paper's tasks lie, as their publishers' folders are named; see docs/tasks.md.
+MATH_TESTS = {"gsm8k-platinum": "data/gsm8k-platinum", "math": "data/hendrycks-math/test"}
+PAPER_TASKS = {
+    "MetaMathQA": (1024, {"train": "data/MetaMathQA"} | MATH_TESTS),
+    "MedMCQA": (768, {"train": "data/medmcqa-cot-llama31", "validation": "data/medmcqa/validation"}),
+    "PubMedQA": (384, {"pqa_artificial": "data/PubMedQA/pqa_artificial", "pqa_labeled": "data/PubMedQA/pqa_labeled"}),
+    "MMLUProCoT": (768, {"test": "data/MMLU-Pro-CoT/test", "validation": "data/MMLU-Pro-CoT/validation"}),
+    "RACE": (128, {"train": "data/race/train", "validation": "data/race/validation", "test": "data/race/test"}),
+    "SimpleScaling": (1024, {"train": "data/data_ablation_full59K"} | MATH_TESTS),
+}
+ALL_ROWS = 1_000_000
 
-def llama(preset_name: str, *, tokens: float, batch_size: int, peak_lr: float):
+
+def paper_task(name: str):
+    """One of the paper's six chain-of-thought tasks: all its rows, three epochs. Source: paper sections 4.1 and 4.2; the token limits are our choice."""
+    max_new_tokens, files = PAPER_TASKS[name]
+    return task(train_rows=ALL_ROWS, test_rows=ALL_ROWS, epochs=3, max_new_tokens=max_new_tokens, files=files)
+
+
+def sft_sweep():
+    """The fine-tuning settings that the paper's second version sweeps, for `grid.fields`. Source: paper section 4.3; which three decays it took is not known."""
+    return (
+        ("finetune.peak_lr", (1e-5, 3e-5, 6e-5, 6e-4)),
+        ("finetune.batch_size", (32, 64, 128)),
+        ("finetune.weight_decay", (0.0, 0.1, 1.0)),
+    )
+
+
+def llama(preset_name: str, *, tokens: float, batch_size: int, peak_lr: float, faithful: bool):
     """A Llama-style model on FineWeb-Edu: cosine to 10% after 10% of warm-up, every parameter decayed. Source: paper sections 2.1, 3 and 4.1.
 
     Args:
       preset_name: of `plasticity_jax.presets()`.
       tokens: of the whole run; the steps follow.
       batch_size: sequences of 2048 tokens.
+      faithful: with the original's quirks of fine-tuning and evaluation.
     """
-    config = _study(preset_name, tokens=tokens, batch_size=batch_size, seq_len=2048, peak_lr=peak_lr, seed=42)
+    config = _study(preset_name, tokens=tokens, batch_size=batch_size, seq_len=2048, peak_lr=peak_lr, seed=42, faithful=faithful)
     config.data.files = "data/fineweb-edu/sample/350BT"
     config.data.tokenizer = "sentencepiece-32k"
     config.decay.mask = "all"
     return config
 
 
-def olmo2(*, tokens: float):
+def olmo2(*, tokens: float, faithful: bool):
     """OLMo-2 1B on its own mixture: batches of 512 x 4096 tokens, z-loss, all but the input embedding decayed. Source: paper sections 2.2, 3 and 4.1.
 
     Args:
       tokens: of the whole run; the steps follow.
+      faithful: with the original's quirks of fine-tuning and evaluation.
     """
-    config = _study("olmo2-1b", tokens=tokens, batch_size=512, seq_len=4096, peak_lr=4e-4, seed=6198)
+    config = _study("olmo2-1b", tokens=tokens, batch_size=512, seq_len=4096, peak_lr=4e-4, seed=6198, faithful=faithful)
     config.data.files = "data/olmo-mix-1124"
     config.data.tokenizer = "dolma2"
     config.train.z_loss = 1e-5
@@ -35,8 +64,9 @@ def olmo2(*, tokens: float):
     return config
 
 
-def _study(preset_name: str, *, tokens: float, batch_size: int, seq_len: int, peak_lr: float, seed: int):
+def _study(preset_name: str, *, tokens: float, batch_size: int, seq_len: int, peak_lr: float, seed: int, faithful: bool):
     config = base_config()
+    config.faithful = faithful
     config.model = preset(preset_name)
     config.train.batch_size = batch_size
     config.train.seq_len = seq_len
@@ -58,14 +88,13 @@ def _study(preset_name: str, *, tokens: float, batch_size: int, seq_len: int, pe
     config.finetune.peak_lr = 1e-5
     config.finetune.batch_size = 64
     config.finetune.length_buckets = (256, 512, 1024, 2048)
+    config.finetune.too_long = "cut-both" if faithful else "cut"
+    config.finetune.group_by_length = False
     config.finetune.seeds = (42,)
-    config.tasks = {
-        "addition3": task(train_rows=6000, test_rows=1000, epochs=3, max_new_tokens=64),
-        "topic": task(train_rows=6000, test_rows=1000, epochs=3, max_new_tokens=32),
-        "sentiment": task(train_rows=6000, test_rows=1000, epochs=3, max_new_tokens=32),
-    }
+    config.tasks = {name: paper_task(name) for name in PAPER_TASKS}
     config.evaluate.n_samples = 16
     config.evaluate.seed = 42
+    config.evaluate.repetition_penalty = 1.1
     config.evaluate.prompt_buckets = (128, 256, 512, 1024)
     config.probe.max_length = 512
     config.gap.tokens_per_side = 50_000_000

@@ -22,10 +22,10 @@ from plasticity_jax.locks import Held, is_locked, lock
 from plasticity_jax.storage import AnyPath, is_local, location, make_folder, replacing, upload, write_bytes
 
 # Of a study's graph. Runs of stage "import", models from elsewhere, belong to none.
-STAGES = ("prepare", "init", "pretrain", "evaluate", "finetune", "probe", "spectra", "gap")
+STAGES = ("prepare", "init", "pretrain", "evaluate", "finetune", "samples", "verifier", "reward", "zero_shot", "probe", "spectra", "gap")
 
 # Raised by one when a stage's code changes its results: older runs of that stage, and all that follows from them, become stale.
-RESULT_VERSION = {stage: 1 for stage in (*STAGES, "import")}
+RESULT_VERSION = {stage: 1 for stage in (*STAGES, "import")} | {"evaluate": 2}
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "array-record", "tokenizers", "sentencepiece", "numpy")
 

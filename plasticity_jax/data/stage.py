@@ -36,8 +36,9 @@ def _prepare(context: Context, out: Path) -> dict[str, Any]:
         return summary
     rows = {name: fields[name] for name in ("train_rows", "test_rows", "held_out_share")}
     if fields["kind"] == "task":
-        train, test = tasks.build_task(context.run.task, Wheels(folder), **rows, seed=SEED)
-        return tasks.write_task(out, train, test)
+        settings = config.tasks[context.run.task]
+        task = tasks.build_task(context.run.task, Wheels(folder), **rows, seed=SEED, verifier_rows=settings.verifier_rows, files=settings.files)
+        return tasks.write_task(out, task)
     return probe_sets.write_probe_set(out, probe_sets.build_probe_set(fields["set"], Wheels(folder), **rows, seed=SEED))
 
 

@@ -5,12 +5,19 @@ import string
 from collections.abc import Sequence
 from decimal import Decimal
 
-BOXED = "\\boxed{"
+from plasticity_jax.data.tasks.boxed import last_boxed
+
 MARKER = "answer is"
 MAJORITY_WINDOW = 128  # characters at the end of a completion that the majority reads; paper section 5.4
-GRADERS = ("exact", "number")
+GRADERS = ("exact", "number", "letter")  # "math" is `grading.Grading`'s
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)", re.ASCII)
+# What may stand before a letter: "(B)", "**B**", "\\text{(B)}". Possessive, so that a hostile text takes linear time.
+_OPENING = r"[\s(\[{\"'`*$]*+(?:\\(?:text|textbf|textrm|mathrm|mathbf)\s*+\{)?+[\s(\[{\"'`*]*+"
+# A letter is an answer alone, or set off from what follows by more than a space: "A dog" begins with an article, "A and B" names two.
+_SET_OFF = r"(?:[\s)\]}\"'`*$.:;,!?]*+$|[)\]}\"'`*$]*[.:)\]}](?!\w)|[)\]}\"'`*$.:;,]*+[ \t]*+\n|\s++[-–—]++\s)"
+_LETTER = re.compile(_OPENING + "([A-Ja-j])" + _SET_OFF)
+_TWO_LETTERS = re.compile(_OPENING + r"[A-J]\W*+(?:and|or)\W++[A-J](?!\w)", re.IGNORECASE)
 _AROUND_NUMBERS = string.punctuation.replace("-", "").replace("+", "").replace(".", "") + string.whitespace
 
 
@@ -18,13 +25,13 @@ def extract_answer(text: str) -> str | None:
     """The answer that a completion states.
 
     The content of the last `\\boxed{...}` with balanced braces; if there is none, what follows the last "answer is", and if that has a colon,
-    what follows its last colon.
+    what follows its last colon. Time is linear in the text's length.
 
     Returns:
       The answer stripped of surrounding white space; None where there is no such text or nothing in it.
     Source: paper section 5.2.
     """
-    answer = _last_boxed(text)
+    answer = last_boxed(text)
     if answer is None:
         _, marker, answer = text.rpartition(MARKER)
         if not marker:
@@ -33,27 +40,17 @@ def extract_answer(text: str) -> str | None:
     return answer.strip() or None
 
 
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind(BOXED)
-    while start >= 0:
-        depth = 1
-        for position in range(start + len(BOXED), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[start + len(BOXED) : position]
-        # This one never closes, as in a completion cut by the token limit: the one before it counts.
-        start = text.rfind(BOXED, 0, start)
-    return None
-
-
-def judge(answer: str | None, gold: str, grader: str) -> bool:
+def judge(answer: str | None, gold: str, grader: str, *, faithful: bool = False) -> bool:
     """Whether an answer is right.
 
     Args:
       answer: what `extract_answer` found; None is wrong.
       gold: the right answer.
       grader: "exact" compares the first words without surrounding punctuation, ignoring case; "number" compares exact decimal values after
-        stripping punctuation around them and the commas inside, and what is no number is wrong.
+        stripping punctuation around them and the commas inside, and what is no number is wrong; "letter" compares the options' letters, A to J in
+        either case, that the texts begin with ("B", "(c)", "D. Paris", but neither "A dog" nor "A and B"), and without one the texts, stripped of
+        punctuation around them.
+      faithful: the "letter" of E to J is none, as in the original, so that only "E" itself equals the gold "E".
     Raises:
       ValueError: another grader.
     Source: paper section 5.3.
@@ -61,12 +58,14 @@ def judge(answer: str | None, gold: str, grader: str) -> bool:
     _check_grader(grader)
     if answer is None:
         return False
+    if grader == "letter":
+        return _option(answer, faithful) == _option(gold, faithful)
     read = _number if grader == "number" else _first_word
     found = read(answer)
     return found is not None and found == read(gold)
 
 
-def majority_index(completions: Sequence[str], grader: str | None = None) -> int:
+def majority_index(completions: Sequence[str], grader: str | None = None, *, faithful: bool = False) -> int:
     """Position of the first completion of the largest cluster of equivalent answers.
 
     Answers are read from the last 128 characters of each completion. One without an answer is a cluster of its own. Ties go to the cluster that
@@ -75,7 +74,8 @@ def majority_index(completions: Sequence[str], grader: str | None = None) -> int
     Args:
       completions: at least one.
       grader: the grader whose sense of "the same answer" counts; None takes equal numbers, and otherwise equal texts apart from case, white
-        space and surrounding punctuation, as the same.
+        space and surrounding punctuation, as the same. Of "math", see `grading.Grading.majority`.
+      faithful: see `judge`.
     Raises:
       ValueError: no completions, or an unknown grader.
     Source: paper section 5.4.
@@ -88,18 +88,20 @@ def majority_index(completions: Sequence[str], grader: str | None = None) -> int
     first: dict[tuple, int] = {}
     for index, completion in enumerate(completions):
         answer = extract_answer(completion[-MAJORITY_WINDOW:])
-        cluster = ("none", index) if answer is None else _cluster(answer, grader)
+        cluster = ("none", index) if answer is None else _cluster(answer, grader, faithful)
         sizes[cluster] = sizes.get(cluster, 0) + 1
         first.setdefault(cluster, index)
     return first[max(sizes, key=sizes.__getitem__)]
 
 
-def majority_answer(completions: Sequence[str], grader: str | None = None) -> str | None:
+def majority_answer(completions: Sequence[str], grader: str | None = None, *, faithful: bool = False) -> str | None:
     """The answer of the completion that `majority_index` names; None where it gives none."""
-    return extract_answer(completions[majority_index(completions, grader)][-MAJORITY_WINDOW:])
+    return extract_answer(completions[majority_index(completions, grader, faithful=faithful)][-MAJORITY_WINDOW:])
 
 
-def _cluster(answer: str, grader: str | None) -> tuple:
+def _cluster(answer: str, grader: str | None, faithful: bool) -> tuple:
+    if grader == "letter":
+        return _option(answer, faithful)
     if grader == "exact":
         word = _first_word(answer)
         if word is not None:
@@ -116,6 +118,15 @@ def _first_word(text: str) -> str | None:
     """The first word that is more than punctuation, in folded case."""
     stripped = (word.strip(string.punctuation) for word in text.split())
     return next((word.casefold() for word in stripped if word), None)
+
+
+def _option(text: str, faithful: bool) -> tuple[str, str]:
+    """("letter", the option's letter), or ("text", the whole without punctuation around it)."""
+    match = _LETTER.match(text)
+    letter = match[1].upper() if match and not _TWO_LETTERS.match(text) else None
+    if letter is not None and not (faithful and letter > "D"):
+        return "letter", letter
+    return "text", text.strip(string.punctuation + string.whitespace)
 
 
 def _number(text: str) -> Decimal | None:

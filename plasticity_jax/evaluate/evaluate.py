@@ -1,4 +1,4 @@
-"""The evaluate stage: one model, one task, greedy and sampled completions of its test rows, graded."""
+"""The evaluate stage: one model, one task, its rows answered and graded. The stage "samples" is the same on the rows kept for a verifier."""
 
 import logging
 import time
@@ -9,105 +9,231 @@ from typing import Any
 import jax
 import numpy as np
 
-from plasticity_jax.data.tasks import Example, format_prompt, get_task, read_task
+from plasticity_jax.append_log import AppendLog, read_log, remove_log
+from plasticity_jax.data.tasks import Example, Task, format_prompt, get_task, read_task
 from plasticity_jax.errors import UserError
-from plasticity_jax.evaluate.answers import extract_answer, judge, majority_index
-from plasticity_jax.evaluate.generate import count_cut, cut_at_stop, generate
-from plasticity_jax.evaluate.metrics import metrics
-from plasticity_jax.model.load import load_model
+from plasticity_jax.evaluate.answers import extract_answer
+from plasticity_jax.evaluate.generate import Sampling, completions, count_cut, cut_at_stop
+from plasticity_jax.evaluate.grading import Grading
+from plasticity_jax.evaluate.metrics import failures, macro_average, metrics
+from plasticity_jax.evaluate.options import Choice, choose
+from plasticity_jax.model.load import LoadedModel, load_model
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import inference_shardings
-from plasticity_jax.records import Context, write_jsonl
+from plasticity_jax.records import Context, to_json, write_jsonl
+from plasticity_jax.storage import AnyPath
 
 log = logging.getLogger("plasticity_jax")
 
-COMPLETIONS = "completions.jsonl"
+PROBLEMS, COMPLETIONS, OPTIONS = "problems.jsonl", "completions.jsonl", "options.jsonl"
+GENERATED = "generated.jsonl"  # what has been generated so far; gone once it is graded
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Scores the model of the parent "model" on the test rows of the parent "task"; base and fine-tuned models in exactly the same way.
+    """Scores the model of the parent "model" on rows of the parent "task"; base and fine-tuned models in exactly the same way.
 
-    Writes completions.jsonl, one row per problem: id, prompt (as the model read it), gold, greedy {text, answer, correct}, samples (a list of the
-    same), majority (index of the sample that the majority chose).
+    The field "split" says which rows: "test", or "verifier". Writes problems.jsonl, one line per problem: id, prompt (as the model read it), problem (without the
+    template), gold, subset, source_split; and completions.jsonl, one line per completion, problem by problem: id, sample (0 is greedy, then 1 to
+    n), text, answer (None where none was found), verdict ("right", "wrong", "no answer", "timed out"), correct, ended (by itself, not by the token
+    limit), majority (whether the majority chose it). Where options are compared, options.jsonl takes the place of completions: id, options,
+    log_likelihoods (nats), right and chosen (places), correct. A killed run goes on after the last batch that it had generated.
 
     Returns:
-      metrics (see `metrics.metrics`), problems, n_samples, no_answer (share of completions without an answer: greedy, samples), per_problem
-      (greedy 0/1, samples number right, majority 0/1), majority_class (accuracy of always giving the most common gold answer), cut_prompts (how
-      many lost their beginning), seconds (generation and grading), diverged (None), source_splits (of the test rows, where they were published).
+      metrics (see `metrics.metrics`; "accuracy" and "accuracy_by_length" where options are compared), problems, n_samples, failures (shares of
+      wrong, unanswered and timed-out completions: greedy, samples), per_problem (greedy 0/1, samples number right, majority 0/1), subsets (test
+      set → its metrics), macro (their mean), majority_class (accuracy of always giving the most common gold answer), cut_prompts (how many lost
+      their beginning), unended (share of completions at the token limit), seconds, diverged (None), source_splits (of the rows).
     Raises:
       UserError: a parent that is damaged, or a model without a tokenizer.
     """
     start = time.monotonic()
-    settings, task = context.config.evaluate, get_task(context.run.task)
+    config, task, split = context.config, get_task(context.run.task), context.run.fields["split"]
     model = load_model(context.parents["model"])
     if model.tokenizer is None:
         raise UserError(f"{context.parents['model']} has no tokenizer.json, so no text can be generated; put the model's tokenizer there.")
-    _, problems = read_task(context.parents["task"])
-    prompts = [format_prompt(problem.prompt) for problem in problems]
-    prompt_tokens = model.tokenizer.encode_batch(prompts)
-    if context.config.faithful and model.tokenizer.bos_id is not None:
-        # The original's tokenizer put it before prompts here, though not before the rows of fine-tuning. Source: paper section 4.1.
-        prompt_tokens = [[model.tokenizer.bos_id, *tokens] for tokens in prompt_tokens]
-    mesh = make_mesh(context.config.mesh)
+    problems = getattr(read_task(context.parents["task"]), split)
+    mesh = make_mesh(config.mesh)
     mesh = mesh if mesh.size > 1 else None
     params = model.params if mesh is None else arrays.put(model.params, inference_shardings(mesh, model.params))
-    completions = generate(
+    context.directory.provenance["device"] = jax.devices()[0].device_kind
+    if task.grader == "likelihood":
+        results = _compare_options(context, task, problems, model, params, mesh)
+    else:
+        results = _answer(context, task, problems, model, params, mesh)
+    if not processes.primary():  # the first process grades and writes
+        return {}
+    results |= {"seconds": time.monotonic() - start, "diverged": None, "source_splits": sorted({problem.source_split for problem in problems})}
+    log.info("%s %s: %s", context.run.stage, context.run.name, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items()))
+    return results
+
+
+# -------------------------------------------------------------------------------------------------------------------------- completions
+
+
+def _answer(context: Context, task: Task, problems: Sequence[Example], model: LoadedModel, params: Any, mesh: Any) -> dict[str, Any]:
+    settings, folder = context.config.evaluate, context.directory.path
+    n_samples = context.run.fields["n_samples"]
+    prompts = [format_prompt(problem.prompt) for problem in problems]
+    tokens = model.tokenizer.encode_batch(prompts)
+    if context.config.faithful and model.tokenizer.bos_id is not None:
+        # The original's tokenizer put it before prompts here, though not before the rows of fine-tuning. Source: paper section 4.1.
+        tokens = [[model.tokenizer.bos_id, *prompt] for prompt in tokens]
+    generated = _generate(context, model, params, mesh, tokens, n_samples)
+    if not processes.primary():
+        return {}
+    texts = [[cut_at_stop(text, settings.stop) for text in generated[i]["texts"]] for i in range(len(problems))]
+    rows = graded(problems, texts, [generated[i]["ended"] for i in range(len(problems))], task, context.config.faithful, settings.grade_workers)
+    _write_problems(folder, problems, prompts)
+    write_jsonl(folder / COMPLETIONS, rows)
+    remove_log(folder / GENERATED)
+    cut = count_cut(tokens, settings.prompt_buckets)
+    if cut:
+        log.warning("%s: %d prompts are longer than %d tokens (evaluate.prompt_buckets) and lost their beginning", context.run.name, cut, settings.prompt_buckets[-1])
+    return summarised(problems, rows) | {"n_samples": n_samples, "cut_prompts": cut}
+
+
+def _generate(context: Context, model: LoadedModel, params: Any, mesh: Any, tokens: Sequence[Sequence[int]], n_samples: int) -> dict[int, dict[str, Any]]:
+    """Position of a problem → its completions, the greedy one first: texts, and which of them ended by themselves. Goes on where an earlier run was cut off."""
+    settings, path = context.config.evaluate, context.directory.path / GENERATED
+    done = {row["problem"]: row for row in processes.broadcast(lambda: read_log(path))}
+    if done:
+        log.info("goes on after %d of %d problems", len(done), len(tokens))
+    store = AppendLog(path, keep=lambda row: True) if processes.primary() else None
+
+    def has_stopped(ids: list[int]) -> bool:
+        text = model.tokenizer.decode(ids)
+        return any(stop in text for stop in settings.stop)
+
+    batches = completions(
         (model.config, params),
-        prompt_tokens,
-        max_new_tokens=context.config.tasks[task.name].max_new_tokens,
-        n_samples=settings.n_samples,
-        temperature=settings.temperature,
-        seed=settings.seed,
+        tokens,
+        sampling=Sampling(
+            n_samples=n_samples,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            repetition_penalty=settings.repetition_penalty,
+            seed=settings.seed,
+            greedy_first=True,
+        ),
+        max_new_tokens=context.run.fields["max_new_tokens"],
         buckets=settings.prompt_buckets,
         batch_size=settings.batch_size,
         eos_id=model.tokenizer.eos_id,
         pad_id=model.tokenizer.pad_id,
         compute_dtype=context.config.train.compute_dtype,
-        greedy_first=True,
-        what=f"evaluate {context.run.name}",
+        what=f"{context.run.stage} {context.run.name}",
         mesh=mesh,
+        skip=frozenset(done),
+        is_end=has_stopped,
     )
-    if not processes.primary():  # the first process grades and writes
-        return {}
-    texts = [[cut_at_stop(model.tokenizer.decode(tokens)) for tokens in of_problem] for of_problem in completions]
-    rows = [graded(problem, prompt, of_problem, task.grader) for problem, prompt, of_problem in zip(problems, prompts, texts)]
-    write_jsonl(context.directory.path / COMPLETIONS, rows)
-    context.directory.provenance["device"] = jax.devices()[0].device_kind
-    results = summarised(rows) | {
-        "n_samples": settings.n_samples,
-        "cut_prompts": count_cut(prompt_tokens, settings.prompt_buckets),
-        "seconds": time.monotonic() - start,
-        "diverged": None,
-        "source_splits": sorted({problem.source_split for problem in problems}),
-    }
-    log.info("evaluate %s: %s", context.run.name, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items()))
-    return results
+    for indices, of_batch in batches:
+        if store is None:
+            continue
+        for index, of_problem in zip(indices, of_batch, strict=True):
+            done[index] = {
+                "problem": index,
+                "texts": [model.tokenizer.decode(completion.tokens) for completion in of_problem],
+                "ended": [completion.ended for completion in of_problem],
+            }
+            store.append(to_json(done[index]))
+        store.close_part()
+    if store is not None:
+        store.close()
+    return done
 
 
-def graded(problem: Example, prompt: str, texts: Sequence[str], grader: str) -> dict[str, Any]:
-    """A row of completions.jsonl from a problem's completions, the greedy one first."""
-    verdicts = []
-    for text in texts:
-        answer = extract_answer(text)
-        verdicts.append({"text": text, "answer": answer, "correct": judge(answer, problem.answer, grader)})
-    greedy, *samples = verdicts
-    return {"id": problem.id, "prompt": prompt, "gold": problem.answer, "greedy": greedy, "samples": samples,
-            "majority": majority_index(texts[1:], grader)}
+def graded(problems: Sequence[Example], texts: Sequence[Sequence[str]], ended: Sequence[Sequence[bool]], task: Task, faithful: bool,
+           workers: int) -> list[dict[str, Any]]:
+    """The rows of completions.jsonl from each problem's completions, the greedy one first."""
+    flat = [(extract_answer(text), problem.answer) for problem, of_problem in zip(problems, texts) for text in of_problem]
+    with Grading(task.grader, faithful=faithful, workers=workers) as grading:
+        verdicts = iter(grading.judge(flat))
+        chosen = grading.majority([of_problem[1:] for of_problem in texts])
+    answers, rows = iter(flat), []
+    for problem, of_problem, ends, majority in zip(problems, texts, ended, chosen, strict=True):
+        for sample, (text, end) in enumerate(zip(of_problem, ends, strict=True)):
+            verdict = next(verdicts)
+            rows.append({"id": problem.id, "sample": sample, "text": text, "answer": next(answers)[0], "verdict": verdict,
+                         "correct": verdict == "right", "ended": end, "majority": sample == majority + 1})
+    return rows
 
 
-def summarised(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What follows from the rows of completions.jsonl alone."""
-    greedy = np.array([row["greedy"]["correct"] for row in rows])
-    sampled = np.array([[sample["correct"] for sample in row["samples"]] for row in rows])
-    majority = np.array([row["samples"][row["majority"]]["correct"] for row in rows])
+def summarised(problems: Sequence[Example], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What follows from the rows of completions.jsonl alone, of problems with equally many samples."""
+    width = len(rows) // len(problems)
+    correct = np.array([row["correct"] for row in rows]).reshape(-1, width)
+    chosen = np.array([row["majority"] for row in rows]).reshape(-1, width)
+    greedy, sampled, majority = correct[:, 0], correct[:, 1:], (correct & chosen).any(axis=1)
+    subsets = _by_subset(problems, lambda held: metrics(greedy[held], sampled[held], majority[held]))
     return {
         "metrics": metrics(greedy, sampled, majority),
-        "problems": len(rows),
-        "no_answer": {
-            "greedy": float(np.mean([row["greedy"]["answer"] is None for row in rows])),
-            "samples": float(np.mean([sample["answer"] is None for row in rows for sample in row["samples"]])),
+        "problems": len(problems),
+        "failures": {
+            "greedy": failures([row["verdict"] for row in rows if row["sample"] == 0]),
+            "samples": failures([row["verdict"] for row in rows if row["sample"] > 0]),
         },
         "per_problem": {"greedy": greedy.astype(int), "samples": sampled.sum(axis=1), "majority": majority.astype(int)},
-        "majority_class": Counter(row["gold"] for row in rows).most_common(1)[0][1] / len(rows),
+        "unended": float(np.mean([not row["ended"] for row in rows])),
+        "majority_class": Counter(problem.answer for problem in problems).most_common(1)[0][1] / len(problems),
+        **subsets,
     }
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ options
+
+
+def _compare_options(context: Context, task: Task, problems: Sequence[Example], model: LoadedModel, params: Any, mesh: Any) -> dict[str, Any]:
+    choices = choose(
+        (model.config, params),
+        model.tokenizer,
+        problems,
+        batch_size=context.config.evaluate.batch_size,
+        compute_dtype=context.config.train.compute_dtype,
+        what=f"{context.run.stage} {context.run.name}",
+        mesh=mesh,
+    )
+    if not processes.primary():
+        return {}
+    right = [problem.options.index(problem.response) for problem in problems]
+    rows = [_option_row(problem, choice, place, task.by_length) for problem, choice, place in zip(problems, choices, right, strict=True)]
+    _write_problems(context.directory.path, problems, [format_prompt(problem.prompt) for problem in problems])
+    write_jsonl(context.directory.path / OPTIONS, rows)
+    by = {"accuracy": np.array([choice.best for choice in choices]) == right, "accuracy_by_length": np.array([choice.best_by_length for choice in choices]) == right}
+    counted = by["accuracy_by_length" if task.by_length else "accuracy"]
+    nothing = {"wrong": float(1 - counted.mean()), "no answer": 0.0, "timed out": 0.0}
+    return {
+        "metrics": {name: float(correct.mean()) for name, correct in by.items()},
+        "problems": len(problems),
+        "n_samples": 0,
+        "failures": {"greedy": nothing},
+        "per_problem": {"greedy": counted.astype(int)},
+        "majority_class": Counter(right).most_common(1)[0][1] / len(right),
+        **_by_subset(problems, lambda held: {name: float(correct[held].mean()) for name, correct in by.items()}),
+    }
+
+
+def _option_row(problem: Example, choice: Choice, right: int, by_length: bool) -> dict[str, Any]:
+    chosen = choice.best_by_length if by_length else choice.best
+    return {"id": problem.id, "options": problem.options, "log_likelihoods": choice.log_likelihoods, "right": right, "chosen": chosen, "correct": chosen == right}
+
+
+# -------------------------------------------------------------------------------------------------------------------------------- both
+
+
+def _by_subset(problems: Sequence[Example], scores_of: Any) -> dict[str, Any]:
+    """Metrics of each test set, and their mean over the sets; nothing where a task has one test set."""
+    names = np.array([problem.subset for problem in problems])
+    found = {name: scores_of(names == name) for name in sorted(set(names.tolist())) if name}
+    return {"subsets": {name: scores | {"problems": int((names == name).sum())} for name, scores in found.items()}, "macro": macro_average(found)} if found else {}
+
+
+def _write_problems(folder: AnyPath, problems: Sequence[Example], prompts: Sequence[str]) -> None:
+    write_jsonl(
+        folder / PROBLEMS,
+        [
+            {"id": problem.id, "prompt": prompt, "problem": problem.prompt, "gold": problem.answer, "subset": problem.subset, "source_split": problem.source_split}
+            for problem, prompt in zip(problems, prompts, strict=True)
+        ],
+    )

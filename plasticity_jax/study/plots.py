@@ -42,12 +42,14 @@ class FigureKind:
       title, caption: for the page; in the caption {symbol} and {least} stand for those of the study's axis, {batches} for what members share.
       available: whether the study has what it shows.
       draw: draws it; called only when available.
+      of_base: whether it is about the base models alone.
     """
 
     title: str
     caption: str
     available: Callable[[StudyResults], bool]
     draw: Callable[[StudyResults], Figure]
+    of_base: bool = False
 
     def says(self, results: StudyResults) -> str:
         """The caption, for this study."""
@@ -295,12 +297,14 @@ FIGURES: dict[str, FigureKind] = {
         "Loss during pretraining; the first steps run off the top.{batches}",
         _any(lambda m: any(number(r.get("loss")) is not None for r in m.curve)),
         _loss_curves,
+        of_base=True,
     ),
     "held_out_loss": FigureKind(
         "Final held-out loss",
         "Held-out loss at the end of pretraining, over all domains and by domain.",
         _any(lambda m: m.loss is not None),
         _held_out_loss,
+        of_base=True,
     ),
     "scores": FigureKind(
         "Fine-tuned score",
@@ -319,18 +323,21 @@ FIGURES: dict[str, FigureKind] = {
         "Test accuracy of a linear classifier on the last token's state of the base model, by layer.",
         _any(lambda m: m.probe and m.probe["sets"]),
         _probes,
+        of_base=True,
     ),
     "pseudo_rank": FigureKind(
         "Attention pseudo-rank",
         "Share of the singular values that holds most of their sum, for the query-key and the value-output products of the base model.",
         _any(lambda m: m.spectra),
         _pseudo_rank,
+        of_base=True,
     ),
     "gap": FigureKind(
         "Seen / held-out gap",
         "Loss on held-out text less loss on text seen in training, on equal tokens. A unigram model must show no gap. 95% intervals over documents.",
         _any(lambda m: m.gap),
         _gap,
+        of_base=True,
     ),
     "correlation": FigureKind(
         "Loss against score",

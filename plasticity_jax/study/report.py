@@ -14,21 +14,24 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from plasticity_jax.config import to_dict
+from plasticity_jax.config import ReportConfig, to_dict
 from plasticity_jax.config_fields import name_text
 from plasticity_jax.progress import Progress
 from plasticity_jax.records import to_json
 from plasticity_jax.storage import AnyPath, location, make_folder, write_bytes
 from plasticity_jax.study.axes import STYLE
+from plasticity_jax.study.browse import COMPLETIONS, completions
+from plasticity_jax.study.comparisons import metric_interval
 from plasticity_jax.study.plots import FIGURES, figure
-from plasticity_jax.study.results import MemberResults, StudyResults, collect, number
+from plasticity_jax.study.results import MemberResults, Score, StudyResults, collect, number
 from plasticity_jax.study.sweep import DECAY
-from plasticity_jax.study.tables import TABLES, correlation_rows, member_rows, summary_rows, summary_table, to_csv
+from plasticity_jax.study.tables import TABLES, correlation_rows, forgetting_rows, macro_rows, member_rows, summary_rows, summary_table, to_csv
 from plasticity_jax.study.verdicts import Verdict, verdicts
 from plasticity_jax.study.wording import answer, prepared_name, slice_answer, warnings
 
 __all__ = ["FIGURES", "collect", "figure", "format_summary", "summary_table", "write_report"]
 
+FAILURES = ("wrong", "no answer", "timed out")  # of greedy completions
 SAMPLES = 2  # problems shown per task
 SAMPLE_CHARACTERS = 280  # of a prompt or completion
 PNG_DPI = 160
@@ -42,17 +45,20 @@ class Part:
       prefix: of the ids and file names that belong to it, such as "peak_lr0.0004-"; empty where the study is one slice.
       verdicts: the claims against it.
       drawn: figure name → inline SVG, for the figures that are available.
+      repeats: whether an earlier part has the same base models, as where the fine-tuning is swept: what is theirs alone is not shown again.
     """
 
     results: StudyResults
     prefix: str
     verdicts: list[Verdict]
     drawn: dict[str, Markup]
+    repeats: bool = False
 
     @classmethod
-    def of(cls, results: StudyResults) -> "Part":
+    def of(cls, results: StudyResults, earlier: Sequence[StudyResults] = ()) -> "Part":
+        bases = [{m.member.base for m in one.members} for one in (results, *earlier)]
         prefix = "".join(f"{axis.symbol}{name_text(value)}-".replace(" ", "_") for axis, value in results.facet)
-        return cls(results, prefix, verdicts(results), {})
+        return cls(results, prefix, verdicts(results), {}, bases[0] in bases[1:])
 
 
 def write_report(study_dir: AnyPath) -> AnyPath:
@@ -71,11 +77,11 @@ def write_report(study_dir: AnyPath) -> AnyPath:
     results = collect(study_dir)
     out = location(study_dir) / "report"
     written: set[AnyPath] = set()
-    parts = [Part.of(one) for one in results.slices]
+    parts = [Part.of(one, results.slices[:i]) for i, one in enumerate(results.slices)]
     with Progress("report", total=len(FIGURES) * len(parts) + 2, unit="parts") as progress:
         for part in parts:
             for name, kind in FIGURES.items():
-                if kind.available(part.results):
+                if kind.available(part.results) and not (part.repeats and kind.of_base):
                     picture, full = figure(part.results, name), part.prefix + name
                     svg = render(picture, "svg").decode()
                     part.drawn[name] = inline_svg(svg, full, f"{kind.title}. {kind.says(part.results)}")
@@ -170,7 +176,7 @@ def render_page(results: StudyResults, parts: Sequence[Part], tables: list[str])
         "general": lambda value: "–" if value is None else f"{value:.3g}",
         "spoken": lambda part: " ".join(slice_answer(part.results, part.verdicts)),
     }
-    folder = files("plasticity_jax.study")
+    folder, macro = files("plasticity_jax.study"), macro_rows(results)
     return environment.from_string((folder / "template.html").read_text(encoding="utf-8")).render(
         css=Markup((folder / "report.css").read_text(encoding="utf-8")),
         results=results,
@@ -184,6 +190,9 @@ def render_page(results: StudyResults, parts: Sequence[Part], tables: list[str])
         members=member_rows(results),
         tasks=[_task_table(results, task) for task in results.tasks],
         correlation=correlation_rows,
+        macro=macro,
+        macro_metrics=[name for name in (macro[0] if macro else ()) if "@" in name or name in ("orm_score", "accuracy", "accuracy_by_length")],
+        forgetting=forgetting(results),
         summary=summary_rows(results),
         samples=[{"task": task, "problems": sample_completions(results, task)} for task in results.tasks],
         config_text=json.dumps(json.loads(to_json(to_dict(results.config))), indent=2, ensure_ascii=False),
@@ -196,18 +205,20 @@ def render_page(results: StudyResults, parts: Sequence[Part], tables: list[str])
 def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
     """Every metric of a task, before and after, one row per member; the task's majority class and row counts."""
     scores = [s[task] for m in results.members for s in (m.after, m.before) if task in s]
-    metrics = sorted(scores[0].metrics, key=lambda name: name != "pass@1") if scores else []
+    metrics = sorted(scores[0].metrics, key=lambda name: name not in ("pass@1", "accuracy")) if scores else []
     summary = next((found for name, found in results.prepared.items() if prepared_name(name) == f"task-{task}"), {})
     rows = []
     for m in results.members:
         before, after = m.before.get(task), m.after.get(task)
-        cells = [(None if before is None else before.metrics.get(name), None if after is None else after.metrics.get(name)) for name in metrics]
-        cells.append((None if before is None else before.no_answer, None if after is None else after.no_answer))
+        cells = [{"pair": (_metric(before, name), _metric(after, name)), "interval": _interval(after, name, results.config.report)} for name in metrics]
+        cells += [{"pair": tuple(None if score is None else score.failures[name] for score in (before, after)), "interval": None} for name in FAILURES]
         rows.append({"member": m, "cells": cells})
     return {
         "name": task,
         "learnt": task in results.learnt,
-        "metrics": [*metrics, "no answer"],
+        "metrics": [*metrics, *FAILURES],
+        "scorers": sorted({score.scorer for score in scores if score.scorer is not None}),
+        "subsets": _subset_rows(results, task),
         "rows": rows if scores else [],
         "majority_class": scores[0].majority_class if scores else None,
         "problems": len(scores[0].greedy) if scores else None,
@@ -215,11 +226,44 @@ def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
     }
 
 
+def _metric(score: Score | None, name: str) -> float | None:
+    return None if score is None else score.metrics.get(name)
+
+
+def _interval(score: Score | None, name: str, settings: ReportConfig) -> tuple[float, float] | None:
+    found = None if score is None or name not in score.metrics else metric_interval(score, name, settings)
+    return None if found is None else found[1:]
+
+
+def _subset_rows(results: StudyResults, task: str) -> list[dict[str, Any]]:
+    """Greedy accuracy after fine-tuning by test set, for a task that has several: rows {"name", "problems", "values"}, a value per member."""
+    scores = [m.after.get(task) for m in results.members]
+    known = next((score.subsets for score in scores if score is not None), {})
+    return [
+        {"name": name, "problems": of_set["problems"], "values": [None if s is None else _counted(s.subsets[name]) for s in scores]}
+        for name, of_set in known.items()
+    ]
+
+
+def _counted(metrics: dict[str, float]) -> float:
+    return metrics["pass@1"] if "pass@1" in metrics else metrics["accuracy"]
+
+
+def forgetting(results: StudyResults) -> dict[str, Any]:
+    """The zero-shot suite: names of the sets, and a row per member and fine-tuned task with (before, after) accuracies."""
+    rows: dict[tuple[str, str], dict[str, tuple[float | None, float | None]]] = {}
+    for row in forgetting_rows(results):
+        rows.setdefault((row["member"], row["task"]), {})[row["set"]] = (row["acc_before"], row["acc_after"])
+    sets = list(dict.fromkeys(name for found in rows.values() for name in found))
+    return {"sets": sets, "rows": [{"member": member, "task": task, "cells": found} for (member, task), found in rows.items()]}
+
+
 def sample_completions(results: StudyResults, task: str) -> list[dict[str, Any]]:
     """The first problems of a task with every member's greedy completion before and after fine-tuning.
 
     Returns:
-      Rows {"prompt", "gold", "rows": [{"label", "before", "after"}]}, where before and after are {"text", "answer", "correct"} or None.
+      Rows {"prompt", "gold", "rows": [{"label", "before", "after"}]}, where before and after are {"text", "answer", "correct"} or None; empty where
+      options were compared.
     """
     problems: dict[str, dict[str, Any]] = {}
     for m in results.members:
@@ -235,14 +279,13 @@ def sample_completions(results: StudyResults, task: str) -> list[dict[str, Any]]
 
 def _first_rows(member: MemberResults, task: str, when: str) -> list[dict[str, Any]]:
     score = getattr(member, when).get(task)
-    if score is None or not (score.runs[0] / "completions.jsonl").is_file():
+    if score is None or not (score.runs[0] / COMPLETIONS).is_file():
         return []
-    with (score.runs[0] / "completions.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in itertools.islice(file, SAMPLES)]
+    return list(itertools.islice(completions(score.runs[0], greedy=True), SAMPLES))
 
 
 def _completion(row: dict[str, Any] | None) -> dict[str, Any] | None:
-    return None if row is None else {**row["greedy"], "text": _cut(row["greedy"]["text"])}
+    return None if row is None else {**row, "text": _cut(row["text"])}
 
 
 def _cut(text: str) -> str:

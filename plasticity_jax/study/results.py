@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,22 +37,65 @@ class RunState:
 
 
 @dataclass(frozen=True)
+class Outcomes:
+    """What one evaluate run says of every problem.
+
+    Attributes:
+      greedy, majority: [P] whether that answer is right; `majority` is None where options were compared.
+      right: [P] number of right samples, of `n_samples`.
+      chosen: [P] whether the completion of the highest reward is right, `rewards`: [P] mean reward; None without rewards.
+    """
+
+    greedy: np.ndarray
+    right: np.ndarray | None
+    majority: np.ndarray | None
+    n_samples: int
+    chosen: np.ndarray | None
+    rewards: np.ndarray | None
+
+    def metric(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """[P] numerator and [P] weight of a metric that is a mean over problems: sum of the one over sum of the other. None for any other metric."""
+        ones = np.ones(len(self.greedy))
+        kind = name.partition("@")[0]
+        if name == "pass@1" or name == "accuracy":
+            return self.greedy, ones
+        if self.right is None:
+            return None
+        share = self.right / self.n_samples
+        found = {
+            "maj": (self.majority, ones),
+            "pass": (self.right > 0, ones),
+            "mean": (share, ones),
+            "correct_ratio": (share, self.right > 0),
+            "rm": (self.chosen, ones),
+            "orm_score": (self.rewards, ones),
+        }.get(kind)
+        return None if found is None or found[0] is None else found
+
+
+@dataclass(frozen=True)
 class Score:
     """One member on one task, before or after fine-tuning; averaged over the fine-tuning seeds.
 
     Attributes:
-      metrics: name ("pass@1", "maj@8") → value in [0, 1].
+      metrics: name ("pass@1", "maj@8") → value; all but "orm_score" lie in [0, 1].
       greedy: [P] share of the seeds whose greedy answer is right, per problem; problems in the order of the task's test rows.
-      no_answer: share of the greedy completions without an answer.
+      failures: shares of the greedy completions that are "wrong", have "no answer", or "timed out" in grading.
       majority_class: score of always giving the most frequent answer.
       runs: directories of the evaluate runs, one per fine-tuning seed.
+      outcomes: what each of them says of every problem, for intervals.
+      subsets: test set → its metrics and number of problems, where a task has several.
+      scorer: what the rewards come from; None where there are none.
     """
 
     metrics: dict[str, float]
     greedy: np.ndarray
-    no_answer: float | None
+    failures: dict[str, float]
     majority_class: float
     runs: tuple[AnyPath, ...]
+    outcomes: tuple[Outcomes, ...] = ()
+    subsets: dict[str, dict[str, float]] = field(default_factory=dict)
+    scorer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +108,7 @@ class MemberResults:
       pretrain: results of a finished, not diverged run; None otherwise.
       curve: rows of its metrics.jsonl, however far it has come.
       before, after: task → score.
+      zero_shot: "" → results of the zero-shot suite on the base model, task → on the model fine-tuned on it.
       probe, spectra, gap: results of those stages, None where they are missing.
       provenance: of the pretraining run.
     """
@@ -77,6 +121,7 @@ class MemberResults:
     curve: tuple[dict[str, Any], ...]
     before: dict[str, Score]
     after: dict[str, Score]
+    zero_shot: dict[str, dict[str, Any]]
     probe: dict[str, Any] | None
     spectra: dict[str, Any] | None
     gap: dict[str, Any] | None
@@ -159,7 +204,7 @@ class StudyResults:
         return self._shared(lambda run: (run.parents["corpus"], run.fields["train"]["batch_size"]))
 
     def _shared(self, key: Callable[[Run], Any]) -> bool:
-        names = {m.name for m in self.members}
+        names = {m.member.base for m in self.members}
         pretrained = [s.run for s in self.runs if s.run.stage == "pretrain" and s.run.member in names]
         return len({(run.seed, key(run)) for run in pretrained}) == len({run.seed for run in pretrained})
 
@@ -240,7 +285,7 @@ def collect(study_dir: AnyPath) -> StudyResults:
         raise UserError(f"{file} is no study of this version ({error!r} is missing); run plasticity study again.") from error
     states, axis = tuple(_state(study_dir, run) for run in runs), study_axis(config)
     prepared = {s.run.id: RunDirectory(s.path).results() for s in states if s.run.stage == "prepare" and s.state == "done"}
-    members = tuple(_member(member, axis.value(member), [s for s in states if s.run.member == member.name]) for member in grid_members(config))
+    members = tuple(_member(member, axis.value(member), [s for s in states if s.run.member in (member.name, member.base)]) for member in grid_members(config))
     return StudyResults(study_dir, config, resolved, members, tuple(config.tasks), prepared, states, axis)
 
 
@@ -267,6 +312,9 @@ def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults
         curve=tuple(read_log(pretrain.path / METRICS)) if pretrain is not None else (),
         before=_scores(states, "before"),
         after=_scores(states, "after"),
+        zero_shot={
+            s.run.task or "": RunDirectory(s.path).results() for s in reversed(states) if s.run.stage == "zero_shot" and s.state == "done"
+        },
         probe=of("probe"),
         spectra=of("spectra"),
         gap=of("gap"),
@@ -279,16 +327,38 @@ def _scores(states: list[RunState], when: str) -> dict[str, Score]:
     for s in states:
         if s.run.stage == "evaluate" and s.state == "done" and s.run.fields.get("when") == when:
             by_task.setdefault(s.run.task, []).append(s)
-    return {task: _score(found) for task, found in by_task.items()}
+    rewards = {s.run.parents["completions"]: RunDirectory(s.path).results() for s in states if s.run.stage == "reward" and s.state == "done"}
+    return {task: _score(found, [rewards.get(s.run.id) for s in found]) for task, found in by_task.items()}
 
 
-def _score(states: list[RunState]) -> Score:
+def _score(states: list[RunState], rewards: list[dict[str, Any] | None]) -> Score:
     results = [RunDirectory(s.path).results() for s in states]
-    silent = [share for r in results if (share := number(r["no_answer"]["greedy"])) is not None]
+    outcomes = [_outcomes(r, reward) for r, reward in zip(results, rewards, strict=True)]
+    rewarded = [reward for reward in rewards if reward is not None]
+    metrics = _means([r["metrics"] for r in results])
+    if len(rewarded) == len(results):
+        metrics |= _means([reward["metrics"] for reward in rewarded])
     return Score(
-        metrics={name: float(np.mean([float(r["metrics"][name]) for r in results])) for name in results[0]["metrics"]},
-        greedy=np.mean([np.asarray(r["per_problem"]["greedy"], dtype=np.float64) for r in results], axis=0),
-        no_answer=float(np.mean(silent)) if silent else None,
+        metrics=metrics,
+        greedy=np.mean([found.greedy for found in outcomes], axis=0),
+        failures=_means([r["failures"]["greedy"] for r in results]),
         majority_class=float(results[0]["majority_class"]),
         runs=tuple(s.path for s in states),
+        outcomes=tuple(outcomes),
+        subsets={name: _means([r["subsets"][name] for r in results]) for name in results[0].get("subsets", {})},
+        scorer=rewarded[0]["scorer"] if rewarded else None,
+    )
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    return {name: float(np.mean([float(row[name]) for row in rows])) for name in rows[0]}
+
+
+def _outcomes(results: dict[str, Any], reward: dict[str, Any] | None) -> Outcomes:
+    def column(tree: dict[str, Any], name: str) -> np.ndarray | None:
+        return np.asarray(tree[name], dtype=np.float64) if name in tree else None
+
+    found, rewarded = results["per_problem"], {} if reward is None else reward["per_problem"]
+    return Outcomes(
+        column(found, "greedy"), column(found, "samples"), column(found, "majority"), results["n_samples"], column(rewarded, "rm"), column(rewarded, "orm")
     )

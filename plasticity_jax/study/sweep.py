@@ -6,7 +6,13 @@ from typing import Any
 from plasticity_jax.config import Member, StudyConfig, grid_members
 
 DECAY, PEAK_LR = "weight_decay", "train.peak_lr"
-_NAMES = {DECAY: ("weight decay", "λ"), PEAK_LR: ("peak learning rate", "peak lr")}
+_NAMES = {
+    DECAY: ("weight decay", "λ"),
+    PEAK_LR: ("peak learning rate", "peak lr"),
+    "finetune.peak_lr": ("fine-tuning peak learning rate", "SFT lr"),
+    "finetune.batch_size": ("fine-tuning batch size", "SFT batch"),
+    "finetune.weight_decay": ("fine-tuning weight decay", "SFT λ"),
+}
 _LOG_FROM = 3.0  # largest over smallest positive value of a field that is drawn on a logarithmic axis
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from plasticity_jax.analysis.statistics import bootstrap_mean, leave_one_out_pearson, pearson, spearman
+from plasticity_jax.evaluate.metrics import macro_average
 from plasticity_jax.storage import AnyPath
-from plasticity_jax.study.comparisons import score_difference
+from plasticity_jax.study.comparisons import metric_difference, metric_interval, score_difference
 from plasticity_jax.study.results import MemberResults, StudyResults, collect, number
 from plasticity_jax.study.sweep import swept_values
 
@@ -125,10 +126,62 @@ def score_rows(results: StudyResults) -> Rows:
                             problems=len(score.greedy),
                             finetune_seeds=len(score.runs),
                             **score.metrics,
-                            no_answer=score.no_answer,
+                            **{name.replace(" ", "_"): share for name, share in score.failures.items()},
+                            scorer=score.scorer,
                             majority_class=score.majority_class,
                         )
                     )
+    return rows
+
+
+def metric_rows(results: StudyResults) -> Rows:
+    """Every metric with its 95% interval over problems, and its difference from the first point's, paired by problem; of each test set the value alone."""
+    settings, rows = results.config.report, []
+    for part in results.slices:
+        for task in results.tasks:
+            for when in ("before", "after"):
+                of_seed: dict[int, MemberResults] = {}
+                for point in part.points:
+                    for m in part.at(point):
+                        score = getattr(m, when).get(task)
+                        if score is None:
+                            continue
+                        first = of_seed.setdefault(m.member.seed, m)
+                        for metric, value in score.metrics.items():
+                            row = _tagged(m, task=task, when=when, test_set="", metric=metric)
+                            found = metric_interval(score, metric, settings)
+                            row |= _with_interval("value", found or (value, None, None))
+                            difference = None if first is m else metric_difference(getattr(first, when)[task], score, metric, settings)
+                            rows.append(row | {"reference": first.name} | _with_interval("difference", difference))
+                        for name, metrics in score.subsets.items():
+                            rows += [_tagged(m, task=task, when=when, test_set=name, metric=metric, value=value) for metric, value in metrics.items()]
+    return rows
+
+
+def macro_rows(results: StudyResults) -> Rows:
+    """Mean over the tasks of each metric that all of a member's tasks have, before and after fine-tuning; None until every task is scored."""
+    rows = []
+    for m in results.members:
+        for when, scores in (("before", m.before), ("after", m.after)):
+            if results.tasks and all(task in scores for task in results.tasks):
+                found = macro_average({task: scores[task].metrics for task in results.tasks})
+                rows.append(_tagged(m, when=when, tasks=len(results.tasks), **found))
+    return rows
+
+
+def forgetting_rows(results: StudyResults) -> Rows:
+    """Zero-shot accuracy of each set: of the base model, and after fine-tuning on each task; the drop is before − after."""
+    rows = []
+    for m in results.members:
+        before = m.zero_shot.get("", {"sets": {}})["sets"]
+        for task, found in m.zero_shot.items():
+            for name, after in found["sets"].items() if task else ():
+                earlier = before.get(name)
+                row = _tagged(m, task=task, set=name, examples=after["n"])
+                for key in ("acc", "acc_norm"):
+                    low, high = (None if one is None else number(one.get(key)) for one in (earlier, after))
+                    row |= {f"{key}_before": low, f"{key}_after": high, f"{key}_drop": None if None in (low, high) else low - high}
+                rows.append(row)
     return rows
 
 
@@ -244,6 +297,9 @@ TABLES = {
     "curves": curve_rows,
     "held_out": held_out_rows,
     "scores": score_rows,
+    "metrics": metric_rows,
+    "macro": macro_rows,
+    "forgetting": forgetting_rows,
     "gains": gain_rows,
     "probes": probe_rows,
     "pseudo_rank": spectra_rows,

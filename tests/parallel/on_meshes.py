@@ -11,7 +11,7 @@ import numpy as np
 
 from plasticity_jax.config import MeshConfig, ModelConfig
 from plasticity_jax.data.loader import as_batch
-from plasticity_jax.evaluate.generate import generate
+from plasticity_jax.evaluate.generate import Sampling, generate
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import abstract_params, init_params
 from plasticity_jax.parallel import make_mesh, param_paths, param_shardings
@@ -83,14 +83,21 @@ def write(path, losses, params):
     np.savez(path, losses=losses, **dict(zip(param_paths(params), map(np.asarray, jax.tree.leaves(params)), strict=True)))
 
 
+SAMPLINGS = (
+    Sampling(n_samples=2, temperature=0.8, seed=3, greedy_first=True),
+    Sampling(n_samples=2, temperature=1.5, top_k=40, top_p=0.9, repetition_penalty=1.3, seed=3, greedy_first=True),
+)
+
+
 def completions(mesh, params):
     prompts = [list(np.random.default_rng(i).integers(3, 96, 4 + i)) for i in range(5)]
     placed = jax.device_put(params, inference_shardings(mesh, params))
     return np.array([
         [row + [-1] * (8 - len(row)) for row in of_prompt]
+        for sampling in SAMPLINGS
         for of_prompt in generate(
-            (LLAMA, placed), [[int(t) for t in p] for p in prompts], max_new_tokens=8, n_samples=2, temperature=0.8, seed=3, buckets=(8, 12), batch_size=24,
-            eos_id=1, pad_id=0, compute_dtype="float32", greedy_first=True, mesh=mesh if mesh.size > 1 else None,
+            (LLAMA, placed), [[int(t) for t in p] for p in prompts], sampling=sampling, max_new_tokens=8, buckets=(8, 12), batch_size=24,
+            eos_id=1, pad_id=0, compute_dtype="float32", mesh=mesh if mesh.size > 1 else None,
         )
     ])  # fmt: skip
 

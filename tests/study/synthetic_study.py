@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plasticity_jax.config import GridConfig, ProbeConfig, ReportConfig, StudyConfig, TaskConfig, grid_members
+from plasticity_jax.config import GridConfig, ProbeConfig, ReportConfig, RewardConfig, StudyConfig, TaskConfig, ZeroShotConfig, grid_members
 from plasticity_jax.records import Run, RunDirectory, write_jsonl
 from plasticity_jax.study.graph import build_graph, run_configs, save_study
 
@@ -29,6 +29,8 @@ class Planted:
     control_passes: bool = True
     seeds: tuple = (0,)
     grid: GridConfig | None = None  # instead of one timescale per loss
+    scorer: str = "none"
+    zero_shot: tuple = ()
 
 
 def config_of(planted: Planted) -> StudyConfig:
@@ -37,6 +39,8 @@ def config_of(planted: Planted) -> StudyConfig:
         name="planted",
         grid=planted.grid or GridConfig(timescales=timescales, seeds=planted.seeds),
         tasks={name: TaskConfig(test_rows=rows) for name, rows in PROBLEMS.items()},
+        reward=RewardConfig(scorer=planted.scorer),
+        zero_shot=ZeroShotConfig(sets=planted.zero_shot),
         probe=ProbeConfig(sets=("topic",)),
         report=ReportConfig(bootstrap_samples=500),
     )
@@ -47,7 +51,7 @@ def write_study(workdir: Path, planted: Planted = Planted(), *, stages: tuple[st
     config = config_of(planted)
     runs = build_graph(config)
     save_study(workdir, replace(config, train=replace(config.train, compute_dtype="float32")), runs)
-    index = {member.name: i % len(planted.loss) for i, member in enumerate(grid_members(config))}
+    index = {name: i % len(planted.loss) for i, member in reversed(list(enumerate(grid_members(config)))) for name in (member.base, member.name)}
     configs = run_configs(config, runs)
     for run in runs:
         if stages is not None and run.stage not in stages:
@@ -60,7 +64,7 @@ def write_study(workdir: Path, planted: Planted = Planted(), *, stages: tuple[st
 
 
 def _left_out(planted: Planted, run: Run, point: int) -> bool:
-    values = {"probe": planted.probe, "spectra": planted.rank_qk, "gap": planted.gap, "finetune": planted.after}
+    values = {"probe": planted.probe, "spectra": planted.rank_qk, "gap": planted.gap, "finetune": planted.after, "reward": planted.after, "zero_shot": planted.after}
     values = (
         planted.after
         if run.stage == "evaluate" and run.fields["when"] == "after"
@@ -137,24 +141,17 @@ def _evaluate(path, run, planted, point, config):
         "correct_ratio@8": share,
         "mean@8": samples.mean() / 8,
     }
-    rows = []
+    problems, rows = [], []
     for i in range(count):
-        answer = "planted" if greedy[i] else None
-        rows.append(
-            {
-                "id": f"{task}-{i}",
-                "prompt": f"Human: Which <b>word</b> & why? number {i} " + "text " * 70 + "\nAssistant:",
-                "gold": "planted",
-                "samples": [],
-                "majority": 0,
-                "greedy": {
-                    "text": f"The answer is {answer}." if answer else "<script>alert(1)</script>",
-                    "answer": answer,
-                    "correct": bool(greedy[i]),
-                },
-            }
-        )
+        text = f"Which <b>word</b> & why? number {i} " + "text " * 70
+        problems.append({"id": f"{task}-{i}", "prompt": f"Human: {text}\nAssistant:", "problem": text, "gold": "planted", "subset": "", "source_split": "none"})
+        for sample in range(9):
+            right = greedy[i] if sample == 0 else sample <= samples[i]
+            row = {"id": f"{task}-{i}", "sample": sample, "ended": True, "majority": sample == 1, "correct": bool(right)}
+            shown = {"text": "The answer is planted.", "answer": "planted", "verdict": "right"} if right else {"text": "<script>alert(1)</script>", "answer": None, "verdict": "no answer"}
+            rows.append(row | shown)
     path.mkdir(parents=True, exist_ok=True)
+    write_jsonl(path / "problems.jsonl", problems)
     write_jsonl(path / "completions.jsonl", rows)
     _finish(
         path,
@@ -163,7 +160,7 @@ def _evaluate(path, run, planted, point, config):
             "metrics": metrics,
             "problems": count,
             "n_samples": 8,
-            "no_answer": {"greedy": 1 - share, "samples": 1 - share},
+            "failures": {kind: {"wrong": 0.0, "no answer": 1 - share, "timed out": 0.0} for kind in ("greedy", "samples")},
             "majority_class": MAJORITY[task],
             "per_problem": {"greedy": greedy, "samples": samples, "majority": greedy},
             "cut_prompts": 0,
@@ -236,7 +233,24 @@ def _gap(path, run, planted, point, config):
     )
 
 
+def _reward(path, run, planted, point, config):
+    count = PROBLEMS[run.task]
+    rewards = np.linspace(-1.0, 1.0, count)
+    path.mkdir(parents=True, exist_ok=True)
+    write_jsonl(path / "rewards.jsonl", [{"id": f"{run.task}-{i}", "sample": s, "reward": float(rewards[i])} for i in range(count) for s in range(1, 9)])
+    chosen = (np.arange(count) % 2).astype(int)
+    _finish(path, run, {"scorer": "a planted scorer", "metrics": {"rm@8": chosen.mean(), "orm_score": rewards.mean()}, "per_problem": {"rm": chosen, "orm": rewards}, "diverged": None})
+
+
+def _zero_shot(path, run, planted, point, config):
+    accuracy = 0.25 if run.fields["when"] == "after" else 0.5
+    found = {name: {"acc": accuracy, "acc_norm": None, "stderr": 0.01, "n": 100, "correct": [1]} for name in config.zero_shot.sets}
+    _finish(path, run, {"sets": found, "versions": {"lm_eval": "0"}, "diverged": None})
+
+
 _WRITERS = {
+    "reward": _reward,
+    "zero_shot": _zero_shot,
     "prepare": _prepare,
     "init": lambda path, run, planted, point, config: _finish(path, run, {"parameters": 530_000}),
     "pretrain": _pretrain,

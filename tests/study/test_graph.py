@@ -28,7 +28,7 @@ def test_parents_come_before_children_and_ids_are_unique():
         assert set(run.parents.values()) <= seen
         assert run.id not in seen
         seen.add(run.id)
-    assert {run.stage for run in runs} == set(STAGES)
+    assert {run.stage for run in runs} == set(STAGES) - {"samples", "verifier", "reward", "zero_shot"}
 
 
 def test_every_member_is_scored_before_and_after_on_every_task():
@@ -183,3 +183,70 @@ def test_a_folder_without_a_study_is_refused(tmp_path):
         study_files(tmp_path)
     with pytest.raises(UserError, match="no such directory"):
         study_files(tmp_path / "x")
+
+
+# ------------------------------------------------------------------------------------------- fine-tuning sweeps, verifiers, rewards, forgetting
+
+SWEPT = ("grid.fields", "(('finetune.peak_lr',(1e-3,3e-3)),('finetune.weight_decay',(0.0,0.1)))")
+
+
+def of_stage(runs, stage):
+    return [run for run in runs if run.stage == stage]
+
+
+def test_members_that_differ_in_their_fine_tuning_share_their_pretraining():
+    plain, swept = graph(), graph(SWEPT)
+    for stage in ("prepare", "init", "pretrain", "probe", "spectra", "gap"):
+        assert {run.id for run in of_stage(swept, stage)} == {run.id for run in of_stage(plain, stage)}
+    before = {run.id for run in of_stage(plain, "evaluate") if run.fields["when"] == "before"}
+    assert before <= {run.id for run in of_stage(swept, "evaluate")}
+    tuned = of_stage(swept, "finetune")
+    assert len(tuned) == 2 * 2 * 4 and len({run.id for run in tuned}) == len(tuned)
+    assert {(run.fields["peak_lr"], run.fields["weight_decay"]) for run in tuned} == {(lr, wd) for lr in (1e-3, 3e-3) for wd in (0.0, 0.1)}
+    assert any("sft_peak_lr0.003-sft_weight_decay0.1-topic" in run.name for run in tuned)
+    assert len({run.parents["base"] for run in tuned}) == 2
+
+
+def test_a_fine_tuning_that_is_swept_is_carried_out_with_its_own_recipe():
+    config = load_config(CONFIG, [("train.compute_dtype", "float32"), SWEPT])
+    runs = build_graph(config)
+    configs = run_configs(config, runs)
+    for run in of_stage(runs, "finetune"):
+        assert configs[run.id].finetune.peak_lr == run.fields["peak_lr"]
+        assert configs[run.id].finetune.weight_decay == run.fields["weight_decay"]
+
+
+VERIFIER = (("reward.scorer", "verifier"), ("tasks.addition2.verifier_rows", "32"), ("tasks.topic.verifier_rows", "32"))
+
+
+def test_one_verifier_per_task_learns_from_every_members_samples_and_rates_every_run():
+    runs = graph(*VERIFIER, ("finetune.seeds", "(0,5)"))
+    verifiers = {run.task: run for run in of_stage(runs, "verifier")}
+    assert set(verifiers) == {"addition2", "topic"}
+    for task, verifier in verifiers.items():
+        read = {parent for role, parent in verifier.parents.items() if role.startswith("samples-")}
+        assert read == {run.id for run in of_stage(runs, "samples") if run.task == task} and len(read) == 2
+    rated = {run.parents["completions"] for run in of_stage(runs, "reward")}
+    assert rated == {run.id for run in of_stage(runs, "evaluate")}
+    assert all(run.parents["scorer"] == verifiers[run.task].id for run in of_stage(runs, "reward"))
+    assert {run.fields["split"] for run in of_stage(runs, "samples")} == {"verifier"}
+    position = {run.id: i for i, run in enumerate(runs)}
+    assert all(position[parent] < position[run.id] for run in runs for parent in run.parents.values())
+
+
+def test_a_log_probability_is_that_of_the_model_that_wrote_unless_another_is_named(tmp_path):
+    for run in of_stage(graph(("reward.scorer", "log-probability")), "reward"):
+        assert run.parents["scorer"].startswith(("pretrain/", "finetune/"))
+    folders = []
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"x" * (1 + (name == "c")))
+        folders.append({run.id for run in of_stage(graph(("reward.scorer", "log-probability"), ("reward.model", str(tmp_path / name))), "reward")})
+    assert not any("scorer" in run.parents for run in graph(("reward.scorer", "log-probability"), ("reward.model", "nowhere")) if run.stage == "reward")
+    assert len(folders[0]) == 8 and folders[0] != folders[2]
+
+
+def test_the_zero_shot_suite_is_run_before_and_after_every_fine_tuning():
+    runs = of_stage(graph(("zero_shot.sets", "('piqa','hellaswag')")), "zero_shot")
+    assert [run.fields["when"] for run in runs].count("before") == 2 and [run.fields["when"] for run in runs].count("after") == 4
+    assert {run.task for run in runs} == {None, "addition2", "topic"}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
 from synthetic_study import PROBLEMS, Planted, write_study
 
@@ -257,3 +258,60 @@ def test_inline_svg_prefixes_every_id_and_reference():
     svg = '<?xml version="1.0"?><svg width="3pt" height="4pt" viewBox="0 0 3 4">' + body.format("")
     inline = str(inline_svg(svg, "one", 'say "x"'))
     assert inline == '<svg viewBox="0 0 3 4" role="img" aria-label="say &#34;x&#34;">' + body.format("one-")
+
+
+# ---------------------------------------------------------------------------------------------------- rewards, intervals, forgetting
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    study = write_study(tmp_path_factory.mktemp("full"), Planted(scorer="log-probability", zero_shot=("piqa", "arc_easy")))
+    write_report(study)
+    return study
+
+
+def test_rewards_stand_beside_the_metrics_and_are_named(full):
+    page = Page((full / "report" / "index.html").read_text(encoding="utf-8"))
+    assert "come from: a planted scorer" in page.text and "Skywork" not in page.text
+    for row in _rows(full, "scores"):
+        assert row["scorer"] == "a planted scorer" and float(row["rm@8"]) == 0.5 and abs(float(row["orm_score"])) < 1e-12
+
+
+def test_intervals_of_every_metric_cover_what_resampling_problems_gives(full):
+    """Against a plain loop over draws, for a mean, a conditional mean and a difference."""
+    results = collect(full)
+    rows = {(r["member"], r["task"], r["when"], r["metric"]): r for r in _rows(full, "metrics")}
+    first, last = results.members[0], results.members[-1]
+    rng = np.random.default_rng(1)
+    of = {m.name: m.after["topic"].outcomes[0] for m in (first, last)}
+    draws = {"pass@8": [], "correct_ratio@8": [], "mean@8": [], "difference": []}
+    for _ in range(2000):
+        at = rng.integers(300, size=300)
+        right = of[last.name].right[at]
+        draws["pass@8"].append((right > 0).mean())
+        draws["mean@8"].append(right.mean() / 8)
+        draws["correct_ratio@8"].append(right[right > 0].mean() / 8)
+        draws["difference"].append(of[last.name].greedy[at].mean() - of[first.name].greedy[at].mean())
+    for metric in ("pass@8", "correct_ratio@8", "mean@8"):
+        row = rows[last.name, "topic", "after", metric]
+        ends = [float(row["value_lower"]), float(row["value_upper"])]
+        assert ends == pytest.approx(np.quantile(draws[metric], [0.025, 0.975]), abs=0.012)
+    row = rows[last.name, "topic", "after", "pass@1"]
+    assert [float(row["difference_lower"]), float(row["difference_upper"])] == pytest.approx(np.quantile(draws["difference"], [0.025, 0.975]), abs=0.015)
+    # Paired: the members find the same problems hard, so the difference is surer than its parts.
+    spread = float(row["value_upper"]) - float(row["value_lower"])
+    assert float(row["difference_upper"]) - float(row["difference_lower"]) < 1.2 * spread
+    assert row["reference"] == first.name and rows[first.name, "topic", "after", "pass@1"]["difference"] == ""
+
+
+def test_the_mean_over_tasks_weighs_every_task_alike(full):
+    scores = {(r["member"], r["task"], r["when"]): r for r in _rows(full, "scores")}
+    for row in _rows(full, "macro"):
+        assert float(row["pass@1"]) == pytest.approx(np.mean([float(scores[row["member"], task, row["when"]]["pass@1"]) for task in PROBLEMS]))
+
+
+def test_forgetting_is_before_less_after(full):
+    page = Page((full / "report" / "index.html").read_text(encoding="utf-8"))
+    assert "forgetting" in page.ids and "0.500→0.250" in page.text
+    rows = _rows(full, "forgetting")
+    assert len(rows) == 4 * 2 * 2 and {row["acc_drop"] for row in rows} == {"0.25"} and {row["acc_norm_drop"] for row in rows} == {""}

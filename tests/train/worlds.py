@@ -8,7 +8,7 @@ import numpy as np
 
 from plasticity_jax.config import FinetuneConfig, MeshConfig, ModelConfig, StudyConfig, TaskConfig, TrainConfig
 from plasticity_jax.data.packing import MANIFEST, index_path, pack, records_path
-from plasticity_jax.data.tasks import Example, write_task
+from plasticity_jax.data.tasks import Example, Rows, write_task
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.records import Context, Run, RunDirectory
 from plasticity_jax.train import initial
@@ -60,7 +60,7 @@ def write_copy_task(directory: Path, config: StudyConfig, n: int) -> None:
     rng = np.random.default_rng(1)
     rows = [Example(str(i), *(("r", "red", "red") if rng.random() < 0.5 else ("the t", "tree", "tree")), "generated", "generated") for i in range(n)]
     directory.mkdir(parents=True)
-    write_task(directory, rows, rows[:2])
+    write_task(directory, Rows(rows, rows[:2]))
     _finish(directory, Run("tiny", "prepare", "task-topic", {}, task="topic"), config)
 
 

@@ -3,23 +3,32 @@
 Every task is split so that nothing the model is tested on was in its training rows, whatever number of rows is asked for.
 """
 
+import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from plasticity_jax.data.tasks.addition import ADDITION2, ADDITION3
-from plasticity_jax.data.tasks.base import Example, RowSettings, Task
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task
 from plasticity_jax.data.tasks.files import read_task, write_task
+from plasticity_jax.data.tasks.medmcqa import MEDMCQA
+from plasticity_jax.data.tasks.metamathqa import METAMATHQA
+from plasticity_jax.data.tasks.mmluprocot import MMLUPROCOT
 from plasticity_jax.data.tasks.news import NEWS
+from plasticity_jax.data.tasks.pubmedqa import PUBMEDQA
+from plasticity_jax.data.tasks.race import RACE
 from plasticity_jax.data.tasks.sentiment import SENTIMENT
+from plasticity_jax.data.tasks.simplescaling import SIMPLESCALING
 from plasticity_jax.data.tasks.topic import TOPIC
 from plasticity_jax.errors import UserError
 
 if TYPE_CHECKING:
     from plasticity_jax.data.wheels import Wheels
 
-__all__ = ["TASKS", "Example", "RowSettings", "Task", "build_task", "format_prompt", "get_task", "read_task", "write_task"]
+__all__ = ["TASKS", "Example", "Rows", "RowSettings", "Task", "build_task", "format_prompt", "get_task", "read_task", "write_task"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (ADDITION2, ADDITION3, TOPIC, SENTIMENT, NEWS)}
+TASKS: dict[str, Task] = {task.name: task for task in (ADDITION2, ADDITION3, TOPIC, SENTIMENT, NEWS,
+                                                METAMATHQA, MEDMCQA, PUBMEDQA, MMLUPROCOT, RACE, SIMPLESCALING)}
 
 
 def get_task(name: str) -> Task:
@@ -42,8 +51,8 @@ def format_prompt(prompt: str) -> str:
     return f"Human: {prompt}\nAssistant:"
 
 
-def build_task(name: str, wheels: "Wheels", *, train_rows: int, test_rows: int, held_out_share: float,
-               seed: int) -> tuple[list[Example], list[Example]]:
+def build_task(name: str, wheels: "Wheels", *, train_rows: int, test_rows: int, held_out_share: float, seed: int, verifier_rows: int = 0,
+               files: Mapping[str, str] | None = None) -> Rows:
     """Makes the rows of a task: disjoint, and the same for the same arguments on every machine.
 
     Which rows may be test rows depends on their text alone, so a larger `train_rows` or another `seed` never moves a row across. Classes keep
@@ -56,14 +65,20 @@ def build_task(name: str, wheels: "Wheels", *, train_rows: int, test_rows: int, 
       held_out_share: share of the documents or number pairs kept for test rows; use the corpus's own share, so that test documents
         were not pretrained on.
       seed: the order in which rows are drawn.
-    Returns:
-      (training rows, test rows).
+      verifier_rows: training rows kept apart for an outcome verifier, beyond `train_rows`; exactly as many.
+      files: set of the task → places of its original rows, for tasks with `sets`.
     Raises:
-      UserError: unknown task, a number out of range, a missing or altered wheel, or a split without rows.
+      UserError: unknown task, a number out of range, a missing or altered wheel, files that are missing or of another schema, a split without rows,
+        or too few training rows.
     """
     task = get_task(name)
-    train, test = task.build(wheels, RowSettings(train_rows, test_rows, held_out_share, seed))
-    for split, rows in (("train", train), ("test", test)):
-        if not rows:
-            raise UserError(f"held_out_share={held_out_share} leaves task {name!r} without {split} rows; use a share such as 0.1.")
-    return train, test
+    rows = task.build(wheels, RowSettings(train_rows + verifier_rows, test_rows, held_out_share, seed, files or {}))
+    for split, found in (("train", rows.train), ("test", rows.test)):
+        if not found:
+            way_out = "give files with rows that its filters keep" if task.sets else "use a held_out_share such as 0.1"
+            raise UserError(f"task {name!r} is left without {split} rows (held_out_share={held_out_share}, {rows.counts or 'no filters'}); {way_out}.")
+    # Where rows are fewer than asked for, the verifier's come first: they are as many as the user says.
+    n_train = min(train_rows, len(rows.train) - verifier_rows)
+    if n_train < 1:
+        raise UserError(f"tasks.{name}.verifier_rows={verifier_rows} leaves no row of the {len(rows.train)} to fine-tune on; lower it.")
+    return dataclasses.replace(rows, train=rows.train[:n_train], verifier=rows.train[n_train : n_train + verifier_rows])

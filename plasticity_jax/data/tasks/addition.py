@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from plasticity_jax.data.sources import split_of
-from plasticity_jax.data.tasks.base import Example, RowSettings, Task, answer_sentence, shuffled
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence, shuffled
 
 if TYPE_CHECKING:
     from plasticity_jax.data.wheels import Wheels
@@ -30,7 +30,7 @@ def addition_response(first: int, second: int) -> str:
     return " ".join([*steps, answer_sentence(str(first + second))])
 
 
-def build(n_digits: int, wheels: "Wheels", settings: RowSettings) -> tuple[list[Example], list[Example]]:
+def build(n_digits: int, wheels: "Wheels", settings: RowSettings) -> Rows:
     """Rows for pairs of `n_digits`-digit numbers; a pair in either order is on one side of the split alone."""
     low, high = 10 ** (n_digits - 1), 10**n_digits
     count = high - low
@@ -43,7 +43,7 @@ def build(n_digits: int, wheels: "Wheels", settings: RowSettings) -> tuple[list[
             rows[split].append(_example(first, second))
         elif all(len(rows[name]) == wanted[name] for name in rows):
             break
-    return rows["train"], rows["held_out"]
+    return Rows(rows["train"], rows["held_out"])
 
 
 def _example(first: int, second: int) -> Example:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from plasticity_jax.data.sources import SOURCES, split_of
-from plasticity_jax.data.tasks.base import Example, RowSettings, answer_sentence, cut_at_word, shuffled, without_leaks
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, answer_sentence, cut_at_word, shuffled, without_leaks
 
 if TYPE_CHECKING:
     from plasticity_jax.data.wheels import Wheels
@@ -13,7 +13,7 @@ MAX_CHARACTERS = 140
 
 
 def labelled_document_rows(source_name: str, question: str, answer_of_label: dict[str, str], wheels: "Wheels",
-                           settings: RowSettings) -> tuple[list[Example], list[Example]]:
+                           settings: RowSettings) -> Rows:
     """Rows from the labelled documents of a corpus source.
 
     Test rows come from documents that `split_of` holds out of pretraining, training rows from the others. The leak rule
@@ -23,8 +23,6 @@ def labelled_document_rows(source_name: str, question: str, answer_of_label: dic
       source_name: a key of `SOURCES`.
       question: follows the text in the prompt.
       answer_of_label: the source's label -> the word to answer; documents with another label are left out.
-    Returns:
-      (training rows, test rows).
     """
     rows: dict[str, list[Example]] = {"train": [], "held_out": []}
     texts = {}
@@ -38,4 +36,4 @@ def labelled_document_rows(source_name: str, question: str, answer_of_label: dic
         rows[split].append(Example(id=document.id, prompt=f"{text}\n{question}", response=answer_sentence(answer), answer=answer,
                                    source=document.source, source_split=split))
     train, _ = without_leaks(rows["train"], [texts[row.id] for row in rows["held_out"]], lambda row: texts[row.id])
-    return shuffled(train, settings.seed)[: settings.train_rows], shuffled(rows["held_out"], settings.seed)[: settings.test_rows]
+    return Rows(shuffled(train, settings.seed)[: settings.train_rows], shuffled(rows["held_out"], settings.seed)[: settings.test_rows])

@@ -1,4 +1,4 @@
-"""Tasks on disk: `train.jsonl`, `test.jsonl` and `summary.json`, the last written last."""
+"""Tasks on disk: `train.jsonl`, `verifier.jsonl`, `test.jsonl` and `summary.json`, the last written last."""
 
 import dataclasses
 import hashlib
@@ -7,11 +7,12 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from plasticity_jax.data.tasks.base import LICENCES, Example, majority_share
+from plasticity_jax.data.tasks.base import LICENCES, Example, Rows, majority_share
 from plasticity_jax.errors import UserError
 from plasticity_jax.storage import AnyPath
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Example))
+SPLITS = ("train", "verifier", "test")
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:
@@ -34,7 +35,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def read_jsonl(path: AnyPath, fields: tuple[str, ...], *, sha256: str) -> list[dict]:
-    """Reads what `write_jsonl` wrote, checking the hash, and that each line holds exactly `fields`, all of them strings.
+    """Reads what `write_jsonl` wrote, checking the hash, and that each line holds exactly `fields`, all of them strings or lists of strings.
 
     Raises:
       UserError: the file is missing, altered or malformed.
@@ -47,12 +48,16 @@ def read_jsonl(path: AnyPath, fields: tuple[str, ...], *, sha256: str) -> list[d
         raise UserError(f"{path} was altered: sha256 {found[:12]}, expected {sha256[:12]}; delete its folder and run the prepare stage again.")
     rows = []
     # Not splitlines(): real text holds characters such as U+2028 that it takes for a line's end.
-    for number, line in enumerate(content.decode().removesuffix("\n").split("\n"), start=1):
+    for number, line in enumerate(content.decode().split("\n")[:-1], start=1):
         row = json.loads(line)
-        if not isinstance(row, dict) or set(row) != set(fields) or not all(isinstance(value, str) for value in row.values()):
-            raise UserError(f"{path} line {number} must be an object with the strings {', '.join(fields)}; run the prepare stage again.")
+        if not isinstance(row, dict) or set(row) != set(fields) or not all(map(_is_text, row.values())):
+            raise UserError(f"{path} line {number} must be an object with the texts {', '.join(fields)}; run the prepare stage again.")
         rows.append(row)
     return rows
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
 
 
 def read_summary(directory: AnyPath) -> dict:
@@ -77,25 +82,27 @@ def licences_of(sources: set[str]) -> dict[str, str]:
     return {package: LICENCES[package] for package in packages}
 
 
-def write_task(directory: Path, train: list[Example], test: list[Example]) -> dict:
+def write_task(directory: Path, task: Rows) -> dict:
     """Writes a task's rows to `directory`.
 
     Returns:
       The summary, also in `summary.json`: `rows` and `source_splits` (per split), `classes` (different answers in the test rows),
-      `majority_share` (accuracy of always giving the most common test answer), `sources` (packages with version), `licences`, `sha256` (per
-      file) and `fingerprint` (sha256 over both).
+      `majority_share` (accuracy of always giving the most common test answer, or the option in the most common place), `subsets` (rows of each test
+      set, where there are several), `counts` (what filters did), `sources` (packages with version), `licences`, `sha256` (per file) and `fingerprint`
+      (sha256 over all).
     """
-    splits = {"train": train, "test": test}
+    splits = {split: getattr(task, split) for split in SPLITS}
     (directory / "summary.json").unlink(missing_ok=True)
     hashes = {split: write_jsonl(directory / f"{split}.jsonl", [dataclasses.asdict(row) for row in rows]) for split, rows in splits.items()}
-    answers = [row.answer for row in test]
     # BBC rows come from a file each; the rows themselves say which.
-    sources = {row.source.partition(":")[0] for row in train + test}
+    sources = {row.source.partition(":")[0] for rows in splits.values() for row in rows}
     summary = {
         "rows": {split: len(rows) for split, rows in splits.items()},
         "source_splits": {split: dict(sorted(Counter(row.source_split for row in rows).items())) for split, rows in splits.items()},
-        "classes": len(set(answers)),
-        "majority_share": majority_share(answers),
+        "classes": len({row.answer for row in task.test}),
+        "majority_share": majority_share([row.options.index(row.response) if row.options else row.answer for row in task.test]),
+        "subsets": dict(sorted(Counter(row.subset for row in task.test if row.subset).items())),
+        "counts": task.counts,
         "sources": sorted(sources),
         "licences": licences_of(sources),
         "sha256": hashes,
@@ -105,15 +112,13 @@ def write_task(directory: Path, train: list[Example], test: list[Example]) -> di
     return summary
 
 
-def read_task(directory: AnyPath) -> tuple[list[Example], list[Example]]:
+def read_task(directory: AnyPath) -> Rows:
     """Reads what `write_task` wrote.
 
-    Returns:
-      (training rows, test rows).
     Raises:
       UserError: no finished rows there, or rows that were altered.
     """
-    hashes = read_summary(directory)["sha256"]
-    train, test = ([Example(**row) for row in read_jsonl(directory / f"{split}.jsonl", FIELDS, sha256=hashes[split])]
-                   for split in ("train", "test"))
-    return train, test
+    summary = read_summary(directory)
+    splits = {split: [Example(**row | {"options": tuple(row["options"])})
+                      for row in read_jsonl(directory / f"{split}.jsonl", FIELDS, sha256=summary["sha256"][split])] for split in SPLITS}
+    return Rows(**splits, counts=summary["counts"])

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from plasticity_jax.data.tasks.base import Example, RowSettings, Task, answer_sentence, cut_at_word, shuffled, without_leaks
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence, cut_at_word, shuffled, without_leaks
 from plasticity_jax.data.tasks.classify import MAX_CHARACTERS
 
 if TYPE_CHECKING:
@@ -75,11 +75,11 @@ def read_sentences(wheels: "Wheels") -> Sentences:
     return Sentences(train=train, test=test, dropped_leaks=dropped)
 
 
-def build(wheels: "Wheels", settings: RowSettings) -> tuple[list[Example], list[Example]]:
+def build(wheels: "Wheels", settings: RowSettings) -> Rows:
     sentences = read_sentences(wheels)
     train = _examples(sentences.train, wheels.source(VADER_PACKAGE, VADER_FILE), "none")
     test = _examples(sentences.test, wheels.source(SST2_PACKAGE, SST2_FILE), "validation")
-    return shuffled(train, settings.seed)[: settings.train_rows], shuffled(test, settings.seed)[: settings.test_rows]
+    return Rows(shuffled(train, settings.seed)[: settings.train_rows], shuffled(test, settings.seed)[: settings.test_rows])
 
 
 def _examples(sentences: list[Sentence], source: str, source_split: str) -> list[Example]:

@@ -1,0 +1,23 @@
+"""Llama 1B, sweep of the fine-tuning: learning rate x batch x weight decay on SimpleScaling, at three pretraining weight decays.
+
+Command:     plasticity study --config configs/llama_1b_sft_sweep.py --workdir /mnt/work --config.data.files=gs://BUCKET/fineweb-edu/sample/350BT
+Base models: those of llama_1b_20tpp.py. With --config.name=llama-1b-20tpp and its workdir they are found there and not trained again.
+Devices:     as llama_1b_20tpp.py; 108 fine-tunings of SimpleScaling's 54,484 rows.
+Not yet run here; the paper reports that the advantage of a large pretraining decay survives these sweeps.
+"""
+
+from plasticity_jax.recipes import llama, paper_task, sft_sweep
+
+
+def get_config(faithful=False):
+    config = llama("llama-1b", tokens=20e9, batch_size=1024 if faithful else 512, peak_lr=2e-4, faithful=faithful)
+    config.name = "llama-1b-sft-sweep"
+    config.grid.weight_decay = (0.1, 0.5, 1.0)
+    config.grid.fields = sft_sweep()
+    config.tasks = {"SimpleScaling": paper_task("SimpleScaling")}
+    config.hardware = (
+        ("TPU v5 lite", {"train.microbatches": 2}),
+        ("TPU v4", {"train.microbatches": 8}),
+        ("H100|H200", {"train.microbatches": 2}),
+    )
+    return config

@@ -1,0 +1,19 @@
+"""OLMo-2 1B at 20 tokens per parameter, sweep of the fine-tuning: learning rate x batch x weight decay on two tasks, at three pretraining weight decays.
+
+Command:     plasticity study --config configs/olmo2_1b_sft_sweep.py --workdir /mnt/work --config.data.files=gs://BUCKET/olmo-mix-1124
+Base models: those of olmo2_1b_20tpp.py. With --config.name=olmo2-1b-20tpp and its workdir they are found there and not trained again.
+Devices:     as olmo2_1b_20tpp.py; 108 fine-tunings on each task.
+Not yet run here; the paper reports that the advantage of a large pretraining decay survives these sweeps.
+"""
+
+from plasticity_jax.recipes import olmo2, paper_task, sft_sweep
+
+
+def get_config(faithful=False):
+    config = olmo2(tokens=30e9, faithful=faithful)
+    config.name = "olmo2-1b-sft-sweep"
+    config.grid.weight_decay = (0.1, 0.6, 1.0)
+    config.grid.fields = sft_sweep()
+    config.tasks = {name: paper_task(name) for name in ("MetaMathQA", "SimpleScaling")}
+    config.hardware = (("H100|H200", {"train.microbatches": 4}),)
+    return config

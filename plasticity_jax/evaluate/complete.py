@@ -1,0 +1,156 @@
+"""Completions of one batch on the device: prompts are read once each, then all their completions are decoded together until all have ended."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from plasticity_jax.config import ModelConfig
+from plasticity_jax.evaluate.sampling import Sampling, draw, keep_top_k, keep_top_p, penalise, tokens_seen
+from plasticity_jax.model.cache import PromptCache, RowCache, decode, read_prompts
+
+
+class Plan(NamedTuple):
+    """What a program is compiled for, shapes aside; the switches leave out of it what is off."""
+
+    config: ModelConfig
+    max_new_tokens: int
+    n_samples: int
+    greedy: bool  # the first completion of each prompt is greedy
+    top_k: int  # 0: off
+    top_p: bool
+    penalty: bool
+    compute_dtype: Any
+
+
+class Numbers(NamedTuple):
+    """Settings that one compiled program takes in any size."""
+
+    temperature: Any
+    top_p: Any
+    repetition_penalty: Any
+    eos_id: Any
+    pad_id: Any
+
+
+class Batch(NamedTuple):
+    """P prompts padded on the left to S tokens, R completions for each (B = P·R rows) of up to N tokens.
+
+    Attributes:
+      valid_PxS: False on padding.
+      uniform_NxB: what each token is drawn with.
+      filled_P: False for a place without a prompt; its rows end at once.
+    """
+
+    tokens_PxS: Int[Array | np.ndarray, "p s"]
+    valid_PxS: Bool[Array | np.ndarray, "p s"]
+    uniform_NxB: Float[Array | np.ndarray, "n b"]
+    filled_P: Bool[Array | np.ndarray, " p"]
+
+
+class Decoded(NamedTuple):
+    """How far a batch has come.
+
+    Attributes:
+      step: tokens that every row has, `pad_id` after the end-of-text token among them.
+      token_B: the last of them.
+    """
+
+    step: Int[Array, ""]
+    token_B: Int[Array, " b"]
+    ended_B: Bool[Array, " b"]
+    out_NxB: Int[Array, "n b"]
+
+
+class Memory(NamedTuple):
+    """What decoding remembers of the rows: their cache and, where repetition is penalised, the tokens of prompt and completion."""
+
+    rows: RowCache
+    seen_BxV: Bool[Array, "b v"] | None
+
+
+def plan_of(config: ModelConfig, sampling: Sampling, max_new_tokens: int, compute_dtype: Any) -> Plan:
+    """The plan of a call; settings that change nothing are off in it, so that they cost nothing."""
+    samples = sampling.n_samples > 0
+    return Plan(
+        config,
+        max_new_tokens,
+        sampling.n_samples,
+        sampling.greedy,
+        top_k=sampling.top_k if samples and sampling.top_k < config.vocab_size else 0,
+        top_p=samples and sampling.top_p < 1,
+        penalty=sampling.repetition_penalty != 1,
+        compute_dtype=jnp.dtype(compute_dtype),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def complete(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> Decoded:
+    """A whole batch. The parameters are an argument, so one compiled program serves every model of the same shape."""
+    decoded, prompt, memory = _read(plan, params, batch, numbers)
+    return _decode(plan, params, batch, numbers, decoded, prompt, memory, plan.max_new_tokens)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def begin(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Decoded, PromptCache, Memory]:
+    """The first token of every row, and what `go_on` needs for more."""
+    return _read(plan, params, batch, numbers)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=6)
+def go_on(plan: Plan, params: Any, batch: Batch, numbers: Numbers, decoded: Decoded, prompt: PromptCache, memory: Memory,
+          until: Int[Array | np.ndarray | np.int32, ""]) -> tuple[Decoded, Memory]:
+    """The tokens of every row up to `until` of them; the memory given is used up."""
+    return _decode(plan, params, batch, numbers, decoded, prompt, memory, until)
+
+
+def _read(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Decoded, PromptCache, Memory]:
+    n_prompts, n_rows = batch.tokens_PxS.shape[0], plan.n_samples + plan.greedy
+    logits_PxV, prompt, cache = read_prompts(plan.config, params, batch.tokens_PxS, batch.valid_PxS, rows_per_prompt=n_rows,
+                                             slots=plan.max_new_tokens, compute_dtype=plan.compute_dtype)
+    seen_BxV = None
+    if plan.penalty:
+        seen_PxV = tokens_seen(jnp.asarray(batch.tokens_PxS), jnp.asarray(batch.valid_PxS), plan.config.vocab_size)
+        seen_BxV = jnp.repeat(seen_PxV, n_rows, axis=0)
+    token_B, seen_BxV = _choose(plan, batch, numbers, 0, jnp.repeat(logits_PxV, n_rows, axis=0), seen_BxV)
+    out_NxB = jnp.full((plan.max_new_tokens, n_prompts * n_rows), numbers.pad_id, jnp.int32).at[0].set(token_B)
+    ended_B = (token_B == numbers.eos_id) | ~jnp.repeat(batch.filled_P, n_rows)
+    return Decoded(jnp.int32(1), token_B, ended_B, out_NxB), prompt, Memory(cache, seen_BxV)
+
+
+def _decode(plan: Plan, params: Any, batch: Batch, numbers: Numbers, decoded: Decoded, prompt: PromptCache, memory: Memory,
+            until: Any) -> tuple[Decoded, Memory]:
+    def unfinished(state):
+        (step, _, ended_B, _), _ = state
+        return (step < until) & ~jnp.all(ended_B)
+
+    def advance(state):
+        (step, token_B, ended_B, out_NxB), (cache, seen_BxV) = state
+        logits_BxV, cache = decode(plan.config, params, token_B, step - 1, prompt, cache, compute_dtype=plan.compute_dtype)
+        token_B, seen_BxV = _choose(plan, batch, numbers, step, logits_BxV, seen_BxV)
+        token_B = jnp.where(ended_B, numbers.pad_id, token_B)
+        decoded = Decoded(step + 1, token_B, ended_B | (token_B == numbers.eos_id), out_NxB.at[step].set(token_B))
+        return decoded, Memory(cache, seen_BxV)
+
+    return jax.lax.while_loop(unfinished, advance, (decoded, memory))
+
+
+def _choose(plan: Plan, batch: Batch, numbers: Numbers, step: Any, logits_BxV: Float[Array, "b v"],
+            seen_BxV: Bool[Array, "b v"] | None) -> tuple[Int[Array, " b"], Bool[Array, "b v"] | None]:
+    """The next token of every row, and the tokens seen with it."""
+    n_rows = logits_BxV.shape[0]
+    if seen_BxV is not None:
+        logits_BxV = penalise(logits_BxV, seen_BxV, numbers.repetition_penalty)
+    token_B = jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+    if plan.n_samples:
+        kept_BxV = logits_BxV / numbers.temperature
+        kept_BxV = keep_top_k(kept_BxV, plan.top_k) if plan.top_k else kept_BxV
+        kept_BxV = keep_top_p(kept_BxV, numbers.top_p) if plan.top_p else kept_BxV
+        is_greedy_B = jnp.arange(n_rows) % (plan.n_samples + plan.greedy) < plan.greedy
+        token_B = jnp.where(is_greedy_B, token_B, draw(kept_BxV, jnp.asarray(batch.uniform_NxB)[step]))
+    if seen_BxV is not None:
+        seen_BxV = seen_BxV.at[jnp.arange(n_rows), token_B].set(True)
+    return token_B, seen_BxV

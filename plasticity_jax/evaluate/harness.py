@@ -1,0 +1,216 @@
+"""Our models behind the interface of lm-evaluation-harness. Needs the extra `harness`, and neither torch nor transformers."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from plasticity_jax.errors import UserError
+from plasticity_jax.evaluate.generate import Sampling, cut_at_stop, generate, stop_check
+from plasticity_jax.evaluate.likelihood import MIN_LENGTH, log_likelihoods
+from plasticity_jax.model.load import LoadedModel
+from plasticity_jax.progress import Progress
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise UserError(f"lm-evaluation-harness is not installed ({error}); install it with: pip install 'plasticity_jax[harness]'") from error
+
+Pair = tuple[list[int], list[int]]
+
+MAX_NEW_TOKENS = 256  # where a task names none, as in the harness' own models
+_IGNORED = ("max_length",)  # of prompt and completion together; our contexts are cut to leave room for the completion anyway
+
+
+class HarnessModel(TemplateLM):
+    """A model that `lm_eval.evaluate` and `lm_eval.simple_evaluate` take.
+
+    Texts become tokens as in the harness' Hugging Face backend (`HFLM`): context and continuation are encoded together and then split, after the
+    spaces at the context's end have moved to the continuation; the beginning of text, or where there is none the end of text, stands before a
+    continuation without context and before a text whose whole likelihood is asked for. Unlike there, text that spells out a special token stays text.
+
+    Args:
+      model: with a tokenizer.
+      batch_size: sequences computed at once.
+      max_length: tokens that the model reads; of longer texts the beginning is lost, and the whole likelihood of a text is computed in windows.
+      compute_dtype: of the matrix products.
+      add_bos_token: whether the beginning of text stands before every text, as the tokenizers of some models put it there.
+      seed: of sampled completions.
+      params: the model's parameters, already sharded over `mesh` (`sharding.inference_shardings`); None takes them from the model.
+      what: name of the waits in the progress display.
+    Attributes:
+      n_cut: texts that were too long and lost their beginning, since the start.
+    Raises:
+      UserError: a model without a tokenizer, or add_bos_token where the tokenizer has no beginning of text.
+    """
+
+    def __init__(self, model: LoadedModel, *, batch_size: int, max_length: int, compute_dtype: Any, add_bos_token: bool = False, seed: int = 0,
+                 params: Any = None, mesh: Mesh | None = None, what: str = "harness"):
+        super().__init__()
+        if model.tokenizer is None:
+            raise UserError(f"{model.path} has no tokenizer.json, so it can read no text; put the model's tokenizer there.")
+        if add_bos_token and model.tokenizer.bos_id is None:
+            raise UserError(f"add_bos_token=True, but the tokenizer of {model.path} has no beginning of text; leave it out.")
+        self.tokenizer = model.tokenizer
+        self.n_cut = 0
+        self._model = (model.config, model.params if params is None else params)
+        self._batch_size, self._max_length, self._compute_dtype = batch_size, max_length, compute_dtype
+        self._add_bos_token, self._seed, self._mesh, self._what = add_bos_token, seed, mesh, what
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of text."""
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model reads."""
+        return self._max_length
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids of a text, after the beginning of text where `add_special_tokens`, or `add_bos_token` where that is None, says so."""
+        tokens = self.tokenizer.encode(string)
+        with_bos = self._add_bos_token if add_special_tokens is None else add_special_tokens
+        return [self.tokenizer.bos_id, *tokens] if with_bos and self.tokenizer.bos_id is not None else tokens
+
+    # ------------------------------------------------------------------------------------------------------------------- likelihoods
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether it is what greedy generation gives) of each request's (context, continuation).
+
+        An empty continuation has the likelihood 1. Where the joint encoding leaves no token to a continuation, because it merges the continuation's
+        beginning with the context's end, the two are encoded apart.
+        """
+        encoded = []
+        with Progress(f"{self._what}: encode", total=len(requests), unit="continuations") as progress:
+            for request in requests:
+                encoded.append((request.args, *self._split(*request.args)))
+                progress.update(1)
+        return self._loglikelihood_tokens(encoded)
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each request's text, in nats, every token predicted once and from as many tokens before it as its window holds."""
+        owners: list[int] = []
+        windows: list[tuple[None, list[int], list[int]]] = []
+        with Progress(f"{self._what}: encode", total=len(requests), unit="texts") as progress:
+            for place, request in enumerate(requests):
+                rolling = get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)
+                of_text = [(None, *make_disjoint_window(window)) for window in rolling]
+                owners += [place] * len(of_text)
+                windows += of_text
+                progress.update(1)
+        totals = [0.0] * len(requests)
+        for place, (total, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[place] += total
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _split(self, context: str, continuation: str) -> Pair:
+        if context:
+            before, after = self._encode_pair(context, continuation)
+            return (before, after) if before and after else (self.tok_encode(context) or [self.prefix_token_id], self.tokenizer.encode(continuation))
+        after = self.tokenizer.encode(continuation)
+        if len(after) > 1 and after[0] == self.prefix_token_id:
+            return after[:1], after[1:]
+        return [self.prefix_token_id], after
+
+    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
+        scored = [index for index, (_, _, continuation) in enumerate(requests) if continuation]
+        likelihoods = log_likelihoods(
+            self._model,
+            [requests[index][1:] for index in scored],
+            batch_size=self._batch_size,
+            compute_dtype=self._compute_dtype,
+            max_length=self._max_length,
+            what=self._what,
+            mesh=self._mesh,
+        )
+        self.n_cut += sum(likelihood.cut for likelihood in likelihoods)
+        answers = [(0.0, True)] * len(requests)
+        for index, likelihood in zip(scored, likelihoods, strict=True):
+            answers[index] = (likelihood.total, likelihood.greedy)
+        for (key, _, _), answer in zip(requests, answers, strict=True):
+            if key is not None:  # None: a window of a text, which is kept as a whole
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return answers
+
+    # -------------------------------------------------------------------------------------------------------------------- completions
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The completion of each request's context, up to the first of its stop strings or the end of text.
+
+        Settings of a request: until, max_gen_toks (or max_new_tokens, max_tokens), do_sample, temperature, top_k, top_p, repetition_penalty. Requests
+        for several samples of one context get different ones.
+
+        Raises:
+          UserError: another setting, or one out of range.
+        """
+        groups: dict[str, list[int]] = collections.defaultdict(list)
+        for index, request in enumerate(requests):
+            groups[repr(sorted(request.args[1].items()))].append(index)
+        texts = [""] * len(requests)
+        for indices in groups.values():
+            contexts = [requests[index].args[0] for index in indices]
+            for index, text in zip(indices, self._complete(contexts, requests[indices[0]].args[1]), strict=True):
+                texts[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return texts
+
+    def _complete(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
+        settings = dict(normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
+        # The end of text is a token here; a text that spells it out must end a completion as well.
+        stop = [text for text in handle_stop_sequences(settings.pop("until", None), eos=self.tokenizer.decode([self.eot_token_id], skip_special=False)) if text]
+        max_new_tokens, sampled = settings.pop("max_gen_toks"), settings.pop("do_sample")
+        temperature = settings.pop("temperature", 0.0) if sampled else 0.0
+        allowed = {name: settings.pop(name) for name in ("top_k", "top_p", "repetition_penalty") if settings.get(name) is not None}
+        unknown = sorted(set(settings) - set(_IGNORED))
+        if unknown:
+            raise UserError(f"generation setting {unknown[0]!r} is not known here; use until, max_gen_toks, do_sample, temperature, top_k, top_p, repetition_penalty.")
+        if max_new_tokens >= self.max_length:
+            raise UserError(f"max_gen_toks={max_new_tokens} leaves no room for a prompt in max_length={self.max_length}; ask for fewer tokens.")
+        distinct = list(dict.fromkeys(contexts))
+        repeats = max(collections.Counter(contexts).values()) if sampled and temperature > 0 else 0
+        try:
+            sampling = Sampling(n_samples=repeats, temperature=temperature or 1.0, seed=self._seed, **allowed)
+        except ValueError as error:
+            raise UserError(f"generation settings: {error}") from error
+        longest = self.max_length - max_new_tokens
+        prompts = [self.tok_encode(context) or [self.prefix_token_id] for context in distinct]
+        self.n_cut += sum(len(prompt) > longest for prompt in prompts)
+        completions = generate(
+            self._model,
+            prompts,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            buckets=_buckets(longest),
+            batch_size=self._batch_size,
+            eos_id=self.tokenizer.eos_id,
+            pad_id=self.tokenizer.pad_id,
+            compute_dtype=self._compute_dtype,
+            what=self._what,
+            mesh=self._mesh,
+            is_end=stop_check(self.tokenizer, stop),
+        )
+        of_context = dict(zip(distinct, completions, strict=True))
+        taken: collections.Counter[str] = collections.Counter()
+        texts = []
+        for context in contexts:
+            texts.append(cut_at_stop(self.tokenizer.decode(of_context[context][taken[context]]), stop))
+            taken[context] += repeats > 0
+        return texts
+
+
+def _buckets(longest: int) -> tuple[int, ...]:
+    """Prompt lengths: powers of two, and the longest that fits."""
+    powers = (MIN_LENGTH << i for i in range(longest.bit_length()))
+    return (*(power for power in powers if power < longest), longest)

@@ -1,0 +1,161 @@
+"""Log-likelihoods of continuations: how probable a model finds a text after another one."""
+
+import collections
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from plasticity_jax.config import ModelConfig
+from plasticity_jax.model.layers import project
+from plasticity_jax.model.loss import chunks_that_fit
+from plasticity_jax.model.transformer import hidden_states, output_kernel
+from plasticity_jax.parallel import arrays
+from plasticity_jax.parallel.batches import row_shards
+from plasticity_jax.parallel.sharding import ROWS
+from plasticity_jax.progress import Progress
+
+log = logging.getLogger("plasticity_jax")
+
+MIN_LENGTH = 32  # shortest bucket, in tokens: below it a batch costs its overhead
+IN_FLIGHT = 2  # batches given to the device before the first is read
+_SPECS = (PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec(ROWS))  # of tokens, places, targets
+
+
+class Likelihood(NamedTuple):
+    """What a model says of one continuation.
+
+    Attributes:
+      total: sum of the log-probabilities of its tokens, in nats.
+      greedy: whether every token is the likeliest one in its place.
+      n_tokens: tokens that `total` counts.
+      cut: whether the pair was too long and lost its beginning.
+    """
+
+    total: float
+    greedy: bool
+    n_tokens: int
+    cut: bool
+
+
+def log_likelihoods(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int, compute_dtype: Any,
+                    max_length: int | None = None, what: str, mesh: Mesh | None = None) -> list[Likelihood]:
+    """The log-likelihood of each continuation after its context.
+
+    A pair is padded on the right to a length that follows from it alone, and batches have fixed shapes: for the same `batch_size` a pair's result
+    does not depend on the others, and at most two programs are compiled for each length.
+
+    Args:
+      model: a loaded model (with `.config` and `.params`), or the pair (config, params).
+      pairs: (context, continuation) as token ids, at least one token each.
+      batch_size: pairs computed at once; short batches are filled up.
+      compute_dtype: of the matrix products; the softmax is float32.
+      max_length: tokens that the model reads at most. Of a pair that is longer, the last one left out, the beginning is lost: of its context, or all of
+        the context and part of the continuation, whose tokens then do not count. None: no limit.
+      what: name of the wait in the progress display.
+      mesh: where the parameters are sharded (`sharding.inference_shardings`); rows lie over data and fsdp. Of several processes, all call this with
+        the same arguments and get the same results. None for one device.
+    Returns:
+      One for each pair, in order.
+    Raises:
+      ValueError: an empty context or continuation, or a number out of range.
+    """
+    _check(pairs, batch_size, max_length)
+    config, params = model if isinstance(model, tuple) else (model.config, model.params)
+    shards = 1 if mesh is None else row_shards(mesh)
+    rows = -(-batch_size // shards) * shards
+    kept = [_last(context, continuation, max_length) for context, continuation in pairs]
+    results: list[Likelihood | None] = [None] * len(pairs)
+    waiting: collections.deque[tuple[list[int], Any]] = collections.deque()
+    programs = _score._cache_size()
+    with Progress(what, total=len(pairs), unit="continuations") as progress:
+
+        def collect() -> None:
+            indices, out = waiting.popleft()
+            for index, of_tokens, is_top in zip(indices, *arrays.to_host(out)):
+                tokens, n = kept[index]
+                cut = len(tokens) < len(pairs[index][0]) + len(pairs[index][1])
+                results[index] = Likelihood(float(np.sum(of_tokens[:n], dtype=np.float64)), bool(is_top[:n].all()), n, cut)
+            progress.update(len(indices))
+
+        for (length, width), indices in _batches(kept, rows, max_length):
+            batch = _arrays([kept[index] for index in indices], rows, length, width)
+            if mesh is not None:
+                batch = tuple(arrays.put(x, NamedSharding(mesh, spec)) for x, spec in zip(batch, _SPECS, strict=True))
+            chunks = chunks_that_fit(0, rows=rows // shards, seq_len=width, vocab_size=config.vocab_size)
+            waiting.append((indices, _score(config, chunks, jnp.dtype(compute_dtype), params, *batch)))
+            if len(waiting) == IN_FLIGHT:
+                collect()
+        while waiting:
+            collect()
+    log.debug("%s: %d new programs compiled", what, _score._cache_size() - programs)
+    return results
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _score(config: ModelConfig, chunks: int, compute_dtype: Any, params: Any, tokens_BxT: Int[Array, "b t"], places_BxC: Int[Array, "b c"],
+           targets_BxC: Int[Array, "b c"]) -> tuple[Float[Array, "b c"], Bool[Array, "b c"]]:
+    """Log-probability of each target after the token at its place, and whether it is the likeliest; logits exist at the places alone."""
+    x_BxTxD, _ = hidden_states(config, params, tokens_BxT, compute_dtype=compute_dtype)
+    x_BxCxD = jnp.take_along_axis(x_BxTxD, places_BxC[..., None], axis=1)
+    kernel_DxV = output_kernel(config, params)
+
+    def of_part(part):
+        x_BxCxD, targets_BxC = part
+        logits_BxCxV = project(x_BxCxD, kernel_DxV, compute_dtype, out_dtype=jnp.float32)
+        chosen_BxC = jnp.take_along_axis(logits_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
+        return chosen_BxC - jax.nn.logsumexp(logits_BxCxV, axis=-1), jnp.argmax(logits_BxCxV, axis=-1) == targets_BxC
+
+    if chunks == 1:
+        return of_part((x_BxCxD, targets_BxC))
+    parts = tuple(jnp.stack(jnp.split(x, chunks, axis=1)) for x in (x_BxCxD, targets_BxC))
+    return tuple(jnp.concatenate(list(of_parts), axis=1) for of_parts in jax.lax.map(of_part, parts))
+
+
+# -------------------------------------------------------------------------------------------------------------------------- on the host
+
+
+def _last(context: Sequence[int], continuation: Sequence[int], max_length: int | None) -> tuple[list[int], int]:
+    """The tokens that are kept of a pair, and how many of them, at their end, are scored."""
+    tokens = [*context, *continuation]
+    if max_length is not None:
+        tokens = tokens[-(max_length + 1) :]  # the last token is predicted and not read
+    return tokens, min(len(continuation), len(tokens) - 1)
+
+
+def _batches(kept: Sequence[tuple[list[int], int]], rows: int, max_length: int | None) -> list[tuple[tuple[int, int], list[int]]]:
+    """((length, continuation's width), indices of at most `rows` pairs), which together hold every pair once; the longest first."""
+    by_shape: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
+    for index, (tokens, n) in enumerate(kept):
+        length = max(MIN_LENGTH, 1 << (len(tokens) - 2).bit_length())
+        if max_length is not None:
+            length = min(length, max_length)
+        by_shape[length, min(length, MIN_LENGTH) if n <= MIN_LENGTH else length].append(index)
+    return [(shape, held[i : i + rows]) for shape, held in sorted(by_shape.items(), reverse=True) for i in range(0, len(held), rows)]
+
+
+def _arrays(kept: Sequence[tuple[list[int], int]], rows: int, length: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [rows, length] padded on the right, where the causal mask hides what follows; places and targets [rows, width]."""
+    tokens, places, targets = (np.zeros(shape, np.int32) for shape in ((rows, length), (rows, width), (rows, width)))
+    for row, (of_pair, n) in enumerate(kept):
+        inputs = len(of_pair) - 1
+        tokens[row, :inputs] = of_pair[:-1]
+        places[row, :n] = np.arange(inputs - n, inputs)
+        targets[row, :n] = of_pair[-n:]
+    return tokens, places, targets
+
+
+def _check(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int, max_length: int | None) -> None:
+    for index, pair in enumerate(pairs):
+        for name, tokens in zip(("context", "continuation"), pair, strict=True):
+            if len(tokens) == 0:
+                raise ValueError(f"the {name} of pair {index} is empty; give it at least one token, such as the end of text in front.")
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} is below 1; set it to 1 or more.")

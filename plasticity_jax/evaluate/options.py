@@ -1,0 +1,61 @@
+"""Multiple choice without generation: the option that a model finds likeliest after the prompt."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from plasticity_jax.data.tasks import Example, format_prompt
+from plasticity_jax.data.tokenizer import Tokenizer
+from plasticity_jax.errors import UserError
+from plasticity_jax.evaluate.likelihood import log_likelihoods
+
+
+class Choice(NamedTuple):
+    """How a model rates the options of one example.
+
+    Attributes:
+      log_likelihoods: of each option after the prompt, in nats.
+      lengths: of each option, in bytes of UTF-8.
+      best: place of the option with the highest log-likelihood; the first of equals.
+      best_by_length: the same after division by the lengths.
+      cut: whether an option's prompt was too long and lost its beginning.
+    """
+
+    log_likelihoods: list[float]
+    lengths: list[int]
+    best: int
+    best_by_length: int
+    cut: bool
+
+
+def choose(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], *, batch_size: int, compute_dtype: Any, what: str,
+           max_length: int | None = None, mesh: Mesh | None = None) -> list[Choice]:
+    """Rates the options of each example in the study's template.
+
+    Prompt and option are tokenised apart, as in fine-tuning (`data.sft`), whose responses the options are; no end of text follows.
+
+    Args:
+      model: a loaded model, or the pair (config, params).
+      examples: with at least one option each.
+      batch_size, compute_dtype, what, max_length, mesh: of `log_likelihoods`.
+    Returns:
+      One for each example, in order.
+    Raises:
+      UserError: an example without options, or an option without text.
+    Source: acc and acc_norm of lm-evaluation-harness, which counts bytes as `len(choice.encode())` without the space before a choice.
+    """
+    for example in examples:
+        if not example.options or not all(example.options):
+            raise UserError(f"example {example.id} has options {example.options}, but each needs text to compare; correct or drop the row.")
+    prompts = tokenizer.encode_batch([format_prompt(example.prompt) for example in examples])
+    options = iter(tokenizer.encode_batch([option for example in examples for option in example.options]))
+    pairs = [(prompt, next(options)) for prompt, example in zip(prompts, examples, strict=True) for _ in example.options]
+    scores = iter(log_likelihoods(model, pairs, batch_size=batch_size, compute_dtype=compute_dtype, max_length=max_length, what=what, mesh=mesh))
+    return [_choice([next(scores) for _ in example.options], [len(option.encode("utf-8")) for option in example.options]) for example in examples]
+
+
+def _choice(scores: list, lengths: list[int]) -> Choice:
+    totals = [score.total for score in scores]
+    by_length = [total / length for total, length in zip(totals, lengths, strict=True)]
+    return Choice(totals, lengths, totals.index(max(totals)), by_length.index(max(by_length)), any(score.cut for score in scores))

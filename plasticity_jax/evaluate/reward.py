@@ -1,0 +1,165 @@
+"""The reward stage: rates the completions of an evaluate run, and lets the highest reward choose among the samples of a problem."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from plasticity_jax.config import StudyConfig
+from plasticity_jax.data.completions import Completion, read_completions
+from plasticity_jax.errors import UserError
+from plasticity_jax.evaluate.likelihood import log_likelihoods
+from plasticity_jax.evaluate.metrics import reward_metrics
+from plasticity_jax.evaluate.reward_model import fingerprint, open_reward_model
+from plasticity_jax.model.load import LoadedModel, load_model
+from plasticity_jax.model.scalar_head import encode_answers, execution_of, length_buckets, load_verifier, score_rows
+from plasticity_jax.parallel import arrays, processes
+from plasticity_jax.parallel.mesh import make_mesh
+from plasticity_jax.parallel.sharding import inference_shardings
+from plasticity_jax.records import Context, open_run, write_jsonl
+from plasticity_jax.storage import AnyPath, location
+
+log = logging.getLogger("plasticity_jax")
+
+REWARDS = "rewards.jsonl"
+
+
+class Scorer(Protocol):
+    """Something that rates completions; the higher, the better.
+
+    Attributes:
+      name: what the report calls it, in one line.
+    """
+
+    name: str
+
+    def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
+        """float32 rewards of the completions, and how many were longer than `reward.max_length` and lost their beginning. Of several processes, all call it."""
+        ...
+
+
+class LogProbability:
+    """The mean log-probability of a completion's tokens, in nats, under a language model; the end of text counts where the completion ended by itself.
+
+    An empty completion is one token, the end of text.
+    """
+
+    def __init__(self, config: StudyConfig, path: AnyPath, what: str):
+        self._model, self._config, self._what = load_model(path), config, what
+        if self._model.tokenizer is None:
+            raise UserError(f"{path} holds no tokenizer.json, so no text can be given to its model; put its tokenizer there.")
+        self.name = f"length-normalised log-probability under {_called(self._model)}"
+
+    def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
+        tokenizer, reward = self._model.tokenizer, self._config.reward
+        begin = [tokenizer.bos_id] if self._config.faithful and tokenizer.bos_id is not None else []
+        prompts = tokenizer.encode_batch([completion.prompt for completion in completions])
+        texts = tokenizer.encode_batch([completion.text for completion in completions])
+        ends = [[tokenizer.eos_id] if completion.ended or not text else [] for completion, text in zip(completions, texts, strict=True)]
+        mesh = make_mesh(self._config.mesh)
+        mesh = mesh if mesh.size > 1 else None
+        params = self._model.params
+        params = params if mesh is None else arrays.put(params, inference_shardings(mesh, params))
+        found = log_likelihoods(
+            (self._model.config, params),
+            [([*begin, *prompt], [*text, *end]) for prompt, text, end in zip(prompts, texts, ends, strict=True)],
+            batch_size=reward.batch_size,
+            compute_dtype=self._config.train.compute_dtype,
+            max_length=reward.max_length,
+            what=self._what,
+            mesh=mesh,
+        )
+        return np.array([likelihood.total / likelihood.n_tokens for likelihood in found], np.float32), sum(likelihood.cut for likelihood in found)
+
+
+class Verifier:
+    """The logit of a trained outcome verifier that a completion is right."""
+
+    def __init__(self, config: StudyConfig, path: AnyPath, what: str):
+        (self._model, self._tokenizer), self._config, self._what = load_verifier(path), config, what
+        results = open_run(path).results()
+        self.name = f"outcome verifier ({'no AUC: ' + results['reason'] if results['auc'] is None else 'held-out AUC {:.2f}'.format(results['auc'])})"
+
+    def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
+        reward, prompts, texts = self._config.reward, [c.prompt for c in completions], [c.text for c in completions]
+        rows, n_cut = encode_answers(self._tokenizer, prompts, texts, max_length=reward.max_length, bos=self._config.faithful)
+        return _score(self._config, self._model, rows, self._what), n_cut
+
+
+class RewardModel:
+    """The logit of a Hugging Face reward model for the chat [user = problem, assistant = completion]."""
+
+    def __init__(self, config: StudyConfig, folder: AnyPath, what: str):
+        (self._model, self._chat), self._config, self._what = open_reward_model(folder), config, what
+        self.name = folder.resolve().name
+
+    def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
+        rows, n_cut = self._chat.rows([(c.problem, c.text) for c in completions], self._config.reward.max_length)
+        return _score(self._config, self._model, rows, self._what), n_cut
+
+
+def _score(config: StudyConfig, model: Any, rows: Sequence[Sequence[int]], what: str) -> Float[np.ndarray, " n"]:
+    reward, execution = config.reward, execution_of(config, model.config)
+    return score_rows(model, rows, buckets=length_buckets(reward.max_length), batch_size=reward.batch_size, execution=execution, what=what)
+
+
+def _called(model: LoadedModel) -> str:
+    """A model's name in the report: of a member's base, the member; of one that was fine-tuned, its run."""
+    return model.path.name if model.run is None else model.run.name
+
+
+def open_scorer(context: Context) -> Scorer:
+    """The scorer that the config names, on `reward.model` or, without one, on the parent "scorer". Raises UserError if it cannot be opened."""
+    config, reward, what = context.config, context.config.reward, f"reward {context.run.name}"
+    path = context.parents["scorer"] if reward.model is None else location(reward.model)
+    kinds = {"log-probability": LogProbability, "verifier": Verifier, "sequence-classification": RewardModel}
+    return kinds[reward.scorer](config, path, what)
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Rates every completion of the parent "completions" (an evaluate run); one that a problem has several times is rated once.
+
+    Writes rewards.jsonl: one line per completion, in the order of completions.jsonl: id, sample (0 is greedy), reward.
+
+    Returns:
+      scorer (its name), metrics ("rm@n" and "orm_score", see `metrics.reward_metrics`), per_problem (rm: whether the sample with the highest
+      reward is right, 0/1; orm: mean reward of the samples), cut (how many texts were longer than `reward.max_length` and lost their beginning),
+      seconds, diverged (None).
+    Raises:
+      UserError: a parent that is damaged, or a scorer that cannot be opened.
+    """
+    start = time.monotonic()
+    completions = read_completions(context.parents["completions"])
+    scorer = open_scorer(context)
+    different = {_key(completion): completion for completion in completions}
+    rewards, n_cut = scorer.scores(list(different.values()))
+    if not np.isfinite(rewards).all():
+        raise UserError(f"{scorer.name} gives {np.count_nonzero(~np.isfinite(rewards))} rewards that are no finite number; set another reward.scorer or reward.model.")
+    if not processes.primary():
+        return {}
+    reward_of = dict(zip(different, rewards.tolist(), strict=True))
+    if context.config.reward.scorer == "sequence-classification":
+        context.directory.provenance["reward_model"] = fingerprint(location(context.config.reward.model))
+    rows = [{"id": c.id, "sample": c.sample, "reward": reward_of[_key(c)]} for c in completions]
+    write_jsonl(context.directory.path / REWARDS, rows)
+    if n_cut:
+        log.warning("%s: %d texts are longer than %d tokens (reward.max_length) and lost their beginning", context.run.name, n_cut, context.config.reward.max_length)
+    width = 1 + max(completion.sample for completion in completions)
+    sampled = np.array([row["reward"] for row in rows], np.float32).reshape(-1, width)[:, 1:]
+    correct = np.array([completion.correct for completion in completions]).reshape(-1, width)[:, 1:]
+    chosen = sampled.argmax(axis=1)  # the first of equals
+    return {
+        "scorer": scorer.name,
+        "metrics": reward_metrics(correct, sampled),
+        "per_problem": {"rm": correct[np.arange(len(correct)), chosen].astype(int), "orm": sampled.mean(axis=1, dtype=np.float64)},
+        "cut": n_cut,
+        "seconds": time.monotonic() - start,
+        "diverged": None,
+    }
+
+
+def _key(completion: Completion) -> tuple[str, str, bool]:
+    return completion.id, completion.text, completion.ended

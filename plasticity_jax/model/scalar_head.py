@@ -1,0 +1,225 @@
+"""A decoder that gives a text one number: a linear map of the last token's normed state, in the place of the logits.
+
+Its parameters are the decoder's, of a config whose embeddings are tied so that there is no output matrix, and the head [D], without bias.
+"""
+
+import collections
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from plasticity_jax.config import ModelConfig, StudyConfig
+from plasticity_jax.data.tokenizer import Tokenizer
+from plasticity_jax.errors import UserError
+from plasticity_jax.model.hf_import import read_tokenizer
+from plasticity_jax.model.kernels import choose_kernel
+from plasticity_jax.model.load import open_checkpoints
+from plasticity_jax.model.transformer import Params, abstract_params, hidden_states
+from plasticity_jax.parallel import arrays
+from plasticity_jax.parallel.batches import row_shards
+from plasticity_jax.parallel.mesh import make_mesh
+from plasticity_jax.parallel.sharding import batch_sharding, inference_shardings, param_shardings
+from plasticity_jax.progress import Progress
+from plasticity_jax.records import open_run
+from plasticity_jax.storage import AnyPath
+
+SHORTEST_BUCKET = 64  # tokens
+IN_FLIGHT = 2  # batches at once: while one is read, the device works on the next
+
+
+@dataclass(frozen=True)
+class ScalarModel:
+    """A decoder with a scalar head.
+
+    Attributes:
+      config: the network's, as `without_output` makes it.
+      params: the decoder's parameters, and the head: {"decoder": tree, "head": [D]}.
+    """
+
+    config: ModelConfig
+    params: Params
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a forward pass is carried out; changes speed and rounding only, apart from the type.
+
+    Attributes:
+      compute_dtype: of the products: "float32" or "bfloat16".
+      attention: one of `kernels.KERNELS`.
+      scan_layers: as in `transformer.hidden_states`.
+      mesh: where parameters and rows lie; None for one device.
+    """
+
+    compute_dtype: str
+    attention: str
+    scan_layers: bool
+    mesh: Mesh | None
+
+
+def execution_of(config: StudyConfig, model: ModelConfig) -> Execution:
+    """How a study's config carries out the forward passes of a model, on all devices. Raises UserError as `make_mesh` and `choose_kernel`."""
+    mesh, dtype = make_mesh(config.mesh), config.train.compute_dtype
+    attention = choose_kernel(config.train.attention, platform=mesh.devices.flat[0].platform, head_dim=model.head_dim, compute_dtype=dtype)
+    return Execution(dtype, attention, config.train.scan_layers, mesh if mesh.size > 1 else None)
+
+
+def without_output(config: ModelConfig) -> ModelConfig:
+    """The config of the same decoder without an output matrix."""
+    return replace(config, tie_embeddings=True)
+
+
+def with_head(config: ModelConfig, params: Params, head_D: Float[Array | np.ndarray, " D"]) -> ScalarModel:
+    """A language model's decoder under a scalar head; its output matrix, if it has one, is left out."""
+    return ScalarModel(without_output(config), {"decoder": {name: part for name, part in params.items() if name != "head"}, "head": head_D})
+
+
+def abstract_scalar_params(config: ModelConfig) -> Params:
+    """The shapes of `ScalarModel.params`, float32."""
+    return {"decoder": abstract_params(config), "head": jax.ShapeDtypeStruct((config.d_model,), jnp.float32)}
+
+
+def scalar_shardings(mesh: Mesh, config: ModelConfig) -> Params:
+    """Where `ScalarModel.params` lie for training: the decoder as any decoder, the head whole on every device."""
+    return {"decoder": param_shardings(mesh, abstract_params(config)), "head": NamedSharding(mesh, PartitionSpec())}
+
+
+def scores(
+    config: ModelConfig,
+    params: Params,
+    tokens_BxT: Int[Array | np.ndarray, "B T"],
+    lengths_B: Int[Array | np.ndarray, " B"],
+    *,
+    compute_dtype: DTypeLike,
+    **options: Any,
+) -> Float[Array, " B"]:
+    """The score of every row, float32: the head times the final-normed state of the row's last token.
+
+    Args:
+      config, params: of a `ScalarModel`.
+      tokens_BxT: rows padded at their end, where no token that counts reads.
+      lengths_B: tokens of each row; an empty row is read at its first place.
+      compute_dtype, options: those of `transformer.hidden_states`. The head's product is float32.
+    """
+    x_BxTxD, _ = hidden_states(config, params["decoder"], tokens_BxT, compute_dtype=compute_dtype, **options)
+    last_Bx1x1 = jnp.maximum(jnp.asarray(lengths_B) - 1, 0)[:, None, None]
+    last_BxD = jnp.take_along_axis(x_BxTxD, last_Bx1x1, axis=1)[:, 0].astype(jnp.float32)
+    return jnp.einsum("bd,d->b", last_BxD, params["head"], precision=jax.lax.Precision.HIGHEST)
+
+
+def length_buckets(max_length: int, first: Sequence[int] = (SHORTEST_BUCKET,)) -> tuple[int, ...]:
+    """Lengths to pad rows to, in tokens: `first`, then twice the last again and again; none above `max_length`, which is the last."""
+    buckets = [length for length in first if length < max_length]
+    while buckets and 2 * buckets[-1] < max_length:
+        buckets.append(2 * buckets[-1])
+    return (*buckets, max_length)
+
+
+def padded(rows: Sequence[Sequence[int]], *, length: int, batch_size: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+    """int32 tokens [batch_size, length] and lengths [batch_size]: the rows padded at their end, and empty rows after them."""
+    tokens, lengths = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)
+    for place, row in enumerate(rows):
+        tokens[place, : len(row)], lengths[place] = row, len(row)
+    return tokens, lengths
+
+
+def score_rows(
+    model: ScalarModel, rows: Sequence[Sequence[int]], *, buckets: Sequence[int], batch_size: int, execution: Execution, what: str
+) -> Float[np.ndarray, " rows"]:
+    """float32 scores of rows of tokens, in batches of like length and fixed shape, so that a bucket compiles once.
+
+    Args:
+      rows: token ids, at least one and at most the last bucket's length each.
+      buckets: lengths to pad to, ascending.
+      batch_size: rows at once; raised to a multiple of what the mesh cuts rows into.
+      what: name of the wait in the progress display.
+    Returns:
+      The scores, on every process.
+    Raises:
+      ValueError: a row that is empty or too long.
+    """
+    lengths = np.array([len(row) for row in rows], np.int64)
+    if lengths.size and not 1 <= lengths.min() <= lengths.max() <= buckets[-1]:
+        raise ValueError(f"rows have {lengths.min()} to {lengths.max()} tokens; each must have 1 to {buckets[-1]}.")
+    mesh, shards = execution.mesh, 1 if execution.mesh is None else row_shards(execution.mesh)
+    batch_size = -(-batch_size // shards) * shards
+    params, forward = model.params, _compiled_scores(model.config, execution)
+    if mesh is not None:
+        whole = NamedSharding(mesh, PartitionSpec())
+        params = {"decoder": arrays.put(params["decoder"], inference_shardings(mesh, params["decoder"])), "head": arrays.put(params["head"], whole)}
+    found = np.zeros(len(rows), np.float32)
+    waiting: collections.deque[tuple[np.ndarray, Array]] = collections.deque()
+    with Progress(what, total=len(rows), unit="texts") as progress:
+
+        def collect() -> None:
+            indices, of_batch = waiting.popleft()
+            found[indices] = arrays.to_host(of_batch)[: len(indices)]
+            progress.update(len(indices))
+
+        bucket_of_row = np.searchsorted(buckets, lengths)
+        for bucket, length in enumerate(buckets):
+            of_bucket = np.flatnonzero(bucket_of_row == bucket)
+            for start in range(0, len(of_bucket), batch_size):
+                indices = of_bucket[start : start + batch_size]
+                batch = padded([rows[i] for i in indices], length=length, batch_size=batch_size)
+                batch = batch if mesh is None else arrays.put(batch, (batch_sharding(mesh), batch_sharding(mesh)))
+                waiting.append((indices, forward(params, *batch)))
+                if len(waiting) == IN_FLIGHT:
+                    collect()
+        while waiting:
+            collect()
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_scores(config: ModelConfig, execution: Execution):
+    options = {"attention": execution.attention, "scan_layers": execution.scan_layers, "mesh": execution.mesh}
+    return jax.jit(functools.partial(scores, config, compute_dtype=jnp.dtype(execution.compute_dtype), **options))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ the verifier's
+
+
+def encode_answers(tokenizer: Tokenizer, prompts: Sequence[str], texts: Sequence[str], *, max_length: int, bos: bool) -> tuple[list[list[int]], int]:
+    """What a verifier reads: prompt, completion, end of text; and how many of these rows lost their beginning.
+
+    The two are tokenised apart, as in fine-tuning and generation.
+
+    Args:
+      max_length: tokens per row; of longer ones the beginning is lost.
+      bos: begin with the beginning of text, if the tokenizer has one.
+    """
+    begin = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
+    pairs = zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(texts), strict=True)
+    rows = [[*begin, *prompt, *text, tokenizer.eos_id] for prompt, text in pairs]
+    return [row[-max_length:] for row in rows], sum(len(row) > max_length for row in rows)
+
+
+def load_verifier(path: AnyPath) -> tuple[ScalarModel, Tokenizer]:
+    """The model of a finished verifier run, and its tokenizer.
+
+    Raises:
+      UserError: another kind of run, one that diverged or is not finished, a damaged checkpoint, or no tokenizer.
+    """
+    directory = open_run(path)
+    stage = directory.run().stage
+    if stage != "verifier":
+        raise UserError(f"{path} is a run of stage {stage}, which holds no outcome verifier; give one of stage verifier.")
+    state, why = directory.state()
+    if state == "diverged":
+        raise UserError(f"{path} diverged ({why}), so it gives no rewards; lower verifier.peak_lr, or set another reward.scorer.")
+    config = without_output(directory.config().model)
+    with open_checkpoints(path) as checkpoints:
+        params = checkpoints.restore_params(checkpoints.latest(), abstract_scalar_params(config))
+    tokenizer = read_tokenizer(path, config)
+    if tokenizer is None:
+        raise UserError(f"{path} holds no tokenizer.json, so no text can be given to its model; put its tokenizer there.")
+    return ScalarModel(config, params), tokenizer
