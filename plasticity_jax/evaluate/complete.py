@@ -100,11 +100,23 @@ def begin(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Deco
     return _read(plan, params, batch, numbers)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=6)
 def go_on(plan: Plan, params: Any, batch: Batch, numbers: Numbers, decoded: Decoded, prompt: PromptCache, memory: Memory,
-          until: Int[Array | np.ndarray | np.int32, ""]) -> tuple[Decoded, Memory]:
+          until: np.int32) -> tuple[Decoded, Memory]:
     """The tokens of every row up to `until` of them; the memory given is used up."""
-    return _decode(plan, params, batch, numbers, decoded, prompt, memory, until)
+    # What comes out goes in again: left to the compiler, it could lie differently on the mesh, and the next call would be another program.
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, (decoded, memory)))
+    key = (tuple(leaves), tree)
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = jax.jit(_decode, static_argnums=0, donate_argnums=6, out_shardings=jax.tree.unflatten(tree, leaves))
+    return _PROGRAMS[key](plan, params, batch, numbers, decoded, prompt, memory, until)
+
+
+_PROGRAMS: dict[Any, Any] = {}  # where (Decoded, Memory) lie → the compiled programs of `go_on`
+
+
+def count_programs() -> int:
+    """How many programs that decode have been compiled in this process."""
+    return complete._cache_size() + sum(program._cache_size() for program in _PROGRAMS.values())
 
 
 def _read(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Decoded, PromptCache, Memory]:

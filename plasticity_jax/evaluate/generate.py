@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plasticity_jax.errors import UserError
-from plasticity_jax.evaluate.complete import Batch, Memory, Numbers, Plan, begin, complete, go_on, plan_of
+from plasticity_jax.evaluate.complete import Batch, Memory, Numbers, Plan, begin, complete, count_programs, go_on, plan_of
 from plasticity_jax.evaluate.sampling import Sampling
 from plasticity_jax.evaluate.stops import cut_at_stop, stop_check
 from plasticity_jax.parallel import arrays
@@ -101,9 +101,9 @@ def completions(model: Any, prompts: Sequence[Sequence[int]], *, sampling: Sampl
             batch = Batch(*_padded(held, bucket, rows, pad_id), _uniforms(held, rows, sampling, max_new_tokens), np.arange(rows) < len(indices))
             if mesh is not None:
                 batch = Batch(*(arrays.put(x, NamedSharding(mesh, spec)) for x, spec in zip(batch, _SPECS, strict=True)))
-            before, start = _programs(), time.monotonic()
+            before, start = count_programs(), time.monotonic()
             waiting.append(_Work(plan, params, batch, numbers, indices, is_end))
-            if _programs() > before:
+            if count_programs() > before:
                 compiled += 1
                 log.info("compiled the program for prompts of up to %d tokens (%d of %d buckets) in %.1f s", bucket, compiled, len(buckets),
                          time.monotonic() - start)
@@ -216,11 +216,6 @@ class _Work:
 
 
 # -------------------------------------------------------------------------------------------------------------------------- on the host
-
-
-def _programs() -> int:
-    """How many programs that decode have been compiled in this process."""
-    return complete._cache_size() + go_on._cache_size()
 
 
 def _batches(prompts: Sequence[Sequence[int]], buckets: tuple[int, ...], rows: int, skip: Collection[int]) -> list[tuple[int, list[int]]]:

@@ -172,7 +172,7 @@ class _Worker:
         except BrokenPipeError:
             pass  # it is dead, which its output will tell
 
-    def reply(self) -> bool | None:
+    def reply(self) -> bool | str | None:
         """Its next line; None where it has died."""
         line = self.process.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None

@@ -23,6 +23,7 @@ except ImportError as error:
 Pair = tuple[list[int], list[int]]
 
 MAX_NEW_TOKENS = 256  # where a task names none, as in the harness' own models
+_SAMPLING = ("top_k", "top_p", "repetition_penalty")
 _IGNORED = ("max_length",)  # of prompt and completion together; our contexts are cut to leave room for the completion anyway
 
 
@@ -169,13 +170,14 @@ class HarnessModel(TemplateLM):
     def _complete(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
         settings = dict(normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
         # The end of text is a token here; a text that spells it out must end a completion as well.
-        stop = [text for text in handle_stop_sequences(settings.pop("until", None), eos=self.tokenizer.decode([self.eot_token_id], skip_special=False)) if text]
+        end_of_text = self.tokenizer.decode([self.eot_token_id], skip_special=False)
+        stop = [text for text in handle_stop_sequences(settings.pop("until", None), eos=end_of_text) if text]
         max_new_tokens, sampled = settings.pop("max_gen_toks"), settings.pop("do_sample")
-        temperature = settings.pop("temperature", 0.0) if sampled else 0.0
-        allowed = {name: settings.pop(name) for name in ("top_k", "top_p", "repetition_penalty") if settings.get(name) is not None}
+        temperature = settings.pop("temperature", 0.0) * bool(sampled)
+        allowed = {name: settings.pop(name) for name in _SAMPLING if settings.get(name) is not None}
         unknown = sorted(set(settings) - set(_IGNORED))
         if unknown:
-            raise UserError(f"generation setting {unknown[0]!r} is not known here; use until, max_gen_toks, do_sample, temperature, top_k, top_p, repetition_penalty.")
+            raise UserError(f"generation setting {unknown[0]!r} is not known here; known: until, max_gen_toks, do_sample, temperature, {', '.join(_SAMPLING)}.")
         if max_new_tokens >= self.max_length:
             raise UserError(f"max_gen_toks={max_new_tokens} leaves no room for a prompt in max_length={self.max_length}; ask for fewer tokens.")
         distinct = list(dict.fromkeys(contexts))

@@ -56,8 +56,9 @@ def log_likelihoods(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[in
       pairs: (context, continuation) as token ids, at least one token each.
       batch_size: pairs computed at once; short batches are filled up.
       compute_dtype: of the matrix products; the softmax is float32.
-      max_length: tokens that the model reads at most. Of a pair that is longer, the last one left out, the beginning is lost: of its context, or all of
-        the context and part of the continuation, whose tokens then do not count. None: no limit.
+      max_length: tokens that the model reads at most; the last token of a pair is only predicted. A pair that is longer loses its beginning: of its
+        context, or, where that does not suffice, the context and the beginning of the continuation, which then does not count. None: no
+        limit.
       what: name of the wait in the progress display.
       mesh: where the parameters are sharded (`sharding.inference_shardings`); rows lie over data and fsdp. Of several processes, all call this with
         the same arguments and get the same results. None for one device.

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -27,6 +27,7 @@ log = logging.getLogger("plasticity_jax")
 REWARDS = "rewards.jsonl"
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Something that rates completions; the higher, the better.
 

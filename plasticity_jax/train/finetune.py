@@ -24,7 +24,7 @@ from plasticity_jax.records import Context
 from plasticity_jax.train.loop import LoopSettings, Track, train
 from plasticity_jax.train.optimizer import OptimizerSettings, Schedule
 from plasticity_jax.train.restore import relative_update, starting_state
-from plasticity_jax.train.step import Batch, StepSettings, compile_train_step, execution_of, hyper_parameters
+from plasticity_jax.train.step import Batch, Hyper, StepSettings, compile_train_step, execution_of, hyper_parameters
 
 log = logging.getLogger("plasticity_jax")
 
@@ -51,11 +51,17 @@ def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSe
     return StepSettings(model, optimizer, config.train.compute_dtype, z_loss=0.0, isolate_documents=recipe.packing, execution=execution)
 
 
+def recipe_numbers(recipe: FinetuneConfig, *, steps: int) -> Hyper:
+    """The traced numbers of a fine-tuning of `steps` updates; its warm-up is rounded up to whole steps, as the Hugging Face Trainer does."""
+    warmup = max(1, math.ceil(recipe.warmup_share * steps))
+    return hyper_parameters(weight_decay=recipe.weight_decay, peak_lr=recipe.peak_lr, warmup=warmup, total=steps)
+
+
 def run(context: Context) -> dict[str, Any]:
     """Fine-tunes the model of the parent "base" on the training rows of the parent "task"; resumes at the last checkpoint.
 
     Loss on the response only; the batches, seeded by `run.seed`, are those of `data.sft`: rows of like length together, or in random order, or
-    packed, where `finetune.batch_size` counts packed sequences. The warm-up is rounded up to whole steps, as the Hugging Face Trainer does.
+    packed, where `finetune.batch_size` counts packed sequences.
 
     Returns:
       diverged (None or the reason), steps, tokens (of responses, over all epochs), seconds (of training), train_loss (mean over the last 20
@@ -105,12 +111,7 @@ def run(context: Context) -> dict[str, Any]:
             f"finetune {context.run.name}",
             state,
             train_step=compile_train_step(settings, mesh, members=False),
-            hyper=hyper_parameters(
-                weight_decay=recipe.weight_decay,
-                peak_lr=recipe.peak_lr,
-                warmup=max(1, math.ceil(recipe.warmup_share * len(schedule))),
-                total=len(schedule),
-            ),
+            hyper=recipe_numbers(recipe, steps=len(schedule)),
             batches=_batches(rows, schedule[start:], recipe.batch_size, base.tokenizer.pad_id, mesh),
             tracks=[track],
             members=False,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.evaluate import generate as generation
-from plasticity_jax.evaluate.complete import complete, go_on
+from plasticity_jax.evaluate.complete import count_programs
 from plasticity_jax.evaluate.generate import Completion, Sampling, completions, count_cut, cut_at_stop, generate
 from plasticity_jax.evaluate.sampling import draw, keep_top_k, keep_top_p, penalise, tokens_seen
 from plasticity_jax.evaluate.stops import has_stopped, stop_check
@@ -125,19 +125,19 @@ def test_a_long_prompt_loses_its_beginning(model):
 
 def test_models_of_one_shape_share_the_compiled_program(model, prompts):
     run(model, prompts)
-    before = complete._cache_size()
+    before = count_programs()
     config, params = model
     run((config, init_params(config, 9)), prompts[:3], dataclasses.replace(PLAIN, seed=5, temperature=0.5))
     run(model, prompts, dataclasses.replace(PLAIN, top_k=CONFIG.vocab_size, top_p=1.0))
-    assert complete._cache_size() == before
+    assert count_programs() == before
 
 
 def test_one_program_is_compiled_for_a_bucket_and_told(model, prompts, caplog):
     caplog.set_level(logging.INFO, "plasticity_jax")
-    before = complete._cache_size()
+    before = count_programs()
     for _ in range(2):
         run(model, prompts, Sampling(n_samples=1), max_new_tokens=5)
-    assert complete._cache_size() == before + 2
+    assert count_programs() == before + 2
     told = [record.getMessage() for record in caplog.records if "compiled" in record.getMessage()]
     assert [line.rpartition(" in ")[0] for line in told] == [
         "compiled the program for prompts of up to 4 tokens (1 of 2 buckets)",
@@ -304,13 +304,13 @@ def test_segments_change_no_token(model, prompts, sampling, monkeypatch):
     plain = run(model, prompts, sampling, max_new_tokens=20)
     every = letters([token for of_prompt in plain for tokens in of_prompt for token in tokens])
     stop = [min(set(every), key=lambda letter: abs(every.count(letter) - len(every) // 30))]
-    made, programs = [], go_on._cache_size()
+    made, programs = [], count_programs()
     for segment in (100, 4, 7):
         monkeypatch.setattr(generation, "SEGMENT", segment)
         batches = completions(model, prompts, sampling=sampling, is_end=lambda tokens: has_stopped(letters(tokens), stop), **SETTINGS | {"max_new_tokens": 20})
         made.append({index: rows for indices, of_batch in batches for index, rows in zip(indices, of_batch)})
     assert made[1] == made[0] and made[2] == made[0]
-    assert go_on._cache_size() == programs + 2, "one program for each of the two buckets"
+    assert count_programs() == programs + 2, "one for each of the two buckets, whatever the segments"
     for index, of_prompt in made[0].items():
         for row, tokens in zip(of_prompt, plain[index]):
             assert cut_at_stop(letters(row.tokens), stop) == cut_at_stop(letters(tokens), stop)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from plasticity_jax.evaluate.reward_model import check_folder, open_reward_model
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.load import load_model
 from plasticity_jax.model.scalar_head import length_buckets
-from plasticity_jax.model.transformer import init_params
+from plasticity_jax.model.transformer import hidden_states, init_params
 from plasticity_jax.records import Context, Run, RunDirectory
 
 MODEL = ModelConfig(vocab_size=300, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=16)
@@ -152,10 +153,7 @@ def test_a_reward_model_reads_the_chat_and_is_read_at_its_last_token(world, tmp_
     pieces = [256, 257, *map(of_byte.get, "user"), 258, *map(of_byte.get, "\n\nis 1 red?"), 259, 257, *map(of_byte.get, "assistant"), 258,
               *map(of_byte.get, "\n\na red tree"), 259]  # fmt: skip
     assert chat.rows([("is 1 red?", " a red tree")], 96) == ([pieces], 0)
-    # As a language model whose output matrix is the head: the logit of the only "token".
-    import plasticity_jax.model.transformer as transformer
-
-    states, _ = transformer.hidden_states(model.config, model.params["decoder"], np.array([pieces]))
+    states = jax.jit(lambda params: hidden_states(model.config, params, np.array([pieces]))[0])(model.params["decoder"])
     assert rewards[1, 0] == pytest.approx(float(np.asarray(states)[0, -1] @ tensors["score.weight"][0]), rel=1e-4)
     assert_numbers_follow(results, rewards)
 

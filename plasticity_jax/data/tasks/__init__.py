@@ -10,15 +10,23 @@ from typing import TYPE_CHECKING
 
 from plasticity_jax.data.tasks.addition import ADDITION2, ADDITION3
 from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task
+from plasticity_jax.data.tasks.boolq import BOOLQ
+from plasticity_jax.data.tasks.commonsense import ARC_CHALLENGE, ARC_EASY, HELLASWAG, PIQA, WINOGRANDE
 from plasticity_jax.data.tasks.files import read_task, write_task
+from plasticity_jax.data.tasks.gsm import GSM
+from plasticity_jax.data.tasks.mathematics import MATH, MATH_LONG
 from plasticity_jax.data.tasks.medmcqa import MEDMCQA
+from plasticity_jax.data.tasks.medmcqa_local import MEDMCQA_LOCAL
 from plasticity_jax.data.tasks.metamathqa import METAMATHQA
+from plasticity_jax.data.tasks.mmlu import MMLU
 from plasticity_jax.data.tasks.mmluprocot import MMLUPROCOT
 from plasticity_jax.data.tasks.news import NEWS
 from plasticity_jax.data.tasks.pubmedqa import PUBMEDQA
+from plasticity_jax.data.tasks.pubmedqa_local import PUBMEDQA_LOCAL
 from plasticity_jax.data.tasks.race import RACE
 from plasticity_jax.data.tasks.sentiment import SENTIMENT
 from plasticity_jax.data.tasks.simplescaling import SIMPLESCALING
+from plasticity_jax.data.tasks.ten_options import TEN_OPTIONS
 from plasticity_jax.data.tasks.topic import TOPIC
 from plasticity_jax.errors import UserError
 
@@ -27,8 +35,12 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "Example", "Rows", "RowSettings", "Task", "build_task", "format_prompt", "get_task", "read_task", "write_task"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (ADDITION2, ADDITION3, TOPIC, SENTIMENT, NEWS,
-                                                METAMATHQA, MEDMCQA, PUBMEDQA, MMLUPROCOT, RACE, SIMPLESCALING)}
+TASKS: dict[str, Task] = {task.name: task for task in (
+    ADDITION2, ADDITION3, TOPIC, SENTIMENT, NEWS,
+    METAMATHQA, MEDMCQA, PUBMEDQA, MMLUPROCOT, RACE, SIMPLESCALING,
+    HELLASWAG, WINOGRANDE, PIQA, ARC_EASY, ARC_CHALLENGE,
+    GSM, MATH, MATH_LONG, MEDMCQA_LOCAL, PUBMEDQA_LOCAL, MMLU, TEN_OPTIONS, BOOLQ,
+)}
 
 
 def get_task(name: str) -> Task:
@@ -65,7 +77,7 @@ def build_task(name: str, wheels: "Wheels", *, train_rows: int, test_rows: int, 
       held_out_share: share of the documents or number pairs kept for test rows; use the corpus's own share, so that test documents
         were not pretrained on.
       seed: the order in which rows are drawn.
-      verifier_rows: training rows kept apart for an outcome verifier, beyond `train_rows`; exactly as many.
+      verifier_rows: training rows kept apart for an outcome verifier, beyond `train_rows`; exactly as many, less those without an answer.
       files: set of the task → places of its original rows, for tasks with `sets`.
     Raises:
       UserError: unknown task, a number out of range, a missing or altered wheel, files that are missing or of another schema, a split without rows,
@@ -81,4 +93,6 @@ def build_task(name: str, wheels: "Wheels", *, train_rows: int, test_rows: int, 
     n_train = min(train_rows, len(rows.train) - verifier_rows)
     if n_train < 1:
         raise UserError(f"tasks.{name}.verifier_rows={verifier_rows} leaves no row of the {len(rows.train)} to fine-tune on; lower it.")
-    return dataclasses.replace(rows, train=rows.train[:n_train], verifier=rows.train[n_train : n_train + verifier_rows])
+    # A published row from whose text no answer can be read may be learnt from, but nothing can be graded against it.
+    verifier = [row for row in rows.train[n_train : n_train + verifier_rows] if row.answer]
+    return dataclasses.replace(rows, train=rows.train[:n_train], verifier=verifier)

@@ -94,6 +94,16 @@ def read_rows(places: str, columns: Columns, *, what: str, otherwise: Columns | 
                     progress.update(EXAMPLES_AT_ONCE, note=row_id)
 
 
+def check_places(places: str, *, what: str) -> None:
+    """Refuses places that hold nothing to read, without reading any. Raises UserError.
+
+    Args:
+      places, what: of `read_rows`.
+    """
+    for text, place in zip(split_places(places), find_places(places), strict=True):
+        _check_place(text, place, what)
+
+
 def _check_place(text: str, place: Place | None, what: str) -> None:
     if text.startswith(TFDS) and "@" not in text:
         raise UserError(f"{what}: {text} names no split; give {TFDS}NAME@SPLIT, such as {text}@train")

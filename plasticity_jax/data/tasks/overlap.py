@@ -59,9 +59,11 @@ def _meets_any(words: frozenset[str], others: Sequence[frozenset[str]], holders:
     seen = set()
     for word in _rarest(words, counts, threshold):
         for position in holders.get(word, ()):
-            if position not in seen:
+            other = others[position]
+            # The similarity is at most the ratio of the sizes: most candidates end here.
+            if position not in seen and min(len(words), len(other)) / max(len(words), len(other)) >= threshold:
                 seen.add(position)
-                shared = len(words & others[position])
-                if shared / (len(words) + len(others[position]) - shared) >= threshold:
+                shared = len(words & other)
+                if shared / (len(words) + len(other) - shared) >= threshold:
                     return True
     return False

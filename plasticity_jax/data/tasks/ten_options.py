@@ -29,4 +29,4 @@ def _question(doc: dict, wheels: "Wheels") -> Question:
     return Question(row, (question,))
 
 
-TEN_OPTIONS = Task(name="ten-options", grader="letter", labels=tuple(LETTERS[:N_OPTIONS]), packages=(PACKAGE,), chance_note="@ten", build=build)
+TEN_OPTIONS = Task(name="ten-options", grader="letter", labels=tuple(LETTERS[:N_OPTIONS]), packages=(PACKAGE,), chance_note="choosing without looking is right in a tenth of the rows", build=build)

@@ -1,0 +1,224 @@
+"""Verdicts and majorities by many completions; hostile mathematics harms nothing."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from plasticity_jax.evaluate.answers import extract_answer
+from plasticity_jax.evaluate.grading import Grading, Verdict
+from plasticity_jax.evaluate.grading_worker import MAX_CHARACTERS
+
+# As math-verify itself judges them, and as a reader would.
+MATHEMATICS = [
+    ("\\frac{1}{2}", "0.5", True), ("1/2", "\\frac12", True), ("x+1", "1+x", True), ("(x+1)^2", "x^2+2x+1", True), ("2\\sqrt{3}", "\\sqrt{12}", True),
+    ("\\{1,2\\}", "\\{2,1\\}", True), ("(1,2)", "(1,2)", True), ("(1,2)", "(2,1)", False), ("x=5", "5", True), ("5", "x=5", True), ("1,234", "1234", True),
+    ("\\$5", "5", True), ("10\\%", "10", True), ("50^\\circ", "50", True), ("5\\text{ cm}", "5", True), ("\\text{Evelyn}", "\\text{Evelyn}", True),
+    ("\\text{Evelyn}", "\\text{Briana}", False), ("6-5i", "-5i+6", True), ("\\pi", "3.14159265", True), ("\\pi", "3", False), ("12 dollars.", "12", True),
+    ("$72$ clips", "72", True), ("the total is 9", "9", True), ("3\\sqrt{2}", "3", False), ("2 \\sin x", "2", False), ("3", "4", False), ("x^2", "x^3", False),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", True), ("[1,2)", "[1,2]", False), ("yes", "no", False), ("", "1", False),
+]
+HOSTILE = ["9^{9^{9^{9}}}", "(((9!)!)!)!", "\\binom{10^{9}}{5^{12}}", "\\sum_{k=1}^{10^{12}} k^{k}", "\\frac{1}{" * 400 + "2" + "}" * 400,
+           "\\frac{1}{" * 10**4 + "2" + "}" * 10**4, "{" * 10**5, "}" * 10**5, "(" * 1500, "\\sqrt{" * 300 + "x" + "}" * 300, "\ud800\udfff\x00\x07", "1" * 1900]
+
+
+@pytest.mark.parametrize("grader", ["number", "exact", "letter"])
+def test_text_graders_start_no_process(grader, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with Grading(grader, faithful=False) as grading:
+        assert grading.judge([("1", "1"), (None, "1"), ("2", "1")]) == ["right", "no answer", "wrong"]
+        assert grading.majority([["answer is 2", "answer is 1", "answer is 1"], ["x"]]) == [1, 0]
+
+
+def test_faithful_reaches_the_grader():
+    for faithful, verdict in ((False, "right"), (True, "wrong")):
+        with Grading("letter", faithful=faithful) as grading:
+            assert grading.judge([("E. text", "E")]) == [verdict]
+
+
+@pytest.fixture(scope="module")
+def mathematical():
+    with Grading("math", faithful=False, workers=2, seconds=20.0) as grading:
+        yield grading
+
+
+def test_workers_judge_as_a_reader_does(mathematical):
+    found = mathematical.judge([(answer, gold) for answer, gold, _ in MATHEMATICS])
+    assert [(*pair[:2], verdict == "right") for pair, verdict in zip(MATHEMATICS, found)] == MATHEMATICS
+
+
+def test_workers_agree_with_math_verify_in_this_process(mathematical):
+    math_verify = pytest.importorskip("math_verify")
+    pairs = [(answer, gold) for answer, gold, _ in MATHEMATICS if "$" not in answer and " is " not in answer and "dollars" not in answer and answer]
+    expected = []
+    for answer, gold in pairs:
+        first, second = (math_verify.parse(f"${text}$", parsing_timeout=None) for text in (answer, gold))
+        expected.append(any(math_verify.verify(*order, timeout_seconds=None) for order in ((first, second), (second, first))))
+    assert [verdict == "right" for verdict in mathematical.judge(pairs)] == expected
+
+
+def test_equal_texts_are_right_and_missing_answers_are_none(mathematical):
+    assert mathematical.judge([(" ?? ", "??"), (None, "1"), ("1", "1")]) == ["right", "no answer", "right"]
+
+
+def test_majority_clusters_equivalent_answers(mathematical):
+    completions = [
+        ["answer is 3", "hm", "\\boxed{0.5}", "answer is 3", "so \\boxed{\\frac12}", "answer is 1/2"],
+        ["hm", "hm"],
+        ["answer is 2", "answer is 1"],  # tie: first
+        ["\\boxed{x+1}", "\\boxed{2}", "\\boxed{\\frac{4}{2}}"],
+    ]
+    assert mathematical.majority(completions) == [2, 0, 0, 1]
+    with pytest.raises(ValueError, match="no completions"):
+        mathematical.majority([[]])
+
+
+def test_hostile_answers_end_with_a_verdict_and_the_run_goes_on():
+    with Grading("math", faithful=False, workers=2, seconds=1.0, memory_bytes=512 << 20) as grading:
+        pairs = [pair for text in HOSTILE for pair in ((text, "1"), ("0.5", "\\frac{1}{2}"))]
+        found = grading.judge(pairs)
+        assert set(found[::2]) <= {"wrong", "timed out"} and "timed out" in found[::2]
+        assert set(found[1::2]) == {"right"}
+        assert grading.judge([("0.25", "\\frac{1}{4}")]) == ["right"]
+        assert grading.majority([["\\boxed{9^{9^{9^{9}}}}", "\\boxed{2}", "\\boxed{\\frac{4}{2}}"]]) == [1]
+        assert grading.judge([("1" * (MAX_CHARACTERS + 1), "1")]) == ["wrong"]
+
+
+def test_killed_workers_lose_nothing():
+    pairs = [(str(i), str(i + i % 2) + ".0") for i in range(600)]
+    with Grading("math", faithful=False, workers=2, seconds=60.0) as grading:
+        done = threading.Event()
+        kills = []
+
+        def kill_now_and_then():
+            while not done.wait(0.4) and len(kills) < 3:
+                for worker in list(grading._pool.workers)[:1]:
+                    if worker.is_ready and not done.is_set():
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(worker.process.pid, signal.SIGKILL)
+                            kills.append(worker.process.pid)
+
+        killer = threading.Thread(target=kill_now_and_then)
+        killer.start()
+        try:
+            found = grading.judge(pairs)
+        finally:
+            done.set()
+            killer.join()
+    assert kills
+    assert [verdict == "right" for verdict in found] == [i % 2 == 0 for i in range(600)]
+
+
+def test_a_pair_that_breaks_every_worker_times_out_alone(monkeypatch, tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        'import json, os, sys\nprint(\'"ready"\', flush=True)\n'
+        'for line in sys.stdin:\n    answer, gold = json.loads(line)\n    if answer == "die":\n        os._exit(3)\n    print("true", flush=True)\n'
+    )
+    monkeypatch.setattr("plasticity_jax.evaluate.grading._WORKER", worker)
+    with Grading("math", faithful=False, workers=2, seconds=60.0) as grading:
+        assert grading.judge([("1", "2"), ("die", "2"), ("3", "2"), ("die", "3")]) == ["right", "timed out", "right", "timed out"]
+
+
+def test_workers_that_cannot_start_are_named(monkeypatch, tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text("raise SystemExit(7)\n")
+    monkeypatch.setattr("plasticity_jax.evaluate.grading._WORKER", worker)
+    with Grading("math", faithful=False, workers=1) as grading, pytest.raises(ValueError, match=r"ended before it was ready \(status 7") as caught:
+        grading.judge([("1", "2")])
+    assert "\n" not in str(caught.value)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_parent(number):
+    program = (
+        "import threading, time\nfrom plasticity_jax.evaluate.grading import Grading\n"
+        "with Grading('math', faithful=False, workers=1, seconds=600.0) as grading:\n"
+        "    def tell():\n"
+        "        while not any(worker.pair for worker in grading._pool.workers): time.sleep(0.05)\n"
+        "        print(grading._pool.workers[0].process.pid, flush=True)\n"
+        "    threading.Thread(target=tell, daemon=True).start()\n"
+        "    grading.judge([('9^{9^{9^{9}}}', '1')])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    worker = int(parent.stdout.readline())
+    time.sleep(0.2)
+    assert _is_running(worker)
+    parent.send_signal(number)
+    assert parent.wait(60) != 0
+    parent.stdout.close()
+    for _ in range(600):
+        if not _is_running(worker):
+            break
+        time.sleep(0.05)
+    assert not _is_running(worker)
+
+
+def test_worker_brings_no_jax():
+    """Nor the package itself, so that it starts at once."""
+    program = ("import sys, runpy; sys.argv = ['worker', sys.argv[2], str(1 << 30)]; runpy.run_path(sys.orig_argv[-2], run_name='__main__');"
+               "sys.stderr.write(','.join(name for name in ('jax', 'numpy', 'plasticity_jax') if name in sys.modules) + '.')")
+    from plasticity_jax.evaluate import grading_worker
+
+    # A file takes standard error, which the worker makes its output too.
+    done = subprocess.run([sys.executable, "-P", "-c", program, grading_worker.__file__, str(os.getpid())], input=b"", capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == b"." and done.stdout == b'"ready"\n'
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"grader": "likelihood"}, "'likelihood' is unknown"),
+    ({"grader": "math", "workers": -1}, "workers=-1"),
+    ({"grader": "math", "seconds": float("nan")}, "seconds=nan"),
+])
+def test_impossible_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Grading(**{"faithful": False} | arguments)
+
+
+PIECES = ["\\boxed{", "}", "{", "\\frac{1}{2}", "answer is", "The answer is ", ":", "A", "(B)", "c.", "42", "1,234.5", "-", ".", "x^2+1", "\\sqrt{2}", "\\text{", "$",
+          "\\(", "\\)", "yes", "maybe", "\n", "\t", "\x00", "\x1b", "\ud800", "\udfff", "\ufeff", "é", "٣", "𝟙", "\\", "\\\\", "\\left(", "^", "_", "%", "#", "&", "=",
+          "<", "9" * 50, " " * 40, "(" * 40, "\\sum", "\\int", "\\infty", "e^{", "!", "nan", "inf", "1e999999999"]
+
+
+def _fuzzed(count: int) -> list[str]:
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(PIECES, k=draw.randrange(12))) for _ in range(count)]
+    for position in range(0, count, 500):  # some are very long
+        texts[position] = "answer is" + draw.choice(PIECES) * 20_000
+    return texts
+
+
+def test_ten_thousand_fuzzed_completions_get_a_verdict_from_every_text_grader():
+    texts = _fuzzed(10_000)
+    answers = [extract_answer(text) for text in texts]
+    assert any(answers) and any(answer is None for answer in answers)
+    for grader in ("exact", "number", "letter"):
+        for faithful in (False, True):
+            with Grading(grader, faithful=faithful) as grading:
+                verdicts = grading.judge([(answer, "A") for answer in answers])
+                assert len(verdicts) == 10_000 and all(isinstance(verdict, Verdict) for verdict in verdicts)
+                assert all((verdict == "no answer") == (answer is None) for verdict, answer in zip(verdicts, answers))
+                assert len(grading.majority([texts[i : i + 16] for i in range(0, 10_000, 16)])) == 625
+
+
+def test_ten_thousand_fuzzed_completions_get_a_mathematical_verdict():
+    answers = [extract_answer(text) for text in _fuzzed(10_000)]
+    with Grading("math", faithful=False, workers=2) as grading:
+        verdicts = grading.judge([(answer, "42") for answer in answers])
+    assert len(verdicts) == 10_000 and {"right", "wrong", "no answer"} <= set(verdicts)
+    assert all((verdict == "no answer") == (answer is None) for verdict, answer in zip(verdicts, answers))
