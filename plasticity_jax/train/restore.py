@@ -67,12 +67,17 @@ def relative_update(before: Params, after: Params) -> float:
 
 def _state_at(settings: StepSettings, mesh: Mesh, initial: Params, run: AnyPath, step: int) -> State:
     if step == 0:
-        return jax.jit(functools.partial(initial_state, settings))(initial)
+        return _compiled_start(settings)(initial)
     abstract = _abstract_state(settings, mesh)
     with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
         params, optimizer = checkpoints.restore(step, abstract["params"], abstract["optimizer"])
     counter = jax.device_put(jnp.int32(step), NamedSharding(mesh, PartitionSpec()))
     return {"params": params, "optimizer": optimizer, "step": counter}
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_start(settings: StepSettings):
+    return jax.jit(functools.partial(initial_state, settings))
 
 
 def _abstract_state(settings: StepSettings, mesh: Mesh) -> Any:

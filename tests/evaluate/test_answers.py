@@ -90,8 +90,44 @@ def test_number_grader_agrees_with_integers(first, second):
     assert judge(f" {first}", str(second), "number") is (first == second)
 
 
+@pytest.mark.parametrize(("answer", "letter"), [
+    ("B", "B"), ("(C)", "C"), ("D. text", "D"), ("c", "C"), ("c)", "C"), ("**B**", "B"), ("\\text{(B)}", "B"), ("\\textbf{A}", "A"), ("$B$", "B"),
+    ("B: Paris", "B"), ("B - Paris", "B"), ("B\nso", "B"), (" J. ", "J"), ("E", "E"), ("e", "E"),
+    ("A and B", None), ("A or B.", None), ("(A) and (B)", None), ("A, B", None), ("A/B", None), ("Because...", None), ("A dog", None), ("B because", None),
+    ("a.m.", None), ("K", None), ("Paris", None), ("", None),
+])
+def test_letter_of_an_answer(answer, letter):
+    assert [gold for gold in "ABCDEFGHIJ" if judge(answer, gold, "letter")] == ([letter] if letter else [])
+    assert judge(answer, "A. first", "letter") is (letter == "A")
+    # The original knows A to D alone: of the others, only the letter itself is right, apart from punctuation around it.
+    faithful = [gold for gold in "ABCDEFGHIJ" if judge(answer, gold, "letter", faithful=True)]
+    assert faithful == ([letter] if letter and (letter in "ABCD" or answer.strip(" .") == letter) else [])
+
+
+def test_letter_falls_back_on_the_text():
+    assert judge("Paris.", "Paris", "letter") and judge(" (New York)", "New York", "letter")
+    assert not judge("Paris", "paris", "letter") and not judge("A dog", "A", "letter")
+    assert not judge("E. text", "E", "letter", faithful=True)
+
+
+def test_majority_by_letter():
+    completions = ["answer is Paris", "answer is (e) second", "answer is E."]
+    assert majority_index(completions, "letter") == 1
+    assert majority_index(completions, "letter", faithful=True) == 0
+    assert majority_answer(completions, "letter") == "(e) second"
+
+
+@pytest.mark.parametrize("text", ["\\boxed{" * 50_000, "\\boxed{" * 50_000 + "}" * 50_000, "{" * 10**5, "answer is:" * 50_000,
+                                  "answer is" + "(" * 10**5, "answer is" + "\\text{" * 50_000,
+                                  "answer is A" + " -" * 10**5, "answer is A" + ")." * 10**5 + "x", "answer is" + " " * 10**5 + "x", "answer is " + "1," * 10**5 + "x"])
+def test_hostile_texts_take_linear_time(text):
+    answer = extract_answer(text)
+    for grader in ("exact", "number", "letter"):
+        assert judge(answer, "Z", grader) is False
+
+
 def test_unknown_grader_is_refused():
-    with pytest.raises(ValueError, match="'fuzzy' is unknown; use one of exact, number"):
+    with pytest.raises(ValueError, match="'fuzzy' is unknown; use one of exact, number, letter"):
         judge("1", "1", "fuzzy")
     with pytest.raises(ValueError, match="'fuzzy'"):
         majority_index(["1"], "fuzzy")

@@ -200,3 +200,17 @@ def test_a_partial_faceted_study_has_a_page(tmp_path):
     fields = (("train.peak_lr", RATES), ("model.d_ff", (64, 96)))
     by_rate = replace(BY_RATE, grid=replace(BY_RATE.grid, weight_decay=(0.1,), changes=(), fields=fields))
     assert words(write_study(tmp_path / "rates", by_rate, stages=())).count("No member of this part has finished yet.") == 2
+
+
+def test_a_swept_fine_tuning_cuts_the_page_and_shows_what_is_of_the_base_models_once(tmp_path):
+    grid = GridConfig(timescales=(None, 4.0), fields=(("finetune.peak_lr", (1e-3, 3e-3)),))
+    study = write_study(tmp_path, Planted(loss=(3.3, 3.2), grid=grid))
+    page = write_report(study).read_text(encoding="utf-8")
+    assert "Two language models" in page and "fine-tuned in several ways: the fine-tuning peak learning rate (0.001, 0.003)" in page
+    results = collect(study)
+    assert [part.title for part in results.slices] == ["SFT lr = 0.001", "SFT lr = 0.003"]
+    assert page.count('id="figure-SFT_lr0.001-loss_curves"') == 1 and "figure-SFT_lr0.003-loss_curves" not in page
+    assert 'id="figure-SFT_lr0.003-gains"' in page and not list((study / "report" / "figures").glob("SFT_lr0.003-gap.*"))
+    for m in results.members:
+        assert m.loss is not None and m.gap is not None and set(m.before) == set(m.after) == {"topic", "sentiment"}
+        assert all(dict(m.member.overrides)["finetune.peak_lr"] == run.run.fields["peak_lr"] for run in results.runs if run.run.stage == "finetune" and run.run.member == m.name)
