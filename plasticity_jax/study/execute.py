@@ -19,7 +19,7 @@ from plasticity_jax.study.graph import corpus_run, init_run, run_configs, study_
 
 log = logging.getLogger("plasticity_jax")
 
-_TOGETHER = ("pretrain", "finetune", "evaluate", "samples")  # stages that all processes of a run carry out at once; the others are the first one's
+_TOGETHER = ("pretrain", "finetune", "evaluate", "samples", "verifier", "reward", "zero_shot")  # stages that all processes of a run carry out at once; the others are the first one's
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
 _STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")

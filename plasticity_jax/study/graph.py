@@ -113,8 +113,9 @@ def verifier_run(config: StudyConfig, tuned: Sequence[Run]) -> Run:
     """The outcome verifier of a task: begins as the first of the fine-tuned models, and learns from the samples of all."""
     first = tuned[0]
     fields = result_fields(config.verifier) | {
-        "length_buckets": config.finetune.length_buckets,
+        **{name: getattr(config.finetune, name) for name in ("b1", "b2", "eps", "clip_norm", "length_buckets")},
         "max_length": config.reward.max_length,
+        "faithful": config.faithful,
         "compute_dtype": config.train.compute_dtype,
     }
     parents = {"base": first.id, "task": first.parents["task"]} | {f"samples-{run.member}": samples_run(config, run).id for run in tuned}
@@ -124,7 +125,7 @@ def verifier_run(config: StudyConfig, tuned: Sequence[Run]) -> Run:
 def reward_run(config: StudyConfig, scored: Run, verifier: Run | None) -> Run:
     """Rewards of the completions of an evaluate run."""
     reward = config.reward
-    fields = result_fields(reward) | {"compute_dtype": config.train.compute_dtype}
+    fields = result_fields(reward) | {"faithful": config.faithful, "compute_dtype": config.train.compute_dtype}
     parents = {"completions": scored.id, "task": scored.parents["task"]}
     if reward.model is not None:
         fields["model"] = model_content(reward.model)

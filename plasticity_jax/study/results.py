@@ -12,6 +12,7 @@ from plasticity_jax.analysis.statistics import wilson_interval
 from plasticity_jax.append_log import read_log
 from plasticity_jax.config import Member, StudyConfig, from_dict, grid_members
 from plasticity_jax.errors import UserError
+from plasticity_jax.evaluate.metrics import pass_at_k
 from plasticity_jax.records import METRICS, Run, RunDirectory, read_json
 from plasticity_jax.storage import AnyPath, location
 from plasticity_jax.study.sweep import Axis, facet_axes, study_axis, swept_values
@@ -61,11 +62,12 @@ class Outcomes:
             return self.greedy, ones
         if self.right is None:
             return None
-        share = self.right / self.n_samples
+        share, draws = self.right / self.n_samples, name.rpartition("@")[2]
         found = {
             "maj": (self.majority, ones),
             "pass": (self.right > 0, ones),
             "mean": (share, ones),
+            "unbiased_pass": (np.array([pass_at_k(self.n_samples, int(c), int(draws)) for c in self.right]) if kind == "unbiased_pass" else None, ones),
             "correct_ratio": (share, self.right > 0),
             "rm": (self.chosen, ones),
             "orm_score": (self.rewards, ones),

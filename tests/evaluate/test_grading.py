@@ -18,7 +18,8 @@ from plasticity_jax.evaluate.grading_worker import MAX_CHARACTERS
 # As math-verify itself judges them, and as a reader would.
 MATHEMATICS = [
     ("\\frac{1}{2}", "0.5", True), ("1/2", "\\frac12", True), ("x+1", "1+x", True), ("(x+1)^2", "x^2+2x+1", True), ("2\\sqrt{3}", "\\sqrt{12}", True),
-    ("\\{1,2\\}", "\\{2,1\\}", True), ("(1,2)", "(1,2)", True), ("(1,2)", "(2,1)", False), ("x=5", "5", True), ("5", "x=5", True), ("1,234", "1234", True),
+    ("\\{1,2\\}", "\\{2,1\\}", True), ("(1,2)", "(1,2)", True), ("(1,2)", "(2,1)", False), ("x=5", "5", True),
+    ("1 \\le x \\le 2", "[1,2]", True), ("[1,2]", "1 \\le x \\le 2", True), ("1,234", "1234", True),
     ("\\$5", "5", True), ("10\\%", "10", True), ("50^\\circ", "50", True), ("5\\text{ cm}", "5", True), ("\\text{Evelyn}", "\\text{Evelyn}", True),
     ("\\text{Evelyn}", "\\text{Briana}", False), ("6-5i", "-5i+6", True), ("\\pi", "3.14159265", True), ("\\pi", "3", False), ("12 dollars.", "12", True),
     ("$72$ clips", "72", True), ("the total is 9", "9", True), ("3\\sqrt{2}", "3", False), ("2 \\sin x", "2", False), ("3", "4", False), ("x^2", "x^3", False),
