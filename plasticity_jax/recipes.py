@@ -95,6 +95,8 @@ def _study(preset_name: str, *, tokens: float, batch_size: int, seq_len: int, pe
     config.evaluate.n_samples = 16
     config.evaluate.seed = 42
     config.evaluate.repetition_penalty = 1.1
+    config.reward.scorer = "sequence-classification"
+    config.reward.model = "data/Skywork-Reward-Llama-3.1-8B-v0.2"
     config.evaluate.prompt_buckets = (128, 256, 512, 1024)
     config.probe.max_length = 512
     config.gap.tokens_per_side = 50_000_000

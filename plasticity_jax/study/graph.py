@@ -123,7 +123,7 @@ def verifier_run(config: StudyConfig, tuned: Sequence[Run]) -> Run:
 
 
 def reward_run(config: StudyConfig, scored: Run, verifier: Run | None) -> Run:
-    """Rewards of the completions of an evaluate run."""
+    """Rewards of the completions of a fine-tuned model."""
     reward = config.reward
     fields = result_fields(reward) | {"faithful": config.faithful, "compute_dtype": config.train.compute_dtype}
     parents = {"completions": scored.id, "task": scored.parents["task"]}
@@ -204,7 +204,7 @@ def build_graph(config: StudyConfig) -> list[Run]:
     ]
     after = [(own, evaluate_run(own, model, model.task)) for own, model in tuned]
     samples, verifiers = _verifiers(config, tuned)
-    written = [(own, scored) for own, scored in [*before, *after] if config.reward.scorer != "none" and not by_likelihood(scored.task)]
+    written = [(own, scored) for own, scored in after if config.reward.scorer != "none" and not by_likelihood(scored.task)]
     tested = [*bases, *tuned] if config.zero_shot.sets else []
     return [
         *prepare,

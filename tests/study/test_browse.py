@@ -33,7 +33,7 @@ def test_a_filter_gives_the_completions_it_names_and_no_others(workdir):
         assert found == list(browse(workdir, Filter(weight_decay=float(f"{decay:.4g}"), task="topic", when="after")))
     wrong = list(browse(workdir, Filter(task="topic", when="after", verdict="no answer")))
     assert wrong and all(row["answer"] is None and row["verdict"] == "no answer" for row in wrong)
-    one = list(browse(workdir, Filter(problem="topic-7", samples=True, member=members[0][0], when="before")))
+    one = list(browse(workdir, Filter(problem="topic-7", samples=True, member=members[0][0], when="after")))
     assert [row["sample"] for row in one] == list(range(9)) and one[3]["prompt"].startswith("Human: Which <b>word</b>")
     assert one[0]["reward"] is None and one[1]["reward"] == pytest.approx(-1 + 2 * 7 / (PROBLEMS["topic"] - 1))
 
