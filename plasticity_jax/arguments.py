@@ -88,6 +88,9 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the most likely token")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens; 0 from all")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens that hold this probability")
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="of tokens that are there already; 1 is none")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
     for name in SEVERAL:
         together = commands.choices[name].add_argument_group("several processes, started by hand (Cloud TPU and SLURM need none of these)")

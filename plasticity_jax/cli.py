@@ -341,12 +341,25 @@ def _generate(arguments) -> int:
         raise UserError(f"--max-new-tokens={arguments.max_new_tokens} must be at least 1.")
     if not 0 <= arguments.temperature < float("inf"):
         raise UserError(f"--temperature={arguments.temperature} must be 0 or more.")
+    if arguments.top_k < 0 or not 0 < arguments.top_p <= 1:
+        raise UserError(f"--top-k={arguments.top_k} must not be negative, and --top-p={arguments.top_p} must be above 0 and at most 1.")
+    if not 0 < arguments.repetition_penalty < float("inf"):
+        raise UserError(f"--repetition-penalty={arguments.repetition_penalty} must be positive; 1 is none.")
     from plasticity_jax.evaluate.generate import continue_text
     from plasticity_jax.model.load import load_model
 
     def text() -> str:
         model = load_model(arguments.model)
-        return continue_text(model, arguments.prompt, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed)
+        return continue_text(
+            model,
+            arguments.prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            repetition_penalty=arguments.repetition_penalty,
+        )
 
     continued = processes.broadcast(text)
     if processes.primary():

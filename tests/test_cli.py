@@ -65,6 +65,11 @@ FLOAT32 = "--config.train.compute_dtype=float32"  # where the check comes after 
         (["generate", "--model", "nowhere", "--prompt", "x"], "nowhere"),
         (["generate", "--model", "nowhere", "--prompt", "x", "--max-new-tokens", "0"], "at least 1"),
         (["generate", "--model", "nowhere", "--prompt", "x", "--temperature", "-1"], "--temperature"),
+        (["generate", "--model", "nowhere", "--prompt", "x", "--top-k", "-1"], "--top-k"),
+        (["generate", "--model", "nowhere", "--prompt", "x", "--top-p", "0"], "--top-p"),
+        (["generate", "--model", "nowhere", "--prompt", "x", "--repetition-penalty", "0"], "--repetition-penalty"),
+        (["show", "--workdir", "nowhere"], "--workdir=nowhere"),
+        (["show", "--workdir", "nowhere", "--limit", "-1"], "--limit=-1"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(capsys, tmp_path, monkeypatch, argv, words):

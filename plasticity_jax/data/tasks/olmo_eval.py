@@ -3,7 +3,7 @@
 import gzip
 import io
 import json
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 from plasticity_jax.progress import Progress
