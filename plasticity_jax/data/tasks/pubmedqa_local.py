@@ -27,4 +27,4 @@ def _question(doc: dict, wheels: "Wheels") -> Question:
     return Question(row, (question, abstract))
 
 
-PUBMEDQA_LOCAL = Task(name="pubmedqa", grader="exact", labels=("yes", "no"), packages=(PACKAGE,), chance_note="the more common answer, yes, is about 0.72 of the rows", build=build)
+PUBMEDQA_LOCAL = Task(name="pubmedqa-local", grader="exact", labels=("yes", "no"), packages=(PACKAGE,), chance_note="the more common answer, yes, is about 0.72 of the rows", build=build)
