@@ -25,15 +25,12 @@ def get_config():
     config.grid.timescales = (None, 0.2)
     config.finetune.batch_size = 16
     config.tasks = {
-        "addition2": task(train_rows=128, test_rows=16, verifier_rows=24, epochs=1, max_new_tokens=24),
-        "topic": task(train_rows=128, test_rows=16, verifier_rows=24, epochs=1, max_new_tokens=8),
+        "addition2": task(train_rows=128, test_rows=16, epochs=1, max_new_tokens=24),
+        "topic": task(train_rows=128, test_rows=16, epochs=1, max_new_tokens=8),
     }
     config.evaluate.n_samples = 2
     config.evaluate.prompt_buckets = (64, 192)
     config.evaluate.batch_size = 64
-    config.reward.scorer = "verifier"
-    config.reward.max_length = 192
-    config.verifier.n_samples = 2
     config.probe.train_rows = 200
     config.probe.test_rows = 100
     config.probe.max_length = 64

@@ -21,6 +21,8 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.locks import Held, is_locked, lock
 from plasticity_jax.storage import AnyPath, is_local, location, make_folder, replacing, upload, write_bytes
 
+SAMPLES = "samples-"  # roles of a verifier's parents with graded samples begin with it
+
 # Of a study's graph. Runs of stage "import", models from elsewhere, belong to none.
 STAGES = ("prepare", "init", "pretrain", "evaluate", "finetune", "samples", "verifier", "reward", "zero_shot", "probe", "spectra", "gap")
 

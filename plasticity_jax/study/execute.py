@@ -13,7 +13,7 @@ from pathlib import Path
 from plasticity_jax.config import RewardConfig, StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.parallel import processes
-from plasticity_jax.records import Context, Run, RunDirectory, read_json, to_json
+from plasticity_jax.records import SAMPLES, Context, Run, RunDirectory, read_json, to_json
 from plasticity_jax.storage import AnyPath, check_writable, free_bytes, location, relative
 from plasticity_jax.study.graph import corpus_run, init_run, run_configs, study_dir
 
@@ -304,7 +304,10 @@ def _carry_out(
             for context in contexts:
                 directory = stack.enter_context(context.directory.work(context.run, context.config))
                 directory.provenance["parent_paths"] = {role: relative(path, directory.path) for role, path in context.parents.items()}
-            return [role for role, path in contexts[0].parents.items() if RunDirectory(path).state()[0] == "diverged"]
+            gone = [role for role, path in contexts[0].parents.items() if RunDirectory(path).state()[0] == "diverged"]
+            # A verifier learns from the samples of the members that are left.
+            samples = [role for role in contexts[0].parents if role.startswith(SAMPLES)]
+            return [role for role in gone if role not in samples] or (samples if samples and set(samples) <= set(gone) else [])
 
         def carry_out() -> None:
             start = time.monotonic()

@@ -9,7 +9,7 @@ from typing import Any
 
 from plasticity_jax.config import Member, StudyConfig, grid_members, member_config, result_fields, to_dict
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import Run, RunDirectory, read_json, to_json, write_json
+from plasticity_jax.records import SAMPLES, Run, RunDirectory, read_json, to_json, write_json
 from plasticity_jax.storage import AnyPath, location, make_folder
 
 
@@ -118,7 +118,7 @@ def verifier_run(config: StudyConfig, tuned: Sequence[Run]) -> Run:
         "faithful": config.faithful,
         "compute_dtype": config.train.compute_dtype,
     }
-    parents = {"base": first.id, "task": first.parents["task"]} | {f"samples-{run.member}": samples_run(config, run).id for run in tuned}
+    parents = {"base": first.id, "task": first.parents["task"]} | {f"{SAMPLES}{run.member}": samples_run(config, run).id for run in tuned}
     return Run(config.name, "verifier", first.task, fields, parents, task=first.task, seed=config.verifier.seed)
 
 

@@ -39,7 +39,7 @@ from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.batches import check_batch_size
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import batch_sharding
-from plasticity_jax.records import Context
+from plasticity_jax.records import SAMPLES, Context, RunDirectory
 from plasticity_jax.storage import AnyPath
 from plasticity_jax.train.initial import CHECKPOINTS
 from plasticity_jax.train.loop import LoopSettings, Track, train
@@ -48,9 +48,6 @@ from plasticity_jax.train.restore import common_step
 from plasticity_jax.train.step import Batch, Hyper, Metrics, State, hyper_parameters
 
 log = logging.getLogger("plasticity_jax")
-
-SAMPLES = "samples-"  # roles of the parents with graded samples begin with it
-
 
 @dataclass(frozen=True)
 class VerifierStep:
@@ -72,7 +69,7 @@ def run(context: Context) -> dict[str, Any]:
     """Trains a verifier from the model of the parent "base" on the completions of the parents "samples-..."; resumes at the last checkpoint.
 
     All parameters learn, by binary cross-entropy on whether a completion is right. A text that several members wrote for the same problem counts
-    once. Some of the problems, by hash of their id, are held out with all their completions. Where all completions to learn from are right, or all
+    once; parents that diverged are passed over. Some of the problems, by hash of their id, are held out with all their completions. Where all completions to learn from are right, or all
     wrong, nothing is learned and the head stays zero, so that every reward is 0.
 
     Returns:
@@ -148,7 +145,8 @@ def _samples(context: Context) -> tuple[int, list[Completion]]:
     roles = sorted(role for role in context.parents if role.startswith(SAMPLES))
     if not roles:
         raise UserError(f"verifier {context.run.name} has no graded samples to learn from; give it a parent whose role begins with {SAMPLES!r}.")
-    found = [completion for role in roles for completion in read_completions(context.parents[role])]
+    left = [context.parents[role] for role in roles if RunDirectory(context.parents[role]).state()[0] != "diverged"]
+    found = [completion for path in left for completion in read_completions(path)]
     different = {(completion.id, completion.text): completion for completion in found}
     return len(found), list(different.values())
 

@@ -79,6 +79,21 @@ def test_children_of_a_diverged_run_are_recorded_as_diverged(tmp_path, stages):
     assert not [run for run in RUNS if run.stage == "evaluate" and run.member == bad.member and run.id in stages.called]
 
 
+def test_a_diverged_member_leaves_the_verifier_to_the_others(tmp_path, stages):
+    config = load_config(
+        Path(__file__).parents[2] / "configs" / "tiny.py",
+        [("train.compute_dtype", "float32"), ("reward.scorer", "verifier"), ("tasks.addition2.verifier_rows", "8"), ("tasks.topic.verifier_rows", "8")],
+    )
+    runs = build_graph(config)
+    bad = [run for run in runs if run.stage == "pretrain"][-1]
+    stages.diverge.add(bad.id)
+    execute(config, tmp_path, runs)
+    now = {run.id: RunDirectory(tmp_path / config.name / run.id).state()[0] for run in runs}
+    assert {now[run.id] for run in runs if run.stage == "verifier"} == {"done"}
+    for run in runs:
+        assert now[run.id] == ("diverged" if run.member == bad.member else "done")
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("write failed: No space left on device")])
 def test_a_full_disk_stops_the_study_as_a_users_problem(tmp_path, stages, error):
     stages.fail[RUNS[1].id] = error
