@@ -98,7 +98,7 @@ def test_killed_workers_lose_nothing():
         kills = []
 
         def kill_now_and_then():
-            while not done.wait(0.2) and len(kills) < 3:
+            while not done.wait(0.2) and not kills:  # a second one could meet the same pair, which then counts as timed out
                 for worker in list(grading._pool.workers)[:1]:
                     if worker.is_ready and not done.is_set():
                         with contextlib.suppress(ProcessLookupError):
