@@ -2,7 +2,7 @@
 
 Command: python benchmarks/generation.py
 
-A random Llama of 13 million parameters in float32, prompts of 128 tokens, 128 new tokens, no end of text, temperature 1. Each side gets one round
+A random Llama of 13 million parameters in float32, prompts of 128 tokens, 64 new tokens, no end of text, temperature 1. Each side gets one round
 beforehand that does not count, in which ours compiles. Needs torch and transformers, from the environment that tests/parity-environment makes; run
 from another one, it starts itself again there.
 """
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROUNDS = 3
-PROMPTS, SAMPLES, LENGTH, NEW = 32, 16, 128, 128
+PROMPTS, SAMPLES, LENGTH, NEW = 32, 16, 128, 64
 PARITY = Path(__file__).resolve().parents[1] / ".venv-parity" / "bin" / "python"
 
 
