@@ -5,6 +5,8 @@ Command: python benchmarks/generation.py
 A random Llama of 13 million parameters in float32, prompts of 128 tokens, 64 new tokens, no end of text, temperature 1. Each side gets one round
 beforehand that does not count, in which ours compiles. Needs torch and transformers, from the environment that tests/parity-environment makes; run
 from another one, it starts itself again there.
+
+On 2 CPU cores, one counted round (ROUNDS = 1), transformers 5.23, jax 0.10.2: 39.1 s against 11.6 s, 839 and 2,837 tokens/s, ratio 3.4.
 """
 
 import importlib.util
