@@ -9,7 +9,9 @@ import types
 import typing
 from typing import Any
 
+from plasticity_jax.config_checks_downstream import check_downstream
 from plasticity_jax.config_fields import Member, ModelConfig, StudyConfig, execution_fields, grid_members, member_config, result_fields
+from plasticity_jax.config_rules import check_choice, check_pattern, check_positive, check_share, refuse_unless
 from plasticity_jax.errors import UserError
 
 
@@ -73,7 +75,6 @@ def _describe(hint: Any) -> str:
     return {int: "an int", float: "a float", bool: "True or False", str: "a string", dict: "a dict", Any: "any value"}.get(hint, str(hint))
 
 
-ZERO_SHOT_SETS = ("hellaswag", "winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
 _SWEPT_SECTIONS = ("model", "train", "decay", "data", "finetune")
 
 
@@ -122,73 +123,47 @@ def check_config(config: StudyConfig) -> None:
     _check_model(config.model)
     _check_train(config)
     _check_choices(config)
-    _check_downstream(config)
+    check_downstream(config)
     _check_hardware(config)
     _check_launch(config)
     _check_grid(config)
 
 
-def _refuse_unless(ok: bool, message: str) -> None:
-    if not ok:
-        raise UserError(message)
-
-
 def _check_name(name: str) -> None:
-    _refuse_unless(
+    refuse_unless(
         re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
         f"name={name!r} becomes a folder: use letters, digits, dot, dash and underscore, beginning with a letter or digit.",
     )
 
 
-def _positive(path: str, value: float) -> None:
-    _refuse_unless(math.isfinite(value) and value > 0, f"{path}={value} must be positive and finite.")
-
-
-def _share(path: str, value: float) -> None:
-    _refuse_unless(0 <= value <= 1, f"{path}={value} is a share; it must lie between 0 and 1.")
-
-
-def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
-    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    _refuse_unless(value in choices, f"{path}={value!r} must be one of {', '.join(choices)}{hint}")
-
-
-def _pattern(where: str, pattern: str, example: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{where} {pattern!r} is no regular expression ({error}); write one such as {example!r}.") from error
-
-
 def _check_model(model: ModelConfig) -> None:
     for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "rope_theta", "norm_eps"):
-        _positive(f"model.{name}", getattr(model, name))
+        check_positive(f"model.{name}", getattr(model, name))
     d, h, kv = model.d_model, model.n_heads, model.n_kv_heads
     if model.d_head is None:
         low, high = d // h * h, (d // h + 1) * h
-        _refuse_unless(
+        refuse_unless(
             d % h == 0,
             f"model.d_model={d} is not divisible by model.n_heads={h}; set d_model to {low or high} or {high}, change n_heads, or give model.d_head.",
         )
     else:
-        _positive("model.d_head", model.d_head)
-    _refuse_unless(h % kv == 0, f"model.n_heads={h} is not divisible by model.n_kv_heads={kv}; set n_kv_heads to a divisor of {h}.")
-    _refuse_unless(
+        check_positive("model.d_head", model.d_head)
+    refuse_unless(h % kv == 0, f"model.n_heads={h} is not divisible by model.n_kv_heads={kv}; set n_kv_heads to a divisor of {h}.")
+    refuse_unless(
         model.head_dim % 2 == 0, f"the head size {model.head_dim} is odd; rotary embedding needs an even one: change model.d_head, or d_model or n_heads."
     )
-    _choice("model.norm_position", model.norm_position, ("pre", "post"))
-    _choice("model.init", model.init, ("scaled", "truncated"))
+    check_choice("model.norm_position", model.norm_position, ("pre", "post"))
+    check_choice("model.init", model.init, ("scaled", "truncated"))
     if model.rope_scaling is not None:
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_length"):
-            _positive(f"model.rope_scaling.{name}", getattr(model.rope_scaling, name))
+            check_positive(f"model.rope_scaling.{name}", getattr(model.rope_scaling, name))
         low, high = model.rope_scaling.low_freq_factor, model.rope_scaling.high_freq_factor
-        _refuse_unless(low < high, f"model.rope_scaling.low_freq_factor={low} must be below high_freq_factor={high}.")
+        refuse_unless(low < high, f"model.rope_scaling.low_freq_factor={low} must be below high_freq_factor={high}.")
 
 
 def check_trained_vocabulary(config: StudyConfig) -> None:
     """Of a config that will train its tokenizer; an imported model's config may have any vocabulary. Raises UserError."""
-    _refuse_unless(
+    refuse_unless(
         config.data.tokenizer != "train" or config.model.vocab_size >= 300,
         f"model.vocab_size={config.model.vocab_size} is below 300; a byte-level tokenizer needs 256 bytes and special tokens.",
     )
@@ -211,25 +186,25 @@ def _check_train(config: StudyConfig) -> None:
         "checkpoint_every",
         "microbatches",
     ):
-        _positive(f"train.{name}", getattr(train, name))
-    _refuse_unless(
+        check_positive(f"train.{name}", getattr(train, name))
+    refuse_unless(
         train.batch_size % train.microbatches == 0,
         f"train.batch_size={train.batch_size} is not divisible by train.microbatches={train.microbatches}; set microbatches to a divisor of it.",
     )
-    _refuse_unless(
+    refuse_unless(
         train.loss_chunks == 0 or (train.loss_chunks > 0 and train.seq_len % train.loss_chunks == 0),
         f"train.seq_len={train.seq_len} is not divisible by train.loss_chunks={train.loss_chunks}; set loss_chunks to a divisor of it, or to 0.",
     )
     for name in ("warmup_share", "decay_share", "final_lr_share", "b1", "b2"):
-        _share(f"train.{name}", getattr(train, name))
+        check_share(f"train.{name}", getattr(train, name))
     if train.schedule == "wsd":
-        _refuse_unless(
+        refuse_unless(
             train.warmup_share + train.decay_share <= 1,
             f"train.warmup_share={train.warmup_share} and train.decay_share={train.decay_share} together exceed the run; lower one of them.",
         )
-    _refuse_unless(math.isfinite(train.z_loss) and train.z_loss >= 0, f"train.z_loss={train.z_loss} must be finite and not negative; OLMo-2 uses 1e-5.")
-    _refuse_unless(train.b1 < 1 and train.b2 < 1, f"train.b1={train.b1} and train.b2={train.b2} must be below 1.")
-    _refuse_unless(0 < data.held_out_share < 1, f"data.held_out_share={data.held_out_share} must lie strictly between 0 and 1; 0.1 is usual.")
+    refuse_unless(math.isfinite(train.z_loss) and train.z_loss >= 0, f"train.z_loss={train.z_loss} must be finite and not negative; OLMo-2 uses 1e-5.")
+    refuse_unless(train.b1 < 1 and train.b2 < 1, f"train.b1={train.b1} and train.b2={train.b2} must be below 1.")
+    refuse_unless(0 < data.held_out_share < 1, f"data.held_out_share={data.held_out_share} must lie strictly between 0 and 1; 0.1 is usual.")
     _check_data(config)
 
 
@@ -237,52 +212,52 @@ def _check_data(config: StudyConfig) -> None:
     from plasticity_jax.data.named_tokenizers import check_setting
 
     data = config.data
-    _refuse_unless(data.files is None or data.tfds is None, f"data.files={data.files} and data.tfds={data.tfds}: set one of the two, the other to None.")
+    refuse_unless(data.files is None or data.tfds is None, f"data.files={data.files} and data.tfds={data.tfds}: set one of the two, the other to None.")
     streamed = data.files is not None or data.tfds is not None
     for name in ("files", "tfds", "tfds_split", "text_field", "tokenizer"):
-        _refuse_unless(getattr(data, name) != "", f"data.{name}='' is empty; give it a value or leave it out.")
-    _refuse_unless(streamed or len(data.sources) > 0, "data.sources=() is empty; name at least one source.")
+        refuse_unless(getattr(data, name) != "", f"data.{name}='' is empty; give it a value or leave it out.")
+    refuse_unless(streamed or len(data.sources) > 0, "data.sources=() is empty; name at least one source.")
     for name, value, ok, other in (("max_documents", data.max_documents, not streamed, "max_tokens"), ("max_tokens", data.max_tokens, streamed, "max_documents")):
         if value is not None:
-            _positive(f"data.{name}", value)
+            check_positive(f"data.{name}", value)
             place = "data.sources" if name == "max_documents" else "data.files and data.tfds"
-            _refuse_unless(ok, f"data.{name}={value} is for {place}; set data.{other} in its place.")
-    _refuse_unless(data.workers >= 0, f"data.workers={data.workers} must not be negative; 0 takes one process per core.")
+            refuse_unless(ok, f"data.{name}={value} is for {place}; set data.{other} in its place.")
+    refuse_unless(data.workers >= 0, f"data.workers={data.workers} must not be negative; 0 takes one process per core.")
     check_setting(data.tokenizer, config.model.vocab_size)
 
 
 def _check_launch(config: StudyConfig) -> None:
     launch = config.launch
-    _positive("launch.start_timeout", launch.start_timeout)
-    _refuse_unless(launch.compile_cache != "", "launch.compile_cache='' is empty; give a folder, or None to keep no compiled programs.")
-    _refuse_unless(0 < launch.mfu <= 1, f"launch.mfu={launch.mfu} is a share of the peak; it must be above 0 and at most 1.")
+    check_positive("launch.start_timeout", launch.start_timeout)
+    refuse_unless(launch.compile_cache != "", "launch.compile_cache='' is empty; give a folder, or None to keep no compiled programs.")
+    refuse_unless(0 < launch.mfu <= 1, f"launch.mfu={launch.mfu} is a share of the peak; it must be above 0 and at most 1.")
     if config.max_device_hours is not None:
-        _positive("max_device_hours", config.max_device_hours)
+        check_positive("max_device_hours", config.max_device_hours)
 
 
 def _check_grid(config: StudyConfig) -> None:
     grid = config.grid
-    _refuse_unless(
+    refuse_unless(
         (grid.weight_decay is None) != (grid.timescales is None),
         f"grid.weight_decay={grid.weight_decay} and grid.timescales={grid.timescales}: set exactly one of the two, the other to None.",
     )
     for i, value in enumerate(grid.weight_decay or ()):
-        _refuse_unless(math.isfinite(value) and value >= 0, f"grid.weight_decay[{i}]={value} must be finite and not negative.")
+        refuse_unless(math.isfinite(value) and value >= 0, f"grid.weight_decay[{i}]={value} must be finite and not negative.")
     for i, value in enumerate(grid.timescales or ()):
         if value is not None:
-            _positive(f"grid.timescales[{i}]", value)
+            check_positive(f"grid.timescales[{i}]", value)
     points = grid.weight_decay if grid.weight_decay is not None else grid.timescales
-    _refuse_unless(len(points) > 0, "the grid is empty; give grid.weight_decay or grid.timescales at least one value.")
-    _refuse_unless(len(grid.seeds) > 0, "grid.seeds=() is empty; give at least one seed.")
+    refuse_unless(len(points) > 0, "the grid is empty; give grid.weight_decay or grid.timescales at least one value.")
+    refuse_unless(len(grid.seeds) > 0, "grid.seeds=() is empty; give at least one seed.")
     for i, seed in enumerate(grid.seeds):
-        _refuse_unless(seed >= 0, f"grid.seeds[{i}]={seed} must not be negative.")
+        refuse_unless(seed >= 0, f"grid.seeds[{i}]={seed} must not be negative.")
     _check_swept(config)
     members = grid_members(config)
     names = [member.name for member in members]
     twice = sorted({name for name in names if names.count(name) > 1})
-    _refuse_unless(not twice, f"the grid names {', '.join(twice)} twice; values that agree in four digits, or equal seeds, are one member.")
+    refuse_unless(not twice, f"the grid names {', '.join(twice)} twice; values that agree in four digits, or equal seeds, are one member.")
     for pattern, _ in grid.changes:
-        _refuse_unless(
+        refuse_unless(
             any(re.search(pattern, name) for name in names),
             f"grid.changes: {pattern!r} matches no member; the members are {', '.join(names)}.",
         )
@@ -297,14 +272,14 @@ def _check_swept(config: StudyConfig) -> None:
     typed_grid(config)
     swept = [name for name, _ in grid.fields]
     for name, values in grid.fields:
-        _refuse_unless(swept.count(name) == 1, f"grid.fields lists {name} twice; list its values together.")
-        _refuse_unless(len(values) > 0, f"grid.fields: {name} has no values; give it at least one, or leave it out.")
+        refuse_unless(swept.count(name) == 1, f"grid.fields lists {name} twice; list its values together.")
+        refuse_unless(len(values) > 0, f"grid.fields: {name} has no values; give it at least one, or leave it out.")
     for pattern, changed in grid.changes:
-        _pattern("grid.changes:", pattern, "^wd1$")
+        check_pattern("grid.changes:", pattern, "^wd1$")
         for name in changed:
-            _refuse_unless(name not in swept, f"grid.changes: {pattern!r} sets {name}, which grid.fields sweeps; do one of the two.")
+            refuse_unless(name not in swept, f"grid.changes: {pattern!r} sets {name}, which grid.fields sweeps; do one of the two.")
     for setting in (dict(grid.fields).get("train.compute_dtype", ()), *((c.get("train.compute_dtype"),) for _, c in grid.changes)):
-        _refuse_unless("auto" not in setting, "the grid sets train.compute_dtype to 'auto', which differs by machine; name float32 or bfloat16.")
+        refuse_unless("auto" not in setting, "the grid sets train.compute_dtype to 'auto', which differs by machine; name float32 or bfloat16.")
     for values in itertools.product(*(values for _, values in grid.fields)) if grid.fields else ():
         overrides = tuple(zip(swept, values))
         _check_alone(member_config(config, Member("", "", 0.0, None, 0, overrides)), "the members with " + ", ".join(f"{name}={value}" for name, value in overrides))
@@ -322,112 +297,26 @@ def _check_choices(config: StudyConfig) -> None:
     from plasticity_jax.data.sources import SOURCES
     from plasticity_jax.data.tasks import TASKS
 
-    _choice("decay.kind", config.decay.kind, ("coupled", "independent"))
-    _choice("decay.mask", config.decay.mask, ("all", "olmo", "matrices-only"))
-    _choice("grid.mode", config.grid.mode, ("sequential", "vmapped"))
-    _choice("train.compute_dtype", config.train.compute_dtype, ("auto", "float32", "bfloat16"))
-    _choice("train.schedule", config.train.schedule, ("cosine", "wsd"))
-    _choice("train.remat", config.train.remat, ("none", "dots", "full"))
-    _choice("train.attention", config.train.attention, ("auto", "xla", "cudnn", "splash"))
+    check_choice("decay.kind", config.decay.kind, ("coupled", "independent"))
+    check_choice("decay.mask", config.decay.mask, ("all", "olmo", "matrices-only"))
+    check_choice("grid.mode", config.grid.mode, ("sequential", "vmapped"))
+    check_choice("train.compute_dtype", config.train.compute_dtype, ("auto", "float32", "bfloat16"))
+    check_choice("train.schedule", config.train.schedule, ("cosine", "wsd"))
+    check_choice("train.remat", config.train.remat, ("none", "dots", "full"))
+    check_choice("train.attention", config.train.attention, ("auto", "xla", "cudnn", "splash"))
     if config.data.files is None and config.data.tfds is None:
         for i, source in enumerate(config.data.sources):
-            _choice(f"data.sources[{i}]", source, tuple(SOURCES))
+            check_choice(f"data.sources[{i}]", source, tuple(SOURCES))
     for name in config.tasks:
-        _choice("tasks", name, tuple(TASKS))
+        check_choice("tasks", name, tuple(TASKS))
     for i, name in enumerate(config.probe.sets):
-        _choice(f"probe.sets[{i}]", name, tuple(PROBE_SETS))
-
-
-def _check_downstream(config: StudyConfig) -> None:
-    for name, settings in config.tasks.items():
-        for key in ("train_rows", "test_rows", "epochs", "max_new_tokens"):
-            _positive(f"tasks.{name}.{key}", getattr(settings, key))
-        _refuse_unless(settings.verifier_rows >= 0, f"tasks.{name}.verifier_rows={settings.verifier_rows} must not be negative.")
-        _check_task_files(name, settings.files)
-    tune = config.finetune
-    for name in ("peak_lr", "batch_size", "eps", "clip_norm", "log_every", "checkpoint_every", "microbatches"):
-        _positive(f"finetune.{name}", getattr(tune, name))
-    _refuse_unless(
-        tune.batch_size % tune.microbatches == 0,
-        f"finetune.batch_size={tune.batch_size} is not divisible by finetune.microbatches={tune.microbatches}; set microbatches to a divisor of it.",
-    )
-    for name in ("warmup_share", "b1", "b2"):
-        _share(f"finetune.{name}", getattr(tune, name))
-    _refuse_unless(tune.weight_decay >= 0, f"finetune.weight_decay={tune.weight_decay} must not be negative.")
-    _choice("finetune.too_long", tune.too_long, ("cut", "cut-both", "drop"))
-    _refuse_unless(len(tune.seeds) > 0, "finetune.seeds=() is empty; give at least one seed.")
-    for path, buckets in (("finetune.length_buckets", tune.length_buckets), ("evaluate.prompt_buckets", config.evaluate.prompt_buckets)):
-        _refuse_unless(
-            len(buckets) > 0 and all(b > 0 for b in buckets) and list(buckets) == sorted(set(buckets)),
-            f"{path}={buckets} must be positive and strictly increasing.",
-        )
-    _check_evaluate(config)
-    for name in ("train_rows", "test_rows", "max_length"):
-        _positive(f"probe.{name}", getattr(config.probe, name))
-    _refuse_unless(
-        len(config.probe.l2) > 0 and all(v >= 0 for v in config.probe.l2), f"probe.l2={config.probe.l2} must hold at least one value, none negative."
-    )
-    _refuse_unless(0 < config.spectra.mass <= 1, f"spectra.mass={config.spectra.mass} must lie in (0, 1].")
-    _refuse_unless(config.spectra.power in (1, 2), f"spectra.power={config.spectra.power} must be 1 (values) or 2 (squares).")
-    _refuse_unless(
-        config.gap.tokens_per_side >= config.train.seq_len,
-        f"gap.tokens_per_side={config.gap.tokens_per_side} is below one sequence of train.seq_len={config.train.seq_len} tokens.",
-    )
-    _positive("report.bootstrap_samples", config.report.bootstrap_samples)
-
-
-def _check_task_files(name: str, files: dict[str, str]) -> None:
-    from plasticity_jax.data.tasks import TASKS
-
-    sets = TASKS[name].sets
-    for key in files:
-        _refuse_unless(bool(sets), f"tasks.{name}.files sets {key!r}, but {name} brings its own rows; leave files out.")
-        _choice(f"tasks.{name}.files", key, sets)
-    for key in sets:
-        _refuse_unless(bool(files.get(key)), f"tasks.{name}.files has no {key!r}, and {name} brings no rows of its own; give the file or folder that holds them.")
-
-
-def _check_evaluate(config: StudyConfig) -> None:
-    from plasticity_jax.data.tasks import TASKS
-
-    evaluate, reward, verifier, zero_shot = config.evaluate, config.reward, config.verifier, config.zero_shot
-    for name in ("n_samples", "temperature", "batch_size", "repetition_penalty"):
-        _positive(f"evaluate.{name}", getattr(evaluate, name))
-    _refuse_unless(evaluate.top_k >= 0, f"evaluate.top_k={evaluate.top_k} must not be negative; 0 samples from all tokens.")
-    _refuse_unless(0 < evaluate.top_p <= 1, f"evaluate.top_p={evaluate.top_p} must be above 0 and at most 1, which samples from all tokens.")
-    _refuse_unless(all(evaluate.stop), f"evaluate.stop={evaluate.stop} holds an empty string, at which every completion would end; leave it out.")
-    _refuse_unless(evaluate.grade_workers >= 0, f"evaluate.grade_workers={evaluate.grade_workers} must not be negative; 0 takes one process per core.")
-    _choice("reward.scorer", reward.scorer, ("none", "log-probability", "verifier", "sequence-classification"))
-    for name in ("max_length", "batch_size"):
-        _positive(f"reward.{name}", getattr(reward, name))
-    takes_model = reward.scorer in ("log-probability", "sequence-classification")
-    _refuse_unless(reward.model is None or takes_model, f"reward.model={reward.model} has no effect with reward.scorer={reward.scorer!r}; leave it out.")
-    _refuse_unless(
-        reward.model is not None or reward.scorer != "sequence-classification",
-        "reward.scorer='sequence-classification' needs reward.model, the folder of a Hugging Face reward model.",
-    )
-    for name in ("n_samples", "epochs", "peak_lr", "batch_size"):
-        _positive(f"verifier.{name}", getattr(verifier, name))
-    _share("verifier.warmup_share", verifier.warmup_share)
-    _refuse_unless(
-        0 < verifier.held_out_share < 1, f"verifier.held_out_share={verifier.held_out_share} must lie strictly between 0 and 1; 0.2 is usual."
-    )
-    for name, settings in config.tasks.items():
-        _refuse_unless(
-            reward.scorer != "verifier" or settings.verifier_rows > 0 or TASKS[name].grader == "likelihood",
-            f"reward.scorer='verifier' needs rows of its own in every task; set tasks.{name}.verifier_rows, such as 200.",
-        )
-    for i, name in enumerate(zero_shot.sets):
-        _choice(f"zero_shot.sets[{i}]", name, ZERO_SHOT_SETS)
-    if zero_shot.limit is not None:
-        _positive("zero_shot.limit", zero_shot.limit)
-    _positive("zero_shot.batch_size", zero_shot.batch_size)
+        check_choice(f"probe.sets[{i}]", name, tuple(PROBE_SETS))
 
 
 def _check_hardware(config: StudyConfig) -> None:
     known = execution_fields(config)
     for pattern, changes in config.hardware:
-        _pattern("hardware rule", pattern, "H100|A100")
+        check_pattern("hardware rule", pattern, "H100|A100")
         for key in changes:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -435,4 +324,4 @@ def _check_hardware(config: StudyConfig) -> None:
                 raise UserError(f"hardware rule {pattern!r} sets {key}, which is no execution field; {hint}")
     for name in ("member", "data", "fsdp", "tensor"):
         size = getattr(config.mesh, name)
-        _refuse_unless(size == -1 or size > 0, f"mesh.{name}={size} must be positive, or -1 to fill.")
+        refuse_unless(size == -1 or size > 0, f"mesh.{name}={size} must be positive, or -1 to fill.")

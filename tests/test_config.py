@@ -235,3 +235,10 @@ def test_base_config_is_locked():
     with pytest.raises(AttributeError):
         base_config().train.no_such_key = 1
     check_config(from_dict(base_config().to_dict()))
+
+
+def test_the_zero_shot_sets_of_a_config_are_those_that_there_are():
+    from plasticity_jax.config_checks_downstream import ZERO_SHOT_SETS
+    from plasticity_jax.evaluate.zero_shot import SETS
+
+    assert set(ZERO_SHOT_SETS) == set(SETS)

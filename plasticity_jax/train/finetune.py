@@ -22,9 +22,9 @@ from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import batch_sharding, param_shardings
 from plasticity_jax.records import Context
 from plasticity_jax.train.loop import LoopSettings, Track, train
-from plasticity_jax.train.optimizer import OptimizerSettings, Schedule
 from plasticity_jax.train.restore import relative_update, starting_state
-from plasticity_jax.train.step import Batch, Hyper, StepSettings, compile_train_step, execution_of, hyper_parameters
+from plasticity_jax.train.step import Batch, StepSettings, compile_train_step, execution_of
+from plasticity_jax.train.tuning import tuning_numbers, tuning_optimizer
 
 log = logging.getLogger("plasticity_jax")
 
@@ -36,25 +36,11 @@ def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSe
     its end, where no other token reads, so attention needs segments for packed rows only. Source: paper section 4.1.
     """
     recipe = config.finetune
-    optimizer = OptimizerSettings(
-        b1=recipe.b1,
-        b2=recipe.b2,
-        eps=recipe.eps,
-        clip_norm=recipe.clip_norm,
-        schedule=Schedule("cosine", final_share=0.0, decay_share=1.0),
-        decay_kind="coupled",
-        decay_mask="no-norms",
-    )
+    optimizer = tuning_optimizer(recipe, decay_mask="no-norms")
     execution = execution_of(
         config.train, model, mesh, batch_size=recipe.batch_size, seq_len=recipe.length_buckets[-1], microbatches=recipe.microbatches
     )
     return StepSettings(model, optimizer, config.train.compute_dtype, z_loss=0.0, isolate_documents=recipe.packing, execution=execution)
-
-
-def recipe_numbers(recipe: FinetuneConfig, *, steps: int) -> Hyper:
-    """The traced numbers of a fine-tuning of `steps` updates; its warm-up is rounded up to whole steps, as the Hugging Face Trainer does."""
-    warmup = max(1, math.ceil(recipe.warmup_share * steps))
-    return hyper_parameters(weight_decay=recipe.weight_decay, peak_lr=recipe.peak_lr, warmup=warmup, total=steps)
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -111,7 +97,7 @@ def run(context: Context) -> dict[str, Any]:
             f"finetune {context.run.name}",
             state,
             train_step=compile_train_step(settings, mesh, members=False),
-            hyper=recipe_numbers(recipe, steps=len(schedule)),
+            hyper=tuning_numbers(recipe, steps=len(schedule), weight_decay=recipe.weight_decay),
             batches=_batches(rows, schedule[start:], recipe.batch_size, base.tokenizer.pad_id, mesh),
             tracks=[track],
             members=False,

@@ -43,9 +43,10 @@ from plasticity_jax.records import SAMPLES, Context, RunDirectory
 from plasticity_jax.storage import AnyPath
 from plasticity_jax.train.initial import CHECKPOINTS
 from plasticity_jax.train.loop import LoopSettings, Track, train
-from plasticity_jax.train.optimizer import OptimizerSettings, Schedule, make_optimizer, schedule_shape, warmup_steps
+from plasticity_jax.train.optimizer import OptimizerSettings, make_optimizer, schedule_shape
 from plasticity_jax.train.restore import common_step
-from plasticity_jax.train.step import Batch, Hyper, Metrics, State, hyper_parameters
+from plasticity_jax.train.step import Batch, Hyper, Metrics, State
+from plasticity_jax.train.tuning import tuning_numbers, tuning_optimizer
 
 log = logging.getLogger("plasticity_jax")
 
@@ -199,7 +200,7 @@ def _train(
     context.directory.provenance["mesh"] = dict(mesh.shape)
     if track.diverged:
         return model
-    settings = VerifierStep(model.config, _optimizer(context.config.finetune), execution, config.train.remat)
+    settings = VerifierStep(model.config, tuning_optimizer(config.finetune, decay_mask="all"), execution, config.train.remat)
     state, start = _starting_state(settings, mesh, model, track.directory)
     if start:
         log.info("resumes at step %d of %d", start, len(schedule))
@@ -207,9 +208,7 @@ def _train(
         f"verifier {context.run.name}",
         state,
         train_step=compile_verifier_step(settings, mesh),
-        hyper=hyper_parameters(
-            weight_decay=0.0, peak_lr=recipe.peak_lr, warmup=warmup_steps(len(schedule), recipe.warmup_share), total=len(schedule)
-        ),
+        hyper=tuning_numbers(recipe, steps=len(schedule)),
         batches=_batches(rows, right, schedule[start:], recipe, mesh),
         tracks=[track],
         members=False,
@@ -224,19 +223,6 @@ def _train(
         held_out=None,
     )["params"]
     return ScalarModel(model.config, params)
-
-
-def _optimizer(finetune: Any) -> OptimizerSettings:
-    """AdamW as in fine-tuning, the learning rate to zero by a cosine."""
-    return OptimizerSettings(
-        b1=finetune.b1,
-        b2=finetune.b2,
-        eps=finetune.eps,
-        clip_norm=finetune.clip_norm,
-        schedule=Schedule("cosine", final_share=0.0, decay_share=1.0),
-        decay_kind="coupled",
-        decay_mask="all",
-    )
 
 
 def _batches(rows: list[list[int]], right: np.ndarray, schedule: list, recipe: VerifierConfig, mesh: Mesh) -> Iterator[Batch]:

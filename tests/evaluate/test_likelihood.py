@@ -1,7 +1,7 @@
 """Log-likelihoods against a float64 softmax of the model's logits, and the choice among options that follows from them."""
 
-import importlib
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys

@@ -15,9 +15,10 @@ from plasticity_jax.model import load_model
 from plasticity_jax.model.hf_config import describe
 from plasticity_jax.model.hf_names import family_of, parts
 from plasticity_jax.parallel.mesh import make_mesh
-from plasticity_jax.train.finetune import recipe_numbers, step_settings
+from plasticity_jax.train.finetune import step_settings
 from plasticity_jax.train.optimizer import decay_table, schedule_shape
 from plasticity_jax.train.step import compile_eval_step, initial_state, make_train_step
+from plasticity_jax.train.tuning import tuning_numbers
 
 pytestmark = pytest.mark.parity
 
@@ -100,7 +101,7 @@ def test_the_loss_of_a_padded_batch_and_its_gradient_are_those_of_transformers(p
     for packing, (_, batch) in batches_of(rows).items():
         settings, _ = settings_of(ours.config, packing)
         params = jax.tree.map(jnp.asarray, ours.params)
-        _, metrics = jax.jit(make_train_step(settings))(initial_state(settings, params), batch, recipe_numbers(FinetuneConfig(), steps=10))
+        _, metrics = jax.jit(make_train_step(settings))(initial_state(settings, params), batch, tuning_numbers(FinetuneConfig(), steps=10))
         assert abs(float(metrics["loss"]) - loss.item()) <= 1e-5 * loss.item(), packing
         assert abs(float(metrics["grad_norm"]) - norm) <= 1e-4 * norm, packing
         assert int(metrics["tokens"]) == int((labels != -100).sum())
@@ -126,7 +127,7 @@ def test_the_learning_rate_is_that_of_the_trainer(steps, tmp_path):
         expected.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    numbers = recipe_numbers(FinetuneConfig(peak_lr=1e-5, warmup_share=0.1), steps=steps)
+    numbers = tuning_numbers(FinetuneConfig(peak_lr=1e-5, warmup_share=0.1), steps=steps)
     schedule = settings_of(CASES["llama"], False)[0].optimizer.schedule
     ours = numbers["peak_lr"] * schedule_shape(jnp.arange(steps), warmup=numbers["warmup_steps"], total=numbers["total_steps"], schedule=schedule)
     np.testing.assert_allclose(np.asarray(ours), expected, atol=1e-5 * 1e-6)

@@ -16,6 +16,8 @@ from plasticity_jax.model.load import load_model
 from plasticity_jax.model.scalar_head import abstract_scalar_params, encode_answers, load_verifier, scores, with_head, without_output
 from plasticity_jax.records import Run, RunDirectory
 from plasticity_jax.train import verifier
+from plasticity_jax.train.step import hyper_parameters
+from plasticity_jax.train.tuning import tuning_optimizer
 
 RECIPE = change(change(CONFIG, "verifier", epochs=4, peak_lr=1e-2, batch_size=16, held_out_share=0.25), "reward", max_length=40)
 
@@ -123,9 +125,9 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_rows_that_count(world: World)
     _, activations = base(tokens, capture=("final_norm",))
     logits = [np.asarray(activations["final_norm"], np.float64)[i, len(row) - 1] @ head.astype(np.float64) for i, row in enumerate(rows)]
     expected = np.mean([np.log1p(np.exp(-z if y else z)) for z, y in zip(logits, labels)])
-    settings = verifier.VerifierStep(model.config, verifier._optimizer(CONFIG.finetune), verifier.Execution("float32", "xla", False, None), "none")
+    settings = verifier.VerifierStep(model.config, tuning_optimizer(CONFIG.finetune, decay_mask="all"), verifier.Execution("float32", "xla", False, None), "none")
     state = {"params": model.params, "optimizer": verifier.make_optimizer(settings.optimizer).init(model.params), "step": jnp.int32(0)}
-    hyper = verifier.hyper_parameters(weight_decay=0.0, peak_lr=1e-3, warmup=1, total=4)
+    hyper = hyper_parameters(weight_decay=0.0, peak_lr=1e-3, warmup=1, total=4)
     _, metrics = jax.jit(verifier.make_verifier_step(settings))(state, {"tokens": tokens, "lengths": lengths, "labels": labels}, hyper)
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5) and int(metrics["tokens"]) == sum(map(len, rows))
 

@@ -1,0 +1,26 @@
+"""What the fine-tuning of a model and the training of a verifier share: AdamW with a cosine to zero, and the numbers of a run."""
+
+import math
+
+from plasticity_jax.config import FinetuneConfig, VerifierConfig
+from plasticity_jax.train.optimizer import OptimizerSettings, Schedule
+from plasticity_jax.train.step import Hyper, hyper_parameters
+
+
+def tuning_optimizer(recipe: FinetuneConfig, *, decay_mask: str) -> OptimizerSettings:
+    """The optimizer of a recipe; the learning rate falls to zero. Source: paper section 4.1."""
+    return OptimizerSettings(
+        b1=recipe.b1,
+        b2=recipe.b2,
+        eps=recipe.eps,
+        clip_norm=recipe.clip_norm,
+        schedule=Schedule("cosine", final_share=0.0, decay_share=1.0),
+        decay_kind="coupled",
+        decay_mask=decay_mask,
+    )
+
+
+def tuning_numbers(recipe: FinetuneConfig | VerifierConfig, *, steps: int, weight_decay: float = 0.0) -> Hyper:
+    """The traced numbers of a run of `steps` updates; its warm-up is rounded up to whole steps, as the Hugging Face Trainer does."""
+    warmup = max(1, math.ceil(recipe.warmup_share * steps))
+    return hyper_parameters(weight_decay=weight_decay, peak_lr=recipe.peak_lr, warmup=warmup, total=steps)
