@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from plasticity_jax.config import ReportConfig, to_dict
 from plasticity_jax.config_fields import name_text
+from plasticity_jax.evaluate.metrics import macro_average
 from plasticity_jax.progress import Progress
 from plasticity_jax.records import to_json
 from plasticity_jax.storage import AnyPath, location, make_folder, write_bytes
@@ -240,10 +241,14 @@ def _subset_rows(results: StudyResults, task: str) -> list[dict[str, Any]]:
     """Greedy accuracy after fine-tuning by test set, for a task that has several: rows {"name", "problems", "values"}, a value per member."""
     scores = [m.after.get(task) for m in results.members]
     known = next((score.subsets for score in scores if score is not None), {})
-    return [
+    rows = [
         {"name": name, "problems": of_set["problems"], "values": [None if s is None else _counted(s.subsets[name]) for s in scores]}
         for name, of_set in known.items()
     ]
+    if rows:
+        means = [None if s is None else _counted(macro_average(s.subsets)) for s in scores]
+        rows.append({"name": "mean of the sets", "problems": sum(row["problems"] for row in rows), "values": means})
+    return rows
 
 
 def _counted(metrics: dict[str, float]) -> float:

@@ -162,6 +162,7 @@ def _evaluate(path, run, planted, point, config):
             "n_samples": 8,
             "failures": {kind: {"wrong": 0.0, "no answer": 1 - share, "timed out": 0.0} for kind in ("greedy", "samples")},
             "majority_class": MAJORITY[task],
+            "subsets": {"easy": {"pass@1": share, "problems": 150}, "hard": {"pass@1": share / 2, "problems": 50}} if task == "sentiment" else {},
             "per_problem": {"greedy": greedy, "samples": samples, "majority": greedy},
             "cut_prompts": 0,
             "seconds": 1.0,

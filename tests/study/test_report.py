@@ -310,6 +310,15 @@ def test_the_mean_over_tasks_weighs_every_task_alike(full):
         assert float(row["pass@1"]) == pytest.approx(np.mean([float(scores[row["member"], task, row["when"]]["pass@1"]) for task in PROBLEMS]))
 
 
+def test_a_task_of_several_test_sets_is_shown_by_set_and_by_their_mean(full):
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", (full / "report" / "index.html").read_text(encoding="utf-8"))
+    words = " ".join(cells)
+    for line in ("easy 150 0.600 0.650 0.750 0.800", "hard 50 0.300 0.325 0.375 0.400", "mean of the sets 200 0.450 0.488 0.562 0.600"):
+        assert line in words, line
+    sets = {(r["test_set"], r["member"]): float(r["value"]) for r in _rows(full, "metrics") if r["test_set"] and r["when"] == "after" and r["metric"] == "pass@1"}
+    assert len(sets) == 8 and sets["hard", "wd0.5"] == 0.375
+
+
 def test_forgetting_is_before_less_after(full):
     page = Page((full / "report" / "index.html").read_text(encoding="utf-8"))
     assert "forgetting" in page.ids and "0.500→0.250" in page.text
