@@ -297,7 +297,8 @@ def test_different_numbers_of_processes_are_one_line_on_all(tmp_path):
 )
 def test_what_one_process_finds_wrong_all_say(tmp_path, devices, each, words):
     each = [[argument.format(tmp_path) for argument in own] for own in each]
-    for status, lines in map(end, pair([*SOON, "--workdir", str(tmp_path / "w")], devices, each)):
+    patient = [*SOON, "--config.launch.start_timeout=120"]  # that the two meet is not what this is about
+    for status, lines in map(end, pair([*patient, "--workdir", str(tmp_path / "w")], devices, each)):
         assert status == 2
         assert lines[-1].startswith("plasticity: ") and words in lines[-1]
     assert not list(tmp_path.glob("*/*/study.json"))
