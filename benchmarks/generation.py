@@ -6,7 +6,7 @@ A random Llama of 13 million parameters in float32, prompts of 128 tokens, 64 ne
 beforehand that does not count, in which ours compiles. Needs torch and transformers, from the environment that tests/parity-environment makes; run
 from another one, it starts itself again there.
 
-On 2 CPU cores, one counted round (ROUNDS = 1), transformers 5.23, jax 0.10.2: 39.1 s against 11.6 s, 839 and 2,837 tokens/s, ratio 3.4.
+On 2 idle CPU cores, transformers 5.23, jax 0.10.2: medians of 46.3 s against 14.0 s, 707 and 2,337 tokens/s, ratio 3.3.
 """
 
 import importlib.util
