@@ -36,7 +36,9 @@ def prepared(folder: Path) -> dict:
     from plasticity_jax.model.load import load_model
 
     config = ModelConfig(vocab_size=8192, d_model=320, n_layers=6, n_heads=5, n_kv_heads=5, d_ff=896)
-    settings = describe(config, family_of(config), "float32", {"max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None})
+    settings = describe(
+        config, family_of(config), "float32", {"max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    )
     (folder / "config.json").write_text(json.dumps(settings))
     torch.manual_seed(0)
     reference = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
@@ -47,14 +49,32 @@ def prepared(folder: Path) -> dict:
 
     def by_transformers() -> int:
         with torch.no_grad():
-            out = reference.generate(torch.tensor(prompts), attention_mask=torch.ones(prompts.shape, dtype=torch.long), do_sample=True, temperature=1.0, top_k=0,
-                                     num_return_sequences=SAMPLES, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0)
+            out = reference.generate(
+                torch.tensor(prompts),
+                attention_mask=torch.ones(prompts.shape, dtype=torch.long),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                num_return_sequences=SAMPLES,
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                pad_token_id=0,
+            )
         return out[:, LENGTH:].numel()
 
     def by_us() -> int:
         # No token has this id, so that every completion has all its tokens, as on the other side.
-        made = generate(ours, prompts.tolist(), sampling=Sampling(n_samples=SAMPLES), max_new_tokens=NEW, buckets=(LENGTH,), batch_size=PROMPTS * SAMPLES,
-                        eos_id=config.vocab_size, pad_id=0, compute_dtype=jnp.float32)
+        made = generate(
+            ours,
+            prompts.tolist(),
+            sampling=Sampling(n_samples=SAMPLES),
+            max_new_tokens=NEW,
+            buckets=(LENGTH,),
+            batch_size=PROMPTS * SAMPLES,
+            eos_id=config.vocab_size,
+            pad_id=0,
+            compute_dtype=jnp.float32,
+        )
         return sum(len(tokens) for of_prompt in made for tokens in of_prompt)
 
     return {"transformers": by_transformers, "plasticity_jax": by_us}

@@ -44,24 +44,31 @@ def measure(folder: Path, vocab_size: int, seq_len: int) -> dict:
         "tokens": n_tokens,
         "characters": sum(map(len, texts)),
         "splits": manifest["splits"],
-        "seconds": {"train tokenizer": [train_wall, train_cpu], "tokenise and pack": [wall, cpu],
-                    "library, tokenise only": [library_wall, library_cpu]},
+        "seconds": {
+            "train tokenizer": [train_wall, train_cpu],
+            "tokenise and pack": [wall, cpu],
+            "library, tokenise only": [library_wall, library_cpu],
+        },
         "tokens_per_second": {"tokenise and pack": n_tokens / wall, "library, tokenise only": library_tokens / library_wall},
         "tokens_per_processor_second": {"tokenise and pack": n_tokens / cpu, "library, tokenise only": library_tokens / library_cpu},
     }
 
 
 def show(result: dict) -> None:
-    print(f"\nvocabulary {result['vocab_size']:,}: {result['tokens']:,} tokens (ends of text included), "
-          f"{result['characters'] / result['tokens']:.2f} characters per token, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    print(
+        f"\nvocabulary {result['vocab_size']:,}: {result['tokens']:,} tokens (ends of text included), "
+        f"{result['characters'] / result['tokens']:.2f} characters per token, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    )
     for name, (wall, cpu) in result["seconds"].items():
         rate = f"{result['tokens_per_second'][name]:>12,.0f} tokens/s" if name in result["tokens_per_second"] else ""
         print(f"  {name:<24}{wall:>7.1f} s {cpu:>7.1f} s of processor {rate}")
     print(f"  {'domain':<11}{'split':<10}{'documents':>10}{'bytes':>12}{'tokens':>11}{'records':>9}{'bytes/token':>13}")
     for split, counts in result["splits"].items():
         for domain, count in counts.items():
-            print(f"  {domain:<11}{split:<10}{count['documents']:>10,}{count['bytes']:>12,}{count['tokens']:>11,}{count['records']:>9,}"
-                  f"{count['bytes'] / count['tokens']:>13.2f}")
+            print(
+                f"  {domain:<11}{split:<10}{count['documents']:>10,}{count['bytes']:>12,}{count['tokens']:>11,}{count['records']:>9,}"
+                f"{count['bytes'] / count['tokens']:>13.2f}"
+            )
 
 
 def main() -> None:

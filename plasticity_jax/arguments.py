@@ -77,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--mfu", type=float, metavar="SHARE", help="of the devices' peak FLOP/s; launch.mfu otherwise")
     check.add_argument("--json", action="store_true", help="one JSON object on standard output")
     hf_import = command("import", "turn a Hugging Face folder into a run that the other commands take", config=False, workdir=False)
-    hf_import.add_argument("--hf", type=_place, required=True, metavar="DIR", help="folder with config.json and safetensors, as save_pretrained writes it")
+    hf_import.add_argument(
+        "--hf", type=_place, required=True, metavar="DIR", help="folder with config.json and safetensors, as save_pretrained writes it"
+    )
     hf_import.add_argument("--out", type=_place, required=True, metavar="RUN_DIR", help="directory of the run; missing or empty")
     export = command("export", "turn a run into a Hugging Face folder that transformers loads", config=False, workdir=False)
     export.add_argument("--model", type=_place, required=True, metavar="RUN_DIR", help="directory of a finished pretrain, finetune or import run")

@@ -102,7 +102,9 @@ def _finetune(arguments) -> int:
 
     def runs(config, base):
         if member is not None and (base.stage != "pretrain" or base.member != member.base):
-            raise UserError(f"--member={member.name} is fine-tuned from {member.base}, and --base={arguments.base} is {base.name}; give its base or leave --member out.")
+            raise UserError(
+                f"--member={member.name} is fine-tuned from {member.base}, and --base={arguments.base} is {base.name}; give its base or leave --member out."
+            )
         return [finetune_run(config, base, arguments.task, seed, member)]
 
     return _on_model(arguments, arguments.base, "--base", runs, member)
@@ -144,7 +146,9 @@ def _on_model(arguments, path: AnyPath, flag: str, make, member: Member | None =
     folder = path if is_hugging_face(path) else None
     directory = open_run(path) if folder is None else None
     if directory is not None and directory.run().stage not in MODEL_STAGES:
-        raise UserError(f"{flag}={path} is a {directory.run().stage} run and holds no model; give the directory of a pretrain, finetune or import run.")
+        raise UserError(
+            f"{flag}={path} is a {directory.run().stage} run and holds no model; give the directory of a pretrain, finetune or import run."
+        )
     workdir = arguments.workdir
     study = config = resolve(arguments.config, workdir)
     if folder is not None:

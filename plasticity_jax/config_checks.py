@@ -150,7 +150,8 @@ def _check_model(model: ModelConfig) -> None:
         check_positive("model.d_head", model.d_head)
     refuse_unless(h % kv == 0, f"model.n_heads={h} is not divisible by model.n_kv_heads={kv}; set n_kv_heads to a divisor of {h}.")
     refuse_unless(
-        model.head_dim % 2 == 0, f"the head size {model.head_dim} is odd; rotary embedding needs an even one: change model.d_head, or d_model or n_heads."
+        model.head_dim % 2 == 0,
+        f"the head size {model.head_dim} is odd; rotary embedding needs an even one: change model.d_head, or d_model or n_heads.",
     )
     check_choice("model.norm_position", model.norm_position, ("pre", "post"))
     check_choice("model.init", model.init, ("scaled", "truncated"))
@@ -202,7 +203,9 @@ def _check_train(config: StudyConfig) -> None:
             train.warmup_share + train.decay_share <= 1,
             f"train.warmup_share={train.warmup_share} and train.decay_share={train.decay_share} together exceed the run; lower one of them.",
         )
-    refuse_unless(math.isfinite(train.z_loss) and train.z_loss >= 0, f"train.z_loss={train.z_loss} must be finite and not negative; OLMo-2 uses 1e-5.")
+    refuse_unless(
+        math.isfinite(train.z_loss) and train.z_loss >= 0, f"train.z_loss={train.z_loss} must be finite and not negative; OLMo-2 uses 1e-5."
+    )
     refuse_unless(train.b1 < 1 and train.b2 < 1, f"train.b1={train.b1} and train.b2={train.b2} must be below 1.")
     refuse_unless(0 < data.held_out_share < 1, f"data.held_out_share={data.held_out_share} must lie strictly between 0 and 1; 0.1 is usual.")
     _check_data(config)
@@ -212,12 +215,17 @@ def _check_data(config: StudyConfig) -> None:
     from plasticity_jax.data.named_tokenizers import check_setting
 
     data = config.data
-    refuse_unless(data.files is None or data.tfds is None, f"data.files={data.files} and data.tfds={data.tfds}: set one of the two, the other to None.")
+    refuse_unless(
+        data.files is None or data.tfds is None, f"data.files={data.files} and data.tfds={data.tfds}: set one of the two, the other to None."
+    )
     streamed = data.files is not None or data.tfds is not None
     for name in ("files", "tfds", "tfds_split", "text_field", "tokenizer"):
         refuse_unless(getattr(data, name) != "", f"data.{name}='' is empty; give it a value or leave it out.")
     refuse_unless(streamed or len(data.sources) > 0, "data.sources=() is empty; name at least one source.")
-    for name, value, ok, other in (("max_documents", data.max_documents, not streamed, "max_tokens"), ("max_tokens", data.max_tokens, streamed, "max_documents")):
+    for name, value, ok, other in (
+        ("max_documents", data.max_documents, not streamed, "max_tokens"),
+        ("max_tokens", data.max_tokens, streamed, "max_documents"),
+    ):
         if value is not None:
             check_positive(f"data.{name}", value)
             place = "data.sources" if name == "max_documents" else "data.files and data.tfds"
@@ -282,7 +290,10 @@ def _check_swept(config: StudyConfig) -> None:
         refuse_unless("auto" not in setting, "the grid sets train.compute_dtype to 'auto', which differs by machine; name float32 or bfloat16.")
     for values in itertools.product(*(values for _, values in grid.fields)) if grid.fields else ():
         overrides = tuple(zip(swept, values))
-        _check_alone(member_config(config, Member("", "", 0.0, None, 0, overrides)), "the members with " + ", ".join(f"{name}={value}" for name, value in overrides))
+        _check_alone(
+            member_config(config, Member("", "", 0.0, None, 0, overrides)),
+            "the members with " + ", ".join(f"{name}={value}" for name, value in overrides),
+        )
 
 
 def _check_alone(own: StudyConfig, who: str) -> None:

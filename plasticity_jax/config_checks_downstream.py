@@ -52,7 +52,9 @@ def _check_task_files(name: str, files: dict[str, str]) -> None:
         refuse_unless(bool(sets), f"tasks.{name}.files sets {key!r}, but {name} brings its own rows; leave files out.")
         check_choice(f"tasks.{name}.files", key, sets)
     for key in sets:
-        refuse_unless(bool(files.get(key)), f"tasks.{name}.files has no {key!r}, and {name} brings no rows of its own; give the file or folder that holds them.")
+        refuse_unless(
+            bool(files.get(key)), f"tasks.{name}.files has no {key!r}, and {name} brings no rows of its own; give the file or folder that holds them."
+        )
 
 
 def _check_evaluate(config: StudyConfig) -> None:
@@ -69,7 +71,9 @@ def _check_evaluate(config: StudyConfig) -> None:
     for name in ("max_length", "batch_size"):
         check_positive(f"reward.{name}", getattr(reward, name))
     takes_model = reward.scorer in ("log-probability", "sequence-classification")
-    refuse_unless(reward.model is None or takes_model, f"reward.model={reward.model} has no effect with reward.scorer={reward.scorer!r}; leave it out.")
+    refuse_unless(
+        reward.model is None or takes_model, f"reward.model={reward.model} has no effect with reward.scorer={reward.scorer!r}; leave it out."
+    )
     refuse_unless(
         reward.model is not None or reward.scorer != "sequence-classification",
         "reward.scorer='sequence-classification' needs reward.model, the folder of a Hugging Face reward model.",

@@ -105,7 +105,9 @@ class TrainConfig:
     scan_layers: bool = _execution(False)  # a loop over layers instead of unrolled ones: compiles faster, runs slower on a CPU
     remat: str = _execution("none")  # what the backward pass computes again: none | dots (all but matrix products) | full (all but block inputs)
     attention: str = _execution("auto")  # auto | xla | cudnn (NVIDIA) | splash (TPU)
-    loss_chunks: int = _execution(0)  # parts of a sequence whose logits are held at once; divides seq_len; 0: as few as keep them within 256 MiB per device
+    loss_chunks: int = _execution(
+        0
+    )  # parts of a sequence whose logits are held at once; divides seq_len; 0: as few as keep them within 256 MiB per device
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,9 @@ class FinetuneConfig:
     clip_norm: float = 1.0
     weight_decay: float = 0.0
     length_buckets: tuple[int, ...] = (64, 96, 128)  # tokens
-    too_long: str = "cut"  # rows longer than the last bucket: cut (the prompt's beginning) | cut-both (ends of prompt and response, LLaMA-Factory's rule) | drop
+    too_long: str = (
+        "cut"  # rows longer than the last bucket: cut (the prompt's beginning) | cut-both (ends of prompt and response, LLaMA-Factory's rule) | drop
+    )
     group_by_length: bool = True  # batches of rows of one bucket; otherwise of rows in random order, as in the paper
     packing: bool = False  # several rows in a sequence of the last bucket's length, each attending to itself alone, in random order
     seeds: tuple[int, ...] = (0,)
@@ -207,8 +211,12 @@ class EvaluateConfig:
 class RewardConfig:
     """What chooses among sampled completions (RM@n) and rates them (ORM score); the report names it."""
 
-    scorer: str = "none"  # none | log-probability (per token) | verifier (trained here, see below) | sequence-classification (a Hugging Face reward model)
-    model: str | None = None  # log-probability: a run or Hugging Face folder, None for the model that wrote the completion; sequence-classification: a folder
+    scorer: str = (
+        "none"  # none | log-probability (per token) | verifier (trained here, see below) | sequence-classification (a Hugging Face reward model)
+    )
+    model: str | None = (
+        None  # log-probability: a run or Hugging Face folder, None for the model that wrote the completion; sequence-classification: a folder
+    )
     max_length: int = 2048  # tokens of problem and completion; of longer ones the beginning is lost
     batch_size: int = _execution(64)
 

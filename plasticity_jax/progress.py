@@ -33,8 +33,16 @@ class Progress:
         if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self.total, initial=self.initial, desc=self.what, unit=f" {self.unit}", unit_scale=True, leave=True,
-                             dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(
+                total=self.total,
+                initial=self.initial,
+                desc=self.what,
+                unit=f" {self.unit}",
+                unit_scale=True,
+                leave=True,
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
         return self
 
     def update(self, amount: int, note: str = "") -> None:

@@ -29,7 +29,19 @@ STAGES = ("prepare", "init", "pretrain", "evaluate", "finetune", "samples", "ver
 # Raised by one when a stage's code changes its results: older runs of that stage, and all that follows from them, become stale.
 RESULT_VERSION = {stage: 1 for stage in (*STAGES, "import")} | {"evaluate": 2}
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "array-record", "tokenizers", "sentencepiece", "numpy")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "array-record",
+    "tokenizers",
+    "sentencepiece",
+    "numpy",
+)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------- JSON

@@ -27,7 +27,15 @@ from plasticity_jax.progress import Progress
 AnyPath: TypeAlias = Path | UPath
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-_EXTRAS = {"gs": "'plasticity_jax[gcs]'", "gcs": "'plasticity_jax[gcs]'", "s3": "s3fs", "s3a": "s3fs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
+_EXTRAS = {
+    "gs": "'plasticity_jax[gcs]'",
+    "gcs": "'plasticity_jax[gcs]'",
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+}
 
 # Where copies of what lies on a store are kept on this machine; the variable is for machines whose home is small.
 CACHE_VARIABLE, _CACHE = "PLASTICITY_CACHE", "~/.cache/plasticity_jax"
@@ -50,9 +58,13 @@ def location(place: str | os.PathLike | UPath) -> AnyPath:
     try:
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:
-        raise UserError(f"{place} needs a driver that is not installed ({reason(error)}); run pip install {_EXTRAS.get(scheme, 'with its name')}.") from error
+        raise UserError(
+            f"{place} needs a driver that is not installed ({reason(error)}); run pip install {_EXTRAS.get(scheme, 'with its name')}."
+        ) from error
     except ValueError as error:
-        raise UserError(f"{place} begins with {scheme}://, which is no known kind of store; give gs://bucket/folder, another store or a local path.") from error
+        raise UserError(
+            f"{place} begins with {scheme}://, which is no known kind of store; give gs://bucket/folder, another store or a local path."
+        ) from error
     if not rest.strip("/"):
         raise UserError(f"{place} names no bucket; give {scheme}://bucket/folder.")
     # Other processes write to the store too, so what it holds is never answered from memory.

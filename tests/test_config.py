@@ -123,9 +123,7 @@ def test_int_is_taken_for_float_but_not_the_other_way():
 
 @given(st.floats(0.01, 100), st.floats(1e-5, 1e-1), st.integers(10, 10**6), st.sampled_from(["coupled", "independent"]))
 def test_decay_follows_from_the_timescale(share, peak_lr, steps, kind):
-    config = StudyConfig(
-        train=TrainConfig(peak_lr=peak_lr, steps=steps), grid=GridConfig(timescales=(share,)), decay=DecayConfig(kind=kind)
-    )
+    config = StudyConfig(train=TrainConfig(peak_lr=peak_lr, steps=steps), grid=GridConfig(timescales=(share,)), decay=DecayConfig(kind=kind))
     (member,) = grid_members(config)
     shrink_per_step = member.weight_decay * (peak_lr if kind == "coupled" else 1.0)
     assert 1 / shrink_per_step / steps == pytest.approx(share)
@@ -180,7 +178,9 @@ def test_changes_apply_in_order_and_leave_the_name():
     assert one.timescale == pytest.approx(1 / (config.train.peak_lr * 160)), "of the run that the member makes"
 
 
-@pytest.mark.parametrize("overrides", [LR_GRID, (("grid.fields", "(('data.sources',(('sotu',),('bbc','news'))),)"), ("grid.changes", "(('sotu',{'train.steps':9}),)"))])
+@pytest.mark.parametrize(
+    "overrides", [LR_GRID, (("grid.fields", "(('data.sources',(('sotu',),('bbc','news'))),)"), ("grid.changes", "(('sotu',{'train.steps':9}),)"))]
+)
 def test_a_swept_config_survives_json(overrides):
     config = load_config(CONFIGS / "default.py", overrides)
     assert from_dict(json.loads(to_json(to_dict(config)))) == config
@@ -208,7 +208,9 @@ def test_no_value_makes_a_name_that_leaves_its_folder(value):
 def test_a_config_file_is_told_of_faithful(tmp_path, signature, overrides, steps):
     file = tmp_path / "mine.py"
     body = "7 if faithful else 3" if signature else "3"
-    file.write_text(f"from plasticity_jax.config import base_config\ndef get_config({signature}):\n    c = base_config()\n    c.train.steps = {body}\n    return c\n")
+    file.write_text(
+        f"from plasticity_jax.config import base_config\ndef get_config({signature}):\n    c = base_config()\n    c.train.steps = {body}\n    return c\n"
+    )
     config = load_config(file, [("faithful", overrides)])
     assert config.train.steps == steps and config.faithful is (overrides == "True")
     assert load_config(file).train.steps == 3

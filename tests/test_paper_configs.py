@@ -35,7 +35,8 @@ def lines(value: Any, path: str = "") -> Iterator[str]:
 def dump(config: StudyConfig) -> str:
     """One line per field, then one per member with its decay, timescale and what it changes."""
     members = [
-        f"member {m.name}: weight_decay {m.weight_decay:.6g}, timescale {m.timescale and round(m.timescale, 6)}" + "".join(f", {k} {v!r}" for k, v in m.overrides + m.changes)
+        f"member {m.name}: weight_decay {m.weight_decay:.6g}, timescale {m.timescale and round(m.timescale, 6)}"
+        + "".join(f", {k} {v!r}" for k, v in m.overrides + m.changes)
         for m in grid_members(config)
     ]
     return "\n".join([*lines(to_dict(config)), *members]) + "\n"
@@ -59,7 +60,14 @@ def test_every_dump_belongs_to_a_config():
 
 # λ, tokens, sequences per batch, steps, peak rate, timescales of the run at some λ: paper sections 3.2, 3.4 and 9.
 TABLE = {
-    "llama_0p5b_20tpp": ((0, 1e-4, 1e-3, 0.01, 0.1, 0.5, 1, 1.5, 3, 10), 10e9, 512, 9536, 2.5e-4, {0.1: 4.19, 0.5: 0.84, 1: 0.42, 3: 0.14, 10: 0.042}),
+    "llama_0p5b_20tpp": (
+        (0, 1e-4, 1e-3, 0.01, 0.1, 0.5, 1, 1.5, 3, 10),
+        10e9,
+        512,
+        9536,
+        2.5e-4,
+        {0.1: 4.19, 0.5: 0.84, 1: 0.42, 3: 0.14, 10: 0.042},
+    ),
     "llama_1b_20tpp": ((0, 1e-4, 1e-3, 0.01, 0.1, 0.5, 1, 1.5, 3, 10), 20e9, 512, 19073, 2e-4, {0.1: 2.62, 0.5: 0.52, 1: 0.26, 3: 0.087, 10: 0.026}),
     "llama_4b_20tpp": ((0, 0.1, 1), 80e9, 1024, 38146, 1.5e-4, {0.1: 1.75, 1: 0.17}),
     "olmo2_1b_20tpp": ((0, 0.1, 0.3, 0.6, 1), 30e9, 512, 14305, 4e-4, {0.1: 1.75, 0.3: 0.58, 0.6: 0.29, 1: 0.17}),

@@ -54,7 +54,9 @@ def test_every_run_is_done_and_holds_its_records(workdir):
 
 
 def test_running_again_recomputes_nothing(workdir, wheels_dir):
-    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file() and "report" not in path.parts and path.name != "study.json"}
+    before = {
+        path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file() and "report" not in path.parts and path.name != "study.json"
+    }
     result = plasticity("study", *options(workdir, wheels_dir))
     assert result.returncode == 0, result.stderr
     assert "0 runs carried out" in result.stderr
@@ -127,7 +129,16 @@ def strip_time(rows):
 
 def test_killed_pretraining_resumes_to_the_same_bits(workdir, wheels_dir, tmp_path):
     member = runs(workdir, "pretrain")[-1]
-    argv = [sys.executable, "-m", "plasticity_jax", "pretrain", *map(str, options(tmp_path, wheels_dir)), "--member", member["member"], "--config.train.log_every=1"]
+    argv = [
+        sys.executable,
+        "-m",
+        "plasticity_jax",
+        "pretrain",
+        *map(str, options(tmp_path, wheels_dir)),
+        "--member",
+        member["member"],
+        "--config.train.log_every=1",
+    ]
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     own = tmp_path / "tiny" / member["id"]
     deadline = time.monotonic() + 120
@@ -141,7 +152,9 @@ def test_killed_pretraining_resumes_to_the_same_bits(workdir, wheels_dir, tmp_pa
     assert result.returncode == 0, result.stderr
     assert "resum" in result.stderr
     straight, resumed = pj.load_model(member["path"]), pj.load_model(own)
-    flat = lambda tree, path="": {path: np.asarray(tree)} if not isinstance(tree, dict) else {k: v for name in tree for k, v in flat(tree[name], f"{path}/{name}").items()}
+    flat = lambda tree, path="": (
+        {path: np.asarray(tree)} if not isinstance(tree, dict) else {k: v for name in tree for k, v in flat(tree[name], f"{path}/{name}").items()}
+    )
     a, b = flat(straight.params), flat(resumed.params)
     assert a.keys() == b.keys()
     for name in a:

@@ -123,7 +123,14 @@ def unigram_log_probabilities(records: TokenRecords, left_out: Int[np.ndarray, "
 
 
 def block_losses(
-    config: ModelConfig, params: dict, records: TokenRecords, indices: Int[np.ndarray, " n"], *, isolate: int | None, scan_layers: bool, loss_chunks: int
+    config: ModelConfig,
+    params: dict,
+    records: TokenRecords,
+    indices: Int[np.ndarray, " n"],
+    *,
+    isolate: int | None,
+    scan_layers: bool,
+    loss_chunks: int,
 ) -> Float[np.ndarray, " n"]:
     """Mean cross-entropy of the model on each record, in nats per token, float64 [n].
 
@@ -150,7 +157,12 @@ def block_losses(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _mean_losses(
-    config: ModelConfig, scan_layers: bool, loss_chunks: int, params: dict, tokens_BxT: Int[Array, "B T"], targets_BxT: Int[Array, "B T"],
+    config: ModelConfig,
+    scan_layers: bool,
+    loss_chunks: int,
+    params: dict,
+    tokens_BxT: Int[Array, "B T"],
+    targets_BxT: Int[Array, "B T"],
     segments_BxT: Int[Array, "B T"] | None,
 ) -> Float[Array, " B"]:
     from plasticity_jax.model.loss import vocabulary_losses

@@ -261,9 +261,7 @@ def _length_buckets(lengths: list[int]) -> list[tuple[int, np.ndarray]]:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _last_states(
-    config: ModelConfig, params: dict, tokens_BxT: Int[Array, "B T"], lengths_B: Int[Array, " B"]
-) -> Float[Array, "layers B D"]:
+def _last_states(config: ModelConfig, params: dict, tokens_BxT: Int[Array, "B T"], lengths_B: Int[Array, " B"]) -> Float[Array, "layers B D"]:
     from plasticity_jax.model.transformer import apply
 
     real_BxT = (jnp.arange(tokens_BxT.shape[1])[None] < lengths_B[:, None]).astype(jnp.int32)

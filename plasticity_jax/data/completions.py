@@ -40,7 +40,9 @@ def read_completions(folder: AnyPath) -> list[Completion]:
     path = folder / "completions.jsonl"
     for row in _rows(path, ("id", "sample", "text", "ended", "correct")):
         if row["id"] not in problems:
-            raise UserError(f"{path} answers the problem {row['id']!r}, which problems.jsonl does not hold; delete the run's directory and run its stage again.")
+            raise UserError(
+                f"{path} answers the problem {row['id']!r}, which problems.jsonl does not hold; delete the run's directory and run its stage again."
+            )
         asked = problems[row["id"]]
         of_problem[row["id"]].append(
             Completion(row["id"], row["sample"], asked["problem"], asked["prompt"], row["text"], bool(row["ended"]), bool(row["correct"]))
@@ -48,7 +50,9 @@ def read_completions(folder: AnyPath) -> list[Completion]:
     for name, found in of_problem.items():
         found.sort(key=lambda completion: completion.sample)
         if [completion.sample for completion in found] != list(range(max(len(next(iter(of_problem.values()))), 1))):
-            raise UserError(f"{path} holds {len(found)} completions of the problem {name!r}, not as many as of the others; delete the run's directory and run its stage again.")
+            raise UserError(
+                f"{path} holds {len(found)} completions of the problem {name!r}, not as many as of the others; delete the run's directory and run its stage again."
+            )
     return [completion for found in of_problem.values() for completion in found]
 
 

@@ -255,9 +255,7 @@ def json_lines(part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
                 if line.strip():
                     yield number, _json_object(line, part, number)
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(
-                f"{part.name} in {part.folder} is cut off or damaged after line {number} ({reason(error)}); download it again"
-            ) from error
+            raise UserError(f"{part.name} in {part.folder} is cut off or damaged after line {number} ({reason(error)}); download it again") from error
 
 
 def decompressed(file: Any, name: str) -> Any:

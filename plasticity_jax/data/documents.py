@@ -38,8 +38,11 @@ class CorpusDocuments(tfds.core.GeneratorBasedBuilder):
         super().__init__(config=config, file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, description=CorpusDocuments.__doc__.splitlines()[0],
-                                     features=tfds.features.FeaturesDict({field: tfds.features.Text() for field in FIELDS}))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=CorpusDocuments.__doc__.splitlines()[0],
+            features=tfds.features.FeaturesDict({field: tfds.features.Text() for field in FIELDS}),
+        )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         return {split: self._generate_examples(split) for split in SPLITS}
@@ -105,8 +108,9 @@ def read_documents(directory: Path, split: str) -> Iterator[tuple[str, str, str]
         raise UserError(f"split {split!r} is unknown; the corpus has {' and '.join(SPLITS)}")
     with quiet_tfds():
         examples = tfds.builder_from_directory(str(Path(directory) / manifest["directory"])).as_data_source(split)
-    documents = [tuple(example[field].decode("utf-8") for field in ("id", "text", "domain"))
-                 for example in examples.__getitems__(range(len(examples)))]
+    documents = [
+        tuple(example[field].decode("utf-8") for field in ("id", "text", "domain")) for example in examples.__getitems__(range(len(examples)))
+    ]
     yield from sorted(documents, key=lambda document: (document[2], _hash(document[0])))
 
 

@@ -88,7 +88,7 @@ class TokenRecords:
             return np.load(index_path(self._directory, self.split, "document_of"), allow_pickle=False)
         first, parts = 0, []
         for shard in self._shards:
-            inside = np.load(index_path(shard.directory, self.split, "document_of"), mmap_mode="r", allow_pickle=False)[:shard.take]
+            inside = np.load(index_path(shard.directory, self.split, "document_of"), mmap_mode="r", allow_pickle=False)[: shard.take]
             parts.append(inside + np.int64(first))
             first += shard.documents
         return np.concatenate(parts)
@@ -164,15 +164,25 @@ def as_batch(records_BxT1: Int[np.ndarray, "b record_length"], *, isolate: int |
     }
 
 
-def batch_at(records: TokenRecords, *, seed: int, batch_size: int, step: int, isolate: int | None = None,
-             rows: Int[np.ndarray, " rows"] | None = None) -> Batch:
+def batch_at(
+    records: TokenRecords, *, seed: int, batch_size: int, step: int, isolate: int | None = None, rows: Int[np.ndarray, " rows"] | None = None
+) -> Batch:
     """The batch that every run with this seed and batch size sees at `step`; `isolate` is that of `as_batch`. With `rows`, only those are read."""
     indices = order(len(records), seed=seed, batch_size=batch_size, step=step)
     return as_batch(records.tokens(indices if rows is None else indices[rows]), isolate=isolate)
 
 
-def batches(records: TokenRecords, *, seed: int, batch_size: int, start_step: int, steps: int, isolate: int | None = None,
-            rows: Int[np.ndarray, " rows"] | None = None, prefetch: bool = True) -> Iterator[Batch]:
+def batches(
+    records: TokenRecords,
+    *,
+    seed: int,
+    batch_size: int,
+    start_step: int,
+    steps: int,
+    isolate: int | None = None,
+    rows: Int[np.ndarray, " rows"] | None = None,
+    prefetch: bool = True,
+) -> Iterator[Batch]:
     """The batches of `steps` steps from `start_step` on: exactly `batch_at(step)` for each. A late start costs nothing.
 
     With `rows`, only those rows of each batch are read. With `prefetch`, threads read a few batches ahead.
@@ -180,7 +190,8 @@ def batches(records: TokenRecords, *, seed: int, batch_size: int, start_step: in
     import grain
 
     dataset = grain.MapDataset.range(start_step, start_step + steps).map(
-        lambda step: batch_at(records, seed=seed, batch_size=batch_size, step=int(step), isolate=isolate, rows=rows))
+        lambda step: batch_at(records, seed=seed, batch_size=batch_size, step=int(step), isolate=isolate, rows=rows)
+    )
     if prefetch:
         options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
     else:

@@ -48,7 +48,7 @@ class Packer:
             if self._filled == 0:
                 self._first_document = index
             n = min(len(self._record) - self._filled, len(tokens) - start)
-            self._record[self._filled:self._filled + n] = tokens[start:start + n]
+            self._record[self._filled : self._filled + n] = tokens[start : start + n]
             self._filled, start = self._filled + n, start + n
             if self._filled == len(self._record):
                 record, self._record, self._filled = self._record, np.empty_like(self._record), 0
@@ -133,8 +133,15 @@ def write_token_records(out: Path, documents_dir: Path, tokenizer: Tokenizer, *,
     with Progress("tokenise and pack", total=sum(map(len, documents.values())), unit="documents") as progress:
         for split in SPLITS:
             counts[split] = _write_split(out, split, documents[split], tokenizer, domains, dtype, seq_len + 1, digest, progress)
-    manifest = {"seq_len": seq_len, "vocab_size": tokenizer.vocab_size, "dtype": dtype.str, "domains": domains, "splits": counts,
-                "tokenizer": tokenizer.fingerprint, "fingerprint": digest.hexdigest()}
+    manifest = {
+        "seq_len": seq_len,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.str,
+        "domains": domains,
+        "splits": counts,
+        "tokenizer": tokenizer.fingerprint,
+        "fingerprint": digest.hexdigest(),
+    }
     write_json(out / MANIFEST, manifest)
     return manifest
 
@@ -149,8 +156,17 @@ def index_path(directory: Path, split: str, name: str) -> Path:
     return Path(directory) / f"{split}.{name}.npy"
 
 
-def _write_split(out: Path, split: str, documents: list[tuple[str, str, str]], tokenizer: Tokenizer, domains: list[str], dtype: np.dtype,
-                 record_length: int, digest, progress: Progress) -> dict:
+def _write_split(
+    out: Path,
+    split: str,
+    documents: list[tuple[str, str, str]],
+    tokenizer: Tokenizer,
+    domains: list[str],
+    dtype: np.dtype,
+    record_length: int,
+    digest,
+    progress: Progress,
+) -> dict:
     counts = {}
     domain_of = array("i")
     writer = SplitWriter(out, split, dtype)

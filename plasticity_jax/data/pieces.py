@@ -20,9 +20,7 @@ _PIECE = re.compile(r"""\d| ?[A-Za-z]+(?![^\s\d.,;:!?)"])| ?[^\s\d]+|\s+(?![^\s\
 
 # Before the space between two words, or between a mark and a word, OLMo-2's pattern ends a token whatever came before, and begins one.
 _WORD = re.compile(r"(?<=[A-Za-z.,;:])(?= [A-Za-z])")
-_OLMO2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_OLMO2_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 SPACE = "▁"  # how SentencePiece writes it
 
@@ -59,10 +57,12 @@ def words_without_space(text: str) -> list[str]:
 
 def own_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     """How the study's tokenizers cut text: every digit by itself, then GPT-2's pattern."""
-    return pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ])
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
 
 
 def sentencepiece_pre_tokenizer() -> pre_tokenizers.PreTokenizer:

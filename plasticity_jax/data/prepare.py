@@ -14,8 +14,17 @@ DOCUMENTS = "documents"
 TOKENIZER = TOKENIZER_FILE
 
 
-def prepare_corpus(directory: Path, *, sources: tuple[str, ...], wheels_dir: Path, held_out_share: float, max_documents: int | None,
-                   vocab_size: int, seq_len: int, tokenizer: Tokenizer | None = None) -> dict:
+def prepare_corpus(
+    directory: Path,
+    *,
+    sources: tuple[str, ...],
+    wheels_dir: Path,
+    held_out_share: float,
+    max_documents: int | None,
+    vocab_size: int,
+    seq_len: int,
+    tokenizer: Tokenizer | None = None,
+) -> dict:
     """Writes documents/, tokenizer.json and tokens/ into `directory`.
 
     Running it again, also over what an interrupted run left, gives the same files.
@@ -54,8 +63,7 @@ def prepare_corpus(directory: Path, *, sources: tuple[str, ...], wheels_dir: Pat
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
         "tokens": tokens,
         "fingerprint": tokens["fingerprint"],
-        "seconds": {"documents": documents_done - start, "tokenizer": tokenizer_done - documents_done,
-                    "tokens": time.monotonic() - tokenizer_done},
+        "seconds": {"documents": documents_done - start, "tokenizer": tokenizer_done - documents_done, "tokens": time.monotonic() - tokenizer_done},
     }
 
 

@@ -85,8 +85,13 @@ def _build_topic(wheels: "Wheels", held_out_share: float) -> ProbeRows:
         rows[split_of(document.text, held_out_share)].append((headline_and_first_sentence(document.text), document.label))
         packages.add(document.source.partition(":")[0])
     train, dropped = without_leaks(rows["train"], [text for text, _ in rows["held_out"]], lambda row: row[0])
-    return ProbeRows(train=train, test=rows["held_out"], dropped_leaks=dropped, sources=tuple(sorted(packages)),
-                     source_splits={"train": "train", "test": "held_out"})
+    return ProbeRows(
+        train=train,
+        test=rows["held_out"],
+        dropped_leaks=dropped,
+        sources=tuple(sorted(packages)),
+        source_splits={"train": "train", "test": "held_out"},
+    )
 
 
 PROBE_SETS: dict[str, ProbeSet] = {
@@ -130,8 +135,15 @@ def build_probe_set(name: str, wheels: "Wheels", *, train_rows: int, test_rows: 
     train, test = shuffled(rows.train, seed)[:train_rows], shuffled(rows.test, seed)[:test_rows]
     if not train or not test:
         raise UserError(f"held_out_share={held_out_share} leaves a split of probe set {name!r} without rows; use a share such as 0.1.")
-    return {"name": name, "labels": probe_set.labels, "train": train, "test": test, "dropped_leaks": rows.dropped_leaks,
-            "sources": rows.sources, "source_splits": rows.source_splits}
+    return {
+        "name": name,
+        "labels": probe_set.labels,
+        "train": train,
+        "test": test,
+        "dropped_leaks": rows.dropped_leaks,
+        "sources": rows.sources,
+        "source_splits": rows.source_splits,
+    }
 
 
 def write_probe_set(directory: Path, probe_rows: dict) -> dict:
@@ -142,8 +154,10 @@ def write_probe_set(directory: Path, probe_rows: dict) -> dict:
       `sources`, `source_splits`, `licences`, `sha256` (per file) and `fingerprint` (sha256 over both).
     """
     (directory / "summary.json").unlink(missing_ok=True)
-    hashes = {split: write_jsonl(directory / f"{split}.jsonl", [{"text": text, "label": label} for text, label in probe_rows[split]])
-              for split in ("train", "test")}
+    hashes = {
+        split: write_jsonl(directory / f"{split}.jsonl", [{"text": text, "label": label} for text, label in probe_rows[split]])
+        for split in ("train", "test")
+    }
     summary = {
         "name": probe_rows["name"],
         "labels": list(probe_rows["labels"]),
@@ -169,7 +183,8 @@ def read_probe_set(directory: AnyPath) -> dict:
       UserError: no finished rows there, or rows that were altered.
     """
     summary = read_summary(directory)
-    splits = {split: [(row["text"], row["label"]) for row in
-                      read_jsonl(directory / f"{split}.jsonl", ("text", "label"), sha256=summary["sha256"][split])]
-              for split in ("train", "test")}
+    splits = {
+        split: [(row["text"], row["label"]) for row in read_jsonl(directory / f"{split}.jsonl", ("text", "label"), sha256=summary["sha256"][split])]
+        for split in ("train", "test")
+    }
     return summary | splits | {"labels": tuple(summary["labels"])}

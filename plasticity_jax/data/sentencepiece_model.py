@@ -1,6 +1,5 @@
 """A SentencePiece BPE model, as Llama has one, in the format of the tokenizers library: the same ids and the same decoded text."""
 
-
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 

@@ -215,8 +215,10 @@ def _best_fit(needed: list[int], order: list[int], sequence_length: int) -> list
 def _inputs(lengths: Sequence[int] | np.ndarray, longest: int) -> np.ndarray:
     needed = np.asarray(lengths, dtype=np.int64) - 1
     if needed.size and needed.max() > longest:
-        raise UserError(f"a row of {needed.max() + 1} tokens does not fit the longest bucket, {longest} inputs; "
-                        f"add a bucket of {needed.max()} or cut rows to {longest + 1} tokens.")
+        raise UserError(
+            f"a row of {needed.max() + 1} tokens does not fit the longest bucket, {longest} inputs; "
+            f"add a bucket of {needed.max()} or cut rows to {longest + 1} tokens."
+        )
     return needed
 
 

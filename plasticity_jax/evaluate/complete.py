@@ -101,8 +101,9 @@ def begin(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Deco
     return jax.device_put(made, jax.tree.map(lambda x: x.sharding, made))
 
 
-def go_on(plan: Plan, params: Any, batch: Batch, numbers: Numbers, decoded: Decoded, prompt: PromptCache, memory: Memory,
-          until: np.int32) -> tuple[Decoded, Memory]:
+def go_on(
+    plan: Plan, params: Any, batch: Batch, numbers: Numbers, decoded: Decoded, prompt: PromptCache, memory: Memory, until: np.int32
+) -> tuple[Decoded, Memory]:
     """The tokens of every row up to `until` of them; the memory given is used up."""
     # What comes out goes in again: left to the compiler, it could lie differently on the mesh, and the next call would be another program.
     leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, (decoded, memory)))
@@ -127,8 +128,9 @@ def _begin(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Dec
 
 def _read(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Decoded, PromptCache, Memory]:
     n_prompts, n_rows = batch.tokens_PxS.shape[0], plan.n_samples + plan.greedy
-    logits_PxV, prompt, cache = read_prompts(plan.config, params, batch.tokens_PxS, batch.valid_PxS, rows_per_prompt=n_rows,
-                                             slots=plan.max_new_tokens, compute_dtype=plan.compute_dtype)
+    logits_PxV, prompt, cache = read_prompts(
+        plan.config, params, batch.tokens_PxS, batch.valid_PxS, rows_per_prompt=n_rows, slots=plan.max_new_tokens, compute_dtype=plan.compute_dtype
+    )
     seen_BxV = None
     if plan.penalty:
         seen_PxV = tokens_seen(jnp.asarray(batch.tokens_PxS), jnp.asarray(batch.valid_PxS), plan.config.vocab_size)
@@ -139,8 +141,9 @@ def _read(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Deco
     return Decoded(jnp.int32(1), token_B, ended_B, out_NxB), prompt, Memory(cache, seen_BxV)
 
 
-def _decode(plan: Plan, params: Any, batch: Batch, numbers: Numbers, decoded: Decoded, prompt: PromptCache, memory: Memory,
-            until: Any) -> tuple[Decoded, Memory]:
+def _decode(
+    plan: Plan, params: Any, batch: Batch, numbers: Numbers, decoded: Decoded, prompt: PromptCache, memory: Memory, until: Any
+) -> tuple[Decoded, Memory]:
     def unfinished(state):
         (step, _, ended_B, _), _ = state
         return (step < until) & ~jnp.all(ended_B)
@@ -156,8 +159,9 @@ def _decode(plan: Plan, params: Any, batch: Batch, numbers: Numbers, decoded: De
     return jax.lax.while_loop(unfinished, advance, (decoded, memory))
 
 
-def _choose(plan: Plan, batch: Batch, numbers: Numbers, step: Any, logits_BxV: Float[Array, "b v"],
-            seen_BxV: Bool[Array, "b v"] | None) -> tuple[Int[Array, " b"], Bool[Array, "b v"] | None]:
+def _choose(
+    plan: Plan, batch: Batch, numbers: Numbers, step: Any, logits_BxV: Float[Array, "b v"], seen_BxV: Bool[Array, "b v"] | None
+) -> tuple[Int[Array, " b"], Bool[Array, "b v"] | None]:
     """The next token of every row, and the tokens seen with it."""
     n_rows = logits_BxV.shape[0]
     if seen_BxV is not None:

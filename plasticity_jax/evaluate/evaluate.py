@@ -89,11 +89,18 @@ def _answer(context: Context, task: Task, problems: Sequence[Example], model: Lo
     remove_log(folder / GENERATED)
     cut = count_cut(tokens, settings.prompt_buckets)
     if cut:
-        log.warning("%s: %d prompts are longer than %d tokens (evaluate.prompt_buckets) and lost their beginning", context.run.name, cut, settings.prompt_buckets[-1])
+        log.warning(
+            "%s: %d prompts are longer than %d tokens (evaluate.prompt_buckets) and lost their beginning",
+            context.run.name,
+            cut,
+            settings.prompt_buckets[-1],
+        )
     return summarised(problems, rows) | {"n_samples": n_samples, "cut_prompts": cut}
 
 
-def _generate(context: Context, model: LoadedModel, params: Any, mesh: Any, tokens: Sequence[Sequence[int]], n_samples: int) -> dict[int, dict[str, Any]]:
+def _generate(
+    context: Context, model: LoadedModel, params: Any, mesh: Any, tokens: Sequence[Sequence[int]], n_samples: int
+) -> dict[int, dict[str, Any]]:
     """Position of a problem → its completions, the greedy one first: texts, and which of them ended by themselves. Goes on where an earlier run was cut off."""
     settings, path = context.config.evaluate, context.directory.path / GENERATED
     done = {row["problem"]: row for row in processes.broadcast(lambda: read_log(path))}
@@ -140,8 +147,9 @@ def _generate(context: Context, model: LoadedModel, params: Any, mesh: Any, toke
     return done
 
 
-def graded(problems: Sequence[Example], texts: Sequence[Sequence[str]], ended: Sequence[Sequence[bool]], task: Task, faithful: bool,
-           workers: int) -> list[dict[str, Any]]:
+def graded(
+    problems: Sequence[Example], texts: Sequence[Sequence[str]], ended: Sequence[Sequence[bool]], task: Task, faithful: bool, workers: int
+) -> list[dict[str, Any]]:
     """The rows of completions.jsonl from each problem's completions, the greedy one first."""
     flat = [(extract_answer(text), problem.answer) for problem, of_problem in zip(problems, texts) for text in of_problem]
     with Grading(task.grader, faithful=faithful, workers=workers) as grading:
@@ -151,8 +159,18 @@ def graded(problems: Sequence[Example], texts: Sequence[Sequence[str]], ended: S
     for problem, of_problem, ends, majority in zip(problems, texts, ended, chosen, strict=True):
         for sample, (text, end) in enumerate(zip(of_problem, ends, strict=True)):
             verdict = next(verdicts)
-            rows.append({"id": problem.id, "sample": sample, "text": text, "answer": next(answers)[0], "verdict": verdict,
-                         "correct": verdict == "right", "ended": end, "majority": sample == majority + 1})
+            rows.append(
+                {
+                    "id": problem.id,
+                    "sample": sample,
+                    "text": text,
+                    "answer": next(answers)[0],
+                    "verdict": verdict,
+                    "correct": verdict == "right",
+                    "ended": end,
+                    "majority": sample == majority + 1,
+                }
+            )
     return rows
 
 
@@ -196,7 +214,10 @@ def _compare_options(context: Context, task: Task, problems: Sequence[Example], 
     rows = [_option_row(problem, choice, place, task.by_length) for problem, choice, place in zip(problems, choices, right, strict=True)]
     _write_problems(context.directory.path, problems, [format_prompt(problem.prompt) for problem in problems])
     write_jsonl(context.directory.path / OPTIONS, rows)
-    by = {"accuracy": np.array([choice.best for choice in choices]) == right, "accuracy_by_length": np.array([choice.best_by_length for choice in choices]) == right}
+    by = {
+        "accuracy": np.array([choice.best for choice in choices]) == right,
+        "accuracy_by_length": np.array([choice.best_by_length for choice in choices]) == right,
+    }
     counted = by["accuracy_by_length" if task.by_length else "accuracy"]
     nothing = {"wrong": float(1 - counted.mean()), "no answer": 0.0, "timed out": 0.0}
     return {
@@ -212,7 +233,14 @@ def _compare_options(context: Context, task: Task, problems: Sequence[Example], 
 
 def _option_row(problem: Example, choice: Choice, right: int, by_length: bool) -> dict[str, Any]:
     chosen = choice.best_by_length if by_length else choice.best
-    return {"id": problem.id, "options": problem.options, "log_likelihoods": choice.log_likelihoods, "right": right, "chosen": chosen, "correct": chosen == right}
+    return {
+        "id": problem.id,
+        "options": problem.options,
+        "log_likelihoods": choice.log_likelihoods,
+        "right": right,
+        "chosen": chosen,
+        "correct": chosen == right,
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- both
@@ -222,14 +250,25 @@ def _by_subset(problems: Sequence[Example], scores_of: Any) -> dict[str, Any]:
     """Metrics of each test set, and their mean over the sets; nothing where a task has one test set."""
     names = np.array([problem.subset for problem in problems])
     found = {name: scores_of(names == name) for name in sorted(set(names.tolist())) if name}
-    return {"subsets": {name: scores | {"problems": int((names == name).sum())} for name, scores in found.items()}, "macro": macro_average(found)} if found else {}
+    return (
+        {"subsets": {name: scores | {"problems": int((names == name).sum())} for name, scores in found.items()}, "macro": macro_average(found)}
+        if found
+        else {}
+    )
 
 
 def _write_problems(folder: AnyPath, problems: Sequence[Example], prompts: Sequence[str]) -> None:
     write_jsonl(
         folder / PROBLEMS,
         [
-            {"id": problem.id, "prompt": prompt, "problem": problem.prompt, "gold": problem.answer, "subset": problem.subset, "source_split": problem.source_split}
+            {
+                "id": problem.id,
+                "prompt": prompt,
+                "problem": problem.prompt,
+                "gold": problem.answer,
+                "subset": problem.subset,
+                "source_split": problem.source_split,
+            }
             for problem, prompt in zip(problems, prompts, strict=True)
         ],
     )

@@ -45,9 +45,22 @@ class Completion(NamedTuple):
     ended: bool
 
 
-def completions(model: Any, prompts: Sequence[Sequence[int]], *, sampling: Sampling, max_new_tokens: int, buckets: tuple[int, ...], batch_size: int,
-                eos_id: int, pad_id: int, compute_dtype: Any, what: str = "generate", mesh: Mesh | None = None, skip: Collection[int] = (),
-                is_end: IsEnd | None = None) -> Iterator[tuple[list[int], list[list[Completion]]]]:
+def completions(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    buckets: tuple[int, ...],
+    batch_size: int,
+    eos_id: int,
+    pad_id: int,
+    compute_dtype: Any,
+    what: str = "generate",
+    mesh: Mesh | None = None,
+    skip: Collection[int] = (),
+    is_end: IsEnd | None = None,
+) -> Iterator[tuple[list[int], list[list[Completion]]]]:
     """Completes every prompt, greedily or by sampling, batch by batch.
 
     A completion's random stream depends on the seed, the prompt's tokens, the sample's number and the position in the completion, and batches have
@@ -105,8 +118,13 @@ def completions(model: Any, prompts: Sequence[Sequence[int]], *, sampling: Sampl
             waiting.append(_Work(plan, params, batch, numbers, indices, is_end))
             if count_programs() > before:
                 compiled += 1
-                log.info("compiled the program for prompts of up to %d tokens (%d of %d buckets) in %.1f s", bucket, compiled, len(buckets),
-                         time.monotonic() - start)
+                log.info(
+                    "compiled the program for prompts of up to %d tokens (%d of %d buckets) in %.1f s",
+                    bucket,
+                    compiled,
+                    len(buckets),
+                    time.monotonic() - start,
+                )
             if len(waiting) == IN_FLIGHT:
                 yield finished()
         while waiting:

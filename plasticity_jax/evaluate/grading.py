@@ -103,7 +103,8 @@ class Grading:
         for turn in range(max(map(len, distinct), default=0)):
             candidates = {
                 problem: (of_problem[turn], self._comparable(of_problem[turn], cluster[problem]))
-                for problem, of_problem in enumerate(distinct) if turn < len(of_problem)
+                for problem, of_problem in enumerate(distinct)
+                if turn < len(of_problem)
             }
             self._compare(((answer, other) for answer, others in candidates.values() for other in others), "cluster answers")
             for problem, (answer, others) in candidates.items():

@@ -22,8 +22,10 @@ MAX_CHARACTERS = 2000
 _PR_SET_PDEATHSIG = 1
 _DELIMITED = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
 _WORD = re.compile(r"(?<!\S)[A-Za-z]{3,}\b")
-_MATHEMATICAL = frozenset("sqrt sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp lim max min gcd lcm det mod inf infty infinity alpha beta "
-                          "gamma delta theta lambda sigma omega phi psi".split())
+_MATHEMATICAL = frozenset(
+    "sqrt sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp lim max min gcd lcm det mod inf infty infinity alpha beta "
+    "gamma delta theta lambda sigma omega phi psi".split()
+)
 
 
 def equivalent(answer: str, gold: str) -> bool:

@@ -49,8 +49,19 @@ class HarnessModel(TemplateLM):
       UserError: a model without a tokenizer, or add_bos_token where the tokenizer has no beginning of text.
     """
 
-    def __init__(self, model: LoadedModel, *, batch_size: int, max_length: int, compute_dtype: Any, add_bos_token: bool = False, seed: int = 0,
-                 params: Any = None, mesh: Mesh | None = None, what: str = "harness"):
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        batch_size: int,
+        max_length: int,
+        compute_dtype: Any,
+        add_bos_token: bool = False,
+        seed: int = 0,
+        params: Any = None,
+        mesh: Mesh | None = None,
+        what: str = "harness",
+    ):
         super().__init__()
         if model.tokenizer is None:
             raise UserError(f"{model.path} has no tokenizer.json, so it can read no text; put the model's tokenizer there.")
@@ -177,7 +188,9 @@ class HarnessModel(TemplateLM):
         allowed = {name: settings.pop(name) for name in _SAMPLING if settings.get(name) is not None}
         unknown = sorted(set(settings) - set(_IGNORED))
         if unknown:
-            raise UserError(f"generation setting {unknown[0]!r} is not known here; known: until, max_gen_toks, do_sample, temperature, {', '.join(_SAMPLING)}.")
+            raise UserError(
+                f"generation setting {unknown[0]!r} is not known here; known: until, max_gen_toks, do_sample, temperature, {', '.join(_SAMPLING)}."
+            )
         if max_new_tokens >= self.max_length:
             raise UserError(f"max_gen_toks={max_new_tokens} leaves no room for a prompt in max_length={self.max_length}; ask for fewer tokens.")
         distinct = list(dict.fromkeys(contexts))

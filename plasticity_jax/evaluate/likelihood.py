@@ -44,8 +44,16 @@ class Likelihood(NamedTuple):
     cut: bool
 
 
-def log_likelihoods(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int, compute_dtype: Any,
-                    max_length: int | None = None, what: str, mesh: Mesh | None = None) -> list[Likelihood]:
+def log_likelihoods(
+    model: Any,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int,
+    compute_dtype: Any,
+    max_length: int | None = None,
+    what: str,
+    mesh: Mesh | None = None,
+) -> list[Likelihood]:
     """The log-likelihood of each continuation after its context.
 
     A pair is padded on the right to a length that follows from it alone, and batches have fixed shapes: for the same `batch_size` a pair's result
@@ -100,8 +108,15 @@ def log_likelihoods(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[in
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _score(config: ModelConfig, chunks: int, compute_dtype: Any, params: Any, tokens_BxT: Int[Array, "b t"], places_BxC: Int[Array, "b c"],
-           targets_BxC: Int[Array, "b c"]) -> tuple[Float[Array, "b c"], Bool[Array, "b c"]]:
+def _score(
+    config: ModelConfig,
+    chunks: int,
+    compute_dtype: Any,
+    params: Any,
+    tokens_BxT: Int[Array, "b t"],
+    places_BxC: Int[Array, "b c"],
+    targets_BxC: Int[Array, "b c"],
+) -> tuple[Float[Array, "b c"], Bool[Array, "b c"]]:
     """Log-probability of each target after the token at its place, and whether it is the likeliest; logits exist at the places alone."""
     x_BxTxD, _ = hidden_states(config, params, tokens_BxT, compute_dtype=compute_dtype)
     x_BxCxD = jnp.take_along_axis(x_BxTxD, places_BxC[..., None], axis=1)

@@ -28,8 +28,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return (total - math.comb(n - c, k)) / total
 
 
-def metrics(greedy_correct: Bool[np.ndarray, "..."], sampled_correct: Bool[np.ndarray, "..."],
-            majority_correct: Bool[np.ndarray, "..."]) -> dict[str, float]:
+def metrics(
+    greedy_correct: Bool[np.ndarray, "..."], sampled_correct: Bool[np.ndarray, "..."], majority_correct: Bool[np.ndarray, "..."]
+) -> dict[str, float]:
     """Scores of one model on one task, each in [0, 1].
 
     Args:

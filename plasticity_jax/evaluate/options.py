@@ -29,8 +29,17 @@ class Choice(NamedTuple):
     cut: bool
 
 
-def choose(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], *, batch_size: int, compute_dtype: Any, what: str,
-           max_length: int | None = None, mesh: Mesh | None = None) -> list[Choice]:
+def choose(
+    model: Any,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    compute_dtype: Any,
+    what: str,
+    max_length: int | None = None,
+    mesh: Mesh | None = None,
+) -> list[Choice]:
     """Rates the options of each example in the study's template.
 
     Prompt and option are tokenised apart, as in fine-tuning (`data.sft`), whose responses the options are; no end of text follows.

@@ -139,7 +139,9 @@ def run(context: Context) -> dict[str, Any]:
     different = {_key(completion): completion for completion in completions}
     rewards, n_cut = scorer.scores(list(different.values()))
     if not np.isfinite(rewards).all():
-        raise UserError(f"{scorer.name} gives {np.count_nonzero(~np.isfinite(rewards))} rewards that are no finite number; set another reward.scorer or reward.model.")
+        raise UserError(
+            f"{scorer.name} gives {np.count_nonzero(~np.isfinite(rewards))} rewards that are no finite number; set another reward.scorer or reward.model."
+        )
     if not processes.primary():
         return {}
     reward_of = dict(zip(different, rewards.tolist(), strict=True))
@@ -148,7 +150,12 @@ def run(context: Context) -> dict[str, Any]:
     rows = [{"id": c.id, "sample": c.sample, "reward": reward_of[_key(c)]} for c in completions]
     write_jsonl(context.directory.path / REWARDS, rows)
     if n_cut:
-        log.warning("%s: %d texts are longer than %d tokens (reward.max_length) and lost their beginning", context.run.name, n_cut, context.config.reward.max_length)
+        log.warning(
+            "%s: %d texts are longer than %d tokens (reward.max_length) and lost their beginning",
+            context.run.name,
+            n_cut,
+            context.config.reward.max_length,
+        )
     width = 1 + max(completion.sample for completion in completions)
     sampled = np.array([row["reward"] for row in rows], np.float32).reshape(-1, width)[:, 1:]
     correct = np.array([completion.correct for completion in completions]).reshape(-1, width)[:, 1:]

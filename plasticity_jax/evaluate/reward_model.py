@@ -56,7 +56,9 @@ class Chat:
         try:
             return self.template.render(messages=messages, tools=None, documents=None, add_generation_prompt=False, **self.specials)
         except Exception as error:  # a template is a program that others wrote
-            raise UserError(f"{self.place}: the chat template cannot be carried out ({reason(error)}); bring the folder's own template again.") from error
+            raise UserError(
+                f"{self.place}: the chat template cannot be carried out ({reason(error)}); bring the folder's own template again."
+            ) from error
 
     def rows(self, pairs: Sequence[tuple[str, str]], max_length: int) -> tuple[list[list[int]], int]:
         """Token ids of each (problem, completion), up to the token that the reward is read at; and how many lost their beginning.

@@ -82,8 +82,16 @@ def read_prompts(
     return logits_PxV, PromptCache(tuple(keys), tuple(values), valid_PxS), RowCache(empty, empty, jnp.repeat(length_P, rows_per_prompt))
 
 
-def decode(config: ModelConfig, params: Params, token_B: Int[Array, " b"], slot: Int[Array, ""], prompt: PromptCache, rows: RowCache, *,
-           compute_dtype: DTypeLike) -> tuple[Float[Array, "b v"], RowCache]:
+def decode(
+    config: ModelConfig,
+    params: Params,
+    token_B: Int[Array, " b"],
+    slot: Int[Array, ""],
+    prompt: PromptCache,
+    rows: RowCache,
+    *,
+    compute_dtype: DTypeLike,
+) -> tuple[Float[Array, "b v"], RowCache]:
     """Reads one token of every row; rows p·R ... p·R + R − 1 belong to prompt p.
 
     Args:
@@ -107,9 +115,15 @@ def decode(config: ModelConfig, params: Params, token_B: Int[Array, " b"], slot:
     return logits_BxV, RowCache(tuple(keys), tuple(values), rows.position_B + 1)
 
 
-def _attend(q_Bx1xHxD: Float[Array, "b 1 h d"], k_PxKxDxS: Float[Array, "p k d s"], v_PxKxSxD: Float[Array, "p k s d"],
-            valid_PxS: Bool[Array, "p s"], k_BxKxNxD: Float[Array, "b k n d"], v_BxKxNxD: Float[Array, "b k n d"],
-            slot: Int[Array, ""]) -> Float[Array, "b 1 h d"]:
+def _attend(
+    q_Bx1xHxD: Float[Array, "b 1 h d"],
+    k_PxKxDxS: Float[Array, "p k d s"],
+    v_PxKxSxD: Float[Array, "p k s d"],
+    valid_PxS: Bool[Array, "p s"],
+    k_BxKxNxD: Float[Array, "b k n d"],
+    v_BxKxNxD: Float[Array, "b k n d"],
+    slot: Int[Array, ""],
+) -> Float[Array, "b 1 h d"]:
     """Attention of one query per row over its prompt and its own slots up to `slot`; one softmax over both, in float32."""
     n_prompts, n_kv_heads, head_dim, length = k_PxKxDxS.shape
     n_rows, _, slots, _ = k_BxKxNxD.shape

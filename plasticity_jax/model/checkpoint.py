@@ -74,7 +74,9 @@ class Checkpoints:
             self.directory = epath.Path(str(self._place))
         else:
             if jax.process_count() > 1 and not alone:
-                raise UserError(f"{self._place}: {jax.process_count()} processes can write checkpoints to a shared disk or to gs:// alone; give one of the two.")
+                raise UserError(
+                    f"{self._place}: {jax.process_count()} processes can write checkpoints to a shared disk or to gs:// alone; give one of the two."
+                )
             self._copies = StepCopies(self._place, keep=keep)
             self.directory = self._copies.folder
         absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns about every sharding and every missing item that is meant
@@ -93,7 +95,9 @@ class Checkpoints:
         )
         self._frugal, self._together = save_bytes is not None, together
         # Of the two handlers of the one format, the plainer has all the settings that memory depends on.
-        handler = functools.partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=save_bytes / 1e9) if self._frugal else ocp.StandardCheckpointHandler
+        handler = (
+            functools.partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=save_bytes / 1e9) if self._frugal else ocp.StandardCheckpointHandler
+        )
         handlers = {name: handler(**together) for name in ("params", "optimizer")} | {"checksums": ocp.JsonCheckpointHandler(**together)}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers)
 

@@ -36,7 +36,18 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 _READ = {"architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
          "layer_types", *_FIXED, *CARRIED}  # fmt: skip
-_SAYS_NOTHING = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "pretraining_tp", "id2label", "label2id", "num_labels", "problem_type"}
+_SAYS_NOTHING = {
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "pretraining_tp",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+}
 
 _ROPE_SCALING = {
     "factor": "factor",
@@ -102,7 +113,9 @@ def read_description(folder: AnyPath, families: Sequence[Family] = FAMILIES) -> 
         init="truncated" if family.norm_position == "post" else "scaled",
     )
     if model.d_head is None and width % heads:
-        raise UserError(f"{path}: hidden_size={width} is not divisible by num_attention_heads={heads}, and head_dim is not given; add head_dim to it.")
+        raise UserError(
+            f"{path}: hidden_size={width} is not divisible by num_attention_heads={heads}, and head_dim is not given; add head_dim to it."
+        )
     if heads % model.n_kv_heads:
         raise UserError(f"{path}: num_attention_heads={heads} is not divisible by num_key_value_heads={model.n_kv_heads}; bring the file again.")
     if model.head_dim % 2:
@@ -130,7 +143,9 @@ def _family(path: AnyPath, tree: dict[str, Any], families: Sequence[Family]) -> 
         if family.architecture in named or (not named and tree.get("model_type") == family.model_type):
             return family
     found = named[0] if named else tree.get("model_type")
-    raise UserError(f"{path}: the architecture {found!r} is not known; known are {', '.join(f.architecture for f in families)}: give a model of one of them.")
+    raise UserError(
+        f"{path}: the architecture {found!r} is not known; known are {', '.join(f.architecture for f in families)}: give a model of one of them."
+    )
 
 
 _REQUIRED = object()
@@ -178,7 +193,9 @@ def _scaling(path: AnyPath, key: str, rope: dict[str, Any]) -> RopeScaling | Non
     kind = rope.get("rope_type", rope.get("type", "default"))
     settings = {name: value for name, value in rope.items() if name not in ("rope_type", "type", "rope_theta") and value is not None}
     if settings.pop("partial_rotary_factor", 1) != 1:
-        raise UserError(f"{path}: {key}.partial_rotary_factor={rope['partial_rotary_factor']!r} changes the network, and only 1 is supported; give another model.")
+        raise UserError(
+            f"{path}: {key}.partial_rotary_factor={rope['partial_rotary_factor']!r} changes the network, and only 1 is supported; give another model."
+        )
     if kind not in ("default", "llama3"):
         raise UserError(f"{path}: {key}.rope_type={kind!r} is not supported; supported are default and llama3: give another model.")
     expected = _ROPE_SCALING if kind == "llama3" else {}

@@ -111,7 +111,9 @@ def _to_write(leaves: _Leaves, part: Part, dtype: np.dtype, progress: Progress) 
         with np.errstate(over="ignore"):
             narrowed = tensor.astype(dtype, order="C", copy=False)
         if dtype == np.float16 and np.isinf(narrowed).any() and not np.isinf(tensor).any():
-            raise UserError(f"--dtype=float16: the tensor {part.name} holds {np.abs(tensor).max():g}, and float16 ends at 65504; use bfloat16 or float32.")
+            raise UserError(
+                f"--dtype=float16: the tensor {part.name} holds {np.abs(tensor).max():g}, and float16 ends at 65504; use bfloat16 or float32."
+            )
         progress.update(part.size)
         return narrowed
 

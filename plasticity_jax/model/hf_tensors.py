@@ -85,7 +85,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise UserError(f"{index} is no index of safetensors files ({type(error).__name__}: {error}); bring the folder again.") from error
     for name, file in placed.items():
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", file):
-            raise UserError(f"{index} places {name} in {file!r}; a file must lie in the index's own folder and end in .safetensors: bring the folder again.")
+            raise UserError(
+                f"{index} places {name} in {file!r}; a file must lie in the index's own folder and end in .safetensors: bring the folder again."
+            )
         if not (index.parent / file).is_file():
             raise UserError(f"{index.parent / file} is missing, and {index.name} places {name} in it; bring the file into the folder.")
     return placed
@@ -96,7 +98,9 @@ def _no_weights(folder: Path) -> UserError:
     safe = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if safe:
-        return UserError(f"{folder} holds {safe[0]}, but neither {SINGLE} nor {INDEX}; rename a single file to {SINGLE}, or bring the index of several.")
+        return UserError(
+            f"{folder} holds {safe[0]}, but neither {SINGLE} nor {INDEX}; rename a single file to {SINGLE}, or bring the index of several."
+        )
     if pickles:
         return UserError(
             f"{folder / pickles[0]} is a pickle, which can run any code when it is read, so it is refused; "

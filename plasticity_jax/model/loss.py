@@ -15,9 +15,7 @@ LOGIT_BYTES = 256 << 20  # a share of any accelerator's memory that nothing else
 
 
 @jax.custom_vjp
-def token_losses(
-    logits_BxTxV: Float[Array, "*batch V"], targets_BxT: Int[Array, "*batch"]
-) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+def token_losses(logits_BxTxV: Float[Array, "*batch V"], targets_BxT: Int[Array, "*batch"]) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """Cross-entropy of every target in nats, and the log of the softmax's normaliser; float32, of the shape of the targets."""
     return _forward(logits_BxTxV, targets_BxT)[0]
 

@@ -31,6 +31,7 @@ def _like(tree: Any, shardings: Any) -> Any:
 
 def to_host(tree: Any) -> Any:
     """Arrays, wherever their parts lie, as whole NumPy arrays on every process. Every process must call it."""
+
     def one(x):
         if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
             everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())

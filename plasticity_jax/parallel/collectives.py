@@ -13,7 +13,9 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
-_CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computations|true_computation|false_computation)=\{?(%?[\w.\-]+(?:, ?%[\w.\-]+)*)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|branch_computations|called_computations|true_computation|false_computation)=\{?(%?[\w.\-]+(?:, ?%[\w.\-]+)*)"
+)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,9 @@ def _cpu(topology: str, number: int) -> Target:
         pass
     devices = jax.devices("cpu")
     if len(devices) < number:
-        raise UserError(f"--topology={topology}: this process simulates {len(devices)} devices; set XLA_FLAGS=--xla_force_host_platform_device_count={number}.")
+        raise UserError(
+            f"--topology={topology}: this process simulates {len(devices)} devices; set XLA_FLAGS=--xla_force_host_platform_device_count={number}."
+        )
     return Target(topology, measured("cpu", number), devices[:number])
 
 
@@ -84,9 +86,7 @@ def _gpu(topology: str, hardware: Hardware, number: int) -> Sequence[jax.Device]
         raise UserError(f"--topology={topology}: above {GPUS_PER_NODE}, GPUs come in whole nodes; give a multiple of {GPUS_PER_NODE}.")
     nodes = max(number // GPUS_PER_NODE, 1)
     try:
-        return topologies.get_topology_desc(
-            platform="cuda", topology=f"1x{nodes}x{number // nodes}", target_config=_target_config(hardware)
-        ).devices
+        return topologies.get_topology_desc(platform="cuda", topology=f"1x{nodes}x{number // nodes}", target_config=_target_config(hardware)).devices
     except NotImplementedError as error:
         raise UserError(f"--topology={topology} needs the GPU compiler; pip install 'plasticity_jax[cuda]'.") from error
 

@@ -46,7 +46,11 @@ PLATFORMS = (
         ("jax_cuda13_plugin", "jax_cuda12_plugin"),
         (
             Flag("xla_gpu_enable_latency_hiding_scheduler", "true", "gathers of the next layer's weights run during this layer's products"),
-            Flag("xla_gpu_enable_pipelined_all_gather", "true", "the same for a loop over layers: a gather is begun one turn of the loop before its use"),
+            Flag(
+                "xla_gpu_enable_pipelined_all_gather",
+                "true",
+                "the same for a loop over layers: a gather is begun one turn of the loop before its use",
+            ),
             Flag("xla_gpu_enable_pipelined_reduce_scatter", "true", "and gradients are still being summed while the next layer's are computed"),
             Flag("xla_gpu_enable_while_loop_double_buffering", "true", "so that the pipelined loop needs no copies between its turns"),
         ),
@@ -124,7 +128,11 @@ def _say_damage_in_one_line() -> None:
 
     def shown(message, category, filename, lineno, file=None, line=None):
         if "persistent compilation cache" in str(message):
-            log.warning("a compiled program in %s cannot be used and is compiled anew: %s", os.environ.get(_CACHE_VARIABLE), " ".join(str(message).split())[:200])
+            log.warning(
+                "a compiled program in %s cannot be used and is compiled anew: %s",
+                os.environ.get(_CACHE_VARIABLE),
+                " ".join(str(message).split())[:200],
+            )
         else:
             show(message, category, filename, lineno, file, line)
 

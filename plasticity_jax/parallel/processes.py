@@ -70,9 +70,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         raise UserError(f"unequal hosts: {shown}; give every process the same number and kind of devices.")
     _to_supervisor(f"{JOINED}{index()} of {count()}")
     hosts = len({one["host"] for one in everyone})
-    log.info(
-        "%d hosts, %d processes, %d devices each (%s); this is process %d", hosts, count(), everyone[0]["devices"], everyone[0]["kind"], index()
-    )
+    log.info("%d hosts, %d processes, %d devices each (%s); this is process %d", hosts, count(), everyone[0]["devices"], everyone[0]["kind"], index())
     if not primary():
         log.info("process 0 shows the progress of all; this one speaks of problems only")
         log.setLevel(logging.WARNING)

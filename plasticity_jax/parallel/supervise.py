@@ -29,9 +29,7 @@ def become_worker() -> bool:
     terminal = os.environ.pop(WORKER, None)
     if terminal is None:
         return False
-    sys.stdout, sys.stderr = (
-        os.fdopen(int(number), "w", buffering=1, encoding="utf-8", errors="backslashreplace") for number in terminal.split(",")
-    )
+    sys.stdout, sys.stderr = (os.fdopen(int(number), "w", buffering=1, encoding="utf-8", errors="backslashreplace") for number in terminal.split(","))
     return True
 
 
@@ -97,7 +95,9 @@ def _verdict(status: int, text: str) -> str | None:
         return f"{mine} was lost, killed by {_signal_name(-status)}; {again}"
     lost = lost_processes(text)
     if not lost and status == -signal.SIGABRT and "gloo::" in text and who and who[2] == "2":
-        lost = [1 - int(who[1])]  # gloo ends this process where the link to another breaks in mid-message, before jax notices; of two, it is the other
+        lost = [
+            1 - int(who[1])
+        ]  # gloo ends this process where the link to another breaks in mid-message, before jax notices; of two, it is the other
     if lost:
         plural = "es" if len(lost) > 1 else ""
         return f"process{plural} {', '.join(map(str, lost))}{of} {'were' if plural else 'was'} lost; {again}"

@@ -105,8 +105,7 @@ def member_panels(results: StudyResults, titles: Sequence[str], height: float) -
     for axes, title in zip(panels, titles):
         axes.set_title(title)
     handles = [
-        Line2D([], [], color=colour(results, p), marker=marker(results, p), label=results.axis.said(p) + _outcome(results, p))
-        for p in results.points
+        Line2D([], [], color=colour(results, p), marker=marker(results, p), label=results.axis.said(p) + _outcome(results, p)) for p in results.points
     ]
     legend_above(panels[0], handles)
     return drawn, panels

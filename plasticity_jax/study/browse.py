@@ -67,7 +67,14 @@ def browse(workdir: AnyPath, wanted: Filter) -> Iterator[dict[str, Any]]:
         rewards = {run.parents["completions"]: path.parent / run.id for run in of_study if run.stage == "reward"}
         for run in of_study:
             if wanted.takes_run(run, of_member) and RunDirectory(path.parent / run.id).done:
-                about = {"study": run.study, "member": run.member, "weight_decay": of_member[run.member], "task": run.task, "when": run.fields["when"], "seed": run.seed}
+                about = {
+                    "study": run.study,
+                    "member": run.member,
+                    "weight_decay": of_member[run.member],
+                    "task": run.task,
+                    "when": run.fields["when"],
+                    "seed": run.seed,
+                }
                 for row in _rows(path.parent / run.id, rewards.get(run.id), greedy=not wanted.samples):
                     if wanted.takes(row):
                         yield about | row
@@ -86,12 +93,26 @@ def _rows(folder: AnyPath, rewards: AnyPath | None, *, greedy: bool) -> Iterator
         problems = {row["id"]: row for row in _lines(folder / PROBLEMS)}
         for row in _lines(folder / OPTIONS):
             problem, chosen = problems[row["id"]], row["options"][row["chosen"]]
-            yield {"id": row["id"], "sample": 0, "prompt": problem["prompt"], "gold": row["options"][row["right"]], "text": chosen, "answer": chosen,
-                   "verdict": "right" if row["correct"] else "wrong", "reward": None}
+            yield {
+                "id": row["id"],
+                "sample": 0,
+                "prompt": problem["prompt"],
+                "gold": row["options"][row["right"]],
+                "text": chosen,
+                "answer": chosen,
+                "verdict": "right" if row["correct"] else "wrong",
+                "reward": None,
+            }
     elif (folder / COMPLETIONS).is_file():
-        found = {} if rewards is None or not RunDirectory(rewards).done else {(row["id"], row["sample"]): row["reward"] for row in _lines(rewards / REWARDS)}
+        found = (
+            {}
+            if rewards is None or not RunDirectory(rewards).done
+            else {(row["id"], row["sample"]): row["reward"] for row in _lines(rewards / REWARDS)}
+        )
         for row in completions(folder, greedy=greedy):
-            yield {name: row[name] for name in ("id", "sample", "prompt", "gold", "text", "answer", "verdict")} | {"reward": found.get((row["id"], row["sample"]))}
+            yield {name: row[name] for name in ("id", "sample", "prompt", "gold", "text", "answer", "verdict")} | {
+                "reward": found.get((row["id"], row["sample"]))
+            }
 
 
 def _lines(path: AnyPath) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,15 @@ from plasticity_jax.study.graph import corpus_run, init_run, run_configs, study_
 
 log = logging.getLogger("plasticity_jax")
 
-_TOGETHER = ("pretrain", "finetune", "evaluate", "samples", "verifier", "reward", "zero_shot")  # stages that all processes of a run carry out at once; the others are the first one's
+_TOGETHER = (
+    "pretrain",
+    "finetune",
+    "evaluate",
+    "samples",
+    "verifier",
+    "reward",
+    "zero_shot",
+)  # stages that all processes of a run carry out at once; the others are the first one's
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
 _STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")
@@ -113,7 +121,9 @@ def _check_reward_model(reward: RewardConfig) -> None:
 
         check_folder(location(reward.model))
     elif not location(reward.model).is_dir():
-        raise UserError(f"reward.model={reward.model}: no such directory; give a finished run, a Hugging Face folder, or None for the model that wrote.")
+        raise UserError(
+            f"reward.model={reward.model}: no such directory; give a finished run, a Hugging Face folder, or None for the model that wrote."
+        )
 
 
 def _check_devices(members: Sequence[StudyConfig]) -> None:
@@ -253,7 +263,9 @@ def execute(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, exter
         config = for_device(config, jax.devices()[0].device_kind)
     groups, configs = _groups(config, todo), run_configs(config, todo)
     for number, group in enumerate(groups, 1):
-        missing = processes.broadcast(lambda: [[parent for parent in run.parents.values() if not RunDirectory(path_of(parent)).done] for run in group])
+        missing = processes.broadcast(
+            lambda: [[parent for parent in run.parents.values() if not RunDirectory(path_of(parent)).done] for run in group]
+        )
         for run, parents in zip(group, missing, strict=True):
             if parents:
                 log.warning("%s waits for %s", run.id, ", ".join(parents))

@@ -200,7 +200,10 @@ def build_graph(config: StudyConfig) -> list[Run]:
     bases = list({base.id: (own, base) for own, member in grid for base in [pretrain_run(own, member)]}.values())
     before = [(own, evaluate_run(own, base, task)) for task in tasks for own, base in bases]
     tuned = [
-        (own, finetune_run(own, pretrain_run(own, member), task, seed, member)) for task in tasks for seed in config.finetune.seeds for own, member in grid
+        (own, finetune_run(own, pretrain_run(own, member), task, seed, member))
+        for task in tasks
+        for seed in config.finetune.seeds
+        for own, member in grid
     ]
     after = [(own, evaluate_run(own, model, model.task)) for own, model in tuned]
     samples, verifiers = _verifiers(config, tuned)

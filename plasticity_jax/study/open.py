@@ -37,7 +37,9 @@ class Study:
         if part is None:
             return figure(results, name)
         if part not in parts:
-            raise UserError(f"part {part!r} is not in this study" + (f"; name one of {', '.join(parts)}." if len(parts) > 1 else ", which has one; leave it out."))
+            raise UserError(
+                f"part {part!r} is not in this study" + (f"; name one of {', '.join(parts)}." if len(parts) > 1 else ", which has one; leave it out.")
+            )
         return figure(parts[part], name)
 
 

@@ -113,7 +113,17 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
         return "no members"
     tasks = [key.removesuffix(" before") for key in rows[0] if key.endswith(" before")]
     swept = [key for key in rows[0] if "." in key]  # the swept fields alone have dotted names
-    header = ["member", "λ", *(name.rpartition(".")[2] for name in swept), "timescale", "held-out", *(f"{task} before→after" for task in tasks), "W_QK rank", "gap", "state"]
+    header = [
+        "member",
+        "λ",
+        *(name.rpartition(".")[2] for name in swept),
+        "timescale",
+        "held-out",
+        *(f"{task} before→after" for task in tasks),
+        "W_QK rank",
+        "gap",
+        "state",
+    ]
     lines = [header]
     for row in rows:
         scores = [
@@ -192,7 +202,11 @@ def render_page(results: StudyResults, parts: Sequence[Part], tables: list[str])
         tasks=[_task_table(results, task) for task in results.tasks],
         correlation=correlation_rows,
         macro=macro,
-        macro_metrics=[name for name in (macro[0] if macro else ()) if "@" in name and "unbiased" not in name or name in ("orm_score", "accuracy", "accuracy_by_length")],
+        macro_metrics=[
+            name
+            for name in (macro[0] if macro else ())
+            if "@" in name and "unbiased" not in name or name in ("orm_score", "accuracy", "accuracy_by_length")
+        ],
         forgetting=forgetting(results),
         summary=summary_rows(results),
         samples=[{"task": task, "problems": sample_completions(results, task)} for task in results.tasks],
@@ -212,8 +226,12 @@ def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
     rows = []
     for m in results.members:
         before, after = m.before.get(task), m.after.get(task)
-        cells = [{"pair": (_metric(before, name), _metric(after, name)), "interval": _interval(after, name, results.config.report)} for name in metrics]
-        cells += [{"pair": tuple(None if score is None else score.failures[name] for score in (before, after)), "interval": None} for name in FAILURES]
+        cells = [
+            {"pair": (_metric(before, name), _metric(after, name)), "interval": _interval(after, name, results.config.report)} for name in metrics
+        ]
+        cells += [
+            {"pair": tuple(None if score is None else score.failures[name] for score in (before, after)), "interval": None} for name in FAILURES
+        ]
         rows.append({"member": m, "cells": cells})
     return {
         "name": task,

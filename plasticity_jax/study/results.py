@@ -67,7 +67,10 @@ class Outcomes:
             "maj": (self.majority, ones),
             "pass": (self.right > 0, ones),
             "mean": (share, ones),
-            "unbiased_pass": (np.array([pass_at_k(self.n_samples, int(c), int(draws)) for c in self.right]) if kind == "unbiased_pass" else None, ones),
+            "unbiased_pass": (
+                np.array([pass_at_k(self.n_samples, int(c), int(draws)) for c in self.right]) if kind == "unbiased_pass" else None,
+                ones,
+            ),
             "correct_ratio": (share, self.right > 0),
             "rm": (self.chosen, ones),
             "orm_score": (self.rewards, ones),
@@ -287,7 +290,9 @@ def collect(study_dir: AnyPath) -> StudyResults:
         raise UserError(f"{file} is no study of this version ({error!r} is missing); run plasticity study again.") from error
     states, axis = tuple(_state(study_dir, run) for run in runs), study_axis(config)
     prepared = {s.run.id: RunDirectory(s.path).results() for s in states if s.run.stage == "prepare" and s.state == "done"}
-    members = tuple(_member(member, axis.value(member), [s for s in states if s.run.member in (member.name, member.base)]) for member in grid_members(config))
+    members = tuple(
+        _member(member, axis.value(member), [s for s in states if s.run.member in (member.name, member.base)]) for member in grid_members(config)
+    )
     return StudyResults(study_dir, config, resolved, members, tuple(config.tasks), prepared, states, axis)
 
 
@@ -314,9 +319,7 @@ def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults
         curve=tuple(read_log(pretrain.path / METRICS)) if pretrain is not None else (),
         before=_scores(states, "before"),
         after=_scores(states, "after"),
-        zero_shot={
-            s.run.task or "": RunDirectory(s.path).results() for s in reversed(states) if s.run.stage == "zero_shot" and s.state == "done"
-        },
+        zero_shot={s.run.task or "": RunDirectory(s.path).results() for s in reversed(states) if s.run.stage == "zero_shot" and s.state == "done"},
         probe=of("probe"),
         spectra=of("spectra"),
         gap=of("gap"),
@@ -362,5 +365,10 @@ def _outcomes(results: dict[str, Any], reward: dict[str, Any] | None) -> Outcome
 
     found, rewarded = results["per_problem"], {} if reward is None else reward["per_problem"]
     return Outcomes(
-        column(found, "greedy"), column(found, "samples"), column(found, "majority"), results["n_samples"], column(rewarded, "rm"), column(rewarded, "orm")
+        column(found, "greedy"),
+        column(found, "samples"),
+        column(found, "majority"),
+        results["n_samples"],
+        column(rewarded, "rm"),
+        column(rewarded, "orm"),
     )

@@ -41,7 +41,9 @@ def _varied(results: StudyResults) -> str:
         alone = "" if tuned else "; without a second there is nothing to compare"
         return f"One language model{size} was pretrained{tokens} with AdamW’s weight decay λ = {results.members[0].member.weight_decay:.3g}{alone}.{recipes}"
     so_far = (
-        "" if finished == runs else f" {_word_for(finished).capitalize()} of them {'has' if finished == 1 else 'have'} finished without diverging so far."
+        ""
+        if finished == runs
+        else f" {_word_for(finished).capitalize()} of them {'has' if finished == 1 else 'have'} finished without diverging so far."
     )
     shared = ["from the same initial parameters"] * results.same_start + ["on the same batches"] * results.same_batches
     if len(pretrained) > 1:
@@ -168,7 +170,9 @@ def _states(results: StudyResults) -> list[str]:
 def _seeds(results: StudyResults) -> list[str]:
     seeds = results.config.grid.seeds
     return (
-        [f"Single pretraining seed ({seeds[0]}): a difference between two {results.axis.symbol if results.axis.field == DECAY else 'members'} may be the luck of one run, whatever its interval says."]
+        [
+            f"Single pretraining seed ({seeds[0]}): a difference between two {results.axis.symbol if results.axis.field == DECAY else 'members'} may be the luck of one run, whatever its interval says."
+        ]
         if len(seeds) == 1
         else []
     )

@@ -68,9 +68,7 @@ def run(context: Context) -> dict[str, Any]:
     if processes.primary():
         copy_tokenizer(base.path, context.directory.path)
 
-    rows = encode_examples(
-        read_task(context.parents["task"]).train, base.tokenizer, max_length=recipe.length_buckets[-1], too_long=recipe.too_long
-    )
+    rows = encode_examples(read_task(context.parents["task"]).train, base.tokenizer, max_length=recipe.length_buckets[-1], too_long=recipe.too_long)
     if not len(rows):
         raise UserError(
             f"tasks.{context.run.task}: no training row is left, {rows.n_dropped} are longer than {recipe.length_buckets[-1]} tokens and "

@@ -66,9 +66,7 @@ def warmup_steps(steps: int, share: float) -> int:
     return max(1, round(share * steps))
 
 
-def schedule_shape(
-    step: Int[Array, "*steps"], *, warmup: Float[Array, ""], total: Float[Array, ""], schedule: Schedule
-) -> Float[Array, "*steps"]:
+def schedule_shape(step: Int[Array, "*steps"], *, warmup: Float[Array, ""], total: Float[Array, ""], schedule: Schedule) -> Float[Array, "*steps"]:
     """Learning rate as a share of its peak: linear warm-up, then the schedule's course down to its final share.
 
     Steps count from 0, and the update of step s uses the value at s: 0 at the first update, 1 at s = warmup, the final share at s = total, which

@@ -185,7 +185,9 @@ def _record_provenance(context: Context, initial: Params, sha256: str, records: 
     table = decay_table(initial, config.decay.mask)
     timescale = timescale_steps(weight_decay, config.train.peak_lr, config.decay.kind)
     meaning = "no decay" if timescale is None else f"timescale {timescale:,.1f} steps = {timescale / config.train.steps:.3g} of the run"
-    log.info("%s: λ = %.6g, peak lr·λ = %.4g (%s), %s", context.run.name, weight_decay, config.train.peak_lr * weight_decay, config.decay.kind, meaning)
+    log.info(
+        "%s: λ = %.6g, peak lr·λ = %.4g (%s), %s", context.run.name, weight_decay, config.train.peak_lr * weight_decay, config.decay.kind, meaning
+    )
     log.info("decayed: %s", ", ".join(path for path, decayed in table.items() if decayed) or "none")
     log.info("not decayed: %s", ", ".join(path for path, decayed in table.items() if not decayed) or "none")
     placed = sharding_table(mesh, initial)

@@ -55,7 +55,10 @@ def _prepare_step(runs: Sequence[AnyPath]) -> int:
 
 def param_norms(params: Params) -> dict[str, float]:
     """L2 norm of every parameter, all layers together: path → norm."""
-    return {path: float(np.linalg.norm(np.asarray(arrays.to_host(leaf), np.float64))) for path, leaf in zip(param_paths(params), jax.tree.leaves(params), strict=True)}
+    return {
+        path: float(np.linalg.norm(np.asarray(arrays.to_host(leaf), np.float64)))
+        for path, leaf in zip(param_paths(params), jax.tree.leaves(params), strict=True)
+    }
 
 
 def relative_update(before: Params, after: Params) -> float:
@@ -82,6 +85,4 @@ def _compiled_start(settings: StepSettings):
 
 def _abstract_state(settings: StepSettings, mesh: Mesh) -> Any:
     shapes = jax.eval_shape(functools.partial(initial_state, settings), abstract_params(settings.model))
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(settings, mesh, members=False)
-    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(settings, mesh, members=False))

@@ -50,6 +50,7 @@ from plasticity_jax.train.tuning import tuning_numbers, tuning_optimizer
 
 log = logging.getLogger("plasticity_jax")
 
+
 @dataclass(frozen=True)
 class VerifierStep:
     """All that the compiled step depends on besides shapes; equal settings share one compilation.
@@ -113,7 +114,12 @@ def run(context: Context) -> dict[str, Any]:
     logits = np.zeros(len(held_out), np.float32)
     if not track.diverged and not reason:
         logits = score_rows(
-            model, [rows[i] for i in held_out], buckets=buckets, batch_size=recipe.batch_size, execution=execution, what=f"verifier {context.run.name}, held out"
+            model,
+            [rows[i] for i in held_out],
+            buckets=buckets,
+            batch_size=recipe.batch_size,
+            execution=execution,
+            what=f"verifier {context.run.name}, held out",
         )
         if not np.isfinite(logits).all():  # the last update is seen by no training loss
             track.stop("logits not finite after the last step")
@@ -189,7 +195,13 @@ def area_under_curve(logits: Float[np.ndarray, " n"], right: Bool[np.ndarray, " 
 
 
 def _train(
-    context: Context, track: Track, model: ScalarModel, execution: Execution, rows: list[list[int]], right: Bool[np.ndarray, " n"], buckets: Sequence[int]
+    context: Context,
+    track: Track,
+    model: ScalarModel,
+    execution: Execution,
+    rows: list[list[int]],
+    right: Bool[np.ndarray, " n"],
+    buckets: Sequence[int],
 ) -> ScalarModel:
     """The model after training, or as it was where it had diverged before."""
     config, recipe = context.config, context.config.verifier
@@ -278,7 +290,11 @@ def _state_shardings(settings: VerifierStep, mesh: Mesh) -> State:
     optimizer, params = make_optimizer(settings.optimizer), scalar_shardings(mesh, settings.model)
     single = NamedSharding(mesh, PartitionSpec())
     moments = optax.tree.map_params(
-        optimizer, lambda _, s: s, jax.eval_shape(optimizer.init, abstract_scalar_params(settings.model)), params, transform_non_params=lambda _: single
+        optimizer,
+        lambda _, s: s,
+        jax.eval_shape(optimizer.init, abstract_scalar_params(settings.model)),
+        params,
+        transform_non_params=lambda _: single,
     )
     return {"params": params, "optimizer": moments, "step": single}
 

@@ -37,8 +37,14 @@ def write_corpus(folder, sizes: dict[str, tuple[int, int]], *, blocks_per_docume
         writer.close()
         np.save(index_path(folder, split, "domain_of"), domain_of.astype(np.int32))
         np.save(index_path(folder, split, "document_of"), (np.arange(len(domain_of)) // blocks_per_document).astype(np.int32))
-    manifest = {"seq_len": SEQ_LEN, "vocab_size": VOCAB, "dtype": "<u2", "domains": list(DOMAINS), "fingerprint": "0",
-                "splits": {split: {} for split in sizes}}
+    manifest = {
+        "seq_len": SEQ_LEN,
+        "vocab_size": VOCAB,
+        "dtype": "<u2",
+        "domains": list(DOMAINS),
+        "fingerprint": "0",
+        "splits": {split: {} for split in sizes},
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return folder
 
@@ -132,7 +138,9 @@ def test_block_losses_are_means_of_cross_entropies(corpus):
     params = init_params(CONFIG, seed=0)
     # Without a head every token is equally likely.
     params["head"]["kernel"] = jnp.zeros_like(params["head"]["kernel"])
-    np.testing.assert_allclose(block_losses(CONFIG, params, train, np.arange(40), isolate=None, scan_layers=False, loss_chunks=1), np.log(VOCAB), rtol=1e-6)
+    np.testing.assert_allclose(
+        block_losses(CONFIG, params, train, np.arange(40), isolate=None, scan_layers=False, loss_chunks=1), np.log(VOCAB), rtol=1e-6
+    )
 
 
 def stage(tmp_path, corpus, name: str, *, model_stage: str = "pretrain") -> dict:
@@ -180,8 +188,10 @@ def test_summary_of_an_exact_case():
     keys = {side: (["a", "a", "b", "b"], [0, 1, 2, 3]) for side in losses}
     summary = summarise(losses, control, keys, np.array([0.1, 0.3, 0.2, 0.9]), seed=0)
     assert (summary["seen"], summary["held_out"], summary["gap"]) == (2.5, 4.0, 1.5)
-    assert summary["domains"] == {"a": {"seen": 1.5, "held_out": 2.5, "gap": 1.0, "blocks": 2},
-                                  "b": {"seen": 3.5, "held_out": 5.5, "gap": 2.0, "blocks": 2}}
+    assert summary["domains"] == {
+        "a": {"seen": 1.5, "held_out": 2.5, "gap": 1.0, "blocks": 2},
+        "b": {"seen": 3.5, "held_out": 5.5, "gap": 2.0, "blocks": 2},
+    }
     assert (summary["seen_early"], summary["seen_late"]) == (2.0, 4.0)
     assert summary["control"] == {"seen": 6.0, "held_out": 6.5, "gap": 0.5, "interval": [0.5, 0.5], "passes": False}
     assert summary["adjusted"]["gap"] == 1.0

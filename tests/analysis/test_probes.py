@@ -112,17 +112,20 @@ def test_one_compiled_program_serves_all_fits_of_a_shape():
 X, Y = np.random.default_rng(0).normal(size=(10, 3)), [0, 1] * 5
 
 
-@pytest.mark.parametrize("rows, options, message", [
-    ((X[:0], [], X, Y), {}, "x_train has shape"),
-    ((X, Y[:9], X, Y), {}, "y_train"),
-    ((X, Y, X[:, :2], Y), {}, "features"),
-    ((X, [0] * 10, X, [0] * 10), {}, "single class"),
-    ((X, Y, X, [0, 2] * 5), {}, "label 2"),
-    ((X * np.nan, Y, X, Y), {}, "not finite"),
-    ((X, Y, X, Y), {"l2": ()}, "l2="),
-    ((X, Y, X, Y), {"l2": (-1.0,)}, "l2="),
-    ((X[:4], Y[:4], X, Y), {"l2": (0.1, 1.0)}, "choose l2"),
-])
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        ((X[:0], [], X, Y), {}, "x_train has shape"),
+        ((X, Y[:9], X, Y), {}, "y_train"),
+        ((X, Y, X[:, :2], Y), {}, "features"),
+        ((X, [0] * 10, X, [0] * 10), {}, "single class"),
+        ((X, Y, X, [0, 2] * 5), {}, "label 2"),
+        ((X * np.nan, Y, X, Y), {}, "not finite"),
+        ((X, Y, X, Y), {"l2": ()}, "l2="),
+        ((X, Y, X, Y), {"l2": (-1.0,)}, "l2="),
+        ((X[:4], Y[:4], X, Y), {"l2": (0.1, 1.0)}, "choose l2"),
+    ],
+)
 def test_impossible_input_is_refused_in_one_line(rows, options, message):
     with pytest.raises(ValueError, match=message) as error:
         fit_probe(*rows, **options)
@@ -182,10 +185,23 @@ def finished_model(tmp_path, tokenizer: Tokenizer | None):
 def test_stage_probes_every_layer_of_every_set(tmp_path, tokenizer):
     rng = np.random.default_rng(0)
     # The last word gives the label away, so also random weights show it.
-    rows = [(f"{' '.join(rng.choice(['the', 'film', 'words', 'north'], 5))} {word}", label)
-            for _ in range(60) for word, label in (("good", "positive"), ("dull", "negative"))]
-    write_probe_set(tmp_path / "set", {"name": "sentiment", "labels": ("negative", "positive"), "train": rows[:80], "test": rows[80:],
-                                       "dropped_leaks": 2, "sources": (), "source_splits": {}})
+    rows = [
+        (f"{' '.join(rng.choice(['the', 'film', 'words', 'north'], 5))} {word}", label)
+        for _ in range(60)
+        for word, label in (("good", "positive"), ("dull", "negative"))
+    ]
+    write_probe_set(
+        tmp_path / "set",
+        {
+            "name": "sentiment",
+            "labels": ("negative", "positive"),
+            "train": rows[:80],
+            "test": rows[80:],
+            "dropped_leaks": 2,
+            "sources": (),
+            "source_splits": {},
+        },
+    )
     config = StudyConfig(model=CONFIG, probe=ProbeConfig(sets=("sentiment",), max_length=64))
     parents = {"model": finished_model(tmp_path, tokenizer), "probe-sentiment": tmp_path / "set"}
     results = probes.run(Context(config, Run("t", "probe", "wd0", {}), RunDirectory(tmp_path / "probe"), parents))

@@ -115,9 +115,17 @@ def test_pseudo_rank_of_known_spectra():
     assert pseudo_rank(np.float32([1e-30, 1e-30]), power=2) == 1.0
 
 
-@pytest.mark.parametrize("s, options", [
-    ([1.0, 0.5], {"mass": 0.0}), ([1.0, 0.5], {"mass": 1.1}), ([1.0, 0.5], {"power": 3}), ([0.5, 1.0], {}), ([1.0, -0.5], {}), ([], {}),
-])
+@pytest.mark.parametrize(
+    "s, options",
+    [
+        ([1.0, 0.5], {"mass": 0.0}),
+        ([1.0, 0.5], {"mass": 1.1}),
+        ([1.0, 0.5], {"power": 3}),
+        ([0.5, 1.0], {}),
+        ([1.0, -0.5], {}),
+        ([], {}),
+    ],
+)
 def test_pseudo_rank_refuses_in_one_line(s, options):
     with pytest.raises(ValueError) as error:
         pseudo_rank(np.asarray(s, np.float64), **options)

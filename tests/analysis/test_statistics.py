@@ -48,19 +48,22 @@ def test_paired_bootstrap_resamples_the_same_problems():
     assert (value, low, high) == pytest.approx((0.5, 0.5, 0.5), abs=1e-9)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: bootstrap_mean([], samples=10, seed=0), "x has shape"),
-    (lambda: bootstrap_mean([1.0, 2.0], samples=0, seed=0), "samples=0"),
-    (lambda: bootstrap_mean([[1.0], [2.0]], samples=10, seed=0), "x has shape"),
-    (lambda: paired_bootstrap([1.0, 2.0], [1.0], samples=10, seed=0), "a has 2 values and b has 1"),
-    (lambda: wilson_interval(3, 2), "successes=3"),
-    (lambda: wilson_interval(0, 0), "successes=0"),
-    (lambda: wilson_interval(1, 2, level=1.0), "level=1.0"),
-    (lambda: pearson([1.0], [1.0, 2.0]), "x has 1 values"),
-    (lambda: cluster_bootstrap_gap(Blocks([], [], []), Blocks([], [], []), samples=10, seed=0), "no blocks"),
-    (lambda: cluster_bootstrap_gap(Blocks([1.0], ["a"], [0]), Blocks([1.0], ["b"], [0]), samples=10, seed=0), "blocks per domain"),
-    (lambda: cluster_bootstrap_gap(Blocks([1.0], ["a"], [0, 1]), Blocks([1.0], ["a"], [0]), samples=10, seed=0), "2 documents"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: bootstrap_mean([], samples=10, seed=0), "x has shape"),
+        (lambda: bootstrap_mean([1.0, 2.0], samples=0, seed=0), "samples=0"),
+        (lambda: bootstrap_mean([[1.0], [2.0]], samples=10, seed=0), "x has shape"),
+        (lambda: paired_bootstrap([1.0, 2.0], [1.0], samples=10, seed=0), "a has 2 values and b has 1"),
+        (lambda: wilson_interval(3, 2), "successes=3"),
+        (lambda: wilson_interval(0, 0), "successes=0"),
+        (lambda: wilson_interval(1, 2, level=1.0), "level=1.0"),
+        (lambda: pearson([1.0], [1.0, 2.0]), "x has 1 values"),
+        (lambda: cluster_bootstrap_gap(Blocks([], [], []), Blocks([], [], []), samples=10, seed=0), "no blocks"),
+        (lambda: cluster_bootstrap_gap(Blocks([1.0], ["a"], [0]), Blocks([1.0], ["b"], [0]), samples=10, seed=0), "blocks per domain"),
+        (lambda: cluster_bootstrap_gap(Blocks([1.0], ["a"], [0, 1]), Blocks([1.0], ["a"], [0]), samples=10, seed=0), "2 documents"),
+    ],
+)
 def test_impossible_input_is_refused_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()

@@ -7,12 +7,22 @@ from hypothesis import strategies as st
 from plasticity_jax.data.tasks.boxed import last_boxed
 
 
-@pytest.mark.parametrize("text, content", [
-    ("so \\boxed{5}", "5"), ("\\boxed{1} or \\boxed{ \\frac{1}{2} }.", "\\frac{1}{2}"), ("\\boxed{3} then \\boxed{4", "3"), ("none", None),
-    ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
-    ("$\\boxed 5$ is", "5"), ("\\boxedtext{3}", None), ("\\boxed", None), ("\\boxed{}", ""),
-    ("{\\boxed{a}} }{ ", "a"), ("\\boxed{a \\boxed{b} c}", "b"),
-])
+@pytest.mark.parametrize(
+    "text, content",
+    [
+        ("so \\boxed{5}", "5"),
+        ("\\boxed{1} or \\boxed{ \\frac{1}{2} }.", "\\frac{1}{2}"),
+        ("\\boxed{3} then \\boxed{4", "3"),
+        ("none", None),
+        ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
+        ("$\\boxed 5$ is", "5"),
+        ("\\boxedtext{3}", None),
+        ("\\boxed", None),
+        ("\\boxed{}", ""),
+        ("{\\boxed{a}} }{ ", "a"),
+        ("\\boxed{a \\boxed{b} c}", "b"),
+    ],
+)
 def test_the_last_box_is_found(text, content):
     assert last_boxed(text) == content
 

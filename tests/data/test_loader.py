@@ -15,8 +15,9 @@ SEQ_LEN = 32
 @pytest.fixture(scope="module")
 def records(tmp_path_factory, wheels_dir):
     directory = tmp_path_factory.mktemp("corpus")
-    prepare_corpus(directory, sources=("bbc", "commons"), wheels_dir=wheels_dir, held_out_share=0.2, max_documents=40, vocab_size=300,
-                   seq_len=SEQ_LEN)
+    prepare_corpus(
+        directory, sources=("bbc", "commons"), wheels_dir=wheels_dir, held_out_share=0.2, max_documents=40, vocab_size=300, seq_len=SEQ_LEN
+    )
     return TokenRecords(directory / TOKENS, "train")
 
 
@@ -26,7 +27,7 @@ def test_every_record_comes_once_per_epoch(n_records, batch_size, seed, epochs):
     steps = -(-n_records * epochs // batch_size)
     stream = np.concatenate([order(n_records, seed=seed, batch_size=batch_size, step=step) for step in range(steps)])
     for epoch in range(epochs):
-        assert Counter(stream[epoch * n_records:(epoch + 1) * n_records].tolist()) == Counter(range(n_records))
+        assert Counter(stream[epoch * n_records : (epoch + 1) * n_records].tolist()) == Counter(range(n_records))
 
 
 @settings(max_examples=100, deadline=None)
@@ -84,7 +85,12 @@ def test_a_batch_is_the_records_shifted_by_one():
     assert batch["positions"].tolist() == [[0, 1, 2]] * 3
     assert batch["segment_ids"].tolist() == [[1, 1, 1]] * 3 and batch["loss_mask"].tolist() == [[1.0, 1.0, 1.0]] * 3
     assert {name: str(value.dtype) for name, value in batch.items()} == {
-        "tokens": "int32", "targets": "int32", "positions": "int32", "segment_ids": "int32", "loss_mask": "float32"}
+        "tokens": "int32",
+        "targets": "int32",
+        "positions": "int32",
+        "segment_ids": "int32",
+        "loss_mask": "float32",
+    }
 
 
 EOS = 0

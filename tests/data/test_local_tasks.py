@@ -18,7 +18,13 @@ from plasticity_jax.errors import UserError
 
 ALL = 10**9
 REAL = ("math", "math-long", "medmcqa-local", "pubmedqa-local", "mmlu", "ten-options", "boolq")
-COMMONSENSE = {"HellaSwag": (39905, 10042), "WinoGrande": (40398, 1267), "PIQA": (16113, 1838), "ARC-Easy": (2251, 2376), "ARC-Challenge": (1119, 1172)}
+COMMONSENSE = {
+    "HellaSwag": (39905, 10042),
+    "WinoGrande": (40398, 1267),
+    "PIQA": (16113, 1838),
+    "ARC-Easy": (2251, 2376),
+    "ARC-Challenge": (1119, 1172),
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +54,18 @@ def question_of(name, prompt):
 
 
 # Read and kept apart before the overlap rule: 5,000 - 500; 4,183 of which 2,158 are explained; 401 + 1,181; 1,531 + 14,042; 1,047; 3,270.
-@pytest.mark.parametrize("name, read, filtered, sides", [
-    ("math", 5000, {"in MATH-500": 500}, 4500 + 500), ("math-long", 5000, {"in MATH-500": 500, "below level 5 or short": 3443}, 1057 + 500),
-    ("medmcqa-local", 4183, {"no explanation": 2025}, 2158), ("pubmedqa-local", 401 + 1181, {}, 1582), ("mmlu", 1531 + 14042, {}, 15573),
-    ("ten-options", 1047, {}, 1047), ("boolq", 3270, {}, 3270)])
+@pytest.mark.parametrize(
+    "name, read, filtered, sides",
+    [
+        ("math", 5000, {"in MATH-500": 500}, 4500 + 500),
+        ("math-long", 5000, {"in MATH-500": 500, "below level 5 or short": 3443}, 1057 + 500),
+        ("medmcqa-local", 4183, {"no explanation": 2025}, 2158),
+        ("pubmedqa-local", 401 + 1181, {}, 1582),
+        ("mmlu", 1531 + 14042, {}, 15573),
+        ("ten-options", 1047, {}, 1047),
+        ("boolq", 3270, {}, 3270),
+    ],
+)
 def test_counts_are_the_surveyed_ones(name, read, filtered, sides, all_rows):
     rows = all_rows[name]
     assert rows.counts["read"] == read and filtered.items() <= rows.counts.items()
@@ -83,8 +97,15 @@ def test_row_counts_only_cut_and_the_seed_only_reorders(name, wheels, all_rows):
 
 def test_every_row_says_where_it_comes_from_and_ends_with_its_answer(all_rows):
     splits = {name: {row.source_split for row in rows.train + rows.test} for name, rows in all_rows.items()}
-    assert splits == {"math": {"test"}, "math-long": {"test"}, "medmcqa-local": {"validation"}, "pubmedqa-local": {"train"}, "mmlu": {"validation", "test"},
-                      "ten-options": {"validation"}, "boolq": {"validation"}}
+    assert splits == {
+        "math": {"test"},
+        "math-long": {"test"},
+        "medmcqa-local": {"validation"},
+        "pubmedqa-local": {"train"},
+        "mmlu": {"validation", "test"},
+        "ten-options": {"validation"},
+        "boolq": {"validation"},
+    }
     for name, rows in all_rows.items():
         everything = rows.train + rows.test
         assert len({row.id for row in everything}) == len(everything)
@@ -111,16 +132,23 @@ def test_formats_are_the_documented_ones(all_rows):
     row = by_id["basic-skills-arithmetic:788"]
     assert row.prompt == "17 * 4 =\nA. 75\nB. 62\nC. 74\nD. 67\nE. 69\nF. 64\nG. 66\nH. 70\nI. 72\nJ. 68" and row.response == "The answer is J."
     row = by_id["mmlu-test:anatomy:0"]
-    assert row.prompt.startswith("A lesion causing compression of the facial nerve at the stylomastoid foramen will cause ipsilateral\n"
-                                 "A. paralysis of the facial muscles.\nB. ") and row.answer == "A"
+    assert (
+        row.prompt.startswith(
+            "A lesion causing compression of the facial nerve at the stylomastoid foramen will cause ipsilateral\n"
+            "A. paralysis of the facial muscles.\nB. "
+        )
+        and row.answer == "A"
+    )
     row = by_id["boolq-validation:3059"]
     assert row.prompt.startswith("Answer the question with yes or no, using only the passage.\nPassage: On June 16, 2018, The Try Guys")
     assert row.prompt.endswith("\nQuestion: do the try guys no longer work for buzzfeed?") and row.response == "The answer is yes."
     row = by_id["medmcqa-validation:b2378ac9-d9c4-415f-9e8d-f77a39b6117a"]
     assert row.prompt.endswith("responsible for the condition?\nOptions:\nA. NSP4\nB. NSP6\nC. VP3\nD. VP7")
     row = by_id["pubmedqa_qa:train:0"]
-    assert row.prompt.startswith("Answer the question with yes or no, judging from the abstract.\nQuestion: Does histologic chorioamnionitis "
-                                 "correspond to clinical chorioamnionitis?\nAbstract: (OBJECTIVE) To evaluate")
+    assert row.prompt.startswith(
+        "Answer the question with yes or no, judging from the abstract.\nQuestion: Does histologic chorioamnionitis "
+        "correspond to clinical chorioamnionitis?\nAbstract: (OBJECTIVE) To evaluate"
+    )
     assert (row.answer, row.subset) == ("yes", "PubMedQA")
 
 
@@ -191,14 +219,20 @@ def test_commonsense_rows_are_the_published_splits(commonsense):
 def test_commonsense_formats_are_the_papers(commonsense):
     by_id = {row.id: row for rows in commonsense.values() for row in rows.train + rows.test}
     row = by_id["winogrande-train:0"]
-    assert (row.prompt, row.response) == ("Ian volunteered to eat Dennis's menudo after already having a bowl because Dennis", "despised eating intestine.")
+    assert (row.prompt, row.response) == (
+        "Ian volunteered to eat Dennis's menudo after already having a bowl because Dennis",
+        "despised eating intestine.",
+    )
     row = by_id["winogrande-validation:0"]
     assert (row.prompt, row.response) == ("Sarah was a much better surgeon than Maria so", "Maria always got the easier cases.")
     assert row.options == ("Sarah always got the easier cases.", "Maria always got the easier cases.")
     row = by_id["piqa-train:0"]
     assert (row.prompt, row.response) == ("When boiling butter, when it's ready, you can", "Pour it into a jar")
     row = by_id["arc_easy-train:Mercury_7220990"]
-    assert (row.prompt, row.response) == ("Which factor will most likely cause a person to develop a fever?", "a bacterial population in the bloodstream")
+    assert (row.prompt, row.response) == (
+        "Which factor will most likely cause a person to develop a fever?",
+        "a bacterial population in the bloodstream",
+    )
     row = by_id["hellaswag-train:4"]
     assert row.prompt.endswith("wearing winter clothes smiles. Then") and row.response == ", the man continues removing the snow on his car."
 
@@ -212,8 +246,14 @@ def test_hellaswag_is_prepared_as_lm_evaluation_harness_prepares_it(commonsense,
         return " ".join(re.sub(r"\.+", ".", text).split())
 
     raw = read_arrow(wheels, arrow_member("hellaswag", "none", "validation"))
-    expected = Counter((plain(preprocess(f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}")),
-                        tuple(plain(preprocess(ending)) for ending in doc["endings"]), plain(preprocess(doc["endings"][int(doc["label"])]))) for doc in raw)
+    expected = Counter(
+        (
+            plain(preprocess(f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}")),
+            tuple(plain(preprocess(ending)) for ending in doc["endings"]),
+            plain(preprocess(doc["endings"][int(doc["label"])])),
+        )
+        for doc in raw
+    )
     found = Counter((plain(row.prompt), tuple(map(plain, row.options)), plain(row.response)) for row in commonsense["HellaSwag"].test)
     assert found == expected
 

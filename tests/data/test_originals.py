@@ -23,18 +23,36 @@ class Exam(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         text = tfds.features.Text()
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-            "article": text, "question": text, "answer": text, "options": tfds.features.Sequence(text), "cop": tfds.features.Scalar(np.int64),
-            "context": {"contexts": tfds.features.Sequence(text)},
-        }))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "article": text,
+                    "question": text,
+                    "answer": text,
+                    "options": tfds.features.Sequence(text),
+                    "cop": tfds.features.Scalar(np.int64),
+                    "context": {"contexts": tfds.features.Sequence(text)},
+                }
+            ),
+        )
 
     def _split_generators(self, dl_manager):
         return {name: self._generate_examples(name, n) for name, n in (("train", 300), ("dev", 1), ("test", 2))}
 
     def _generate_examples(self, name, n):
         for i in range(n):
-            yield i, {"article": f"{name} article {i}", "question": f"First {name}?", "answer": "C", "options": ["one", "two", "thrée", f"four {i}"],
-                      "cop": i, "context": {"contexts": [] if i % 2 else ["é", "b"]}}
+            yield (
+                i,
+                {
+                    "article": f"{name} article {i}",
+                    "question": f"First {name}?",
+                    "answer": "C",
+                    "options": ["one", "two", "thrée", f"four {i}"],
+                    "cop": i,
+                    "context": {"contexts": [] if i % 2 else ["é", "b"]},
+                },
+            )
 
 
 @pytest.fixture(scope="module")
@@ -115,29 +133,46 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-@pytest.mark.parametrize("value, kind, said", [
-    (3, str, "holds 3, not a text"), ("x", int, "holds 'x', not a whole number"), (True, int, "holds True, not a whole number"),
-    ("x", list[str], "holds 'x', not a list of texts"), ([1], list[str], "holds [1], not a list of texts"),
-    ({"a": "x"}, {"contexts": list[str]}, "not a struct of contexts (a list of texts)"),
-])
+@pytest.mark.parametrize(
+    "value, kind, said",
+    [
+        (3, str, "holds 3, not a text"),
+        ("x", int, "holds 'x', not a whole number"),
+        (True, int, "holds True, not a whole number"),
+        ("x", list[str], "holds 'x', not a list of texts"),
+        ([1], list[str], "holds [1], not a list of texts"),
+        ({"a": "x"}, {"contexts": list[str]}, "not a struct of contexts (a list of texts)"),
+    ],
+)
 def test_a_value_of_another_type_is_named_with_its_row(tmp_path, suffix, value, kind, said):
     message = refused(write(tmp_path / f"f{suffix}", [{"c": value}]), {"c": kind})
     assert said in message and f"1 of f{suffix} in" in message and "column 'c'" in message
 
 
-@pytest.mark.parametrize("content, said", [
-    (b'{"q": "a"}\n{"q": "\xff"}\n', "line 2 of f.jsonl"), (b'{"q": "a"}\n{"q": \n', "line 2 of f.jsonl"), (b'{"q": "a"}\n3\n', "line 2 of f.jsonl"),
-    (b'{"q": "\\ud800"}\n', "line 1 of f.jsonl"),
-])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b'{"q": "a"}\n{"q": "\xff"}\n', "line 2 of f.jsonl"),
+        (b'{"q": "a"}\n{"q": \n', "line 2 of f.jsonl"),
+        (b'{"q": "a"}\n3\n', "line 2 of f.jsonl"),
+        (b'{"q": "\\ud800"}\n', "line 1 of f.jsonl"),
+    ],
+)
 def test_malformed_lines_are_named(tmp_path, content, said):
     (tmp_path / "f.jsonl").write_bytes(content)
     assert said in refused(tmp_path / "f.jsonl", {"q": str})
 
 
-@pytest.mark.parametrize("content, said", [
-    (b'[{"q": "a"}, {"q": }]', "element 2 of f.json"), (b'[{"q": "a"}, 3]', "element 2 of f.json"), (b'[{"q": "a"}', "element 2 of f.json"),
-    (b'[{"q": "\xff"}]', "f.json in"), (b"[" * 100_000, "f.json in"),
-])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b'[{"q": "a"}, {"q": }]', "element 2 of f.json"),
+        (b'[{"q": "a"}, 3]', "element 2 of f.json"),
+        (b'[{"q": "a"}', "element 2 of f.json"),
+        (b'[{"q": "\xff"}]', "f.json in"),
+        (b"[" * 100_000, "f.json in"),
+    ],
+)
 def test_malformed_lists_are_named(tmp_path, content, said):
     (tmp_path / "f.json").write_bytes(content)
     assert said in refused(tmp_path / "f.json", {"q": str})

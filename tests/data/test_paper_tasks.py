@@ -24,8 +24,15 @@ GSM8K = [
     {"question": "Nothing after it", "answer": "well\n#### "},
 ]
 MATH = [
-    *({"problem": f"Level {i} problem", "solution": f"first \\boxed{{0}}, then $\\boxed{{\\frac{{{i}}}{{2}}}}$.", "level": f"Level {i}", "type": "A"}
-      for i in range(1, 6)),
+    *(
+        {
+            "problem": f"Level {i} problem",
+            "solution": f"first \\boxed{{0}}, then $\\boxed{{\\frac{{{i}}}{{2}}}}$.",
+            "level": f"Level {i}",
+            "type": "A",
+        }
+        for i in range(1, 6)
+    ),
     {"problem": "Older form", "solution": "so $x=\\boxed 7$.", "level": "Level 1", "type": "Algebra"},
     {"problem": "No box", "solution": "so 7", "level": "Level 1", "type": "Algebra"},
     {"problem": "No level", "solution": "\\boxed{7}", "level": "Level ?", "type": "Algebra"},
@@ -48,8 +55,11 @@ MED_TRAIN = [
     {"system_prompt": "You are", "question": "Question: Note?", "response": "Answer: C.\n\nNote: more."},
     {"system_prompt": "You are", "question": "Question: No such option?", "response": "Answer: F."},
     {"system_prompt": "You are", "question": "Question: Endless?", "response": "so " * 3400 + "Answer: C."},
-    {"system_prompt": "", "question": "Question: Axonal transport is:\nOptions:\nA. Antegrade\nB. Retrograde\nC. Both\nD. None",
-     "response": "Answer: C."},
+    {
+        "system_prompt": "",
+        "question": "Question: Axonal transport is:\nOptions:\nA. Antegrade\nB. Retrograde\nC. Both\nD. None",
+        "response": "Answer: C.",
+    },
     {"system_prompt": "You are", "question": "Question:  ", "response": "Answer: C."},
 ]
 MED_TEST = [
@@ -64,23 +74,39 @@ def pubmed(question, contexts=("One.", "Two."), long_answer="It does.", answer="
 
 
 PUBMED_TRAIN = [
-    pubmed("Does it help?"), pubmed("Is it long?", ["x" * 4000]),
-    pubmed("Is the end long?", long_answer="y" * 1500), pubmed("No end?", long_answer=""),
-    pubmed("In between?", answer="perhaps"), pubmed("IS IT ASKED, too?"),
+    pubmed("Does it help?"),
+    pubmed("Is it long?", ["x" * 4000]),
+    pubmed("Is the end long?", long_answer="y" * 1500),
+    pubmed("No end?", long_answer=""),
+    pubmed("In between?", answer="perhaps"),
+    pubmed("IS IT ASKED, too?"),
 ]
 PUBMED_TEST = [pubmed("Is it asked too?", answer="maybe"), pubmed("Long but a test?", ["z" * 5000], answer="no")]
 
 
 def mmlu_row(question, answer="J", content="So.\n\nThe answer is J.", options=tuple(f"option {i}" for i in range(10))):
-    return {"question_id": 1, "question": question, "options": list(options), "answer": answer, "answer_index": 9, "category": "law", "src": "s",
-            "cot_id": 0, "cot_content": content}
+    return {
+        "question_id": 1,
+        "question": question,
+        "options": list(options),
+        "answer": answer,
+        "answer_index": 9,
+        "category": "law",
+        "src": "s",
+        "cot_id": 0,
+        "cot_content": content,
+    }
 
 
 MMLU_TRAIN = [
     *(mmlu_row(f"Question {i // 2}?", content=f"Way {i}. The answer is J.") for i in range(60)),
-    mmlu_row("Wrong?", content="The answer is A."), mmlu_row("Bracketed?", content="The answer is (J)."), mmlu_row("None?", content="It is J."),
-    mmlu_row("Colon?", content="the answer is: J"), mmlu_row("Long?", content="a" * 6200 + " The answer is J."),
-    mmlu_row("Few options?", "C", "The answer is C.", ["yes", "no"]), mmlu_row("", content="The answer is J."),
+    mmlu_row("Wrong?", content="The answer is A."),
+    mmlu_row("Bracketed?", content="The answer is (J)."),
+    mmlu_row("None?", content="It is J."),
+    mmlu_row("Colon?", content="the answer is: J"),
+    mmlu_row("Long?", content="a" * 6200 + " The answer is J."),
+    mmlu_row("Few options?", "C", "The answer is C.", ["yes", "no"]),
+    mmlu_row("", content="The answer is J."),
 ]
 MMLU_TEST = [mmlu_row("Held out?", content="x"), mmlu_row("Held out?", content="again"), mmlu_row("Question 3?", content="x")]
 
@@ -90,20 +116,27 @@ def race_row(question, options=("he is young.", "he is old", "a", "b"), answer="
 
 
 RACE_TRAIN = [
-    race_row("Why   _  .ks5u"), race_row("Which?", ["100", "New Yorks6t----", "c", "d [:Zxxk.Com]"], "B"), race_row("Long?", article="w" * 6144),
-    race_row("Three?", ["a", "b", "c"]), race_row("Letter?", answer="E"), race_row(" "),
+    race_row("Why   _  .ks5u"),
+    race_row("Which?", ["100", "New Yorks6t----", "c", "d [:Zxxk.Com]"], "B"),
+    race_row("Long?", article="w" * 6144),
+    race_row("Three?", ["a", "b", "c"]),
+    race_row("Letter?", answer="E"),
+    race_row(" "),
     race_row("But when you see each other, you can share something you didn't have before he or she left: more!"),
 ]
 RACE_TEST = [race_row("Which is it?", ["w", "x", "y", "z"], "D", article="p" * 7000)]
 
 SETS = {
     "MetaMathQA": {"train": META, **MATH_FILES},
-    "SimpleScaling": {"train": [
-        {"question": "Find x.", "attempt": "Solution:\nx is $\\boxed{3}$", "solution": None},
-        {"question": "Prove.", "attempt": "Done.", "solution": "s"},
-        {"question": "Cut?", "attempt": "It is \\boxed{3", "solution": "s"},
-        {"question": "Level 3 problem", "attempt": "\\boxed{1}", "solution": "s"},
-    ], **MATH_FILES},
+    "SimpleScaling": {
+        "train": [
+            {"question": "Find x.", "attempt": "Solution:\nx is $\\boxed{3}$", "solution": None},
+            {"question": "Prove.", "attempt": "Done.", "solution": "s"},
+            {"question": "Cut?", "attempt": "It is \\boxed{3", "solution": "s"},
+            {"question": "Level 3 problem", "attempt": "\\boxed{1}", "solution": "s"},
+        ],
+        **MATH_FILES,
+    },
     "MedMCQA": {"train": MED_TRAIN, "validation": MED_TEST},
     "PubMedQA": {"pqa_artificial": PUBMED_TRAIN, "pqa_labeled": PUBMED_TEST},
     "MMLUProCoT": {"test": MMLU_TRAIN, "validation": MMLU_TEST},
@@ -132,19 +165,32 @@ def test_metamathqa_takes_query_and_response_as_they_are(tmp_path):
     assert set(train) == {"What is 1+1?", "Say it otherwise: 2+2?"}
     assert train["What is 1+1?"].response == "1+1=2\n#### 2\nThe answer is: 2" and train["What is 1+1?"].answer == "2"
     assert train["Say it otherwise: 2+2?"].answer == "4"
-    assert rows.counts == {"read": 5, "also a test question": 2, "empty question or answer": 1, "train": 2, "test: read": 12,
-                           "test: no #### before the answer": 1, "test: empty question or answer": 1, "test: no \\boxed answer": 1,
-                           "test: no level from 1 to 5": 1, "test": 8}
+    assert rows.counts == {
+        "read": 5,
+        "also a test question": 2,
+        "empty question or answer": 1,
+        "train": 2,
+        "test: read": 12,
+        "test: no #### before the answer": 1,
+        "test: empty question or answer": 1,
+        "test: no \\boxed answer": 1,
+        "test: no level from 1 to 5": 1,
+        "test": 8,
+    }
 
 
 def test_the_mathematical_test_sets_are_told_apart_by_level(tmp_path):
     for name in ("MetaMathQA", "SimpleScaling"):
         rows = build(name, files_of(tmp_path, name)).test
         assert sorted((row.subset, row.prompt, row.answer) for row in rows) == [
-            ("GSM8K-Platinum", "How many legs have 3 dogs?", "12"), ("GSM8K-Platinum", "How much is 1,000 and 200?", "1,200"),
-            ("MATH-1", "Level 1 problem", "\\frac{1}{2}"), ("MATH-1", "Older form", "7"), ("MATH-2", "Level 2 problem", "\\frac{2}{2}"),
+            ("GSM8K-Platinum", "How many legs have 3 dogs?", "12"),
+            ("GSM8K-Platinum", "How much is 1,000 and 200?", "1,200"),
+            ("MATH-1", "Level 1 problem", "\\frac{1}{2}"),
+            ("MATH-1", "Older form", "7"),
+            ("MATH-2", "Level 2 problem", "\\frac{2}{2}"),
             ("MATH-3", "Level 3 problem", "\\frac{3}{2}"),
-            ("MATH-4", "Level 4 problem", "\\frac{4}{2}"), ("MATH-Hard", "Level 5 problem", "\\frac{5}{2}"),
+            ("MATH-4", "Level 4 problem", "\\frac{4}{2}"),
+            ("MATH-Hard", "Level 5 problem", "\\frac{5}{2}"),
         ]
         assert {row.source_split for row in rows} == {"gsm8k-platinum", "math"}
 
@@ -152,10 +198,14 @@ def test_the_mathematical_test_sets_are_told_apart_by_level(tmp_path):
 def test_simplescaling_keeps_attempts_with_a_box(tmp_path):
     rows = build("SimpleScaling", files_of(tmp_path, "SimpleScaling"))
     assert {(row.prompt, row.response, row.answer) for row in rows.train} == {
-        ("Find x.", "Solution:\nx is $\\boxed{3}$", "3"), ("Cut?", "It is \\boxed{3", ""),
+        ("Find x.", "Solution:\nx is $\\boxed{3}$", "3"),
+        ("Cut?", "It is \\boxed{3", ""),
     }
     assert {name: rows.counts[name] for name in ("read", "no \\boxed", "also a test question", "train")} == {
-        "read": 4, "no \\boxed": 1, "also a test question": 1, "train": 2,
+        "read": 4,
+        "no \\boxed": 1,
+        "also a test question": 1,
+        "train": 2,
     }
 
 
@@ -170,18 +220,40 @@ def test_medmcqa_ends_with_the_answer_is(tmp_path):
     assert [(row.prompt, row.response, row.answer) for row in rows.test] == [
         ("Axonal transport is:\nOptions:\nA. Antegrade\nB. Retrograde\nC. Both\nD. None", "The answer is C.", "C")
     ]
-    assert rows.counts == {"read": 9, "no answer at the end": 3, "too long": 1, "empty question or answer": 1, "also a test question": 1, "train": 3,
-                           "test: read": 2, "test: empty question or answer": 1, "test": 1}
+    assert rows.counts == {
+        "read": 9,
+        "no answer at the end": 3,
+        "too long": 1,
+        "empty question or answer": 1,
+        "also a test question": 1,
+        "train": 3,
+        "test: read": 2,
+        "test: empty question or answer": 1,
+        "test": 1,
+    }
 
 
 def test_pubmedqa_states_the_conclusion(tmp_path):
     rows = build("PubMedQA", files_of(tmp_path, "PubMedQA"))
-    assert [(row.prompt, row.response, row.answer) for row in rows.train] == [(
-        "Based on the paper abstract below, answer the following question with 'yes', 'maybe', or 'no'.\n\nQuestion: Does it help?\n\n"
-        "Abstract: One. Two.", "The conclusion of the abstract is: It does. Therefore, the answer is yes.", "yes")]
+    assert [(row.prompt, row.response, row.answer) for row in rows.train] == [
+        (
+            "Based on the paper abstract below, answer the following question with 'yes', 'maybe', or 'no'.\n\nQuestion: Does it help?\n\n"
+            "Abstract: One. Two.",
+            "The conclusion of the abstract is: It does. Therefore, the answer is yes.",
+            "yes",
+        )
+    ]
     assert sorted(row.answer for row in rows.test) == ["maybe", "no"]
-    assert rows.counts == {"read": 6, "too long": 2, "empty question or answer": 1, "answer is not yes, no or maybe": 1, "also a test question": 1,
-                           "train": 1, "test: read": 2, "test": 2}
+    assert rows.counts == {
+        "read": 6,
+        "too long": 2,
+        "empty question or answer": 1,
+        "answer is not yes, no or maybe": 1,
+        "also a test question": 1,
+        "train": 1,
+        "test: read": 2,
+        "test": 2,
+    }
 
 
 @pytest.mark.parametrize("prompt, response, kept", [(3999, 1499, 1), (4000, 1499, 0), (3999, 1500, 0)])
@@ -217,22 +289,44 @@ def test_mmluprocot_moves_whole_questions_as_numpy_chooses_them(tmp_path):
 def test_race_answers_with_the_option(tmp_path):
     rows = build("RACE", files_of(tmp_path, "RACE"))
     assert {(row.prompt, row.response, row.answer, row.source_split) for row in rows.train} == {
-        ("Answer the question below based only on the provided passage.\n\nPassage: A passage.\n\nQuestion: Why   _  .\n"
-         "A. he is young.\nB. he is old\nC. a\nD. b", "he is young. Therefore, the answer is A.", "A", "train"),
-        ("Answer the question below based only on the provided passage.\n\nPassage: A passage.\n\nQuestion: Which?\n"
-         "A. 100\nB. New York\nC. c\nD. d",
-         "New York. Therefore, the answer is B.", "B", "train"),
-        ("Answer the question below based only on the provided passage.\n\nPassage: A passage.\n\nQuestion: Where?\nA. he is young.\nB. he is old\n"
-         "C. a\nD. b", "he is old. Therefore, the answer is B.", "B", "validation"),
+        (
+            "Answer the question below based only on the provided passage.\n\nPassage: A passage.\n\nQuestion: Why   _  .\n"
+            "A. he is young.\nB. he is old\nC. a\nD. b",
+            "he is young. Therefore, the answer is A.",
+            "A",
+            "train",
+        ),
+        (
+            "Answer the question below based only on the provided passage.\n\nPassage: A passage.\n\nQuestion: Which?\n"
+            "A. 100\nB. New York\nC. c\nD. d",
+            "New York. Therefore, the answer is B.",
+            "B",
+            "train",
+        ),
+        (
+            "Answer the question below based only on the provided passage.\n\nPassage: A passage.\n\nQuestion: Where?\nA. he is young.\nB. he is old\n"
+            "C. a\nD. b",
+            "he is old. Therefore, the answer is B.",
+            "B",
+            "validation",
+        ),
     }
-    assert rows.counts == {"read": 8, "too long": 1, "not four options with one of A to D as the answer": 2, "empty question or answer": 1,
-                           "no question": 1, "train": 3, "test: read": 1, "test": 1}
+    assert rows.counts == {
+        "read": 8,
+        "too long": 1,
+        "not four options with one of A to D as the answer": 2,
+        "empty question or answer": 1,
+        "no question": 1,
+        "train": 3,
+        "test: read": 1,
+        "test": 1,
+    }
     assert len(rows.test[0].prompt) > 6144  # a test row is never dropped for its length
 
 
 @given(st.text(alphabet="ab 5-?[](:)*ksu.", max_size=150))
 def test_cleaning_only_cuts_the_end(text):
-    assert text.startswith(clean(text)) or text[:-100] + clean(text)[len(text[:-100]):] == clean(text)
+    assert text.startswith(clean(text)) or text[:-100] + clean(text)[len(text[:-100]) :] == clean(text)
     assert clean(text + " ks5u") == clean(text).rstrip() or len(text) > 95
 
 
@@ -260,13 +354,19 @@ def test_what_is_written_is_what_is_read(tmp_path):
 
 
 def test_race_is_read_by_article_as_the_original_files_have_it(tmp_path):
-    article = {"article": "An article.", "questions": ["First?", "Second?"], "answers": ["C", "D"],
-               "options": [["one", "two", "three", "four"], ["a", "b", "c", "d"]], "id": "high1.txt"}
+    article = {
+        "article": "An article.",
+        "questions": ["First?", "Second?"],
+        "answers": ["C", "D"],
+        "options": [["one", "two", "three", "four"], ["a", "b", "c", "d"]],
+        "id": "high1.txt",
+    }
     short = article | {"answers": ["A"]}
     for suffix in (".jsonl", ".parquet"):
         rows = build("RACE", files_of(tmp_path, "RACE", suffix, train=[article, short]))
         assert {(row.id, row.response) for row in rows.train if row.source_split == "train"} == {
-            (f"train:train{suffix}:1.1", "three. Therefore, the answer is C."), (f"train:train{suffix}:1.2", "d. Therefore, the answer is D."),
+            (f"train:train{suffix}:1.1", "three. Therefore, the answer is C."),
+            (f"train:train{suffix}:1.2", "d. Therefore, the answer is D."),
         }
         assert rows.counts["article with questions, options and answers of different numbers"] == 1
 
@@ -318,8 +418,14 @@ def test_other_counts_than_the_paper_are_warned_of(caplog):
 
 def test_published_counts_are_those_of_the_paper():
     published = {module.NAME: (module.PUBLISHED.read, module.PUBLISHED.kept) for module in (metamathqa, medmcqa, pubmedqa, mmlu, race, simplescaling)}
-    assert published == {"MetaMathQA": (395_000, 395_000), "MedMCQA": (182_736, 182_555), "PubMedQA": (211_269, 211_168),
-                         "MMLUProCoT": (130_811, 123_836), "RACE": (92_753, 92_737), "SimpleScaling": (58_986, 54_484)}
+    assert published == {
+        "MetaMathQA": (395_000, 395_000),
+        "MedMCQA": (182_736, 182_555),
+        "PubMedQA": (211_269, 211_168),
+        "MMLUProCoT": (130_811, 123_836),
+        "RACE": (92_753, 92_737),
+        "SimpleScaling": (58_986, 54_484),
+    }
 
 
 def test_an_answer_of_another_release_is_refused(tmp_path):

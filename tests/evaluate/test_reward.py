@@ -23,7 +23,9 @@ from plasticity_jax.model.transformer import hidden_states, init_params
 from plasticity_jax.records import Context, Run, RunDirectory
 
 MODEL = ModelConfig(vocab_size=300, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=16)
-CONFIG = StudyConfig(name="tiny", model=MODEL, train=TrainConfig(compute_dtype="float32"), reward=RewardConfig(scorer="log-probability", max_length=64, batch_size=4))
+CONFIG = StudyConfig(
+    name="tiny", model=MODEL, train=TrainConfig(compute_dtype="float32"), reward=RewardConfig(scorer="log-probability", max_length=64, batch_size=4)
+)
 TEXTS = [" red", " the tree", "", " red", " a red tree", " x", " the tree", " yes", " no", " maybe", " it is so", " red"]
 CORRECT = [True, False, False, True, False, True, False, True, True, False, False, False]
 TEMPLATE = (
@@ -57,7 +59,9 @@ def world(tmp_path_factory):
 def rated(world, name: str, settings: RewardConfig, **parents) -> tuple[dict, np.ndarray]:
     """Results, and the rewards that were written, [problem, completion]."""
     run, config = Run("tiny", "reward", name, {}, task="topic"), dataclasses.replace(CONFIG, reward=settings)
-    context = Context(config, run, RunDirectory(world / name), {"completions": world / "completions"} | {role: world / path for role, path in parents.items()})
+    context = Context(
+        config, run, RunDirectory(world / name), {"completions": world / "completions"} | {role: world / path for role, path in parents.items()}
+    )
     with context.directory.work(run, config) as directory:
         results = reward.run(context)
         directory.finish(results)
@@ -113,7 +117,9 @@ def write_reward_model(folder, **changes):
     backend.add_special_tokens(specials)
     backend.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", 256)])
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|begin|>", "eos_token": {"content": "<|eot|>"}, "chat_template": TEMPLATE}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<|begin|>", "eos_token": {"content": "<|eot|>"}, "chat_template": TEMPLATE})
+    )
     settings = {
         "architectures": ["LlamaForSequenceClassification"], "model_type": "llama", "vocab_size": 261, "hidden_size": 16, "intermediate_size": 24,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "pad_token_id": 260, "id2label": {"0": "LABEL_0"},

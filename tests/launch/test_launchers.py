@@ -186,7 +186,7 @@ def test_local_processes_share_the_gpus_out_and_find_one_another():
 
 def test_local_processes_end_with_the_worst_status_after_all_have_ended(tmp_path):
     body = 'for word in "$@"; do [[ $word != --process-id=* ]] || id=${word#*=}; done\n'
-    body += f'sleep 0.$((5 - id * 4)); echo $id >>{tmp_path}/ended; exit $((3 - id * 3))'
+    body += f"sleep 0.$((5 - id * 4)); echo $id >>{tmp_path}/ended; exit $((3 - id * 3))"
     path = stand_in(tmp_path / "bin", "plasticity", body)
     ended = run("local/processes.sh", "--gpus", "0,1", "--processes", "2", "--", "study", path=path)
     assert ended.returncode == 3 and (tmp_path / "ended").read_text() == "1\n0\n"
@@ -243,10 +243,7 @@ def test_local_members_take_the_next_free_gpu_and_one_failure_leaves_the_others_
 def test_local_members_end_with_their_launcher(tmp_path):
     python_path = stand_in_package(
         tmp_path / "lib",
-        "import os, sys, time\n"
-        "if 'pretrain' in sys.argv:\n"
-        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
-        "    time.sleep(60)\n",
+        f"import os, sys, time\nif 'pretrain' in sys.argv:\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n    time.sleep(60)\n",
     )
     command = [sys.executable, LAUNCH / "local" / "members.py", "--gpus", "0", "--config", TINY, "--workdir", tmp_path / "work"]
     launcher = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": python_path}, cwd=tmp_path, stderr=subprocess.PIPE, text=True)

@@ -34,9 +34,7 @@ def decoded(params, sequences, *, config=CONFIG, fill=0, slots=NEW, rubbish=0.0)
     new_NxB = np.stack([copy[-NEW:] for copies in sequences for copy in copies], axis=1)
 
     def all_steps(params, tokens, valid, new_NxB):
-        first, prompt, rows = cache.read_prompts(
-            config, params, tokens, valid, rows_per_prompt=COPIES, slots=slots, compute_dtype=jnp.float32
-        )
+        first, prompt, rows = cache.read_prompts(config, params, tokens, valid, rows_per_prompt=COPIES, slots=slots, compute_dtype=jnp.float32)
         rows = cache.RowCache(*jax.tree.map(lambda x: x + rubbish, (rows.k, rows.v)), rows.position_B)
 
         def step(rows, token_and_slot):

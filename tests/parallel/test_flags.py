@@ -33,12 +33,15 @@ def test_what_the_user_set_stays():
     assert with_flags("", flags) == "--xla_a=true --xla_b=2"
 
 
-
-
 def pretrain(workdir, cache, *more):
     """Standard error of a short pretraining in a process of its own."""
     command = [sys.executable, "-m", "plasticity_jax", "pretrain", "--config", TINY, "--member", "wd0", "--workdir", str(workdir)]
-    command += ["--config.train.compute_dtype=float32", "--config.train.steps=6", "--config.data.max_documents=100", f"--config.launch.compile_cache={cache}"]
+    command += [
+        "--config.train.compute_dtype=float32",
+        "--config.train.steps=6",
+        "--config.data.max_documents=100",
+        f"--config.launch.compile_cache={cache}",
+    ]
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a command that ran in this process has set it, and what is set stays
     result = subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
@@ -47,7 +50,6 @@ def pretrain(workdir, cache, *more):
 
 
 def outcome(workdir):
-
 
     [folder] = (workdir / "tiny" / "pretrain").iterdir()
     return json.loads((folder / "results.json").read_text())["held_out"], json.loads((folder / "results.json").read_text())["norms"]

@@ -292,7 +292,11 @@ def test_different_numbers_of_processes_are_one_line_on_all(tmp_path):
         ((2, 4), ((), ()), "unequal hosts: process 0"),
         ((2, 2), (("--workdir", "{0}/a"), ("--workdir", "{0}/b")), "is not the same folder for process 1 as for process 0"),
         ((2, 2), (("--config.mesh.fsdp=3",),) * 2, "mesh.fsdp=3"),
-        ((4, 4), (("--config.train.batch_size=12",),) * 2, "train.batch_size=12 in train.microbatches=1 part(s) is not divisible by mesh.data x mesh.fsdp = 8"),
+        (
+            (4, 4),
+            (("--config.train.batch_size=12",),) * 2,
+            "train.batch_size=12 in train.microbatches=1 part(s) is not divisible by mesh.data x mesh.fsdp = 8",
+        ),
     ],
 )
 def test_what_one_process_finds_wrong_all_say(tmp_path, devices, each, words):

@@ -26,15 +26,25 @@ def greedy_by_transformers(model, prompts, new, penalty, eos_id, pad_id):
     tokens = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.no_grad():
-        out = model.generate(tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, repetition_penalty=penalty, eos_token_id=eos_id,
-                             pad_token_id=pad_id)
+        out = model.generate(
+            tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, repetition_penalty=penalty, eos_token_id=eos_id, pad_token_id=pad_id
+        )
     rows = out[:, longest:].tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
 
 def greedy_here(model, prompts, new, penalty, eos_id, pad_id, batch_size, buckets=(8, 24)):
-    made = generate(model, prompts, sampling=Sampling(n_samples=0, repetition_penalty=penalty), max_new_tokens=new, buckets=buckets,
-                    batch_size=batch_size, eos_id=eos_id, pad_id=pad_id, compute_dtype=jnp.float32)
+    made = generate(
+        model,
+        prompts,
+        sampling=Sampling(n_samples=0, repetition_penalty=penalty),
+        max_new_tokens=new,
+        buckets=buckets,
+        batch_size=batch_size,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        compute_dtype=jnp.float32,
+    )
     return [tokens for [tokens] in made]
 
 

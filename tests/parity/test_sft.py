@@ -34,7 +34,9 @@ LENGTH, BATCH = 64, 16
 def pair(request, tmp_path):
     """A model of transformers with random weights, and the same one read by us."""
     config = CASES[request.param]
-    settings = describe(config, family_of(config), "float32", {"max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1})
+    settings = describe(
+        config, family_of(config), "float32", {"max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
+    )
     (tmp_path / "config.json").write_text(json.dumps(settings))
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path), dtype=torch.float32).eval()
@@ -66,8 +68,10 @@ def settings_of(config: ModelConfig, packing: bool):
 def batches_of(rows: SftRows) -> dict[bool, tuple[list, dict]]:
     packed = plan_packed(rows.lengths, sequence_length=LENGTH, batch_size=BATCH, epochs=1, seed=0)[0][1]
     assert max(map(len, packed)) > 1
-    return {packing: (sequences, sft_batch(rows, sequences, bucket_length=LENGTH, batch_size=BATCH, pad_id=1))
-            for packing, sequences in ((True, packed), (False, list(range(BATCH))))}
+    return {
+        packing: (sequences, sft_batch(rows, sequences, bucket_length=LENGTH, batch_size=BATCH, pad_id=1))
+        for packing, sequences in ((True, packed), (False, list(range(BATCH))))
+    }
 
 
 def test_the_loss_of_every_row_is_that_of_transformers_with_its_prompt_left_out(pair, rows):

@@ -46,7 +46,9 @@ def difference(ours, theirs) -> float:
 def theirs(config: ModelConfig, folder: Path):
     """A model of transformers with random weights and gains, saved by it."""
     folder.mkdir()
-    settings = describe(config, family_of(config), "float32", {"max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None})
+    settings = describe(
+        config, family_of(config), "float32", {"max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    )
     (folder / "config.json").write_text(json.dumps(settings))
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()

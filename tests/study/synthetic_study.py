@@ -64,7 +64,14 @@ def write_study(workdir: Path, planted: Planted = Planted(), *, stages: tuple[st
 
 
 def _left_out(planted: Planted, run: Run, point: int) -> bool:
-    values = {"probe": planted.probe, "spectra": planted.rank_qk, "gap": planted.gap, "finetune": planted.after, "reward": planted.after, "zero_shot": planted.after}
+    values = {
+        "probe": planted.probe,
+        "spectra": planted.rank_qk,
+        "gap": planted.gap,
+        "finetune": planted.after,
+        "reward": planted.after,
+        "zero_shot": planted.after,
+    }
     values = (
         planted.after
         if run.stage == "evaluate" and run.fields["when"] == "after"
@@ -144,11 +151,17 @@ def _evaluate(path, run, planted, point, config):
     problems, rows = [], []
     for i in range(count):
         text = f"Which <b>word</b> & why? number {i} " + "text " * 70
-        problems.append({"id": f"{task}-{i}", "prompt": f"Human: {text}\nAssistant:", "problem": text, "gold": "planted", "subset": "", "source_split": "none"})
+        problems.append(
+            {"id": f"{task}-{i}", "prompt": f"Human: {text}\nAssistant:", "problem": text, "gold": "planted", "subset": "", "source_split": "none"}
+        )
         for sample in range(9):
             right = greedy[i] if sample == 0 else sample <= samples[i]
             row = {"id": f"{task}-{i}", "sample": sample, "ended": True, "majority": sample == 1, "correct": bool(right)}
-            shown = {"text": "The answer is planted.", "answer": "planted", "verdict": "right"} if right else {"text": "<script>alert(1)</script>", "answer": None, "verdict": "no answer"}
+            shown = (
+                {"text": "The answer is planted.", "answer": "planted", "verdict": "right"}
+                if right
+                else {"text": "<script>alert(1)</script>", "answer": None, "verdict": "no answer"}
+            )
             rows.append(row | shown)
     path.mkdir(parents=True, exist_ok=True)
     write_jsonl(path / "problems.jsonl", problems)
@@ -238,9 +251,20 @@ def _reward(path, run, planted, point, config):
     count = PROBLEMS[run.task]
     rewards = np.linspace(-1.0, 1.0, count)
     path.mkdir(parents=True, exist_ok=True)
-    write_jsonl(path / "rewards.jsonl", [{"id": f"{run.task}-{i}", "sample": s, "reward": float(rewards[i])} for i in range(count) for s in range(1, 9)])
+    write_jsonl(
+        path / "rewards.jsonl", [{"id": f"{run.task}-{i}", "sample": s, "reward": float(rewards[i])} for i in range(count) for s in range(1, 9)]
+    )
     chosen = (np.arange(count) % 2).astype(int)
-    _finish(path, run, {"scorer": "a planted scorer", "metrics": {"rm@8": chosen.mean(), "orm_score": rewards.mean()}, "per_problem": {"rm": chosen, "orm": rewards}, "diverged": None})
+    _finish(
+        path,
+        run,
+        {
+            "scorer": "a planted scorer",
+            "metrics": {"rm@8": chosen.mean(), "orm_score": rewards.mean()},
+            "per_problem": {"rm": chosen, "orm": rewards},
+            "diverged": None,
+        },
+    )
 
 
 def _zero_shot(path, run, planted, point, config):

@@ -38,8 +38,14 @@ def test_a_filter_gives_the_completions_it_names_and_no_others(workdir):
     assert one[0]["reward"] is None and one[1]["reward"] == pytest.approx(-1 + 2 * 7 / (PROBLEMS["topic"] - 1))
 
 
-@pytest.mark.parametrize("wanted, message", [(Filter(member="wd9"), "--member=wd9 has no completions here; there are wd0, "), (Filter(task="topc"), "--task=topc"),
-                                             (Filter(weight_decay=7.0), "--weight-decay=7")])
+@pytest.mark.parametrize(
+    "wanted, message",
+    [
+        (Filter(member="wd9"), "--member=wd9 has no completions here; there are wd0, "),
+        (Filter(task="topc"), "--task=topc"),
+        (Filter(weight_decay=7.0), "--weight-decay=7"),
+    ],
+)
 def test_what_the_study_does_not_have_is_refused_with_what_it_has(workdir, wanted, message):
     with pytest.raises(UserError, match=message):
         list(browse(workdir, wanted))
@@ -54,7 +60,19 @@ def test_the_command_shows_as_many_as_asked_for(workdir, capsys):
 
 
 def test_a_terminal_never_gets_a_models_control_characters():
-    row = {"member": "wd0", "weight_decay": 0.0, "task": "t", "when": "after", "id": "1", "sample": 2, "prompt": "p", "gold": "g", "text": "a\x1b[2Jb\u202ec",
-           "answer": "\x07", "verdict": "wrong", "reward": 0.25}
+    row = {
+        "member": "wd0",
+        "weight_decay": 0.0,
+        "task": "t",
+        "when": "after",
+        "id": "1",
+        "sample": 2,
+        "prompt": "p",
+        "gold": "g",
+        "text": "a\x1b[2Jb\u202ec",
+        "answer": "\x07",
+        "verdict": "wrong",
+        "reward": 0.25,
+    }
     shown = text_of(row)
     assert "\x1b" not in shown and "\u202e" not in shown and "\x07" not in shown and "sample 2" in shown and "reward 0.250" in shown

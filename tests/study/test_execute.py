@@ -82,7 +82,12 @@ def test_children_of_a_diverged_run_are_recorded_as_diverged(tmp_path, stages):
 def test_a_diverged_member_leaves_the_verifier_to_the_others(tmp_path, stages):
     config = load_config(
         Path(__file__).parents[2] / "configs" / "tiny.py",
-        [("train.compute_dtype", "float32"), ("reward.scorer", "verifier"), ("tasks.addition2.verifier_rows", "8"), ("tasks.topic.verifier_rows", "8")],
+        [
+            ("train.compute_dtype", "float32"),
+            ("reward.scorer", "verifier"),
+            ("tasks.addition2.verifier_rows", "8"),
+            ("tasks.topic.verifier_rows", "8"),
+        ],
     )
     runs = build_graph(config)
     bad = [run for run in runs if run.stage == "pretrain"][-1]
@@ -146,7 +151,9 @@ def test_a_stage_receives_its_members_config(tmp_path, stages):
 
 def test_room_on_disk_is_counted_member_by_member():
     def needed(*sizes):
-        return execution._bytes_needed(load_config(Path(__file__).parents[2] / "configs" / "tiny.py", [("grid.fields", f"(('model.d_ff',{sizes}),)")]))
+        return execution._bytes_needed(
+            load_config(Path(__file__).parents[2] / "configs" / "tiny.py", [("grid.fields", f"(('model.d_ff',{sizes}),)")])
+        )
 
     data = 20e3 * 400 * 2 + 10e6  # of both estimates
     assert needed(64, 128) == pytest.approx(needed(64) + needed(128) - data, abs=2)

@@ -100,7 +100,11 @@ def test_members_share_what_the_swept_field_does_not_define(field, values, paren
     bases = [run for run in runs if run.stage == "pretrain"]
     assert len({run.id for run in bases}) == 4
     assert {role: len({run.parents[role] for run in bases}) for role in parents} == parents
-    assert {stage: sum(run.stage == stage for run in runs) for stage in ("init", "evaluate", "gap")} == {"init": parents["init"], "evaluate": 16, "gap": 4}
+    assert {stage: sum(run.stage == stage for run in runs) for stage in ("init", "evaluate", "gap")} == {
+        "init": parents["init"],
+        "evaluate": 16,
+        "gap": 4,
+    }
 
 
 def test_a_swept_field_reaches_the_tasks_that_it_defines():
@@ -242,7 +246,9 @@ def test_a_log_probability_is_that_of_the_model_that_wrote_unless_another_is_nam
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"x" * (1 + (name == "c")))
         folders.append({run.id for run in of_stage(graph(("reward.scorer", "log-probability"), ("reward.model", str(tmp_path / name))), "reward")})
-    assert not any("scorer" in run.parents for run in graph(("reward.scorer", "log-probability"), ("reward.model", "nowhere")) if run.stage == "reward")
+    assert not any(
+        "scorer" in run.parents for run in graph(("reward.scorer", "log-probability"), ("reward.model", "nowhere")) if run.stage == "reward"
+    )
     assert len(folders[0]) == 4 and folders[0] != folders[2]
 
 

@@ -297,7 +297,9 @@ def test_intervals_of_every_metric_cover_what_resampling_problems_gives(full):
         ends = [float(row["value_lower"]), float(row["value_upper"])]
         assert ends == pytest.approx(np.quantile(draws[metric], [0.025, 0.975]), abs=0.012)
     row = rows[last.name, "topic", "after", "pass@1"]
-    assert [float(row["difference_lower"]), float(row["difference_upper"])] == pytest.approx(np.quantile(draws["difference"], [0.025, 0.975]), abs=0.015)
+    assert [float(row["difference_lower"]), float(row["difference_upper"])] == pytest.approx(
+        np.quantile(draws["difference"], [0.025, 0.975]), abs=0.015
+    )
     # Paired: the members find the same problems hard, so the difference is surer than its parts.
     spread = float(row["value_upper"]) - float(row["value_lower"])
     assert float(row["difference_upper"]) - float(row["difference_lower"]) < 1.2 * spread
@@ -315,7 +317,11 @@ def test_a_task_of_several_test_sets_is_shown_by_set_and_by_their_mean(full):
     words = " ".join(cells)
     for line in ("easy 150 0.600 0.650 0.750 0.800", "hard 50 0.300 0.325 0.375 0.400", "mean of the sets 200 0.450 0.488 0.562 0.600"):
         assert line in words, line
-    sets = {(r["test_set"], r["member"]): float(r["value"]) for r in _rows(full, "metrics") if r["test_set"] and r["when"] == "after" and r["metric"] == "pass@1"}
+    sets = {
+        (r["test_set"], r["member"]): float(r["value"])
+        for r in _rows(full, "metrics")
+        if r["test_set"] and r["when"] == "after" and r["metric"] == "pass@1"
+    }
     assert len(sets) == 8 and sets["hard", "wd0.5"] == 0.375
 
 

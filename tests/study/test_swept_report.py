@@ -61,7 +61,9 @@ def test_each_part_is_the_study_of_its_members_alone(faceted, tmp_path):
     assert [(v.verdict, v.evidence) for v in Part.of(part).verdicts] == [(v.verdict, v.evidence) for v in Part.of(alone).verdicts]
     assert correlation_rows(part) == [{"train.peak_lr": 2e-4, **row} for row in correlation_rows(alone)]
     for row, expected in zip([row for row in gain_rows(results) if row["train.peak_lr"] == 2e-4], gain_rows(alone), strict=True):
-        assert {k: v for k, v in row.items() if k not in ("train.peak_lr", "timescale_share")} == {k: v for k, v in expected.items() if k != "timescale_share"}
+        assert {k: v for k, v in row.items() if k not in ("train.peak_lr", "timescale_share")} == {
+            k: v for k, v in expected.items() if k != "timescale_share"
+        }
 
 
 def test_faceted_page_holds_every_part(faceted):
@@ -77,7 +79,10 @@ def test_faceted_page_holds_every_part(faceted):
 
 def test_faceted_page_says_what_differs(faceted):
     text = words(faceted)
-    assert "12 language models" in text and "they differ in two settings, AdamW’s weight decay λ (0, 0.1, 0.6, 1) and the peak learning rate (0.0002, 0.0004, 0.0008)" in text
+    assert (
+        "12 language models" in text
+        and "they differ in two settings, AdamW’s weight decay λ (0, 0.1, 0.6, 1) and the peak learning rate (0.0002, 0.0004, 0.0008)" in text
+    )
     assert "from the same initial parameters;" in text and "on the same batches" not in text, "some have another batch size"
     assert "Members differ in more than what is swept: train.batch_size = 64 for wd1-peak_lr0.0002, wd1-peak_lr0.0004, wd1-peak_lr0.0008." in text
     assert "lowest at λ = 0.6 (3.100" in text and "lowest at λ = 0.6 (3.050" in text and "lowest at λ = 0.1 (3.100" in text
@@ -120,7 +125,10 @@ def test_the_axis_is_the_learning_rate_where_decay_is_one(tmp_path):
     assert texts == [f"{rate:g}\n{share:.2g}" for rate, share in zip(results.points, found)]
     assert label == "peak learning rate (log); below: timescale, share of run"
     text = words(tmp_path / "planted")
-    assert "What does peak learning rate do" in text and "they differ in one number, the peak learning rate (0.001, 0.002, 0.005, 0.01). Weight decay is λ = 0.1 for all." in text
+    assert (
+        "What does peak learning rate do" in text
+        and "they differ in one number, the peak learning rate (0.001, 0.002, 0.005, 0.01). Weight decay is λ = 0.1 for all." in text
+    )
     assert "lowest at peak lr = 0.005 (3.100" in text
 
 
@@ -137,7 +145,10 @@ def test_one_timescale_says_which_decays_follow(tmp_path):
     assert f"one timescale, 0.8 of the run: λ is {', '.join(f'{d:.3g}' for d in decays)}." in words(study)
 
 
-@pytest.mark.parametrize("field, values", [("train.peak_lr", (1e-3, 2e-3, 5e-3, 1e-2)), ("model.d_model", (64, 96, 128, 256)), ("train.warmup_share", (0.0, 0.1, 0.2, 0.3))])
+@pytest.mark.parametrize(
+    "field, values",
+    [("train.peak_lr", (1e-3, 2e-3, 5e-3, 1e-2)), ("model.d_model", (64, 96, 128, 256)), ("train.warmup_share", (0.0, 0.1, 0.2, 0.3))],
+)
 def test_another_field_has_figures_and_no_claim_about_decay(tmp_path, field, values):
     study = write_study(tmp_path, along(field, *values))
     results, text = collect(study), words(study)
@@ -185,7 +196,9 @@ def test_decay_is_the_axis_before_any_other_field(tmp_path):
 
 
 def test_seeds_are_averaged_within_a_part(tmp_path):
-    planted = Planted(loss=(3.3, 3.2, 3.1, 3.0), grid=GridConfig(weight_decay=(0.0, 1.0), timescales=None, seeds=(0, 1), fields=(("train.peak_lr", RATES[:2]),)))
+    planted = Planted(
+        loss=(3.3, 3.2, 3.1, 3.0), grid=GridConfig(weight_decay=(0.0, 1.0), timescales=None, seeds=(0, 1), fields=(("train.peak_lr", RATES[:2]),))
+    )
     first, second = collect(write_study(tmp_path, planted)).slices
     assert [m.name for m in first.at(1.0)] == ["wd1-peak_lr0.0002", "wd1-peak_lr0.0002-s1"]
     assert (first.losses, second.losses) == ({0.0: 3.3, 1.0: 3.2}, {0.0: 3.1, 1.0: 3.0})
@@ -213,4 +226,8 @@ def test_a_swept_fine_tuning_cuts_the_page_and_shows_what_is_of_the_base_models_
     assert 'id="figure-SFT_lr0.003-gains"' in page and not list((study / "report" / "figures").glob("SFT_lr0.003-gap.*"))
     for m in results.members:
         assert m.loss is not None and m.gap is not None and set(m.before) == set(m.after) == {"topic", "sentiment"}
-        assert all(dict(m.member.overrides)["finetune.peak_lr"] == run.run.fields["peak_lr"] for run in results.runs if run.run.stage == "finetune" and run.run.member == m.name)
+        assert all(
+            dict(m.member.overrides)["finetune.peak_lr"] == run.run.fields["peak_lr"]
+            for run in results.runs
+            if run.run.stage == "finetune" and run.run.member == m.name
+        )

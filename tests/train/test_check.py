@@ -60,7 +60,18 @@ def test_a_check_says_the_bytes_of_the_state():
     params = 4 * count_params(CONFIG.model)
     assert record["fits"] and record["bytes"]["params"] == params
     assert 2 * params <= record["bytes"]["optimizer"] <= 2 * params + 64
-    assert set(record) == {"topology", "devices", "fits", "bytes", "microbatch", "remat", "flops_per_token", "collectives", "compile_seconds", "device_hours"}
+    assert set(record) == {
+        "topology",
+        "devices",
+        "fits",
+        "bytes",
+        "microbatch",
+        "remat",
+        "flops_per_token",
+        "collectives",
+        "compile_seconds",
+        "device_hours",
+    }
     json.dumps(record, allow_nan=False)
 
 
@@ -87,4 +98,3 @@ def test_the_largest_values_of_a_program_are_named():
         (4 * 64 * 32, "f32[64,32] over all devices"),
         (4 * 64 * 32, "f32[32,64] over all devices"),
     ]
-

@@ -88,7 +88,9 @@ def test_runs_share_their_compiled_steps(world: World, tuned):
     mesh = make_mesh(CONFIG.mesh)
     step = compile_train_step(finetune.step_settings(CONFIG, CONFIG.model, mesh), mesh, members=False)
     before = step._cache_size()
-    config = dataclasses.replace(change(CONFIG, "finetune", peak_lr=3e-3, weight_decay=0.1, warmup_share=0.3), tasks={"addition2": TaskConfig(epochs=1)})
+    config = dataclasses.replace(
+        change(CONFIG, "finetune", peak_lr=3e-3, weight_decay=0.1, warmup_share=0.3), tasks={"addition2": TaskConfig(epochs=1)}
+    )
     assert finetune_on(world, "other", "free", config, task="addition2", seed=5)["steps"] != tuned["steps"]
     assert step._cache_size() == before > 0
 
@@ -181,8 +183,10 @@ def test_a_packed_run_resumes_bitwise(world: World, monkeypatch):
 
 
 def test_rows_that_are_cut_dropped_or_empty_are_counted(world: World):
-    rows = [Example(str(i), prompt, response, "x", "generated", "generated")
-            for i, (prompt, response) in enumerate([("r", "red"), ("the t", "tree"), ("r", ""), ("a " * 30, "red")])]
+    rows = [
+        Example(str(i), prompt, response, "x", "generated", "generated")
+        for i, (prompt, response) in enumerate([("r", "red"), ("the t", "tree"), ("r", ""), ("a " * 30, "red")])
+    ]
     for too_long, counts in (("cut", (3, 1, 0, 1)), ("cut-both", (3, 1, 0, 1)), ("drop", (2, 0, 1, 1))):
         config = change(CONFIG, "finetune", too_long=too_long)
         result = finetune_on(world, f"rows-{too_long}", "base", config, task="topic", rows=rows)

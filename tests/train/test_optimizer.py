@@ -83,8 +83,12 @@ def test_adamw_equals_numpy_in_float64(kind, mask):
     optimizer = make_optimizer(chosen)
     params = tiny_tree(0)
     gradients = [{k: v * (0.05 if t % 2 else 1.0) for k, v in tiny_tree(100 + t).items()} for t in range(STEPS)]
-    decayed = {"all": set(params), "olmo": set(params) - {"embed/embedding"}, "matrices-only": {"blocks/attn/q/kernel", "head/kernel"},
-               "no-norms": set(params) - {"blocks/attn_norm/scale"}}[mask]
+    decayed = {
+        "all": set(params),
+        "olmo": set(params) - {"embed/embedding"},
+        "matrices-only": {"blocks/attn/q/kernel", "head/kernel"},
+        "no-norms": set(params) - {"blocks/attn_norm/scale"},
+    }[mask]
 
     @jax.jit
     def step(params, state, gradient, hyper):

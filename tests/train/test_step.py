@@ -64,7 +64,9 @@ def test_metrics_against_numpy(state):
     assert metrics["loss"] == pytest.approx(nats[:, 5:].mean(), rel=1e-5)
     assert metrics["lr"] == pytest.approx(0.5e-2)
     gradient = jax.jit(jax.grad(lambda params: mean_loss(params, batch)))(state["params"])
-    assert metrics["grad_norm"] == pytest.approx(np.sqrt(sum(np.square(np.asarray(g, np.float64)).sum() for g in jax.tree.leaves(gradient))), rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(
+        np.sqrt(sum(np.square(np.asarray(g, np.float64)).sum() for g in jax.tree.leaves(gradient))), rel=1e-4
+    )
     assert metrics["param_norm"] == pytest.approx(np.sqrt(sum((np.asarray(x, np.float64) ** 2).sum() for x in jax.tree.leaves(state["params"]))))
 
 
@@ -136,7 +138,9 @@ def test_z_loss_adds_its_square_to_the_gradient_and_not_to_the_loss(state):
     gradient = jax.tree.map(lambda a, b: a + 0.02 * b, jax.jit(jax.grad(lambda params: mean_loss(params, batch)))(state["params"]), of_square)
     assert metrics["loss"] == pytest.approx(float(plain["loss"]), rel=1e-6) and "z_loss" not in plain
     assert metrics["z_loss"] == pytest.approx(0.02 * float(square), rel=1e-5)
-    assert metrics["grad_norm"] == pytest.approx(np.sqrt(sum(np.square(np.asarray(g, np.float64)).sum() for g in jax.tree.leaves(gradient))), rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(
+        np.sqrt(sum(np.square(np.asarray(g, np.float64)).sum() for g in jax.tree.leaves(gradient))), rel=1e-4
+    )
 
 
 def test_isolated_documents_read_their_segment_only(state):

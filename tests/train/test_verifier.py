@@ -28,7 +28,9 @@ def write_samples(folder, right, *, n_problems=60, offset=0):
     with RunDirectory(folder).work(Run("tiny", "samples", folder.name, {}, task="topic"), CONFIG) as directory:
         problems, completions = [], []
         for i in range(n_problems):
-            problems.append({"id": f"p{i}", "prompt": f"Human: the {i}\nAssistant:", "problem": f"the {i}", "gold": "x", "subset": "", "source_split": "train"})
+            problems.append(
+                {"id": f"p{i}", "prompt": f"Human: the {i}\nAssistant:", "problem": f"the {i}", "gold": "x", "subset": "", "source_split": "train"}
+            )
             for sample in range(3):
                 text, correct = right(generator)
                 completions.append({"id": f"p{i}", "sample": sample, "text": text, "answer": "x", "verdict": "", "correct": correct, "ended": True})
@@ -78,7 +80,9 @@ def scored_again(run, samples, held_out):
                 right[row["id"], row["text"]] = row["correct"]
                 rows.append([*tokenizer.encode(prompts[row["id"]]), *tokenizer.encode(row["text"]), tokenizer.eos_id][-40:])
     tokens = np.array([row + [5] * (47 - len(row)) for row in rows])
-    found = jax.jit(lambda params: scores(model.config, params, tokens, np.array([len(row) for row in rows]), compute_dtype=jnp.float32))(model.params)
+    found = jax.jit(lambda params: scores(model.config, params, tokens, np.array([len(row) for row in rows]), compute_dtype=jnp.float32))(
+        model.params
+    )
     return np.asarray(found), np.array(list(right.values()))
 
 
@@ -109,7 +113,9 @@ def test_auc_against_scikit_learn(ties):
         n = int(generator.integers(2, 60))
         right = np.concatenate([[True, False], generator.random(n) < 0.3])
         logits = generator.integers(0, 4, n + 2) if ties else generator.normal(size=n + 2)
-        assert verifier.area_under_curve(logits.astype(np.float32), right) == pytest.approx(roc_auc_score(right, logits.astype(np.float32)), abs=1e-12)
+        assert verifier.area_under_curve(logits.astype(np.float32), right) == pytest.approx(
+            roc_auc_score(right, logits.astype(np.float32)), abs=1e-12
+        )
     with pytest.raises(ValueError, match="both must be at least 1"):
         verifier.area_under_curve(np.zeros(3, np.float32), np.ones(3, bool))
 
@@ -125,7 +131,9 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_rows_that_count(world: World)
     _, activations = base(tokens, capture=("final_norm",))
     logits = [np.asarray(activations["final_norm"], np.float64)[i, len(row) - 1] @ head.astype(np.float64) for i, row in enumerate(rows)]
     expected = np.mean([np.log1p(np.exp(-z if y else z)) for z, y in zip(logits, labels)])
-    settings = verifier.VerifierStep(model.config, tuning_optimizer(CONFIG.finetune, decay_mask="all"), verifier.Execution("float32", "xla", False, None), "none")
+    settings = verifier.VerifierStep(
+        model.config, tuning_optimizer(CONFIG.finetune, decay_mask="all"), verifier.Execution("float32", "xla", False, None), "none"
+    )
     state = {"params": model.params, "optimizer": verifier.make_optimizer(settings.optimizer).init(model.params), "step": jnp.int32(0)}
     hyper = hyper_parameters(weight_decay=0.0, peak_lr=1e-3, warmup=1, total=4)
     _, metrics = jax.jit(verifier.make_verifier_step(settings))(state, {"tokens": tokens, "lengths": lengths, "labels": labels}, hyper)

@@ -14,8 +14,18 @@ from plasticity_jax.records import Context, Run, RunDirectory
 from plasticity_jax.train import initial
 
 MODEL = ModelConfig(vocab_size=320, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=32)
-TRAIN = TrainConfig(batch_size=4, seq_len=16, steps=20, peak_lr=1e-2, compute_dtype="float32", held_out_tokens=128, eval_tokens=64, eval_every=10,
-                    log_every=4, checkpoint_every=8)
+TRAIN = TrainConfig(
+    batch_size=4,
+    seq_len=16,
+    steps=20,
+    peak_lr=1e-2,
+    compute_dtype="float32",
+    held_out_tokens=128,
+    eval_tokens=64,
+    eval_every=10,
+    log_every=4,
+    checkpoint_every=8,
+)
 FINETUNE = FinetuneConfig(peak_lr=1e-2, batch_size=8, length_buckets=(16, 24), log_every=4, checkpoint_every=8)
 CONFIG = StudyConfig(name="tiny", model=MODEL, train=TRAIN, finetune=FINETUNE, mesh=MeshConfig(), tasks={"topic": TaskConfig(epochs=2)})
 
@@ -49,8 +59,14 @@ def write_corpus(directory: Path, config: StudyConfig) -> None:
         writer.close()
         np.save(index_path(tokens, split, "domain_of"), np.asarray(domain_of, np.int32))
         np.save(index_path(tokens, split, "document_of"), np.asarray(document_of, np.int32))
-    manifest = {"seq_len": config.train.seq_len, "vocab_size": 300, "dtype": "<u2", "domains": list(texts), "fingerprint": "f00d",
-                "splits": {"train": {}, "held_out": {}}}
+    manifest = {
+        "seq_len": config.train.seq_len,
+        "vocab_size": 300,
+        "dtype": "<u2",
+        "domains": list(texts),
+        "fingerprint": "f00d",
+        "splits": {"train": {}, "held_out": {}},
+    }
     (tokens / MANIFEST).write_text(json.dumps(manifest))
     _finish(directory, Run("tiny", "prepare", "corpus", {}), config)
 

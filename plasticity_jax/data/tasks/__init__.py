@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "Example", "Rows", "RowSettings", "Task", "build_task", "format_prompt", "get_task", "read_task", "write_task"]
 
+
 def _found() -> Iterator[Task]:
     """The tasks that the modules of this folder define: a file in it is all that a new one takes."""
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
@@ -48,8 +49,17 @@ def format_prompt(prompt: str) -> str:
     return f"Human: {prompt}\nAssistant:"
 
 
-def build_task(name: str, wheels: "Wheels", *, train_rows: int, test_rows: int, held_out_share: float, seed: int, verifier_rows: int = 0,
-               files: Mapping[str, str] | None = None) -> Rows:
+def build_task(
+    name: str,
+    wheels: "Wheels",
+    *,
+    train_rows: int,
+    test_rows: int,
+    held_out_share: float,
+    seed: int,
+    verifier_rows: int = 0,
+    files: Mapping[str, str] | None = None,
+) -> Rows:
     """Makes the rows of a task: disjoint, and the same for the same arguments on every machine.
 
     Which rows may be test rows depends on their text alone, so a larger `train_rows` or another `seed` never moves a row across. Classes keep
@@ -73,7 +83,9 @@ def build_task(name: str, wheels: "Wheels", *, train_rows: int, test_rows: int, 
     for split, found in (("train", rows.train), ("test", rows.test)):
         if not found:
             way_out = "give files with rows that its filters keep" if task.sets else "use a held_out_share such as 0.1"
-            raise UserError(f"task {name!r} is left without {split} rows (held_out_share={held_out_share}, {rows.counts or 'no filters'}); {way_out}.")
+            raise UserError(
+                f"task {name!r} is left without {split} rows (held_out_share={held_out_share}, {rows.counts or 'no filters'}); {way_out}."
+            )
     # Where rows are fewer than asked for, the verifier's come first: they are as many as the user says.
     n_train = min(train_rows, len(rows.train) - verifier_rows)
     if n_train < 1:

@@ -47,13 +47,25 @@ def build(n_digits: int, wheels: "Wheels", settings: RowSettings) -> Rows:
 
 
 def _example(first: int, second: int) -> Example:
-    return Example(id=f"{first}+{second}", prompt=addition_prompt(first, second), response=addition_response(first, second),
-                   answer=str(first + second), source="generated", source_split="generated")
+    return Example(
+        id=f"{first}+{second}",
+        prompt=addition_prompt(first, second),
+        response=addition_response(first, second),
+        answer=str(first + second),
+        source="generated",
+        source_split="generated",
+    )
 
 
 def _task(n_digits: int) -> Task:
-    return Task(name=f"addition{n_digits}", grader="number", labels=(), packages=(), chance_note="guessing a sum is right in under 0.02 of the rows",
-                build=partial(build, n_digits))
+    return Task(
+        name=f"addition{n_digits}",
+        grader="number",
+        labels=(),
+        packages=(),
+        chance_note="guessing a sum is right in under 0.02 of the rows",
+        build=partial(build, n_digits),
+    )
 
 
 ADDITION2 = _task(2)

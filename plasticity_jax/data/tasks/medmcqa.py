@@ -71,5 +71,12 @@ def _test(settings: RowSettings) -> Iterator[Row]:
         yield Candidate(example_of("validation", row_id, prompt, f"The answer is {letter}.", letter), (prompt,))
 
 
-MEDMCQA = Task(name=NAME, grader="letter", labels=tuple("ABCD"), packages=(), chance_note="one of four options: about 0.25 of the rows", build=build,
-               sets=("train", "validation"))
+MEDMCQA = Task(
+    name=NAME,
+    grader="letter",
+    labels=tuple("ABCD"),
+    packages=(),
+    chance_note="one of four options: about 0.25 of the rows",
+    build=build,
+    sets=("train", "validation"),
+)

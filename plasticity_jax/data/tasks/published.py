@@ -107,8 +107,13 @@ def build_rows(task: str, settings: RowSettings, train: Iterable[Row], test: Ite
             drawn.add(row.example)
     kept = counts.pop("kept", 0)
     if counts["read"] == published.read and kept != published.kept:
-        log.warning("%s: the filters keep %s of %s rows, and kept %s in the paper; its data or filters differ from these", task, f"{kept:,}",
-                    f"{published.read:,}", f"{published.kept:,}")
+        log.warning(
+            "%s: the filters keep %s of %s rows, and kept %s in the paper; its data or filters differ from these",
+            task,
+            f"{kept:,}",
+            f"{published.read:,}",
+            f"{published.kept:,}",
+        )
     examples = shuffled((row.example for row in kept_test), settings.seed)[: settings.test_rows]
     test_counts["test"] = test_counts.pop("kept", 0)
     totals = {**counts, "train": kept - counts[LEAK]} | {name if name == "test" else f"test: {name}": n for name, n in test_counts.items()}
@@ -125,8 +130,9 @@ def _counted(rows: Iterable[Row], counts: Counter[str]) -> Iterator[Candidate]:
             yield row
 
 
-def read_set(task: str, settings: RowSettings, name: str, columns: Columns, *, otherwise: Columns | None = None,
-             why: str = "") -> Iterator[tuple[str, dict]]:
+def read_set(
+    task: str, settings: RowSettings, name: str, columns: Columns, *, otherwise: Columns | None = None, why: str = ""
+) -> Iterator[tuple[str, dict]]:
     """`read_rows` of one of the task's sets.
 
     Raises:

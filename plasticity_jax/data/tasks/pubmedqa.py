@@ -47,5 +47,12 @@ def _rows(name: str, settings: RowSettings, *, limited: bool) -> Iterator[Row]:
             yield Candidate(example_of(name, row_id, prompt, response, answer), (question,))
 
 
-PUBMEDQA = Task(name=NAME, grader="exact", labels=ANSWERS, packages=(), chance_note="yes is the answer of about 0.55 of the test rows", build=build,
-                sets=("pqa_artificial", "pqa_labeled"))
+PUBMEDQA = Task(
+    name=NAME,
+    grader="exact",
+    labels=ANSWERS,
+    packages=(),
+    chance_note="yes is the answer of about 0.55 of the test rows",
+    build=build,
+    sets=("pqa_artificial", "pqa_labeled"),
+)

@@ -22,9 +22,23 @@ def _question(doc: dict, wheels: "Wheels") -> Question:
     question, abstract, answer = doc["question"].strip(), doc["context"].strip(), doc["answer"].lower()
     published, split, _ = doc_id(doc).split(":")
     prompt = f"Answer the question with yes or no, judging from the abstract.\nQuestion: {question}\nAbstract: {abstract}"
-    row = Example(id=doc_id(doc), prompt=prompt, response=answer_sentence(answer), answer=answer, source=wheels.source(PACKAGE, MEMBER),
-                  source_split=split, subset=SETS[published])
+    row = Example(
+        id=doc_id(doc),
+        prompt=prompt,
+        response=answer_sentence(answer),
+        answer=answer,
+        source=wheels.source(PACKAGE, MEMBER),
+        source_split=split,
+        subset=SETS[published],
+    )
     return Question(row, (question, abstract))
 
 
-PUBMEDQA_LOCAL = Task(name="pubmedqa-local", grader="exact", labels=("yes", "no"), packages=(PACKAGE,), chance_note="the more common answer, yes, is about 0.72 of the rows", build=build)
+PUBMEDQA_LOCAL = Task(
+    name="pubmedqa-local",
+    grader="exact",
+    labels=("yes", "no"),
+    packages=(PACKAGE,),
+    chance_note="the more common answer, yes, is about 0.72 of the rows",
+    build=build,
+)

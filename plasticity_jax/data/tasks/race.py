@@ -99,5 +99,12 @@ def _row(name: str, row_id: str, article: str, question: str, options: list[str]
     return Candidate(example_of(name, row_id, prompt, response, answer), (f"{question} {' '.join(options)}",))
 
 
-RACE = Task(name=NAME, grader="exact", labels=tuple(LETTERS[:N_OPTIONS]), packages=(), chance_note="one of four options: about 0.25 of the rows",
-            build=build, sets=("train", "validation", "test"))
+RACE = Task(
+    name=NAME,
+    grader="exact",
+    labels=tuple(LETTERS[:N_OPTIONS]),
+    packages=(),
+    chance_note="one of four options: about 0.25 of the rows",
+    build=build,
+    sets=("train", "validation", "test"),
+)

@@ -83,9 +83,17 @@ def build(wheels: "Wheels", settings: RowSettings) -> Rows:
 
 
 def _examples(sentences: list[Sentence], source: str, source_split: str) -> list[Example]:
-    return [Example(id=sentence.id, prompt=f"{cut_at_word(sentence.text, MAX_CHARACTERS)}\nWhat is the sentiment?",
-                    response=answer_sentence(sentence.label), answer=sentence.label, source=source, source_split=source_split)
-            for sentence in sentences]
+    return [
+        Example(
+            id=sentence.id,
+            prompt=f"{cut_at_word(sentence.text, MAX_CHARACTERS)}\nWhat is the sentiment?",
+            response=answer_sentence(sentence.label),
+            answer=sentence.label,
+            source=source,
+            source_split=source_split,
+        )
+        for sentence in sentences
+    ]
 
 
 def _read_vader(wheels: "Wheels") -> list[Sentence]:
@@ -107,5 +115,11 @@ def _read_sst2(wheels: "Wheels") -> list[Sentence]:
     return [Sentence(f"sst2-validation:{row['idx']}", plain_spelling(row["sentence"]), LABELS[row["label"]]) for row in rows]
 
 
-SENTIMENT = Task(name="sentiment", grader="exact", labels=LABELS, packages=PACKAGES,
-                 chance_note="the more common class, positive, is about 0.51 of the test rows", build=build)
+SENTIMENT = Task(
+    name="sentiment",
+    grader="exact",
+    labels=LABELS,
+    packages=PACKAGES,
+    chance_note="the more common class, positive, is about 0.51 of the test rows",
+    build=build,
+)

