@@ -1,10 +1,37 @@
+"""What every test process has in common. docs/testing.md says why."""
+
 import os
+import signal
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # tests compile what they test; those of the cache turn it on
+ROOT = Path(__file__).resolve().parents[1]
 
+
+def _flags(flags: str) -> str:
+    """XLA's flags for tests: programs are compiled with LLVM's optimization level 0, unless the caller names a level."""
+    level = "--xla_backend_optimization_level"
+    return flags if level in flags else f"{flags} {level}=0".strip()
+
+
+# Before jax is imported, for this process, its workers, and the programs that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = _flags(os.environ.get("XLA_FLAGS", ""))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts background jobs; programs under test must take an interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+import hypothesis
 import pytest
+
+from plasticity_jax.parallel.flags import prepare_backend
+
+# Compiled programs are shared by all processes of a run, and kept for the next one.
+prepare_backend(str(ROOT / ".jax-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="session")

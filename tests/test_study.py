@@ -1,28 +1,19 @@
 """The whole graph through the real command line, on a tiny model: what a new user does first."""
 
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from running import TINY, end, pausing, plasticity, start, status_rows, wait_until
 
 import plasticity_jax as pj
 from plasticity_jax.records import read_json, read_jsonl
 
-TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
-
 pytestmark = pytest.mark.slow
-
-
-def plasticity(*argv, **kwargs):
-    return subprocess.run([sys.executable, "-m", "plasticity_jax", *map(str, argv)], capture_output=True, text=True, **kwargs)
 
 
 def options(workdir, wheels_dir):
@@ -32,19 +23,19 @@ def options(workdir, wheels_dir):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, wheels_dir):
     folder = tmp_path_factory.mktemp("study")
-    result = plasticity("study", *options(folder, wheels_dir))
-    assert result.returncode == 0, result.stderr
-    assert "report:" in result.stdout
+    process = start("study", *options(folder, wheels_dir))
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "report:" in said
     return folder
 
 
 def runs(workdir, stage):
-    rows = json.loads(plasticity("status", "--workdir", workdir, "--json").stdout)["runs"]
-    return [row for row in rows if row["stage"] == stage]
+    return [row for row in status_rows(workdir) if row["stage"] == stage]
 
 
 def test_every_run_is_done_and_holds_its_records(workdir):
-    rows = json.loads(plasticity("status", "--workdir", workdir, "--json").stdout)["runs"]
+    rows = status_rows(workdir)
     assert {row["stage"] for row in rows} == {"prepare", "init", "pretrain", "evaluate", "finetune", "probe", "spectra", "gap"}
     for row in rows:
         assert row["state"] == "done", row
@@ -129,28 +120,17 @@ def strip_time(rows):
 
 def test_killed_pretraining_resumes_to_the_same_bits(workdir, wheels_dir, tmp_path):
     member = runs(workdir, "pretrain")[-1]
-    argv = [
-        sys.executable,
-        "-m",
-        "plasticity_jax",
-        "pretrain",
-        *map(str, options(tmp_path, wheels_dir)),
-        "--member",
-        member["member"],
-        "--config.train.log_every=1",
-    ]
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    own = tmp_path / "tiny" / member["id"]
-    deadline = time.monotonic() + 120
-    while not any(p.name.isdigit() and int(p.name) >= 10 for p in (own / "checkpoints").glob("*")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (own / "DONE").exists(), "the kill came too late to test anything"
-    result = plasticity(*argv[3:])
+    argv = ["pretrain", *options(tmp_path / "work", wheels_dir), "--member", member["member"], "--config.train.log_every=1"]
+    environment, paused = pausing(tmp_path, 15)
+    process = start(*argv, **environment)
+    wait_until(paused, process)
+    process.kill()
+    process.communicate()
+    own = tmp_path / "work" / "tiny" / member["id"]
+    assert (own / "checkpoints" / "10").is_dir() and not (own / "DONE").exists()
+    result = plasticity(*argv)
     assert result.returncode == 0, result.stderr
-    assert "resum" in result.stderr
+    assert "resumes at step 10 of 40" in result.stderr
     straight, resumed = pj.load_model(member["path"]), pj.load_model(own)
     flat = lambda tree, path="": (
         {path: np.asarray(tree)} if not isinstance(tree, dict) else {k: v for name in tree for k, v in flat(tree[name], f"{path}/{name}").items()}
@@ -176,19 +156,17 @@ def test_a_truncated_checkpoint_is_one_line(workdir, tmp_path):
 
 
 def test_interrupt_leaves_a_resumable_study(tmp_path, wheels_dir):
-    argv = [sys.executable, "-m", "plasticity_jax", "study", *map(str, options(tmp_path, wheels_dir)), "--stages", "prepare,init,pretrain"]
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "tiny").glob("pretrain/*/config.json")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
+    argv = ["study", *options(tmp_path / "work", wheels_dir), "--stages", "prepare,init,pretrain", "--config.train.steps=4"]
+    environment, paused = pausing(tmp_path, 1)
+    process = start(*argv, **environment)
+    wait_until(paused, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "resumes" in err.strip().splitlines()[-1] and "Traceback" not in err
-    states = {row["stage"]: row["state"] for row in json.loads(plasticity("status", "--workdir", tmp_path, "--json").stdout)["runs"]}
+    status, lines = end(process)
+    assert status == 130
+    assert "resumes" in lines[-1] and not any("Traceback" in line for line in lines)
+    states = {row["stage"]: row["state"] for row in status_rows(tmp_path / "work")}
     assert states["prepare"] == "done" and states["pretrain"] == "missing"
-    assert plasticity(*argv[3:]).returncode == 0
+    assert plasticity(*argv).returncode == 0
 
 
 RATES = """
@@ -208,6 +186,7 @@ def get_config():
     config.grid.mode = "vmapped"
     config.tasks = {{"topic": task(train_rows=32, test_rows=16, epochs=1, max_new_tokens=4)}}
     config.probe.sets = ("topic",)
+    config.evaluate.prompt_buckets, config.finetune.length_buckets = (192,), (256,)
     return config
 """
 
@@ -218,7 +197,7 @@ def test_a_study_over_the_learning_rate_alone(tmp_path, wheels_dir):
     where = ["--config", tmp_path / "rates.py", "--workdir", tmp_path / "work", f"--config.data.wheels={wheels_dir}"]
     result = plasticity("study", *where)
     assert result.returncode == 0, result.stderr
-    rows = json.loads(plasticity("status", "--workdir", tmp_path / "work", "--json").stdout)["runs"]
+    rows = status_rows(tmp_path / "work")
     assert {row["state"] for row in rows} == {"done"} and sum(row["stage"] == "init" for row in rows) == 1
     bases = {row["member"]: Path(row["path"]) for row in rows if row["stage"] == "pretrain"}
     assert list(bases) == ["wd0.1-peak_lr0.001", "wd0.1-peak_lr0.01"]

@@ -7,30 +7,30 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig, RopeScaling
-from plasticity_jax.model.layers import Initializer, Linear, RMSNorm
+from plasticity_jax.model.layers import Initializer, Linear, RMSNorm, at_least_float32
 
 # Cosines and sines; the batch axis may be 1, for positions that all rows share.
 Rope = tuple[Float[Array, "r T half"], Float[Array, "r T half"]]
 
 
 def rope_tables(positions_BxT: Int[Array, "b T"], head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rope:
-    """Cosines and sines of position · frequency in float32, where frequency i < head_dim/2 is theta^(-2i/head_dim), changed by `scaling`.
+    """Cosines and sines of position · frequency in the default float type, where frequency i < head_dim/2 is theta^(-2i/head_dim), changed by `scaling`.
 
     Source: Su et al. 2021 (arXiv 2104.09864), in the half-split layout of Llama.
     """
-    frequency_E = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequency_E = theta ** (-jnp.arange(0, head_dim, 2, dtype=float) / head_dim)
     if scaling is not None:
         turns_E = scaling.original_length * frequency_E / (2 * jnp.pi)
         kept_E = jnp.clip((turns_E - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0)
         frequency_E = frequency_E * (kept_E + (1.0 - kept_E) / scaling.factor)
-    angle_BxTxE = positions_BxT[..., None].astype(jnp.float32) * frequency_E
+    angle_BxTxE = positions_BxT[..., None].astype(frequency_E.dtype) * frequency_E
     return jnp.cos(angle_BxTxE), jnp.sin(angle_BxTxE)
 
 
 def apply_rope(x_BxTxHxD: Float[Array, "B T H D"], rope: Rope) -> Float[Array, "B T H D"]:
-    """Rotates the pairs (i, i + head_dim/2) of every head, in float32; returned in the input's type."""
+    """Rotates the pairs (i, i + head_dim/2) of every head, in at least float32; returned in the input's type."""
     cos, sin = (table[..., None, :] for table in rope)
-    first, second = jnp.split(x_BxTxHxD.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x_BxTxHxD.astype(at_least_float32(x_BxTxHxD.dtype)), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxHxD.dtype)
 
 
@@ -48,9 +48,9 @@ def attend(
     v_BxSxKxD: Float[Array, "B S K D"],
     mask_BxTxS: Bool[Array, "m T S"],
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T S"]]:
-    """Softmax attention with scale 1/sqrt(D); query head h reads key-value head h // (H/K). Scores and softmax in float32.
+    """Softmax attention with scale 1/sqrt(D); query head h reads key-value head h // (H/K). Scores and softmax in at least float32.
 
-    Returns the output in the type of q and the probabilities in float32. A query that may read nothing reads everything evenly.
+    Returns the output in the type of q and the probabilities in that of the softmax. A query that may read nothing reads everything evenly.
     """
     batch, queries, n_heads, head_dim = q_BxTxHxD.shape
     keys, n_kv_heads = k_BxSxKxD.shape[1:3]
@@ -58,9 +58,9 @@ def attend(
     # The heads of a group lie side by side as rows of one product, so keys and values are never repeated.
     q_BxKxGTxD = q_BxTxHxD.reshape(batch, queries, n_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q_BxKxGTxD = q_BxKxGTxD.reshape(batch, n_kv_heads, group * queries, head_dim)
-    scores = jnp.einsum("bkrd,bskd->bkrs", q_BxKxGTxD, k_BxSxKxD, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkrd,bskd->bkrs", q_BxKxGTxD, k_BxSxKxD, preferred_element_type=at_least_float32(q_BxTxHxD.dtype))
     scores_BxKxGxTxS = scores.reshape(batch, n_kv_heads, group, queries, keys) * head_dim**-0.5
-    scores_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS, jnp.finfo(jnp.float32).min)
+    scores_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS, jnp.finfo(scores.dtype).min)
     probs_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1)
     rows_BxKxGTxS = probs_BxKxGxTxS.reshape(batch, n_kv_heads, group * queries, keys).astype(v_BxSxKxD.dtype)
     out = jnp.einsum("bkrs,bskd->bkrd", rows_BxKxGTxS, v_BxSxKxD)

@@ -11,6 +11,11 @@ from plasticity_jax.config import ModelConfig
 Initializer = nnx.Initializer  # (key, shape, dtype) → array
 
 
+def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of norms, softmax, and sums: float32 for narrower types. float64 stays, so that the whole program can run as its own reference."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def project(
     x: Float[Array, "*batch d_in"], kernel: Float[Array, "d_in d_out"], dtype: DTypeLike, out_dtype: DTypeLike | None = None
 ) -> Float[Array, "*batch d_out"]:
@@ -42,14 +47,14 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · scale, computed in float32 whatever the input's type, returned in it."""
+    """x / rms(x) · scale, computed in at least float32, returned in the input's type."""
 
     def __init__(self, width: int, eps: float):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        wide = x.astype(jnp.float32)
+        wide = x.astype(at_least_float32(x.dtype))
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return (wide * inverse_rms * self.scale[...]).astype(x.dtype)
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from plasticity_jax.model.layers import project
+from plasticity_jax.model.layers import at_least_float32, project
 from plasticity_jax.parallel.sharding import ROWS, constrain
 
 LOGIT_BYTES = 256 << 20  # a share of any accelerator's memory that nothing else misses
@@ -16,12 +16,12 @@ LOGIT_BYTES = 256 << 20  # a share of any accelerator's memory that nothing else
 
 @jax.custom_vjp
 def token_losses(logits_BxTxV: Float[Array, "*batch V"], targets_BxT: Int[Array, "*batch"]) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-    """Cross-entropy of every target in nats, and the log of the softmax's normaliser; float32, of the shape of the targets."""
+    """Cross-entropy of every target in nats, and the log of the softmax's normaliser; at least float32, of the shape of the targets."""
     return _forward(logits_BxTxV, targets_BxT)[0]
 
 
 def _forward(logits_BxTxV, targets_BxT):
-    logits_BxTxV = logits_BxTxV.astype(jnp.float32)
+    logits_BxTxV = logits_BxTxV.astype(at_least_float32(logits_BxTxV.dtype))
     log_sum_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
     chosen_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1, mode="clip")[..., 0]
     return (log_sum_BxT - chosen_BxT, log_sum_BxT), (logits_BxTxV, log_sum_BxT, targets_BxT)
@@ -64,7 +64,7 @@ def vocabulary_losses(
 
     Args:
       x_BxTxD: normed states.
-      compute_dtype: of the product; its sums, and the losses, are float32.
+      compute_dtype: of the product; its sums, and the losses, are at least float32.
       chunks: parts of the T tokens; only one part's logits exist at a time, forward and backward, so that [B, T, V] is never held. Lowered to its
         greatest common divisor with T.
       mesh: where the arrays are sharded; the logits lie with their rows and, over tensor, their vocabulary split. None for one device.
@@ -72,7 +72,7 @@ def vocabulary_losses(
     chunks = math.gcd(chunks, targets_BxT.shape[1])
 
     def losses(x, targets):
-        logits_BxTxV = project(x, kernel_DxV, compute_dtype, out_dtype=jnp.float32)
+        logits_BxTxV = project(x, kernel_DxV, compute_dtype, out_dtype=at_least_float32(compute_dtype))
         return token_losses(constrain(mesh, logits_BxTxV, ROWS, None, "tensor"), targets)
 
     if chunks == 1:
@@ -85,7 +85,7 @@ def vocabulary_losses(
 def masked_sum(
     losses_BxT: Float[Array, "*batch"], loss_mask_BxT: Bool[Array, "*batch"] | Int[Array, "*batch"] | Float[Array, "*batch"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of the losses of the counted targets, in nats, and their number; both float32 scalars.
+    """Sum of the losses of the counted targets, in nats, and their number; both scalars.
 
     Args:
       loss_mask_BxT: 1 where the target counts, else 0.

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.model.attention import Attention, Rope, attend, attention_mask, rope_tables
-from plasticity_jax.model.layers import MLP, Embedding, Initializer, Linear, RMSNorm, project
+from plasticity_jax.model.layers import MLP, Embedding, Initializer, Linear, RMSNorm, at_least_float32, project
 from plasticity_jax.parallel.sharding import GATHERED, ROWS, constrain, gather
 
 CAPTURES = ("embed", "block_out", "final_norm", "mlp_act", "attn_probs")
@@ -94,7 +94,7 @@ def output_kernel(config: ModelConfig, params: Params) -> Float[Array, "D V"]:
 
 def logits_of(config: ModelConfig, params: Params, x: Float[Array, "*batch D"], dtype: DTypeLike) -> Float[Array, "*batch V"]:
     """float32 logits from normed states, the product in `dtype`."""
-    return project(x, output_kernel(config, params), dtype, out_dtype=jnp.float32)
+    return project(x, output_kernel(config, params), dtype, out_dtype=at_least_float32(dtype))
 
 
 def _initializers(config: ModelConfig) -> tuple[Initializer, Initializer]:
@@ -179,7 +179,7 @@ def hidden_states(
       segment_ids: when given, attention stays within equal ids (0 marks padding); None lets every token read all before it.
       positions: rotary positions; None counts from 0 in every row.
       capture: names of activations to return; see Returns. What is not named is not computed.
-      compute_dtype: type of the products and of the residual stream; norms and softmax are float32.
+      compute_dtype: type of the products and of the residual stream; norms and softmax are at least float32.
       scan_layers: run the layers as a `lax.scan` (smaller program, slower on CPUs) instead of one after the other.
       remat: what the backward pass computes again: "none", "dots" (all but the projections' products) or "full" (all but the blocks' inputs).
       attention: "xla", or a kernel of `kernels.choose_kernel`.

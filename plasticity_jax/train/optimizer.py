@@ -79,7 +79,7 @@ def schedule_shape(step: Int[Array, "*steps"], *, warmup: Float[Array, ""], tota
     Source: the study's `get_lr` (paper section 3.2: lr = peak * it/warmup, evaluated before the counter advances); warm-up, stable, decay of
       Hu et al. 2024 (arXiv 2404.06395) with a linear end.
     """
-    step = jnp.asarray(step, jnp.float32)
+    step = jnp.asarray(step, float)
     begin = warmup if schedule.kind == "cosine" else jnp.maximum(total * (1.0 - schedule.decay_share), warmup)
     progress = jnp.clip((step - begin) / jnp.maximum(total - begin, 1.0), 0.0, 1.0)
     left = 0.5 * (1.0 + jnp.cos(jnp.pi * progress)) if schedule.kind == "cosine" else 1.0 - progress

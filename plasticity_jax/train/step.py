@@ -89,7 +89,7 @@ def _kernel(name: str, platform: str, head_dim: int, compute_dtype: str, seq_len
 
 
 def hyper_parameters(*, weight_decay: float, peak_lr: float, warmup: int, total: int) -> Hyper:
-    """The traced numbers of a run: float32 scalars, so that another value needs no other program.
+    """The traced numbers of a run: scalars of the default float type (float32), so that another value needs no other program.
 
     Args:
       weight_decay: λ.
@@ -97,7 +97,7 @@ def hyper_parameters(*, weight_decay: float, peak_lr: float, warmup: int, total:
       warmup, total: steps of the warm-up and of the run.
     """
     values = {"weight_decay": weight_decay, "peak_lr": peak_lr, "warmup_steps": warmup, "total_steps": total}
-    return {name: jnp.float32(value) for name, value in values.items()}
+    return {name: jnp.asarray(value, float) for name, value in values.items()}
 
 
 def initial_state(settings: StepSettings, params: Params) -> State:

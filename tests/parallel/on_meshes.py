@@ -1,19 +1,22 @@
-"""Run on eight simulated devices by test_invariance.py: the real step, generation and checkpoints on every mesh. Writes what came out as .npz files.
+"""Run on eight simulated devices by test_invariance.py: the real step, generation and checkpoints on meshes. Writes what came out as .npz files.
 
-Arguments: the folder to write to.
+Training is in float64, where rounding is nine orders of magnitude below what a wrong program would change: no processor's rounding is mistaken for an error.
+
+Arguments: the folder to write to, and the names of the runs.
 """
 
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from plasticity_jax.config import MeshConfig, ModelConfig
 from plasticity_jax.data.loader import as_batch
 from plasticity_jax.evaluate.generate import Sampling, generate
 from plasticity_jax.model.checkpoint import Checkpoints
-from plasticity_jax.model.transformer import abstract_params, init_params
+from plasticity_jax.model.transformer import init_params
 from plasticity_jax.parallel import make_mesh, param_paths, param_shardings
 from plasticity_jax.parallel.sharding import inference_shardings
 from plasticity_jax.train.optimizer import OptimizerSettings, Schedule
@@ -52,7 +55,7 @@ def mesh_of(sizes):
 
 
 def settings_of(model, changes):
-    return StepSettings(model, OPTIMIZER, "float32", z_loss=1e-4, isolate_documents=False, execution=Execution(**PLAIN | changes))
+    return StepSettings(model, OPTIMIZER, "float64", z_loss=1e-4, isolate_documents=False, execution=Execution(**PLAIN | changes))
 
 
 def hyper(decay):
@@ -68,7 +71,8 @@ def batch(step):
 def train(settings, mesh, decays):
     """(losses, state) of the run with one decay, or of its members."""
     members = len(decays) > 1
-    state, numbers = initial_state(settings, init_params(settings.model, 0)), hyper(decays[0])
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), init_params(settings.model, 0))
+    state, numbers = initial_state(settings, params), hyper(decays[0])
     if members:
         state, numbers = stack([state] * len(decays)), stack([hyper(decay) for decay in decays])
     state = jax.device_put(state, state_shardings(settings, mesh, members=members), may_alias=False)
@@ -90,6 +94,7 @@ SAMPLINGS = (
 
 
 def completions(mesh, params):
+    params = jax.tree.map(lambda x: x.astype(np.float32), params)
     prompts = [list(np.random.default_rng(i).integers(3, 96, 4 + i)) for i in range(5)]
     placed = jax.device_put(params, inference_shardings(mesh, params))
     return np.array([
@@ -102,32 +107,37 @@ def completions(mesh, params):
     ])  # fmt: skip
 
 
-def main(folder: Path):
+def main(folder: Path, names: list[str]):
     written = {}
-    for name, (model, sizes, changes) in RUNS.items():
+    for name in names:
+        if name in MEMBERS:
+            losses, state = train(settings_of(LLAMA, {}), mesh_of(MEMBERS[name]), DECAYS)
+            for i, decay in enumerate(DECAYS):
+                write(folder / f"{name}.{decay}.npz", losses[:, i], jax.tree.map(lambda x: x[i], state["params"]))
+            continue
+        model, sizes, changes = RUNS[name]
         mesh, settings = mesh_of(sizes), settings_of(model, changes)
         losses, state = train(settings, mesh, DECAYS[:1])
         write(folder / f"{name}.npz", losses, state["params"])
         if model is LLAMA and not changes:
-            np.savez(folder / f"{name}.tokens.npz", tokens=completions(mesh, jax.device_get(state["params"])))
+            host = jax.device_get(state["params"])
+            with jax.enable_x64(False):
+                np.savez(folder / f"{name}.tokens.npz", tokens=completions(mesh, host))
             with Checkpoints(folder / name / "checkpoints", asynchronous=False) as checkpoints:
                 checkpoints.save(STEPS, state["params"], state["optimizer"])
             written[name] = (mesh, settings, jax.device_get((state["params"], state["optimizer"])))
-    for name, sizes in MEMBERS.items():
-        losses, state = train(settings_of(LLAMA, {}), mesh_of(sizes), DECAYS)
-        for i, decay in enumerate(DECAYS):
-            write(folder / f"{name}.{decay}.npz", losses[:, i], jax.tree.map(lambda x: x[i], state["params"]))
     losses, state = train(settings_of(LLAMA, {}), mesh_of(ONE), DECAYS[1:])
-    write(folder / "one.3.0.npz", losses, state["params"])
+    write(folder / f"one.{DECAYS[1]}.npz", losses, state["params"])
     unequal = []
     for saved, (_, _, expected) in written.items():
         for restored, (mesh, settings, _) in written.items():
-            shapes = jax.eval_shape(lambda p: initial_state(settings, p), abstract_params(LLAMA))
+            shapes = jax.eval_shape(lambda: expected)
+            shardings = state_shardings(settings, mesh, members=False)
             placed = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(settings, mesh, members=False)
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, (shardings["params"], shardings["optimizer"])
             )
             with Checkpoints(folder / saved / "checkpoints", read_only=True) as checkpoints:
-                actual = checkpoints.restore(STEPS, placed["params"], placed["optimizer"])
+                actual = checkpoints.restore(STEPS, *placed)
             same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True))
             lies = all(a.sharding == s for a, s in zip(jax.tree.leaves(actual[0]), jax.tree.leaves(param_shardings(mesh, actual[0]))))
             if not (same and lies):
@@ -136,4 +146,5 @@ def main(folder: Path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    jax.config.update("jax_enable_x64", True)
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Two processes of four simulated devices each, over loopback, against one process."""
+"""Two processes of two simulated devices each, over loopback, against one process."""
 
 import json
 import os
@@ -7,20 +7,18 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from running import TINY, end, pausing, start, wait_until
 
 from plasticity_jax.parallel.supervise import lost_processes
 
-PLASTICITY = [sys.executable, "-m", "plasticity_jax"]
-TINY = str(Path(__file__).parents[2] / "configs" / "tiny.py")
 CONFIG = ["--config", TINY, "--config.train.compute_dtype=float32", "--config.train.steps=24", "--config.train.checkpoint_every=8"]
-CONFIG += ["--config.train.log_every=1", "--config.train.batch_size=16", "--config.launch.compile_cache=None"]
+CONFIG += ["--config.train.log_every=1", "--config.train.eval_tokens=64", "--config.train.held_out_tokens=256", "--config.launch.start_timeout=300"]
+CONFIG += ["--config.data.max_documents=100", "--config.train.seq_len=16"]
 PRETRAIN = ["pretrain", *CONFIG, "--member", "wd0"]
+SHARDED = [*PRETRAIN, "--config.mesh.fsdp=2"]
 SMALLER = """
 import importlib.util
 from plasticity_jax.config import task
@@ -30,35 +28,24 @@ def get_config():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
-    config.data.max_documents, config.train.steps, config.train.compute_dtype = 200, 20, "float32"
-    config.tasks = {{"topic": task(train_rows=64, test_rows=16, epochs=1, max_new_tokens=8)}}
+    config.data.max_documents, config.train.steps, config.train.compute_dtype = 100, 8, "float32"
+    config.train.held_out_tokens, config.train.eval_tokens, config.gap.tokens_per_side = 256, 64, 256
+    config.tasks = {{"topic": task(train_rows=32, test_rows=16, epochs=1, max_new_tokens=8)}}
+    config.finetune.length_buckets = (256,)
     config.grid.timescales, config.probe.sets, config.evaluate.prompt_buckets = (0.2,), ("topic",), (192,)
-    config.launch.compile_cache = None
     return config
 """
 
 
-def start(arguments, *, devices, process=None, port=None, n=2, **environment):
-    if process is not None:
-        arguments = [*arguments, "--coordinator", f"127.0.0.1:{port}", "--num-processes", str(n), "--process-id", str(process)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
-    return subprocess.Popen(PLASTICITY + arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def end(process, timeout=240):
-    """(exit status, lines on standard error)"""
-    _, errors = process.communicate(timeout=timeout)
-    return process.returncode, errors.splitlines()
-
-
-def one(arguments, devices=8):
-    status, lines = end(start(arguments, devices=devices))
+def one(arguments, devices=4):
+    status, lines = end(start(*arguments, devices=devices))
     assert status == 0, "\n".join(lines)
 
 
-def pair(arguments, devices=(4, 4), each=((), ())):
+def pair(arguments, devices=(2, 2), each=((), ()), environments=({}, {})):
     port = free_port()
-    return [start([*arguments, *each[i]], devices=devices[i], process=i, port=port) for i in (0, 1)]
+    together = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+    return [start(*arguments, *each[i], *together, i, devices=devices[i], **environments[i]) for i in (0, 1)]
 
 
 def two(arguments):
@@ -98,7 +85,7 @@ def assert_close(a, b):
     np.testing.assert_allclose(list(losses(a).values()), list(losses(b).values()), rtol=1e-5)
     np.testing.assert_allclose(held_out(a), held_out(b), rtol=1e-5)
     for x, y in zip(final_params(a), final_params(b), strict=True):
-        assert np.linalg.norm(x.astype(np.float64) - y) <= 1e-5 * np.linalg.norm(x.astype(np.float64))
+        assert np.linalg.norm(x.astype(np.float64) - y) <= 1e-4 * np.linalg.norm(x.astype(np.float64))
 
 
 def assert_same(a, b):
@@ -112,7 +99,7 @@ def assert_same(a, b):
 def prepared(tmp_path_factory):
     """A workdir with the corpus and the step-0 parameters."""
     workdir = tmp_path_factory.mktemp("prepared")
-    one(["study", *CONFIG, "--stages", "prepare,init", "--workdir", str(workdir)])
+    one(["study", *CONFIG, "--stages", "prepare,init", "--workdir", workdir], devices=1)
     return workdir
 
 
@@ -124,43 +111,35 @@ def workdir(prepared, tmp_path):
 @pytest.fixture(scope="module")
 def by_one(prepared, tmp_path_factory):
     workdir = shutil.copytree(prepared, tmp_path_factory.mktemp("one") / "work")
-    one([*PRETRAIN, "--workdir", str(workdir)], devices=1)
+    one([*PRETRAIN, "--workdir", workdir], devices=1)
     return workdir
 
 
 @pytest.fixture(scope="module")
 def by_two(prepared, tmp_path_factory):
     workdir = shutil.copytree(prepared, tmp_path_factory.mktemp("two") / "work")
-    two([*PRETRAIN, "--workdir", str(workdir), "--config.mesh.fsdp=4"])
+    two([*SHARDED, "--workdir", workdir])
     return workdir
-
-
-def wait_for_step(workdir, step, processes):
-    deadline = time.monotonic() + 120
-    while not any((workdir / "tiny" / "pretrain").glob(f"*/checkpoints/{step}")):
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-        time.sleep(0.05)
 
 
 def worker_of(process):
     return int(subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()[0])
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(by_one, by_two):
     assert_close(by_one, by_two)
     mesh = json.loads((run_folder(by_two) / "provenance.json").read_text())["mesh"]
-    assert mesh == {"member": 1, "data": 2, "fsdp": 4, "tensor": 1}
+    assert mesh == {"member": 1, "data": 2, "fsdp": 2, "tensor": 1}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_is_named_by_all_and_the_pair_resumes_to_the_same_bits(workdir, by_two, victim):
-    arguments = [*PRETRAIN, "--workdir", str(workdir), "--config.mesh.fsdp=4"]
-    processes = pair(arguments)
-    wait_for_step(workdir, 8, processes)
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.processes)])
+def test_a_killed_process_is_named_by_all_and_the_pair_resumes_to_the_same_bits(workdir, by_two, tmp_path, victim):
+    arguments = [*SHARDED, "--workdir", workdir]
+    environment, paused = pausing(tmp_path, 13)
+    processes = pair(arguments, environments=[environment if i == victim else {} for i in (0, 1)])
+    wait_until(paused, *processes)
     os.kill(worker_of(processes[victim]), signal.SIGKILL)
-    for status, lines in (end(process, timeout=60) for process in processes):
+    for status, lines in map(end, processes):
         assert status == 1
         assert re.match(rf"plasticity: process {victim} of 2 was lost.*run the same commands again: they resume", lines[-1]), lines[-1]
         assert not any("Traceback" in line or "@ 0x" in line for line in lines)
@@ -168,13 +147,14 @@ def test_a_killed_process_is_named_by_all_and_the_pair_resumes_to_the_same_bits(
     assert_same(workdir, by_two)
 
 
-@pytest.mark.slow
-def test_a_worker_ends_with_its_parent_and_one_process_takes_over(workdir, by_one):
-    arguments = [*PRETRAIN, "--workdir", str(workdir)]
-    processes = pair(arguments)
-    wait_for_step(workdir, 8, processes)
+@pytest.mark.processes
+def test_a_worker_ends_with_its_parent_and_one_process_takes_over(workdir, by_one, tmp_path):
+    arguments = [*PRETRAIN, "--workdir", workdir]
+    environment, paused = pausing(tmp_path, 13)
+    processes = pair(arguments, environments=({}, environment))
+    wait_until(paused, *processes)
     processes[1].kill()
-    status, lines = end(processes[0], timeout=60)
+    status, lines = end(processes[0])
     assert status == 1
     assert lines[-1].startswith("plasticity: process 1 of 2 was lost")
     assert end(processes[1])[0] == -signal.SIGKILL
@@ -182,54 +162,56 @@ def test_a_worker_ends_with_its_parent_and_one_process_takes_over(workdir, by_on
     assert_close(workdir, by_one)
 
 
-@pytest.mark.slow
-def test_two_processes_take_over_from_one(workdir, by_one):
-    arguments = [*PRETRAIN, "--workdir", str(workdir)]
-    process = start(arguments, devices=1)
-    wait_for_step(workdir, 8, [process])
+@pytest.mark.processes
+def test_two_processes_take_over_from_one(workdir, by_one, tmp_path):
+    arguments = [*PRETRAIN, "--workdir", workdir]
+    environment, paused = pausing(tmp_path, 13)
+    process = start(*arguments, devices=1, **environment)
+    wait_until(paused, process)
     process.kill()
     process.communicate()
     two(arguments)
     assert_close(workdir, by_one)
 
 
-@pytest.mark.slow
-def test_an_interrupt_reaches_the_workers(workdir):
-    processes = pair([*PRETRAIN, "--workdir", str(workdir)])
-    wait_for_step(workdir, 8, processes)
+def test_an_interrupt_reaches_the_workers(workdir, tmp_path):
+    folders = [tmp_path / "0", tmp_path / "1"]
+    pauses = [pausing(folder, 1) for folder in folders]
+    processes = pair([*PRETRAIN, "--workdir", workdir], environments=[environment for environment, _ in pauses])
+    wait_until(lambda: all(paused() for _, paused in pauses), *processes)
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    for status, lines in (end(process, timeout=60) for process in processes):
+    for status, lines in map(end, processes):
         assert status == 130, lines
         assert lines[-1] == "plasticity: interrupted; the same command resumes."
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_members_of_one_program_on_two_processes_give_the_losses_of_one(workdir, by_one):
     # Both members save at the same steps, each in the background.
-    two(["pretrain", *CONFIG, "--workdir", str(workdir), "--config.grid.mode=vmapped", "--config.train.checkpoint_every=10"])
+    two(["pretrain", *CONFIG, "--workdir", workdir, "--config.grid.mode=vmapped", "--config.train.checkpoint_every=10"])
     finished = sorted(path.parent.name for path in (workdir / "tiny" / "pretrain").glob("*/DONE"))
     assert len(finished) == 2
     shutil.rmtree(workdir / "tiny" / "pretrain" / next(name for name in finished if not name.startswith("wd0-")))
     assert_close(workdir, by_one)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_storage_problem_of_the_first_process_is_refused_by_all(workdir):
     shutil.rmtree(workdir / "tiny" / "init")
     (workdir / "tiny" / "init").touch()
-    for status, lines in map(end, pair([*PRETRAIN, "--workdir", str(workdir)], devices=(1, 1))):
+    for status, lines in map(end, pair([*PRETRAIN, "--workdir", workdir], devices=(1, 1))):
         assert status == 2
         assert f"--workdir={workdir}: Not a directory" in lines[-1] and lines[-1].endswith("then run again: it resumes.")
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_study_of_two_processes_gives_the_results_of_one(tmp_path):
     config = tmp_path / "smaller.py"
-    config.write_text(SMALLER.format(tiny=TINY))
-    arguments = ["study", "--config", str(config)]
-    one([*arguments, "--workdir", str(tmp_path / "one")], devices=1)
-    two([*arguments, "--workdir", str(tmp_path / "two")])
+    config.write_text(SMALLER.format(tiny=str(TINY)))
+    arguments = ["study", "--config", config]
+    one([*arguments, "--workdir", tmp_path / "one"], devices=1)
+    two([*arguments, "--workdir", tmp_path / "two"])
     found = {path.relative_to(tmp_path / "one"): json.loads(path.read_text()) for path in sorted((tmp_path / "one").glob("tiny/*/*/results.json"))}
     assert {path.parts[1] for path in found} == {"prepare", "init", "pretrain", "evaluate", "finetune", "probe", "spectra", "gap"}
     for path, results in found.items():
@@ -254,9 +236,6 @@ def assert_alike(a, b, where):
         assert a == b, where
 
 
-SOON = ["pretrain", "--config", TINY, "--config.train.compute_dtype=float32", "--config.launch.start_timeout=8"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -266,22 +245,24 @@ SOON = ["pretrain", "--config", TINY, "--config.train.compute_dtype=float32", "-
     ],
 )
 def test_flags_that_do_not_fit_are_refused(tmp_path, arguments, words):
-    status, lines = end(start([*SOON, "--workdir", str(tmp_path / "w"), *arguments], devices=1))
+    status, lines = end(start(*PRETRAIN, "--workdir", tmp_path / "w", *arguments))
     assert (status, len(lines)) == (2, 1)
     assert words in lines[0]
     assert not (tmp_path / "w").exists()
 
 
 def test_an_unreachable_coordinator_is_one_line_after_the_timeout(tmp_path):
-    status, lines = end(start([*SOON, "--workdir", str(tmp_path)], devices=1, process=1, port=free_port()), timeout=60)
+    alone = ["--config.launch.start_timeout=2", "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id", "1"]
+    status, lines = end(start(*PRETRAIN, "--workdir", tmp_path, *alone))
     assert status == 2
-    assert "the 2 processes did not meet within 8 s" in lines[-1]
+    assert "the 2 processes did not meet within 2 s" in lines[-1]
 
 
 def test_different_numbers_of_processes_are_one_line_on_all(tmp_path):
     port = free_port()
-    processes = [start([*SOON, "--workdir", str(tmp_path)], devices=1, process=i, port=port, n=n) for i, n in enumerate((2, 3))]
-    for i, (status, lines) in enumerate(end(process, timeout=60) for process in processes):
+    together = ["--coordinator", f"127.0.0.1:{port}", "--num-processes"]
+    processes = [start(*PRETRAIN, "--workdir", tmp_path, *together, n, "--process-id", i) for i, n in enumerate((2, 3))]
+    for i, (status, lines) in enumerate(map(end, processes)):
         assert status == 2
         assert lines[-1].startswith(f"plasticity: --num-processes={2 + i} of process {i} is {3 - i} for process {1 - i} (")
 
@@ -289,20 +270,24 @@ def test_different_numbers_of_processes_are_one_line_on_all(tmp_path):
 @pytest.mark.parametrize(
     ("devices", "each", "words"),
     [
-        ((2, 4), ((), ()), "unequal hosts: process 0"),
-        ((2, 2), (("--workdir", "{0}/a"), ("--workdir", "{0}/b")), "is not the same folder for process 1 as for process 0"),
-        ((2, 2), (("--config.mesh.fsdp=3",),) * 2, "mesh.fsdp=3"),
+        ((1, 2), ((), ()), "unequal hosts: process 0"),
+        pytest.param(
+            (1, 1),
+            (("--workdir", "{0}/a"), ("--workdir", "{0}/b")),
+            "is not the same folder for process 1 as for process 0",
+            marks=pytest.mark.processes,
+        ),
+        pytest.param((1, 1), (("--config.mesh.fsdp=3",),) * 2, "mesh.fsdp=3", marks=pytest.mark.processes),
         (
-            (4, 4),
-            (("--config.train.batch_size=12",),) * 2,
-            "train.batch_size=12 in train.microbatches=1 part(s) is not divisible by mesh.data x mesh.fsdp = 8",
+            (2, 2),
+            (("--config.train.batch_size=6",),) * 2,
+            "train.batch_size=6 in train.microbatches=1 part(s) is not divisible by mesh.data x mesh.fsdp = 4",
         ),
     ],
 )
 def test_what_one_process_finds_wrong_all_say(tmp_path, devices, each, words):
     each = [[argument.format(tmp_path) for argument in own] for own in each]
-    patient = [*SOON, "--config.launch.start_timeout=120"]  # that the two meet is not what this is about
-    for status, lines in map(end, pair([*patient, "--workdir", str(tmp_path / "w")], devices, each)):
+    for status, lines in map(end, pair([*PRETRAIN, "--workdir", tmp_path / "w"], devices, each)):
         assert status == 2
         assert lines[-1].startswith("plasticity: ") and words in lines[-1]
     assert not list(tmp_path.glob("*/*/study.json"))
