@@ -2,13 +2,12 @@
 
 import dataclasses
 import importlib
-import os
-import subprocess
 import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from running import python
 
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.data.tasks import Example
@@ -131,9 +130,7 @@ print("the same on", jax.device_count())
 
 
 def test_a_mesh_changes_nothing():
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run([sys.executable, "-c", ON_MESHES], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "the same on 4" in done.stdout, done.stderr[-2000:]
+    assert "the same on 4" in python(ON_MESHES, devices=4)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ options

@@ -1,10 +1,7 @@
 """Every attention against float64 NumPy, forward and backward; and which of them runs where."""
 
 import functools
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_attention
 import pytest
+from running import python
 
 from plasticity_jax.errors import UserError
 from plasticity_jax.model import kernels
@@ -182,10 +180,7 @@ def test_eight_devices_equal_float64(kernel, sizes, heads):
             for a, e in zip(actual, expected, strict=True):
                 np.testing.assert_allclose(a[member] if members > 1 else a, e, atol=2e-5)
     """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = str(Path(numpy_attention.__file__).parent)
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    python(textwrap.dedent(code), devices=8, PYTHONPATH=str(Path(numpy_attention.__file__).parent))
 
 
 def test_every_shard_reads_the_key_value_heads_of_its_query_heads():

@@ -1,14 +1,13 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from running import PLASTICITY, TINY, environment, plasticity
 
-from plasticity_jax.parallel.flags import PLATFORMS, Flag, with_flags
-
-TINY = str(Path(__file__).parents[2] / "configs" / "tiny.py")
+from plasticity_jax.parallel.flags import PLATFORMS, Flag, prepare_backend, with_flags
 
 
 def test_every_flag_says_why():
@@ -33,47 +32,57 @@ def test_what_the_user_set_stays():
     assert with_flags("", flags) == "--xla_a=true --xla_b=2"
 
 
-def pretrain(workdir, cache, *more):
-    """Standard error of a short pretraining in a process of its own."""
-    command = [sys.executable, "-m", "plasticity_jax", "pretrain", "--config", TINY, "--member", "wd0", "--workdir", str(workdir)]
-    command += [
-        "--config.train.compute_dtype=float32",
-        "--config.train.steps=6",
-        "--config.data.max_documents=100",
-        f"--config.launch.compile_cache={cache}",
-    ]
-    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a command that ran in this process has set it, and what is set stays
-    result = subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A workdir with the corpus and the step-0 parameters."""
+    folder = tmp_path_factory.mktemp("prepared") / "work"
+    ended = plasticity("study", *CONFIG, "--stages", "prepare,init", "--workdir", folder)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+CONFIG = ["--config", TINY, "--config.train.compute_dtype=float32", "--config.train.steps=4", "--config.data.max_documents=100"]
+CONFIG += ["--config.model.n_layers=1", "--config.train.held_out_tokens=256", "--config.train.eval_tokens=64"]
+
+
+def pretrain(prepared, workdir, cache):
+    """Standard error of a short pretraining in a process of its own, with a compile cache of its own."""
+    shutil.copytree(prepared, workdir)
+    own = environment(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    del own["JAX_COMPILATION_CACHE_DIR"]  # that of the tests
+    command = [*PLASTICITY, "pretrain", *map(str, CONFIG), "--member", "wd0", "--workdir", str(workdir), f"--config.launch.compile_cache={cache}"]
+    result = subprocess.run(command, env=own, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stderr
 
 
 def outcome(workdir):
-
     [folder] = (workdir / "tiny" / "pretrain").iterdir()
-    return json.loads((folder / "results.json").read_text())["held_out"], json.loads((folder / "results.json").read_text())["norms"]
+    results = json.loads((folder / "results.json").read_text())
+    return results["held_out"], results["norms"]
 
 
 @pytest.mark.slow
-def test_a_warm_cache_gives_the_same_bits_and_a_damaged_one_is_compiled_anew(tmp_path):
+def test_a_warm_cache_gives_the_same_bits_and_a_damaged_one_is_compiled_anew(prepared, tmp_path):
     cache = tmp_path / "cache"
-    pretrain(tmp_path / "cold", cache)
+    pretrain(prepared, tmp_path / "cold", cache)
     [folder] = cache.iterdir()
     entries = {path: path.read_bytes() for path in folder.glob("*-cache")}
     assert entries
-    pretrain(tmp_path / "warm", cache)
+    pretrain(prepared, tmp_path / "warm", cache)
     assert {path: path.read_bytes() for path in folder.glob("*-cache")} == entries  # nothing was compiled
     assert outcome(tmp_path / "warm") == outcome(tmp_path / "cold")
     for path in entries:
         path.write_bytes(b"damaged")
-    said = pretrain(tmp_path / "damaged", cache)
+    said = pretrain(prepared, tmp_path / "damaged", cache)
     assert "cannot be used and is compiled anew" in said
     assert "Traceback" not in said
     assert outcome(tmp_path / "damaged") == outcome(tmp_path / "cold")
 
 
-@pytest.mark.slow
-def test_a_cache_that_cannot_be_written_is_left_out(tmp_path):
+def test_a_cache_that_cannot_be_written_is_left_out(monkeypatch, caplog, tmp_path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     (tmp_path / "file").write_text("")
-    assert "cannot be written to (Not a directory): every start compiles anew" in pretrain(tmp_path / "w", tmp_path / "file" / "cache")
+    prepare_backend(str(tmp_path / "file" / "cache"))
+    assert "cannot be written to (Not a directory): every start compiles anew" in caplog.text
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ

@@ -1,11 +1,9 @@
 """What the compiled step sends between eight devices: weights, and no activations over fsdp; and that it works in its state's own memory."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
+from running import python
 
 COMPILED = """
     import re, sys
@@ -45,7 +43,4 @@ COMPILED = """
 
 @pytest.mark.parametrize("layers, remat", [("unrolled", "none"), ("scan", "full")])
 def test_fsdp_sends_weights_alone_and_the_state_is_donated(layers, remat):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    code = [sys.executable, "-c", textwrap.dedent(COMPILED), layers, remat]
-    done = subprocess.run(code, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    python(textwrap.dedent(COMPILED), layers, remat, devices=8)

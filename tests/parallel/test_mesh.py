@@ -1,11 +1,9 @@
-import os
-import subprocess
-import sys
 import textwrap
 
 import jax
 import pytest
 from jax.sharding import AxisType
+from running import python
 
 from plasticity_jax.config import MeshConfig, ModelConfig
 from plasticity_jax.errors import UserError
@@ -35,10 +33,7 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(config, message):
 
 
 def on_eight_devices(code):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return python(textwrap.dedent(code), devices=8)
 
 
 def test_eight_devices_agree_with_one_and_hold_a_part_each():
