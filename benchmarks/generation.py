@@ -3,7 +3,7 @@
 Command: python benchmarks/generation.py
 
 A random Llama of 13 million parameters in float32, prompts of 128 tokens, 64 new tokens, no end of text, temperature 1. Each side gets one round
-beforehand that does not count, in which ours compiles. Needs torch and transformers, from the environment that tests/parity-environment makes; run
+beforehand that does not count, in which ours compiles. Needs torch and transformers, from the environment that tests/environment makes; run
 from another one, it starts itself again there.
 
 On 2 idle CPU cores, transformers 5.23, jax 0.10.2: medians of 46.3 s against 14.0 s, 707 and 2,337 tokens/s, ratio 3.3.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROUNDS = 3
 PROMPTS, SAMPLES, LENGTH, NEW = 32, 16, 128, 64
-PARITY = Path(__file__).resolve().parents[1] / ".venv-parity" / "bin" / "python"
+PARITY = Path(__file__).resolve().parents[1] / ".venv-extra" / "bin" / "python"
 
 
 def prepared(folder: Path) -> dict:
@@ -107,4 +107,4 @@ if __name__ == "__main__":
     elif PARITY.is_file():
         os.execv(PARITY, [str(PARITY), __file__])
     else:
-        print("needs torch and transformers: `tests/parity-environment` makes an environment with them")
+        print("needs torch and transformers: run `tests/environment extra` first")

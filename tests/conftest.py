@@ -42,3 +42,22 @@ def wheels_dir() -> Path:
     folder = find(os.environ.get("PLASTICITY_WHEELS", "data/wheels"))
     assert folder.is_dir(), f"{folder} is missing: run make wheels"
     return folder
+
+
+# Files that take longest, so that they begin first and no worker is left alone with one of them. Everything else follows in the order of its path.
+LONGEST = (
+    "parallel/test_processes.py",
+    "launch/test_slurm.py",
+    "test_study.py",
+    "parallel/test_invariance.py",
+    "parity/test_generation.py",
+    "evaluate/test_generate.py",
+    "train/test_finetune.py",
+    "model/test_transformer.py",
+    "train/test_step.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {str(ROOT / "tests" / name): i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(str(item.path), len(rank)))

@@ -1,10 +1,10 @@
 """Makes tests/golden/hf: small models as transformers wrote them, and the logits that it computes from them.
 
-    .venv-parity/bin/python tests/golden/make_hf.py
-    PYTHONPATH=.venv-parity/transformers4 .venv-parity/bin/python tests/golden/make_hf.py
+    .venv-extra/bin/python tests/golden/make_hf.py
+    PYTHONPATH=.venv-extra/transformers4 .venv-extra/bin/python tests/golden/make_hf.py
 
 The first, with transformers 5, writes <name>/model.safetensors, <name>/golden.npz and <name>/config-5.json; the second, with transformers 4,
-<name>/config-4.json. The environment is that of tests/parity-environment.
+<name>/config-4.json. The environment is what `tests/environment extra` makes.
 """
 
 import shutil
