@@ -24,12 +24,13 @@ def get_config():
     config.train.checkpoint_every = 10
     config.grid.timescales = (None, 0.2)
     config.finetune.batch_size = 16
+    config.finetune.length_buckets = (192,)
     config.tasks = {
         "addition2": task(train_rows=128, test_rows=16, epochs=1, max_new_tokens=24),
         "topic": task(train_rows=128, test_rows=16, epochs=1, max_new_tokens=8),
     }
     config.evaluate.n_samples = 2
-    config.evaluate.prompt_buckets = (64, 192)
+    config.evaluate.prompt_buckets = (192,)
     config.evaluate.batch_size = 64
     config.probe.train_rows = 200
     config.probe.test_rows = 100

@@ -290,7 +290,7 @@ def finish(process):
     return json.loads(output)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_after_a_kill_the_result_is_bitwise_that_of_one_go(tokenizer, tmp_path, workers):
     folder = tmp_path / "web"
     folder.mkdir()
@@ -326,7 +326,7 @@ def children(pid):
     return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_the_corpus(tokenizer, tmp_path):
     """115 MB of text in one file and one shard, beside 2 MB: the peak grows by less than 25 MB."""
     peaks = {}

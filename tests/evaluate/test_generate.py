@@ -304,7 +304,7 @@ def letters(tokens):
     return b"".join(b"\xc3" if token == 43 else chr(0x400 + token).encode() for token in tokens).decode("utf-8", errors="replace")
 
 
-@pytest.mark.parametrize("sampling", [PLAIN, WARPED], ids=["plain", "warped"])
+@pytest.mark.parametrize("sampling", [pytest.param(PLAIN, marks=pytest.mark.nightly), WARPED], ids=["plain", "warped"])
 def test_segments_change_no_token(model, prompts, sampling, monkeypatch):
     """Texts end at different places, and some do not, with looks of the host every 4 tokens, every 7, and none."""
     plain = run(model, prompts, sampling, max_new_tokens=20)

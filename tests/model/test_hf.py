@@ -314,7 +314,7 @@ MEASURED = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_model_and_one_parameter_are_the_most_that_is_in_memory(tmp_path):
     """283 MB of float32 parameters, of which the largest, with its layers, has 66 MB; allowed beside them are 24 MB of buffers."""
     width, hidden, layers, vocab = 640, 2560, 10, 8000
