@@ -1,16 +1,22 @@
 """What every test process has in common. docs/testing.md says why."""
 
+import importlib.metadata
 import os
 import signal
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _flags(flags: str) -> str:
-    """XLA's flags for tests: programs are compiled with LLVM's optimization level 0, unless the caller names a level."""
-    level = "--xla_backend_optimization_level"
-    return flags if level in flags else f"{flags} {level}=0".strip()
+def _flags(given: str) -> str:
+    """XLA's flags for tests: what a program computes is under test, so as little time as possible goes into making it fast. What the caller sets stays."""
+    ours = {"--xla_backend_optimization_level": "0"}
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later versions do not have it, and end the process at an unknown flag
+        ours["--xla_cpu_use_fusion_emitters"] = "false"
+    if "--xla_backend_optimization_level" in given:
+        return given
+    return " ".join([given, *(f"{name}={value}" for name, value in ours.items())]).strip()
 
 
 # Before jax is imported, for this process, its workers, and the programs that tests start.
@@ -28,6 +34,12 @@ from plasticity_jax.parallel.flags import prepare_backend
 prepare_backend(str(ROOT / ".jax-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+if "jax" in sys.modules:  # a plugin of pytest has imported it, and it reads its variables once
+    config = sys.modules["jax"].config
+    config.update("jax_platforms", os.environ["JAX_PLATFORMS"] or None)
+    config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR"))
+    config.update("jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]))
+    config.update("jax_persistent_cache_min_entry_size_bytes", int(os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"]))
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000)
