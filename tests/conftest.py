@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ if "jax" in sys.modules:  # a plugin of pytest has imported it, and it reads its
     config.update("jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]))
     config.update("jax_persistent_cache_min_entry_size_bytes", int(os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"]))
 
-hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("default", deadline=None, max_examples=100)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
@@ -68,6 +69,21 @@ LONGEST = (
     "model/test_transformer.py",
     "train/test_step.py",
 )
+
+
+# Marker → programs that its tests run, and how they get here.
+NEEDS = {
+    "browser": (("chromium",), "apt-get install chromium fonts-dejavu-core"),
+    "slurm": (("slurmctld", "munged", "sbatch"), "apt-get install slurm-wlm munge, and run as root"),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    for marker, (programs, way) in NEEDS.items():
+        missing = [program for program in programs if shutil.which(program) is None]
+        if missing and item.get_closest_marker(marker):
+            pytest.fail(f"{', '.join(missing)} is missing, which tests marked {marker} run: {way} (.ci/run does so)", pytrace=False)
 
 
 def pytest_collection_modifyitems(items):

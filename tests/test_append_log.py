@@ -6,7 +6,7 @@ import uuid
 
 import fsspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plasticity_jax.append_log import AppendLog, read_log
@@ -77,7 +77,6 @@ def session(path, start, writes, *, kill_after=None):
 SESSIONS = st.lists(st.tuples(st.floats(0, 1), st.lists(st.booleans(), max_size=8), st.none() | st.integers(0, 6)), max_size=6)
 
 
-@settings(deadline=None, max_examples=200)
 @given(SESSIONS)
 def test_killed_anywhere_the_rows_up_to_the_last_checkpoint_are_there_once(sessions):
     """What is read after every kill: 1, 2, 3 ... without gap or repetition, at least up to the step that a checkpoint was made at.

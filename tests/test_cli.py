@@ -32,7 +32,7 @@ def test_help_imports_neither_jax_nor_tensorflow():
     assert "study" in result.stdout
 
 
-FLOAT32 = "--config.train.compute_dtype=float32"  # where the check comes after the probe of "auto"
+FLOAT32 = "--config.train.compute_dtype=float32"
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,7 @@ def test_dry_run_prints_the_graph_and_writes_nothing(capsys, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_a_base_without_a_model_is_refused(capsys, tmp_path):
     assert main(["prepare", "--config", TINY, "--workdir", str(tmp_path), "--config.train.compute_dtype=float32"]) == 0
     capsys.readouterr()

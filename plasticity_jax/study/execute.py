@@ -63,7 +63,7 @@ def stage_function(stage: str) -> Callable[[Sequence[Context]], list[dict]]:
 
 
 def resolve(config: StudyConfig, workdir: AnyPath) -> StudyConfig:
-    """Replaces `train.compute_dtype = "auto"` by what this study uses: the value stored with it, or what this machine favours."""
+    """Replaces `train.compute_dtype = "auto"` by what this study uses: the value stored with it, or that of this platform."""
     if config.train.compute_dtype != "auto":
         return config
     dtype = processes.broadcast(lambda: _compute_dtype(study_dir(workdir, config) / "study.json"))
@@ -78,7 +78,7 @@ def _compute_dtype(stored: AnyPath) -> str:
     from plasticity_jax.train.precision import resolve_compute_dtype
 
     dtype = resolve_compute_dtype("auto")
-    log.info("train.compute_dtype auto → %s on this machine", dtype)
+    log.info("train.compute_dtype auto → %s on this platform", dtype)
     return dtype
 
 

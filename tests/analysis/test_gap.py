@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plasticity_jax.analysis import gap
@@ -63,7 +63,6 @@ def test_last_readings_are_those_of_the_batches(n_records, batch_size, steps):
     np.testing.assert_array_equal(last_readings(n_records, seed=3, batch_size=batch_size, steps=steps), expected)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 60)), min_size=1, max_size=6), st.integers(1, 400))
 def test_blocks_keep_the_weights_and_never_exceed_what_exists(domains, total):
     weights, available = (np.asarray(column) for column in zip(*domains))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -83,7 +83,6 @@ def test_wilson_interval_agrees_with_scipy(successes, n, level):
     assert wilson_interval(successes, n, level=level) == pytest.approx((reference.low, reference.high), abs=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
 @given(hnp.arrays(np.float64, st.integers(3, 12).map(lambda n: (2, n)), elements=FINITE.map(lambda v: round(v, 1))))
 def test_correlations_agree_with_scipy(xy):
     x, y = xy

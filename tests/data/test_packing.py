@@ -1,5 +1,5 @@
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plasticity_jax.data.packing import pack
@@ -12,7 +12,6 @@ def stream_of(documents):
     return [token for document in documents for token in [*document, EOS]]
 
 
-@settings(max_examples=300, deadline=None)
 @given(DOCUMENTS, st.integers(1, 16))
 def test_nothing_is_lost_or_invented_but_the_remainder(documents, record_length):
     records = [record for record, _ in pack(documents, eos_id=EOS, record_length=record_length)]
@@ -23,7 +22,6 @@ def test_nothing_is_lost_or_invented_but_the_remainder(documents, record_length)
     assert [int(token) for record in records for token in record] == stream[:kept]
 
 
-@settings(max_examples=300, deadline=None)
 @given(DOCUMENTS, st.integers(1, 16))
 def test_every_document_ends_in_one_end_of_text(documents, record_length):
     records = [record for record, _ in pack(documents, eos_id=EOS, record_length=record_length)]
@@ -32,7 +30,6 @@ def test_every_document_ends_in_one_end_of_text(documents, record_length):
     assert list(np.flatnonzero(kept == EOS)) == [end for end in ends if end < len(kept)]
 
 
-@settings(max_examples=300, deadline=None)
 @given(DOCUMENTS, st.integers(1, 16))
 def test_the_first_document_is_the_one_of_the_first_token(documents, record_length):
     owner = [index for index, document in enumerate(documents) for _ in range(len(document) + 1)]

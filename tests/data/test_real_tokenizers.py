@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
@@ -105,7 +105,6 @@ def texts(wheels_dir):
     return [document.text for name in ("bbc", "commons", "wikipedia") for document in SOURCES[name].read(wheels)][::4]
 
 
-@settings(max_examples=1000, deadline=None)
 @example("")
 @example(" ")
 @example("  leading, trailing  ")
@@ -118,7 +117,6 @@ def test_sentencepiece_gives_the_same_ids_and_the_same_text(llama, reference, te
     assert llama.decode(expected) == reference.decode(expected)
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(st.one_of(st.integers(1, 2), st.integers(259, 31999)), max_size=20))
 def test_sentencepiece_decodes_any_ids_but_broken_characters_alike(llama, reference, ids):
     assert llama.decode(ids) == reference.decode(ids)
@@ -147,7 +145,6 @@ def test_dolma2_encodes_running_text_as_the_library_does(dolma2, wheels_dir, tex
     assert [ids.tolist() for ids in dolma2.encode_arrays(texts)] == [encoding.ids for encoding in library.encode_batch(texts)]
 
 
-@settings(max_examples=1000, deadline=None)
 @example("a ,b. c  d;\n e 's")
 @given(TEXTS)
 def test_pieces_give_the_tokens_of_the_whole(tokenizer, text):
@@ -155,7 +152,6 @@ def test_pieces_give_the_tokens_of_the_whole(tokenizer, text):
     assert tokenizer.encode_arrays([text])[0].tolist() == tokenizer.encode(text)
 
 
-@settings(max_examples=300, deadline=None)
 @given(TEXTS)
 def test_specials_are_never_encoded(tokenizer, text):
     specials = {"<|endoftext|>", "<|pad|>", "<s>", "</s>", "<unk>", "<|im_start|>"}
@@ -164,7 +160,6 @@ def test_specials_are_never_encoded(tokenizer, text):
 
 
 @pytest.mark.dolma2
-@settings(max_examples=300, deadline=None)
 @given(TEXTS)
 def test_byte_level_loses_nothing_and_counts_its_bytes(dolma2, text):
     ids = dolma2.encode(text)
@@ -172,7 +167,6 @@ def test_byte_level_loses_nothing_and_counts_its_bytes(dolma2, text):
     assert dolma2.token_bytes[ids].sum() == len(text.encode())
 
 
-@settings(max_examples=300, deadline=None)
 @given(TEXTS)
 def test_sentencepiece_counts_its_bytes_and_one_for_the_space_before(llama, text):
     text = text.replace("▁", "")  # which it takes for a space

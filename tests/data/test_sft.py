@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plasticity_jax.data.sft import SftRows, encode_examples, plan, plan_packed, sft_batch, shares_of_both
@@ -132,7 +132,6 @@ def test_shares_of_a_row_of_2048_tokens(lengths, expected):
     assert shares_of_both(*lengths, 2048) == expected
 
 
-@settings(max_examples=300, deadline=None)
 @given(n_prompt=st.integers(1, 6000), n_response=st.integers(1, 6000), max_length=st.integers(2, 2048))
 def test_shares_are_those_of_the_exact_rule(n_prompt, n_response, max_length):
     ours, exact = shares_of_both(n_prompt, n_response, max_length), infer_seqlen(n_prompt, n_response, max_length)
@@ -164,7 +163,6 @@ def test_a_row_of_whose_response_nothing_is_left_is_left_out(tokenizer):
     assert len(rows) == 0 and (rows.n_cut, rows.n_dropped) == (0, 1)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 65), max_size=70),
     batch_size=st.integers(1, 9),
@@ -215,7 +213,6 @@ def test_plan_of_rows_of_like_length_is_the_one_that_earlier_studies_used():
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "ce2284a1afa3dbe2"
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 65), max_size=70),
     batch_size=st.integers(1, 9),
@@ -242,7 +239,6 @@ def test_plan_in_random_order_mixes_lengths():
     assert [indices.tolist() for _, indices in batches[:20]] != [indices.tolist() for _, indices in batches[20:]]
 
 
-@settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(2, 65), max_size=70), batch_size=st.integers(1, 9), epochs=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_packing_loses_and_doubles_no_row_and_fits(lengths, batch_size, epochs, seed):
     batches = plan_packed(lengths, sequence_length=64, batch_size=batch_size, epochs=epochs, seed=seed)
@@ -275,7 +271,6 @@ def test_a_row_beyond_a_packed_sequence_is_refused():
         plan_packed([33, 34], sequence_length=32, batch_size=4, epochs=1, seed=0)
 
 
-@settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(2, 33), min_size=1, max_size=20), seed=st.integers(0, 2**31))
 def test_a_packed_batch_holds_every_row_whole(lengths, seed):
     """The rows read back from a packed batch, segment by segment, are the rows."""

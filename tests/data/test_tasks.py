@@ -85,6 +85,7 @@ def test_addition_pairs_never_cross_the_split(name, n_digits, wanted):
         assert (len(train), len(test)) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["addition2", "sentiment", "news"])
 def test_rows_are_a_function_of_the_arguments_and_row_counts_only_cut(name, wheels):
     settings = {"held_out_share": 0.2, "seed": 5}

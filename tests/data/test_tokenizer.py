@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from plasticity_jax.data.pieces import pieces
@@ -74,7 +74,6 @@ def tokenizer(speeches):
     return Tokenizer.train([*speeches, RARE_IN_SPEECHES], VOCAB_SIZE)
 
 
-@settings(max_examples=300, deadline=None)
 @example("It cost $1,234.50 in 1945; don't — naïve 🤖🏽 \ud7ff \U0010ffff")
 @example("<|endoftext|> and <|pad|><|endoftext|>")
 @example("")
@@ -83,14 +82,12 @@ def test_decode_undoes_encode(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@settings(max_examples=300, deadline=None)
 @example(["a  1790", "a  ½", "a  ²²", " \x1c x", "it's 'silver, \"she said\"", "x?!...  y"])
 @given(st.lists(TEXTS, max_size=4))
 def test_a_batch_is_encoded_like_its_texts_one_by_one(tokenizer, texts):
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
-@settings(max_examples=300, deadline=None)
 @given(TEXTS)
 def test_pieces_joined_are_the_text(text):
     assert "".join(pieces(text)) == text
@@ -101,7 +98,6 @@ def test_real_text_is_cut_into_pieces_and_encoded_alike(tokenizer, speeches):
     assert tokenizer.encode_batch(speeches) == [tokenizer.encode(speech) for speech in speeches]
 
 
-@settings(max_examples=100, deadline=None)
 @given(TEXTS)
 def test_encode_never_emits_a_special_token(tokenizer, text):
     ids = tokenizer.encode("<|endoftext|>" + text + "<|pad|>")
@@ -124,7 +120,6 @@ def test_merges_are_learned(tokenizer):
     assert len(tokenizer.encode(" the United States")) < len(" the United States") / 2
 
 
-@settings(max_examples=100, deadline=None)
 @given(TEXTS)
 def test_token_bytes_add_up_to_the_bytes_of_the_text(tokenizer, text):
     assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode("utf-8"))

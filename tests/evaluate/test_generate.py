@@ -226,6 +226,7 @@ def test_draw_at_the_ends_gives_a_token_with_weight(uniform):
     assert np.isfinite(logits[np.arange(500), drawn]).all()
 
 
+@pytest.mark.slow
 def test_samples_follow_the_models_distribution():
     """First tokens of many samples of one prompt, on a model of one layer, against the softmax of its logits in float64."""
     config = ModelConfig(vocab_size=12, d_model=8, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=8)
@@ -304,6 +305,7 @@ def letters(tokens):
     return b"".join(b"\xc3" if token == 43 else chr(0x400 + token).encode() for token in tokens).decode("utf-8", errors="replace")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [pytest.param(PLAIN, marks=pytest.mark.nightly), WARPED], ids=["plain", "warped"])
 def test_segments_change_no_token(model, prompts, sampling, monkeypatch):
     """Texts end at different places, and some do not, with looks of the host every 4 tokens, every 7, and none."""

@@ -117,6 +117,7 @@ def test_majority_clusters_equivalent_answers(mathematical):
         mathematical.majority([[]])
 
 
+@pytest.mark.slow
 def test_hostile_answers_end_with_a_verdict_and_the_run_goes_on():
     with Grading("math", faithful=False, workers=2, seconds=1.0, memory_bytes=512 << 20) as grading:
         pairs = [pair for text in HOSTILE for pair in ((text, "1"), ("0.5", "\\frac{1}{2}"))]
@@ -313,6 +314,7 @@ def test_ten_thousand_fuzzed_completions_get_a_verdict_from_every_text_grader():
                 assert len(grading.majority([texts[i : i + 16] for i in range(0, 10_000, 16)])) == 625
 
 
+@pytest.mark.slow
 def test_ten_thousand_fuzzed_completions_get_a_mathematical_verdict():
     answers = [extract_answer(text) for text in _fuzzed(10_000)]
     with Grading("math", faithful=False, workers=2) as grading:

@@ -178,6 +178,7 @@ def test_probabilities_from_a_kernel_that_never_holds_them_are_refused(params, t
         transformer.apply(CONFIG, params, tokens, capture=("attn_probs",), attention="splash")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, pytest.param(OLMO2, marks=pytest.mark.nightly)], ids=["llama", "olmo2"])
 def test_remat_saves_memory_and_changes_no_gradient(config):
     """Temporary memory of the gradient with scanned layers, from the compiler: none > dots > full. The same products, so the same gradients."""

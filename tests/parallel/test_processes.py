@@ -23,6 +23,8 @@ SMALLER = """
 import importlib.util
 from plasticity_jax.config import task
 
+pytestmark = pytest.mark.slow
+
 def get_config():
     spec = importlib.util.spec_from_file_location("tiny", {tiny!r})
     module = importlib.util.module_from_spec(spec)
@@ -55,7 +57,10 @@ def two(arguments):
 
 def free_port():
     with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
+        try:
+            found.bind(("127.0.0.1", 0))
+        except OSError as error:
+            pytest.fail(f"no free TCP port on 127.0.0.1 ({error}): end what holds them, or allow this user to bind one", pytrace=False)
         return found.getsockname()[1]
 
 

@@ -15,6 +15,8 @@ from plasticity_jax.study.axes import positions
 from plasticity_jax.study.report import FIGURES, Part, collect, figure, format_summary, render_page, summary_table, write_report
 from plasticity_jax.study.tables import correlation_rows, gain_rows
 
+pytestmark = pytest.mark.slow
+
 RATES = (2e-4, 4e-4, 8e-4)
 DECAYS = (0.0, 0.1, 0.6, 1.0)
 # Decay by decay within each rate: its best loss moves from 0.6 to 0.1, and the last member diverges.

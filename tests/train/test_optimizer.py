@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from worlds import MODEL
 
@@ -122,7 +122,6 @@ def test_wsd_equals_its_closed_form():
     np.testing.assert_allclose(late, np.interp(np.arange(101), [0, 50, 100], [0, 1, 0.25]), atol=1e-6)
 
 
-@settings(deadline=None)
 @given(kind=st.sampled_from(["cosine", "wsd"]), steps=st.integers(1, 10_000), share=st.floats(0, 1), decay=st.floats(0, 1), final=st.floats(0, 1))
 def test_schedule_stays_between_zero_and_the_peak(kind, steps, share, decay, final):
     warmup = warmup_steps(steps, share)
