@@ -57,6 +57,11 @@ def wheels_dir() -> Path:
     return folder
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Two workers; none where one file is asked for, which then begins sooner."""
+    return 0 if len(config.args) == 1 and Path(config.args[0].partition("::")[0]).is_file() else 2
+
+
 # Files that take longest, so that they begin first and no worker is left alone with one of them. Everything else follows in the order of its path.
 LONGEST = (
     "parallel/test_processes.py",

@@ -14,6 +14,8 @@ from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = dict(sources=("bbc", "commons", "wikipedia"), held_out_share=0.2, max_documents=50, vocab_size=300, seq_len=32)
 
 

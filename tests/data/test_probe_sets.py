@@ -9,6 +9,8 @@ from plasticity_jax.data.probe_sets import PROBE_SETS, build_probe_set, get_prob
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ALL = 10**9
 
 

@@ -14,6 +14,8 @@ from running import TINY, end, pausing, start, wait_until
 
 from plasticity_jax.parallel.supervise import lost_processes
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ["--config", TINY, "--config.train.compute_dtype=float32", "--config.train.steps=24", "--config.train.checkpoint_every=8"]
 CONFIG += ["--config.train.log_every=1", "--config.train.eval_tokens=64", "--config.train.held_out_tokens=256", "--config.launch.start_timeout=300"]
 CONFIG += ["--config.data.max_documents=100", "--config.train.seq_len=16"]
@@ -22,8 +24,6 @@ SHARDED = [*PRETRAIN, "--config.mesh.fsdp=2"]
 SMALLER = """
 import importlib.util
 from plasticity_jax.config import task
-
-pytestmark = pytest.mark.slow
 
 def get_config():
     spec = importlib.util.spec_from_file_location("tiny", {tiny!r})

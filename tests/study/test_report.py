@@ -14,6 +14,8 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.records import RunDirectory, read_json
 from plasticity_jax.study.report import FIGURES, Part, collect, figure, format_summary, inline_svg, render, render_page, summary_table, write_report
 
+pytestmark = pytest.mark.slow
+
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 SECTIONS = {"answer", "warnings", "verdicts", "pretraining", "finetuning", "inside", "members", "tasks", "samples", "config", "provenance"}
 

@@ -9,6 +9,8 @@ from plasticity_jax.study.comparisons import gap_difference, score_difference
 from plasticity_jax.study.results import collect
 from plasticity_jax.study.verdicts import CANNOT_TELL, CONSISTENT, INCONSISTENT
 
+pytestmark = pytest.mark.slow
+
 EVEN = (0.5, 0.5, 0.5, 0.5)
 
 CASES = [

@@ -22,6 +22,8 @@ from plasticity_jax.train import finetune
 from plasticity_jax.train.optimizer import Schedule
 from plasticity_jax.train.step import compile_eval_step, compile_train_step, hyper_parameters, initial_state, make_train_step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tuned(world: World):
@@ -141,7 +143,6 @@ def test_packing_leaves_the_loss_of_every_row_unchanged():
         assert abs(ours - alone) <= 1e-6 * alone
 
 
-@pytest.mark.slow
 def test_packing_leaves_the_update_unchanged():
     rows, packed, single = packed_and_single()
     norms, gradients = [], []
@@ -158,7 +159,6 @@ def test_packing_leaves_the_update_unchanged():
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"packing": True}, {"group_by_length": False}])
 def test_other_orders_of_rows_train_and_see_every_target(world: World, options):
     """Both learn the mapping, and train on all targets of every epoch."""
@@ -171,7 +171,6 @@ def test_other_orders_of_rows_train_and_see_every_target(world: World, options):
     assert result["tokens"] == 40 * sum(len(tokenizer.encode(row.response)) + 1 for row in rows)
 
 
-@pytest.mark.slow
 def test_a_packed_run_resumes_bitwise(world: World, monkeypatch):
     config = dataclasses.replace(change(CONFIG, "finetune", packing=True, checkpoint_every=3), tasks={"topic": TaskConfig(epochs=4)})
     whole = world.finetune("packed-whole", "base", config)

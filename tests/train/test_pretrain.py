@@ -12,6 +12,8 @@ from plasticity_jax.model.load import load_model
 from plasticity_jax.records import RunDirectory, read_json, read_jsonl, to_json
 from plasticity_jax.train import loop
 
+pytestmark = pytest.mark.slow
+
 
 def untimed(path):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in read_jsonl(path / "metrics.jsonl")]
@@ -117,7 +119,6 @@ def relative(a, b):
     return max(np.linalg.norm(x - y) / np.linalg.norm(x) for x, y in zip(map(np.asarray, jax.tree.leaves(a)), map(np.asarray, jax.tree.leaves(b))))
 
 
-@pytest.mark.slow
 def test_vmapped_members_agree_with_one_by_one(world: World, monkeypatch):
     """To rounding, per tensor and loss after 20 steps, and also when the program was killed while only one member had saved its last step."""
     from plasticity_jax.train import pretrain
@@ -148,7 +149,6 @@ def test_vmapped_members_agree_with_one_by_one(world: World, monkeypatch):
             assert a["loss"] == pytest.approx(b["loss"], rel=OF_LOSSES) and a["step"] == b["step"] and a["tokens"] == b["tokens"]
 
 
-@pytest.mark.slow
 def test_vmapped_members_may_differ_in_rate_and_warm_up(world: World):
     """λ × peak learning rate × warm-up as one program, each against its own run."""
     grid = {f"grid{i}": (0.1 * (i % 2), change(CONFIG, "train", peak_lr=1e-2 * (1 + i // 2), warmup_share=0.1 + 0.2 * (i == 3))) for i in range(4)}

@@ -19,6 +19,8 @@ from plasticity_jax.train import verifier
 from plasticity_jax.train.step import hyper_parameters
 from plasticity_jax.train.tuning import tuning_optimizer
 
+pytestmark = pytest.mark.slow
+
 RECIPE = change(change(CONFIG, "verifier", epochs=4, peak_lr=1e-2, batch_size=16, held_out_share=0.25), "reward", max_length=40)
 
 
