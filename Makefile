@@ -50,9 +50,9 @@ test-nightly: $(VENV)/.installed-test wheels wheels-sentencepiece-32k wheels-dol
 	$(NIGHTLY) .venv-extra/bin/python -m pytest -m 'parity or tpu_compile' tests/parity tests/train/test_check_tpu.py
 	@$(NEWEST) ; if [ -d .venv-newest ]; then $(NIGHTLY) .venv-newest/bin/python -m pytest -m '$(EVERY)'; fi
 
-# In one process, because a TPU serves one only; the tests' default is the CPU.
+# In one process, because a TPU serves one only; the tests' defaults are the CPU and programs that are compiled quickly.
 test-device: $(VENV)/.installed-test wheels
-	JAX_PLATFORMS= $(VENV)/bin/python -m pytest -n 0 -m device tests/device
+	JAX_PLATFORMS= XLA_FLAGS=--xla_backend_optimization_level=3 $(VENV)/bin/python -m pytest -n 0 -m device tests/device
 
 bench: $(VENV)/.installed-test wheels
 	@for script in benchmarks/*.py; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
