@@ -40,7 +40,7 @@ test-all: $(VENV)/.installed-test wheels wheels-sentencepiece-32k wheels-dolma2
 	$(VENV)/bin/python -m pytest -m '$(TESTS)'
 	tests/environment extra
 	.venv-extra/bin/python -m pytest -m '(parity or tpu_compile) and not nightly' tests/parity tests/train/test_check_tpu.py
-	@$(NEWEST) ; if [ -d .venv-newest ]; then .venv-newest/bin/python -m pytest $(SMOKE); fi
+	@$(NEWEST) ; .venv-newest/bin/python -m pytest $(SMOKE)
 
 NIGHTLY := HYPOTHESIS_PROFILE=nightly XLA_FLAGS=--xla_backend_optimization_level=3 JAX_ENABLE_COMPILATION_CACHE=false
 EVERY := not device and not parity and not tpu_compile
@@ -48,7 +48,7 @@ test-nightly: $(VENV)/.installed-test wheels wheels-sentencepiece-32k wheels-dol
 	$(NIGHTLY) $(VENV)/bin/python -m pytest -m '$(EVERY)'
 	tests/environment extra
 	$(NIGHTLY) .venv-extra/bin/python -m pytest -m 'parity or tpu_compile' tests/parity tests/train/test_check_tpu.py
-	@$(NEWEST) ; if [ -d .venv-newest ]; then $(NIGHTLY) .venv-newest/bin/python -m pytest -m '$(EVERY)'; fi
+	@$(NEWEST) ; $(NIGHTLY) .venv-newest/bin/python -m pytest -m '$(EVERY)'
 
 # In one process, because a TPU serves one only; the tests' defaults are the CPU and programs that are compiled quickly.
 test-device: $(VENV)/.installed-test wheels

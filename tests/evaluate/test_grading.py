@@ -92,7 +92,8 @@ def test_workers_judge_as_a_reader_does(mathematical):
 
 
 def test_workers_agree_with_math_verify_in_this_process(mathematical):
-    math_verify = pytest.importorskip("math_verify")
+    import math_verify
+
     pairs = [(answer, gold) for answer, gold, _ in MATHEMATICS if "$" not in answer and " is " not in answer and "dollars" not in answer and answer]
     expected = []
     for answer, gold in pairs:

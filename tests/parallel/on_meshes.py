@@ -46,7 +46,11 @@ RUNS = {
     "olmo2-fsdp4-tensor2": (OLMO2, {"data": 1, "fsdp": 4, "tensor": 2}, {}),
     "olmo2-tensor4-data2-scan": (OLMO2, {"data": 2, "tensor": 4}, {"scan_layers": True, "microbatches": 2}),
 }
-MEMBERS = {"member2-fsdp4": {"member": 2, "data": 1, "fsdp": 4}, "member2-data2-tensor2": {"member": 2, "data": 2, "tensor": 2}}
+MEMBERS = {
+    "vmapped": {"member": 1, "data": 1},
+    "member2-fsdp4": {"member": 2, "data": 1, "fsdp": 4},
+    "member2-data2-tensor2": {"member": 2, "data": 2, "tensor": 2},
+}
 
 
 def mesh_of(sizes):

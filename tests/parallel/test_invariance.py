@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 CLOSE = 1e-10  # of norms per tensor and of losses: float64 after twenty steps of Adam, with room for four digits of amplified rounding
 REFERENCE = {name: "olmo2-one" if name.startswith("olmo2") else "one" for name in RUNS}
 # The meshes of make test, which between them split every axis, scan, recompute, chunk, and accumulate; the others run nightly.
-ALWAYS = ("one", "tensor4-data2", "fsdp4-tensor2-scan-full-chunks", "olmo2-one", "olmo2-tensor4-data2-scan", "member2-fsdp4")
+ALWAYS = ("one", "tensor4-data2", "fsdp4-tensor2-scan-full-chunks", "olmo2-one", "olmo2-tensor4-data2-scan", "vmapped", "member2-fsdp4")
 
 
 def on_meshes(folder, names):

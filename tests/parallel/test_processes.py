@@ -90,7 +90,7 @@ def assert_close(a, b):
     np.testing.assert_allclose(list(losses(a).values()), list(losses(b).values()), rtol=1e-5)
     np.testing.assert_allclose(held_out(a), held_out(b), rtol=1e-5)
     for x, y in zip(final_params(a), final_params(b), strict=True):
-        assert np.linalg.norm(x.astype(np.float64) - y) <= 1e-4 * np.linalg.norm(x.astype(np.float64))
+        assert np.linalg.norm(x.astype(np.float64) - y) <= 1e-5 * np.linalg.norm(x.astype(np.float64))
 
 
 def assert_same(a, b):
