@@ -7,7 +7,7 @@ Timescales:  of the run, at the peak rate: λ 0 none, 0.0001 4190, 0.001 419, 0.
 Not yet run here; lowest loss reported at λ 0.5, best after fine-tuning at 1.0.
 """
 
-from plasticity_jax.recipes import llama
+from plasticity_jax.config.recipes import llama
 
 
 def get_config(faithful=False):

@@ -8,7 +8,7 @@ Faithful:    --config.faithful=True takes the batch that the authors' two nodes 
 Not yet run here; lowest loss reported at λ 0.5, best after fine-tuning at 1.0.
 """
 
-from plasticity_jax.recipes import llama
+from plasticity_jax.config.recipes import llama
 
 
 def get_config(faithful=False):

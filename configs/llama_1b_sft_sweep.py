@@ -6,7 +6,7 @@ Devices:     as llama_1b_20tpp.py; 108 fine-tunings of SimpleScaling's 54,484 ro
 Not yet run here; the paper reports that the advantage of a large pretraining decay survives these sweeps.
 """
 
-from plasticity_jax.recipes import llama, paper_task, sft_sweep
+from plasticity_jax.config.recipes import llama, paper_task, sft_sweep
 
 
 def get_config(faithful=False):

@@ -9,7 +9,7 @@ Faithful:    --config.faithful=True takes the batches that the authors' nodes ma
 Not yet run here; lowest loss and best fine-tuning reported at λ 1.0, of 0.1 and 1.0.
 """
 
-from plasticity_jax.recipes import llama
+from plasticity_jax.config.recipes import llama
 
 
 def get_config(faithful=False):

@@ -8,7 +8,7 @@ Not yet run here; held-out loss reported 2.6088 at λ 0.1, 2.6208 at 0.3, 2.7064
 not known, and the authors' λ 0.1 was decayed from an early public checkpoint instead of trained with the others.
 """
 
-from plasticity_jax.recipes import olmo2
+from plasticity_jax.config.recipes import olmo2
 
 
 def get_config(faithful=False):

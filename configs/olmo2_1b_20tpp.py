@@ -7,7 +7,7 @@ Timescales:  of the run, at the peak rate: λ 0 none, 0.1 1.75, 0.3 0.583, 0.6 0
 Not yet run here; lowest loss reported at λ 0.6, best after fine-tuning at 1.0. Warm-up and floor of the authors' runs are not known: 10% each.
 """
 
-from plasticity_jax.recipes import olmo2
+from plasticity_jax.config.recipes import olmo2
 
 
 def get_config(faithful=False):

@@ -7,7 +7,7 @@ Timescales:  of the run, at the peak rate: 2e-4: λ 0.1 3.5, 0.6 0.583, 1 0.35; 
 Not yet run here.
 """
 
-from plasticity_jax.recipes import olmo2
+from plasticity_jax.config.recipes import olmo2
 
 
 def get_config(faithful=False):

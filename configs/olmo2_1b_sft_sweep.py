@@ -6,7 +6,7 @@ Devices:     as olmo2_1b_20tpp.py; 108 fine-tunings on each task.
 Not yet run here; the paper reports that the advantage of a large pretraining decay survives these sweeps.
 """
 
-from plasticity_jax.recipes import olmo2, paper_task, sft_sweep
+from plasticity_jax.config.recipes import olmo2, paper_task, sft_sweep
 
 
 def get_config(faithful=False):

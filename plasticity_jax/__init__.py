@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "load_model": "plasticity_jax.model.load",
     "count_params": "plasticity_jax.model.transformer",
-    "presets": "plasticity_jax.model.presets",
+    "presets": "plasticity_jax.config.presets",
     "open_study": "plasticity_jax.study.open",
     "UserError": "plasticity_jax.errors",
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import processes
-from plasticity_jax.storage import AnyPath, location
+from plasticity_jax.runs.storage import AnyPath, location
 
 SEVERAL = ("study", "prepare", "pretrain", "finetune", "evaluate", "analyze", "generate")  # commands that run under several processes
 

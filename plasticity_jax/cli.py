@@ -15,7 +15,7 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
 from plasticity_jax.parallel.flags import prepare_backend
-from plasticity_jax.storage import is_local
+from plasticity_jax.runs.storage import is_local
 
 log = logging.getLogger("plasticity_jax")
 

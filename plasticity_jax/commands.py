@@ -9,13 +9,13 @@ from plasticity_jax.arguments import EXPORT_DTYPES
 from plasticity_jax.config import Member, StudyConfig, grid_members, member_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import processes
-from plasticity_jax.storage import AnyPath
+from plasticity_jax.runs.storage import AnyPath
 
 log = logging.getLogger("plasticity_jax")
 
 
 def _study(arguments) -> int:
-    from plasticity_jax.records import STAGES
+    from plasticity_jax.runs.records import STAGES
     from plasticity_jax.study.execute import resolve
     from plasticity_jax.study.graph import build_graph
 
@@ -45,7 +45,7 @@ def _begin(config: StudyConfig, workdir: AnyPath, runs, graph) -> None:
 
 
 def _status(arguments) -> int:
-    from plasticity_jax.records import to_json
+    from plasticity_jax.runs.records import to_json
     from plasticity_jax.study.graph import study_status
 
     rows = study_status(arguments.workdir)
@@ -139,7 +139,7 @@ def _on_model(arguments, path: AnyPath, flag: str, make, member: Member | None =
     """
     from plasticity_jax.model.hf_import import import_model, import_run, imported_from, is_hugging_face, with_network
     from plasticity_jax.model.load import MODEL_STAGES
-    from plasticity_jax.records import RunDirectory, open_run
+    from plasticity_jax.runs.records import RunDirectory, open_run
     from plasticity_jax.study.execute import check_shared, check_start, check_workdir, resolve
     from plasticity_jax.study.graph import build_graph, prepare_runs, run_configs, save_study, study_dir
 
@@ -198,8 +198,8 @@ def _execute(config: StudyConfig, workdir: AnyPath, runs, external=None) -> int:
 def _show(arguments) -> int:
     from itertools import islice
 
-    from plasticity_jax.records import to_json
-    from plasticity_jax.study.browse import Filter, browse, text_of
+    from plasticity_jax.report.browse import Filter, browse, text_of
+    from plasticity_jax.runs.records import to_json
 
     if arguments.limit < 0:
         raise UserError(f"--limit={arguments.limit} must not be negative; 0 shows all.")
@@ -224,7 +224,7 @@ def _report_command(arguments) -> int:
 
 
 def _report(folder: AnyPath) -> None:
-    from plasticity_jax.study.report import format_summary, summary_table, write_report
+    from plasticity_jax.report.page import format_summary, summary_table, write_report
 
     page = write_report(folder)
     print(format_summary(summary_table(folder)))
@@ -235,7 +235,7 @@ def _check(arguments) -> int:
     # Before jax is imported: the devices are described to the compiler, not looked for.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     from plasticity_jax.parallel.deviceless import target
-    from plasticity_jax.records import to_json
+    from plasticity_jax.runs.records import to_json
     from plasticity_jax.train.check import check, lines, search, to_record
 
     config = arguments.config
@@ -309,7 +309,7 @@ def _choices(flag: str, text: str | None, known: Sequence[str]) -> tuple[str, ..
 
 
 def _print_graph(workdir: AnyPath, config: StudyConfig, runs) -> None:
-    from plasticity_jax.records import RunDirectory
+    from plasticity_jax.runs.records import RunDirectory
 
     for member in grid_members(config):
         share = "no decay" if member.timescale is None else f"timescale {member.timescale:.3g} of the run"

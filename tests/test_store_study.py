@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import plasticity_jax as pj
-from plasticity_jax import records, storage
-from plasticity_jax.append_log import read_log
 from plasticity_jax.cli import main
-from plasticity_jax.records import METRICS, RunDirectory, read_jsonl
-from plasticity_jax.storage import location
+from plasticity_jax.runs import records, storage
+from plasticity_jax.runs.append_log import read_log
+from plasticity_jax.runs.records import METRICS, RunDirectory, read_jsonl
+from plasticity_jax.runs.storage import location
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from plasticity_jax.config import grid_members, load_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.progress import Progress
-from plasticity_jax.storage import is_local, location
+from plasticity_jax.runs.storage import is_local, location
 
 log = logging.getLogger("plasticity_jax")
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from plasticity_jax.config import StudyConfig, grid_members, load_config
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import Run, RunDirectory
-from plasticity_jax.storage import AnyPath, is_local, location, write_bytes
+from plasticity_jax.runs.records import Run, RunDirectory
+from plasticity_jax.runs.storage import AnyPath, is_local, location, write_bytes
 from plasticity_jax.study.execute import resolve
 from plasticity_jax.study.graph import build_graph, read_study, study_dir
 

@@ -15,7 +15,7 @@ from plasticity_jax.data.loader import TokenRecords, as_batch, order
 from plasticity_jax.data.prepare import TOKENS
 from plasticity_jax.errors import UserError
 from plasticity_jax.progress import Progress
-from plasticity_jax.records import Context, RunDirectory
+from plasticity_jax.runs.records import Context, RunDirectory
 
 BOOTSTRAP_SAMPLES = 2000
 BLOCKS_PER_BATCH = 32

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from plasticity_jax.config import ModelConfig, ProbeConfig
-from plasticity_jax.records import Context
+from plasticity_jax.runs.records import Context
 
 if TYPE_CHECKING:
     from plasticity_jax.data.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.records import Context
+from plasticity_jax.runs.records import Context
 
 if TYPE_CHECKING:
     from plasticity_jax.model.load import LoadedModel

@@ -3,8 +3,8 @@
 from typing import Any, NamedTuple
 
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import read_jsonl
-from plasticity_jax.storage import AnyPath
+from plasticity_jax.runs.records import read_jsonl
+from plasticity_jax.runs.storage import AnyPath
 
 
 class Completion(NamedTuple):

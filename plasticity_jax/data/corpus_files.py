@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plasticity_jax.errors import UserError, reason
-from plasticity_jax.storage import AnyPath, location
+from plasticity_jax.runs.storage import AnyPath, location
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.zstd", ".json.zst")
 # Text in one part of a Parquet file: a minute or two of tokenising, which is what a kill loses.

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from plasticity_jax.config_fields import DataConfig
+from plasticity_jax.config.schema import DataConfig
 from plasticity_jax.data.corpus_files import folder_name, listing
 from plasticity_jax.data.named_tokenizers import NAMED, TRAINED, setting_fingerprint
 from plasticity_jax.data.sources import SOURCES

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from plasticity_jax.data.packing import MANIFEST, index_path, records_path
 from plasticity_jax.errors import UserError
-from plasticity_jax.storage import AnyPath, local_copy, location
+from plasticity_jax.runs.storage import AnyPath, local_copy, location
 
 # tokens, targets, loss_mask, segment_ids, positions; each [B, T].
 Batch = dict[str, np.ndarray]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
-from plasticity_jax.storage import location
+from plasticity_jax.runs.storage import location
 
 TRAINED = "train"
 

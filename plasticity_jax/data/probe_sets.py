@@ -13,7 +13,7 @@ from plasticity_jax.data.tasks import news, sentiment
 from plasticity_jax.data.tasks.base import RowSettings, majority_share, shuffled, without_leaks
 from plasticity_jax.data.tasks.files import licences_of, read_jsonl, read_summary, write_jsonl, write_summary
 from plasticity_jax.errors import UserError
-from plasticity_jax.storage import AnyPath
+from plasticity_jax.runs.storage import AnyPath
 
 if TYPE_CHECKING:
     from plasticity_jax.data.wheels import Wheels

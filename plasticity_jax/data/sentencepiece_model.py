@@ -6,7 +6,7 @@ from tokenizers import AddedToken, decoders, models
 from plasticity_jax.data.pieces import SPACE, sentencepiece_normalizer, sentencepiece_pre_tokenizer
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
-from plasticity_jax.storage import AnyPath
+from plasticity_jax.runs.storage import AnyPath
 
 # ModelProto.SentencePiece.Type
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6

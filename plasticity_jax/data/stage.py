@@ -5,8 +5,8 @@ from typing import Any
 
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.data.wheels import Wheels
-from plasticity_jax.records import Context
-from plasticity_jax.storage import staging
+from plasticity_jax.runs.records import Context
+from plasticity_jax.runs.storage import staging
 
 SEED = 0  # of the choice of rows; fixed, so that a task's rows depend on its settings alone
 

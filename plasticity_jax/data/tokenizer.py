@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from plasticity_jax.data.pieces import SPACE, cutter, own_pre_tokenizer
 from plasticity_jax.errors import UserError, reason
-from plasticity_jax.storage import AnyPath, location, write_bytes
+from plasticity_jax.runs.storage import AnyPath, location, write_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from plasticity_jax.append_log import AppendLog, read_log, remove_log
 from plasticity_jax.data.tasks import Example, Task, format_prompt, get_task, read_task
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.answers import extract_answer
@@ -21,8 +20,9 @@ from plasticity_jax.model.load import LoadedModel, load_model
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import inference_shardings
-from plasticity_jax.records import Context, to_json, write_jsonl
-from plasticity_jax.storage import AnyPath
+from plasticity_jax.runs.append_log import AppendLog, read_log, remove_log
+from plasticity_jax.runs.records import Context, to_json, write_jsonl
+from plasticity_jax.runs.storage import AnyPath
 
 log = logging.getLogger("plasticity_jax")
 

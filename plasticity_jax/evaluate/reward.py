@@ -19,8 +19,8 @@ from plasticity_jax.model.scalar_head import encode_answers, execution_of, lengt
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import inference_shardings
-from plasticity_jax.records import Context, open_run, write_jsonl
-from plasticity_jax.storage import AnyPath, location
+from plasticity_jax.runs.records import Context, open_run, write_jsonl
+from plasticity_jax.runs.storage import AnyPath, location
 
 log = logging.getLogger("plasticity_jax")
 

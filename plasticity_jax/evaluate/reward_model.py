@@ -19,7 +19,7 @@ from plasticity_jax.model.hf_import import check_tensors, file_hashes, read_para
 from plasticity_jax.model.hf_names import FAMILIES, parts
 from plasticity_jax.model.hf_tensors import Weights
 from plasticity_jax.model.scalar_head import ScalarModel, with_head, without_output
-from plasticity_jax.storage import AnyPath, is_local
+from plasticity_jax.runs.storage import AnyPath, is_local
 
 HEAD = "score.weight"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")

@@ -20,7 +20,7 @@ from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import inference_shardings
 from plasticity_jax.progress import Progress
-from plasticity_jax.records import Context
+from plasticity_jax.runs.records import Context
 
 log = logging.getLogger("plasticity_jax")
 

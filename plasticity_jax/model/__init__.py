@@ -20,7 +20,7 @@ _EXPORTS = {
 }
 
 # The function shares its name with its module, so it cannot be lazy: importing the module would hide it.
-from plasticity_jax.model.presets import presets  # noqa: E402, F401
+from plasticity_jax.config.presets import presets  # noqa: E402, F401
 
 __all__ = list(_EXPORTS)
 

@@ -12,7 +12,7 @@ from etils import epath
 
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.model.checkpoint_copies import StepCopies, committed_steps, remove_step
-from plasticity_jax.storage import AnyPath, is_local, location, remove_tree
+from plasticity_jax.runs.storage import AnyPath, is_local, location, remove_tree
 
 # Bytes of an array that are compressed at once, and that are held before they go into a file, where memory is short.
 _PIECE, _FILE = 4 << 20, 16 << 20

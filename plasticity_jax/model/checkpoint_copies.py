@@ -8,7 +8,7 @@ from pathlib import Path
 
 from upath import UPath
 
-from plasticity_jax.storage import download, remove_tree, upload
+from plasticity_jax.runs.storage import download, remove_tree, upload
 
 # Written last into a step's folder, and removed first: a step without it is no step. Orbax does the same on gs://, by this name, and writes it on a
 # disk too.

@@ -9,7 +9,7 @@ from typing import Any
 from plasticity_jax.config import ModelConfig, RopeScaling
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.hf_names import FAMILIES, Family
-from plasticity_jax.storage import AnyPath
+from plasticity_jax.runs.storage import AnyPath
 
 log = logging.getLogger("plasticity_jax")
 

@@ -22,8 +22,8 @@ from plasticity_jax.model.load import open_checkpoints, open_model_run
 from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel.rules import param_paths
 from plasticity_jax.progress import Progress
-from plasticity_jax.records import RunDirectory, write_json
-from plasticity_jax.storage import AnyPath, is_local, upload, write_bytes
+from plasticity_jax.runs.records import RunDirectory, write_json
+from plasticity_jax.runs.storage import AnyPath, is_local, upload, write_bytes
 
 
 def export_model(path: AnyPath, out: AnyPath, dtype: str | None) -> None:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from plasticity_jax import records
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.hf_import import is_hugging_face, open_folder, read_params, read_tokenizer
 from plasticity_jax.model.transformer import Params, abstract_params, apply
-from plasticity_jax.storage import AnyPath, location
+from plasticity_jax.runs import records
+from plasticity_jax.runs.storage import AnyPath, location
 
 MODEL_STAGES = ("init", "import", "pretrain", "finetune")
 

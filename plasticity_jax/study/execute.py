@@ -13,8 +13,8 @@ from pathlib import Path
 from plasticity_jax.config import RewardConfig, StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.parallel import processes
-from plasticity_jax.records import SAMPLES, Context, Run, RunDirectory, read_json, to_json
-from plasticity_jax.storage import AnyPath, check_writable, free_bytes, location, relative
+from plasticity_jax.runs.records import SAMPLES, Context, Run, RunDirectory, read_json, to_json
+from plasticity_jax.runs.storage import AnyPath, check_writable, free_bytes, location, relative
 from plasticity_jax.study.graph import corpus_run, init_run, run_configs, study_dir
 
 log = logging.getLogger("plasticity_jax")

@@ -9,8 +9,8 @@ from typing import Any
 
 from plasticity_jax.config import Member, StudyConfig, grid_members, member_config, result_fields, to_dict
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import SAMPLES, Run, RunDirectory, read_json, to_json, write_json
-from plasticity_jax.storage import AnyPath, location, make_folder
+from plasticity_jax.runs.records import SAMPLES, Run, RunDirectory, read_json, to_json, write_json
+from plasticity_jax.runs.storage import AnyPath, location, make_folder
 
 
 def corpus_run(config: StudyConfig) -> Run:

@@ -3,9 +3,9 @@
 from typing import Any
 
 from plasticity_jax.errors import UserError
-from plasticity_jax.storage import AnyPath, location
+from plasticity_jax.report.page import collect, figure, summary_table
+from plasticity_jax.runs.storage import AnyPath, location
 from plasticity_jax.study.graph import study_files, study_status
-from plasticity_jax.study.report import collect, figure, summary_table
 
 
 class Study:

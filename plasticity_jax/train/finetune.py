@@ -20,7 +20,7 @@ from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.batches import check_batch_size
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import batch_sharding, param_shardings
-from plasticity_jax.records import Context
+from plasticity_jax.runs.records import Context
 from plasticity_jax.train.loop import LoopSettings, Track, train
 from plasticity_jax.train.restore import relative_update, starting_state
 from plasticity_jax.train.step import Batch, StepSettings, compile_train_step, execution_of

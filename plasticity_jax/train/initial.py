@@ -10,7 +10,7 @@ from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import count_params, init_params
 from plasticity_jax.parallel.arrays import to_host
 from plasticity_jax.parallel.rules import param_paths
-from plasticity_jax.records import Context
+from plasticity_jax.runs.records import Context
 from plasticity_jax.train.optimizer import Params
 
 CHECKPOINTS = "checkpoints"

@@ -17,7 +17,7 @@ from plasticity_jax.data.packing import MANIFEST, index_path, records_path
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import init_params
-from plasticity_jax.records import Context, Run, RunDirectory
+from plasticity_jax.runs.records import Context, Run, RunDirectory
 
 SEQ_LEN, VOCAB = 15, 300
 DOMAINS = ("long", "short")

@@ -17,7 +17,7 @@ from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import apply, init_params
-from plasticity_jax.records import Context, Run, RunDirectory
+from plasticity_jax.runs.records import Context, Run, RunDirectory
 
 # Most tests fit 200 rows of 12 features and 4 classes: each shape compiles anew, for seconds.
 N, D, CLASSES = 200, 12, 4

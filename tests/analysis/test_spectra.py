@@ -12,7 +12,7 @@ from plasticity_jax.analysis.spectra import attention_spectra, pseudo_rank, run,
 from plasticity_jax.config import ModelConfig, SpectraConfig, StudyConfig
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import init_params
-from plasticity_jax.records import Context, Run, RunDirectory
+from plasticity_jax.runs.records import Context, Run, RunDirectory
 
 CONFIG = ModelConfig(vocab_size=300, d_model=24, n_layers=2, n_heads=6, n_kv_heads=2, d_ff=32)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 from synthetic_study import Planted, write_study  # noqa: E402
 
 from plasticity_jax.config import GridConfig  # noqa: E402
-from plasticity_jax.study.report import FIGURES, write_report  # noqa: E402
+from plasticity_jax.report.page import FIGURES, write_report  # noqa: E402
 
 pytestmark = pytest.mark.browser
 

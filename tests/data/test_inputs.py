@@ -12,7 +12,7 @@ from plasticity_jax.data.inputs import corpus_fields
 from plasticity_jax.data.loader import TokenRecords
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import Context, RunDirectory
+from plasticity_jax.runs.records import Context, RunDirectory
 from plasticity_jax.study.graph import build_graph, corpus_run
 
 

@@ -17,7 +17,7 @@ from plasticity_jax.evaluate import evaluate
 from plasticity_jax.evaluate.generate import Completion
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import init_params
-from plasticity_jax.records import Context, Run, RunDirectory
+from plasticity_jax.runs.records import Context, Run, RunDirectory
 
 CONFIG = StudyConfig(
     name="tiny",

@@ -20,7 +20,7 @@ from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.load import load_model
 from plasticity_jax.model.scalar_head import length_buckets
 from plasticity_jax.model.transformer import hidden_states, init_params
-from plasticity_jax.records import Context, Run, RunDirectory
+from plasticity_jax.runs.records import Context, Run, RunDirectory
 
 MODEL = ModelConfig(vocab_size=300, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=16)
 CONFIG = StudyConfig(

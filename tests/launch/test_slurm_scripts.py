@@ -9,7 +9,7 @@ import pytest
 from launching import LAUNCH, TINY, run, saved_study, stand_in, write_jobs
 
 from plasticity_jax.config import grid_members, load_config
-from plasticity_jax.records import RunDirectory
+from plasticity_jax.runs.records import RunDirectory
 from plasticity_jax.study.graph import build_graph, save_study
 
 

@@ -15,7 +15,7 @@ from plasticity_jax.cli import main
 from plasticity_jax.errors import UserError
 from plasticity_jax.model import Checkpoints, checkpoint_copies, load_model
 from plasticity_jax.model.checkpoint import delete_step, finished_steps
-from plasticity_jax.storage import download, location
+from plasticity_jax.runs.storage import download, location
 
 PARAMS = {"a": jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32), "b": jnp.asarray([-0.0, 1e-45, np.inf, np.nan], jnp.float32)}
 OPTIMIZER = {"mu": PARAMS}

@@ -18,7 +18,7 @@ from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.model import Checkpoints, hf_export, hf_tensors, init_params, load_model
 from plasticity_jax.model.hf_export import export_model
 from plasticity_jax.model.hf_import import import_folder
-from plasticity_jax.records import Run, RunDirectory, read_json
+from plasticity_jax.runs.records import Run, RunDirectory, read_json
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.py"
 
@@ -247,7 +247,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("when", ["hf_tensors.Weights.read", "__import__('plasticity_jax').records.RunDirectory.finish"])
+@pytest.mark.parametrize("when", ["hf_tensors.Weights.read", "__import__('plasticity_jax').runs.records.RunDirectory.finish"])
 def test_a_killed_import_is_no_run_and_is_done_again(when, tmp_path):
     folder, run = write_folder(tmp_path / "hf"), tmp_path / "run"
     kill(when, f"import_folder(Path({str(folder)!r}), Path({str(run)!r}))")

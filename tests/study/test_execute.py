@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from plasticity_jax import storage
 from plasticity_jax.config import load_config
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import RunDirectory
+from plasticity_jax.runs import storage
+from plasticity_jax.runs.records import RunDirectory
 from plasticity_jax.study import execute as execution
 from plasticity_jax.study.execute import check_workdir, execute
 from plasticity_jax.study.graph import build_graph

@@ -5,7 +5,7 @@ import pytest
 
 from plasticity_jax.config import load_config
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import STAGES, Run, RunDirectory
+from plasticity_jax.runs.records import STAGES, Run, RunDirectory
 from plasticity_jax.study.graph import build_graph, finetune_run, gap_run, read_study, run_configs, save_study, study_files, study_status
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
@@ -171,7 +171,7 @@ def test_status_names_missing_and_stale_runs(tmp_path):
     save_study(tmp_path, config, runs)
     assert [run.to_dict()["id"] for run in read_study(study_files(tmp_path)[0])[1]] == [run.id for run in runs]
     assert {row["state"] for row in study_status(tmp_path)} == {"missing"}
-    from plasticity_jax.records import RunDirectory
+    from plasticity_jax.runs.records import RunDirectory
 
     first = RunDirectory(tmp_path / config.name / runs[0].id)
     with first.work(runs[0], config):

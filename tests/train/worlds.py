@@ -10,7 +10,7 @@ from plasticity_jax.config import FinetuneConfig, MeshConfig, ModelConfig, Study
 from plasticity_jax.data.packing import MANIFEST, index_path, pack, records_path
 from plasticity_jax.data.tasks import Example, Rows, write_task
 from plasticity_jax.data.tokenizer import Tokenizer
-from plasticity_jax.records import Context, Run, RunDirectory
+from plasticity_jax.runs.records import Context, Run, RunDirectory
 from plasticity_jax.train import initial
 
 # How far twenty float32 steps of two programs of one meaning may lie apart, relative, in any parameter and in a loss: four to ten times the rounding seen with

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from plasticity_jax.data.tasks.base import LICENCES, Example, Rows, majority_share
 from plasticity_jax.errors import UserError
-from plasticity_jax.storage import AnyPath
+from plasticity_jax.runs.storage import AnyPath
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Example))
 SPLITS = ("train", "verifier", "test")

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 from plasticity_jax.data.corpus_files import READ_BYTES, SUFFIXES, FilePart, decompressed, json_lines, listing, open_part, parquet_rows
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.progress import Progress
-from plasticity_jax.storage import location
+from plasticity_jax.runs.storage import location
 
 TFDS = "tfds:"
 # A file that is named itself may be plain .json; in folders these are descriptions of the data set as a rule.

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from synthetic_study import Planted, write_study
 
-from plasticity_jax.study import verdicts as rules
-from plasticity_jax.study.comparisons import gap_difference, score_difference
-from plasticity_jax.study.results import collect
-from plasticity_jax.study.verdicts import CANNOT_TELL, CONSISTENT, INCONSISTENT
+from plasticity_jax.report import verdicts as rules
+from plasticity_jax.report.comparisons import gap_difference, score_difference
+from plasticity_jax.report.results import collect
+from plasticity_jax.report.verdicts import CANNOT_TELL, CONSISTENT, INCONSISTENT
 
 pytestmark = pytest.mark.slow
 

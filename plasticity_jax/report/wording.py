@@ -2,10 +2,10 @@
 
 import math
 
-from plasticity_jax.study.comparisons import score_difference
-from plasticity_jax.study.results import StudyResults
+from plasticity_jax.report.comparisons import score_difference
+from plasticity_jax.report.results import StudyResults
+from plasticity_jax.report.verdicts import CANNOT_TELL, CONSISTENT, INCONSISTENT, LOSS_MARGIN, Verdict
 from plasticity_jax.study.sweep import DECAY, Axis, facet_axes
-from plasticity_jax.study.verdicts import CANNOT_TELL, CONSISTENT, INCONSISTENT, LOSS_MARGIN, Verdict
 
 TINY = 100_000_000  # parameters; the smallest model of the paper has five times as many
 # What a row's split may be without a warning: published for training, generated, never split, or split here.

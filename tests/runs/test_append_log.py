@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plasticity_jax.append_log import AppendLog, read_log
-from plasticity_jax.storage import location
+from plasticity_jax.runs.append_log import AppendLog, read_log
+from plasticity_jax.runs.storage import location
 
 MEMORY = fsspec.filesystem("memory")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from plasticity_jax.errors import UserError
 from plasticity_jax.progress import Progress
-from plasticity_jax.storage import AnyPath, is_local, write_bytes
+from plasticity_jax.runs.storage import AnyPath, is_local, write_bytes
 
 log = logging.getLogger("plasticity_jax")
 

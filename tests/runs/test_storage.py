@@ -10,11 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plasticity_jax import storage
 from plasticity_jax.config import load_config
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import read_json, write_json
-from plasticity_jax.storage import download, free_bytes, is_local, joined, local_copy, location, relative, remove_tree, replacing, staging, upload
+from plasticity_jax.runs import storage
+from plasticity_jax.runs.records import read_json, write_json
+from plasticity_jax.runs.storage import (
+    download,
+    free_bytes,
+    is_local,
+    joined,
+    local_copy,
+    location,
+    relative,
+    remove_tree,
+    replacing,
+    staging,
+    upload,
+)
 from plasticity_jax.study.execute import check_workdir
 
 MEMORY = fsspec.filesystem("memory")
@@ -186,7 +198,7 @@ def test_local_folders_are_staged_where_they_are(tmp_path):
 
 
 def test_a_store_that_cannot_be_written_to_is_refused(bucket, monkeypatch):
-    config = load_config(Path(__file__).parents[1] / "configs" / "tiny.py", [("train.compute_dtype", "float32")])
+    config = load_config(Path(__file__).parents[2] / "configs" / "tiny.py", [("train.compute_dtype", "float32")])
     check_workdir(bucket, config)
     assert MEMORY.find(bucket.path) == []
 

@@ -11,8 +11,8 @@ import pytest
 from synthetic_study import PROBLEMS, Planted, write_study
 
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import RunDirectory, read_json
-from plasticity_jax.study.report import FIGURES, Part, collect, figure, format_summary, inline_svg, render, render_page, summary_table, write_report
+from plasticity_jax.report.page import FIGURES, Part, collect, figure, format_summary, inline_svg, render, render_page, summary_table, write_report
+from plasticity_jax.runs.records import RunDirectory, read_json
 
 pytestmark = pytest.mark.slow
 

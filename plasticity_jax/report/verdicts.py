@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from plasticity_jax.analysis.statistics import paired_bootstrap, wilson_interval
-from plasticity_jax.study.comparisons import gap_difference, probe_correct, probe_difference, rank_drop, score_difference
-from plasticity_jax.study.results import StudyResults
+from plasticity_jax.report.comparisons import gap_difference, probe_correct, probe_difference, rank_drop, score_difference
+from plasticity_jax.report.results import StudyResults
 from plasticity_jax.study.sweep import DECAY
 
 CONSISTENT, INCONSISTENT, CANNOT_TELL = "consistent with", "inconsistent with", "cannot tell"

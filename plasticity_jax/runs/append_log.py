@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Callable
 
-from plasticity_jax.storage import AnyPath, is_local, replacing, write_bytes
+from plasticity_jax.runs.storage import AnyPath, is_local, replacing, write_bytes
 
 
 class AppendLog:

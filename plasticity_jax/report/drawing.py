@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from plasticity_jax.study.results import MemberResults, StudyResults
+from plasticity_jax.report.results import MemberResults, StudyResults
 from plasticity_jax.study.sweep import DECAY, PEAK_LR
 
 WIDTH = 4.5  # inches; at 9 points the text stays readable when the page scales a figure to a phone's width

@@ -11,9 +11,9 @@ from test_report import Page
 import plasticity_jax as pj
 from plasticity_jax.config import GridConfig
 from plasticity_jax.errors import UserError
-from plasticity_jax.study.axes import positions
-from plasticity_jax.study.report import FIGURES, Part, collect, figure, format_summary, render_page, summary_table, write_report
-from plasticity_jax.study.tables import correlation_rows, gain_rows
+from plasticity_jax.report.drawing import positions
+from plasticity_jax.report.page import FIGURES, Part, collect, figure, format_summary, render_page, summary_table, write_report
+from plasticity_jax.report.tables import correlation_rows, gain_rows
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ from synthetic_study import PROBLEMS, Planted, write_study
 
 from plasticity_jax import cli
 from plasticity_jax.errors import UserError
-from plasticity_jax.study.browse import Filter, browse, text_of
+from plasticity_jax.report.browse import Filter, browse, text_of
 
 PLANTED = Planted(scorer="log-probability")
 

@@ -15,20 +15,20 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from plasticity_jax.config import ReportConfig, to_dict
-from plasticity_jax.config_fields import name_text
+from plasticity_jax.config.schema import name_text
 from plasticity_jax.evaluate.metrics import macro_average
 from plasticity_jax.progress import Progress
-from plasticity_jax.records import to_json
-from plasticity_jax.storage import AnyPath, location, make_folder, write_bytes
-from plasticity_jax.study.axes import STYLE
-from plasticity_jax.study.browse import COMPLETIONS, completions
-from plasticity_jax.study.comparisons import metric_interval
-from plasticity_jax.study.plots import FIGURES, figure
-from plasticity_jax.study.results import MemberResults, Score, StudyResults, collect, number
+from plasticity_jax.report.browse import COMPLETIONS, completions
+from plasticity_jax.report.comparisons import metric_interval
+from plasticity_jax.report.drawing import STYLE
+from plasticity_jax.report.figures import FIGURES, figure
+from plasticity_jax.report.results import MemberResults, Score, StudyResults, collect, number
+from plasticity_jax.report.tables import TABLES, correlation_rows, forgetting_rows, macro_rows, member_rows, summary_rows, summary_table, to_csv
+from plasticity_jax.report.verdicts import Verdict, verdicts
+from plasticity_jax.report.wording import answer, prepared_name, slice_answer, warnings
+from plasticity_jax.runs.records import to_json
+from plasticity_jax.runs.storage import AnyPath, location, make_folder, write_bytes
 from plasticity_jax.study.sweep import DECAY
-from plasticity_jax.study.tables import TABLES, correlation_rows, forgetting_rows, macro_rows, member_rows, summary_rows, summary_table, to_csv
-from plasticity_jax.study.verdicts import Verdict, verdicts
-from plasticity_jax.study.wording import answer, prepared_name, slice_answer, warnings
 
 __all__ = ["FIGURES", "collect", "figure", "format_summary", "summary_table", "write_report"]
 
@@ -187,9 +187,9 @@ def render_page(results: StudyResults, parts: Sequence[Part], tables: list[str])
         "general": lambda value: "–" if value is None else f"{value:.3g}",
         "spoken": lambda part: " ".join(slice_answer(part.results, part.verdicts)),
     }
-    folder, macro = files("plasticity_jax.study"), macro_rows(results)
+    folder, macro = files("plasticity_jax.report"), macro_rows(results)
     return environment.from_string((folder / "template.html").read_text(encoding="utf-8")).render(
-        css=Markup((folder / "report.css").read_text(encoding="utf-8")),
+        css=Markup((folder / "page.css").read_text(encoding="utf-8")),
         results=results,
         config=results.config,
         answer=" ".join(answer(results, parts[0].verdicts)),

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from plasticity_jax.analysis.statistics import wilson_interval
-from plasticity_jax.append_log import read_log
 from plasticity_jax.config import Member, StudyConfig, from_dict, grid_members
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.metrics import pass_at_k
-from plasticity_jax.records import METRICS, Run, RunDirectory, read_json
-from plasticity_jax.storage import AnyPath, location
+from plasticity_jax.runs.append_log import read_log
+from plasticity_jax.runs.records import METRICS, Run, RunDirectory, read_json
+from plasticity_jax.runs.storage import AnyPath, location
 from plasticity_jax.study.sweep import Axis, facet_axes, study_axis, swept_values
 
 

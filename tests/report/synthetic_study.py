@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from plasticity_jax.config import GridConfig, ProbeConfig, ReportConfig, RewardConfig, StudyConfig, TaskConfig, ZeroShotConfig, grid_members
-from plasticity_jax.records import Run, RunDirectory, write_jsonl
+from plasticity_jax.runs.records import Run, RunDirectory, write_jsonl
 from plasticity_jax.study.graph import build_graph, run_configs, save_study
 
 PROBLEMS = {"topic": 300, "sentiment": 200}

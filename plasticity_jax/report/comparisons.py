@@ -8,7 +8,7 @@ import numpy as np
 
 from plasticity_jax.analysis.statistics import Blocks, cluster_bootstrap_gap, paired_bootstrap
 from plasticity_jax.config import ReportConfig
-from plasticity_jax.study.results import MemberResults, Score, StudyResults
+from plasticity_jax.report.results import MemberResults, Score, StudyResults
 
 Interval = tuple[float, float, float]  # mean, lower and upper end of the 95% interval
 

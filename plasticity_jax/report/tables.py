@@ -8,9 +8,9 @@ import numpy as np
 
 from plasticity_jax.analysis.statistics import bootstrap_mean, leave_one_out_pearson, pearson, spearman
 from plasticity_jax.evaluate.metrics import macro_average
-from plasticity_jax.storage import AnyPath
-from plasticity_jax.study.comparisons import metric_difference, metric_interval, score_difference
-from plasticity_jax.study.results import MemberResults, StudyResults, collect, number
+from plasticity_jax.report.comparisons import metric_difference, metric_interval, score_difference
+from plasticity_jax.report.results import MemberResults, StudyResults, collect, number
+from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.study.sweep import swept_values
 
 Rows = list[dict[str, Any]]

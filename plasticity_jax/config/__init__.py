@@ -12,8 +12,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from plasticity_jax.config_checks import build, check_config, check_trained_vocabulary, typed_grid, unknown_key
-from plasticity_jax.config_fields import (
+from plasticity_jax.config.checks import build, check_config, check_trained_vocabulary, typed_grid, unknown_key
+from plasticity_jax.config.schema import (
     DataConfig,
     DecayConfig,
     EvaluateConfig,
@@ -98,7 +98,7 @@ def preset(name: str):
     """A model shape by name for `config.model`, as in `config.model = preset("llama-1b")`."""
     from ml_collections import config_dict
 
-    from plasticity_jax.model.presets import presets
+    from plasticity_jax.config.presets import presets
 
     known = presets()
     if name not in known:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from plasticity_jax.errors import UserError
-from plasticity_jax.study.axes import (
+from plasticity_jax.report.drawing import (
     INK,
     LEGEND_COLUMNS,
     MARKERS,
@@ -30,8 +30,8 @@ from plasticity_jax.study.axes import (
     seed_means,
     swept_axis,
 )
-from plasticity_jax.study.results import MemberResults, StudyResults, number
-from plasticity_jax.study.tables import gain_rows
+from plasticity_jax.report.results import MemberResults, StudyResults, number
+from plasticity_jax.report.tables import gain_rows
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from plasticity_jax.config import (
     result_fields,
     to_dict,
 )
-from plasticity_jax.config_fields import name_text
+from plasticity_jax.config.schema import name_text
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import to_json
+from plasticity_jax.runs.records import to_json
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
@@ -240,7 +240,7 @@ def test_base_config_is_locked():
 
 
 def test_the_zero_shot_sets_of_a_config_are_those_that_there_are():
-    from plasticity_jax.config_checks_downstream import ZERO_SHOT_SETS
+    from plasticity_jax.config.checks_downstream import ZERO_SHOT_SETS
     from plasticity_jax.evaluate.zero_shot import SETS
 
     assert set(ZERO_SHOT_SETS) == set(SETS)

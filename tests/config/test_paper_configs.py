@@ -8,10 +8,10 @@ import pytest
 from running import plasticity
 
 from plasticity_jax.config import StudyConfig, grid_members, load_config, member_config
-from plasticity_jax.model.presets import presets
+from plasticity_jax.config.presets import presets
 from plasticity_jax.study.graph import build_graph
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 PAPER = [name for name in FILES if name.startswith(("llama", "olmo2"))]
 TASKS = {"MetaMathQA", "MedMCQA", "PubMedQA", "MMLUProCoT", "RACE", "SimpleScaling"}

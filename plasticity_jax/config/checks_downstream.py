@@ -1,7 +1,7 @@
 """Checks of what follows pretraining: tasks, fine-tuning, evaluation, rewards, analyses."""
 
-from plasticity_jax.config_fields import StudyConfig
-from plasticity_jax.config_rules import check_choice, check_positive, check_share, refuse_unless
+from plasticity_jax.config.rules import check_choice, check_positive, check_share, refuse_unless
+from plasticity_jax.config.schema import StudyConfig
 
 ZERO_SHOT_SETS = ("hellaswag", "winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")  # of evaluate.zero_shot, which imports jax
 

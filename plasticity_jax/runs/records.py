@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plasticity_jax.append_log import AppendLog
 from plasticity_jax.config import StudyConfig, execution_fields, from_dict, to_dict
 from plasticity_jax.errors import UserError
-from plasticity_jax.locks import Held, is_locked, lock
-from plasticity_jax.storage import AnyPath, is_local, location, make_folder, replacing, upload, write_bytes
+from plasticity_jax.runs.append_log import AppendLog
+from plasticity_jax.runs.locks import Held, is_locked, lock
+from plasticity_jax.runs.storage import AnyPath, is_local, location, make_folder, replacing, upload, write_bytes
 
 SAMPLES = "samples-"  # roles of a verifier's parents with graded samples begin with it
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.errors import UserError
-from plasticity_jax.records import MetricsLog, Run, RunDirectory, open_run, read_json, read_jsonl, to_json, write_json, write_jsonl
+from plasticity_jax.runs.records import MetricsLog, Run, RunDirectory, open_run, read_json, read_jsonl, to_json, write_json, write_jsonl
 
 RUN = Run("s", "spectra", "wd0.1", {"mass": 0.95}, {"model": "pretrain/wd0.1-0123abcd"})
 

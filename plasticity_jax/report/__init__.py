@@ -1,0 +1,1 @@
+"""The page of a study: reading results, comparisons, verdicts, tables, figures."""
