@@ -1,4 +1,4 @@
-"""What remat, chunked vocabulary losses and microbatches save in memory and cost in time, side by side in one process.
+"""What remat, chunked vocabulary losses and grad_accum_steps save in memory and cost in time, side by side in one process.
 
 Command: python benchmarks/memory_savers.py
 
@@ -31,9 +31,9 @@ VARIANTS = {
     "remat dots": {"remat": "dots"},
     "remat full": {"remat": "full"},
     "loss in 8 chunks": {"loss_chunks": 8},
-    "4 microbatches": {"microbatches": 4},
+    "4 grad_accum_steps": {"grad_accum_steps": 4},
     "remat full, 8 chunks": {"remat": "full", "loss_chunks": 8},
-    "remat full, 8 chunks, 4 microbatches": {"remat": "full", "loss_chunks": 8, "microbatches": 4},
+    "remat full, 8 chunks, 4 grad_accum_steps": {"remat": "full", "loss_chunks": 8, "grad_accum_steps": 4},
 }
 
 

@@ -80,7 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        build_documents(Path(folder), tuple(SOURCES), Wheels(arguments.wheels), held_out_share=0.1, max_documents=None)
+        build_documents(Path(folder), tuple(SOURCES), Wheels(arguments.wheels), held_out_fraction=0.1, max_documents=None)
         for vocab_size in arguments.vocab_sizes:
             results.append(measure(Path(folder), vocab_size, arguments.seq_len))
             show(results[-1])

@@ -16,8 +16,8 @@ def get_config(faithful=False):
     config.grid.fields = sft_sweep()
     config.tasks = {"SimpleScaling": paper_task("SimpleScaling")}
     config.hardware = (
-        ("TPU v5 lite", {"train.microbatches": 2}),
-        ("TPU v4", {"train.microbatches": 8}),
-        ("H100|H200", {"train.microbatches": 2}),
+        ("TPU v5 lite", {"train.grad_accum_steps": 2}),
+        ("TPU v4", {"train.grad_accum_steps": 8}),
+        ("H100|H200", {"train.grad_accum_steps": 2}),
     )
     return config

@@ -22,5 +22,5 @@ def get_config(faithful=False):
             ("^wd0-", {"train.batch_size": 4096, "train.steps": 9536}),
         )
     config.finetune.peak_lr = 7.5e-6
-    config.hardware = (("H100|H200", {"train.microbatches": 2}),)
+    config.hardware = (("H100|H200", {"train.grad_accum_steps": 2}),)
     return config

@@ -15,9 +15,9 @@ def get_config(faithful=False):
     config = olmo2(tokens=210e9, faithful=faithful)
     config.name = "olmo2-1b-140tpp"
     config.train.schedule = "wsd"
-    config.train.warmup_share = 4000 / config.train.steps
-    config.train.decay_share = 0.2
-    config.train.final_lr_share = 0.0
+    config.train.warmup_fraction = 4000 / config.train.steps
+    config.train.decay_fraction = 0.2
+    config.train.final_lr_fraction = 0.0
     config.grid.weight_decay = (0.0, 0.1, 0.3, 1.0)
-    config.hardware = (("H100|H200", {"train.microbatches": 4}),)
+    config.hardware = (("H100|H200", {"train.grad_accum_steps": 4}),)
     return config

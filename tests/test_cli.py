@@ -61,7 +61,10 @@ FLOAT32 = "--config.train.compute_dtype=float32"
         (["study", "--config", TINY, "--workdir", "w", "--config.train.attention=flash"], "train.attention='flash' must be one of auto"),
         (["study", "--config", TINY, "--workdir", "w", "--config.train.remat=dot"], "did you mean dots?"),
         (["study", "--config", TINY, "--workdir", "w", "--config.train.loss_chunks=7"], "set loss_chunks to a divisor"),
-        (["study", "--config", TINY, "--workdir", "w", "--config.train.schedule=wsd", "--config.train.decay_share=0.95"], "together exceed the run"),
+        (
+            ["study", "--config", TINY, "--workdir", "w", "--config.train.schedule=wsd", "--config.train.decay_fraction=0.95"],
+            "together exceed the run",
+        ),
         (["study", "--config", TINY, "--workdir", "w", "--config.model.d_head=9"], "head size 9 is odd"),
         (
             ["study", "--config", TINY, "--workdir", "w", "--config.model.rope_scaling=8.0"],

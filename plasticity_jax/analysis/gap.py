@@ -94,7 +94,7 @@ def choose_blocks(train: TokenRecords, held_out: TokenRecords, last_reading: Int
     if taken.sum() == 0:
         raise UserError(
             f"no domain of {', '.join(train.domains)} has a block on both sides of the gap; "
-            "use more documents, more steps or a larger held_out_share."
+            "use more documents, more steps or a larger held_out_fraction."
         )
     rng = np.random.default_rng(seed)
     seen, held = (np.concatenate([_spread(side[i], n, rng) for side, n in zip(sides, taken)]) for i in (0, 1))

@@ -10,7 +10,7 @@ import typing
 from typing import Any
 
 from plasticity_jax.config.checks_downstream import check_downstream
-from plasticity_jax.config.rules import check_choice, check_pattern, check_positive, check_share, refuse_unless
+from plasticity_jax.config.rules import check_choice, check_pattern, check_positive, check_fraction, refuse_unless
 from plasticity_jax.config.schema import Member, ModelConfig, StudyConfig, execution_fields, grid_members, member_config, result_fields
 from plasticity_jax.errors import UserError
 
@@ -185,29 +185,29 @@ def _check_train(config: StudyConfig) -> None:
         "eval_every",
         "log_every",
         "checkpoint_every",
-        "microbatches",
+        "grad_accum_steps",
     ):
         check_positive(f"train.{name}", getattr(train, name))
     refuse_unless(
-        train.batch_size % train.microbatches == 0,
-        f"train.batch_size={train.batch_size} is not divisible by train.microbatches={train.microbatches}; set microbatches to a divisor of it.",
+        train.batch_size % train.grad_accum_steps == 0,
+        f"train.batch_size={train.batch_size} is not divisible by train.grad_accum_steps={train.grad_accum_steps}; set grad_accum_steps to a divisor of it.",
     )
     refuse_unless(
         train.loss_chunks == 0 or (train.loss_chunks > 0 and train.seq_len % train.loss_chunks == 0),
         f"train.seq_len={train.seq_len} is not divisible by train.loss_chunks={train.loss_chunks}; set loss_chunks to a divisor of it, or to 0.",
     )
-    for name in ("warmup_share", "decay_share", "final_lr_share", "b1", "b2"):
-        check_share(f"train.{name}", getattr(train, name))
+    for name in ("warmup_fraction", "decay_fraction", "final_lr_fraction", "b1", "b2"):
+        check_fraction(f"train.{name}", getattr(train, name))
     if train.schedule == "wsd":
         refuse_unless(
-            train.warmup_share + train.decay_share <= 1,
-            f"train.warmup_share={train.warmup_share} and train.decay_share={train.decay_share} together exceed the run; lower one of them.",
+            train.warmup_fraction + train.decay_fraction <= 1,
+            f"train.warmup_fraction={train.warmup_fraction} and train.decay_fraction={train.decay_fraction} together exceed the run; lower one of them.",
         )
     refuse_unless(
         math.isfinite(train.z_loss) and train.z_loss >= 0, f"train.z_loss={train.z_loss} must be finite and not negative; OLMo-2 uses 1e-5."
     )
     refuse_unless(train.b1 < 1 and train.b2 < 1, f"train.b1={train.b1} and train.b2={train.b2} must be below 1.")
-    refuse_unless(0 < data.held_out_share < 1, f"data.held_out_share={data.held_out_share} must lie strictly between 0 and 1; 0.1 is usual.")
+    refuse_unless(0 < data.held_out_fraction < 1, f"data.held_out_fraction={data.held_out_fraction} must lie strictly between 0 and 1; 0.1 is usual.")
     _check_data(config)
 
 

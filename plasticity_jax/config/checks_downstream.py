@@ -1,6 +1,6 @@
 """Checks of what follows pretraining: tasks, fine-tuning, evaluation, rewards, analyses."""
 
-from plasticity_jax.config.rules import check_choice, check_positive, check_share, refuse_unless
+from plasticity_jax.config.rules import check_choice, check_positive, check_fraction, refuse_unless
 from plasticity_jax.config.schema import StudyConfig
 
 ZERO_SHOT_SETS = ("hellaswag", "winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")  # of evaluate.zero_shot, which imports jax
@@ -13,14 +13,14 @@ def check_downstream(config: StudyConfig) -> None:
         refuse_unless(settings.verifier_rows >= 0, f"tasks.{name}.verifier_rows={settings.verifier_rows} must not be negative.")
         _check_task_files(name, settings.files)
     tune = config.finetune
-    for name in ("peak_lr", "batch_size", "eps", "clip_norm", "log_every", "checkpoint_every", "microbatches"):
+    for name in ("peak_lr", "batch_size", "eps", "clip_norm", "log_every", "checkpoint_every", "grad_accum_steps"):
         check_positive(f"finetune.{name}", getattr(tune, name))
     refuse_unless(
-        tune.batch_size % tune.microbatches == 0,
-        f"finetune.batch_size={tune.batch_size} is not divisible by finetune.microbatches={tune.microbatches}; set microbatches to a divisor of it.",
+        tune.batch_size % tune.grad_accum_steps == 0,
+        f"finetune.batch_size={tune.batch_size} is not divisible by finetune.grad_accum_steps={tune.grad_accum_steps}; set grad_accum_steps to a divisor of it.",
     )
-    for name in ("warmup_share", "b1", "b2"):
-        check_share(f"finetune.{name}", getattr(tune, name))
+    for name in ("warmup_fraction", "b1", "b2"):
+        check_fraction(f"finetune.{name}", getattr(tune, name))
     refuse_unless(tune.weight_decay >= 0, f"finetune.weight_decay={tune.weight_decay} must not be negative.")
     check_choice("finetune.too_long", tune.too_long, ("cut", "cut-both", "drop"))
     refuse_unless(len(tune.seeds) > 0, "finetune.seeds=() is empty; give at least one seed.")
@@ -80,9 +80,10 @@ def _check_evaluate(config: StudyConfig) -> None:
     )
     for name in ("n_samples", "epochs", "peak_lr", "batch_size"):
         check_positive(f"verifier.{name}", getattr(verifier, name))
-    check_share("verifier.warmup_share", verifier.warmup_share)
+    check_fraction("verifier.warmup_fraction", verifier.warmup_fraction)
     refuse_unless(
-        0 < verifier.held_out_share < 1, f"verifier.held_out_share={verifier.held_out_share} must lie strictly between 0 and 1; 0.2 is usual."
+        0 < verifier.held_out_fraction < 1,
+        f"verifier.held_out_fraction={verifier.held_out_fraction} must lie strictly between 0 and 1; 0.2 is usual.",
     )
     for name, settings in config.tasks.items():
         refuse_unless(

@@ -80,7 +80,7 @@ def _study(preset_name: str, *, tokens: float, batch_size: int, seq_len: int, pe
     config.train.scan_layers = True
     config.train.remat = "full"
     config.train.loss_chunks = 8
-    config.data.held_out_share = 0.01
+    config.data.held_out_fraction = 0.01
     config.grid.timescales = None
     config.grid.seeds = (seed,)
     config.mesh.data = 1

@@ -16,7 +16,7 @@ def check_positive(path: str, value: float) -> None:
     refuse_unless(math.isfinite(value) and value > 0, f"{path}={value} must be positive and finite.")
 
 
-def check_share(path: str, value: float) -> None:
+def check_fraction(path: str, value: float) -> None:
     refuse_unless(0 <= value <= 1, f"{path}={value} is a share; it must lie between 0 and 1.")
 
 

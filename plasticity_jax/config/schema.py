@@ -30,7 +30,7 @@ class DataConfig:
     text_field: str = "text"  # of the files' rows or the data set's examples
     tokenizer: str = "train"  # train (a BPE of model.vocab_size) | sentencepiece-32k | dolma2 | path of a tokenizer.json or a folder with one
     isolate_documents: bool = False  # attention within a document only; the study reads across them
-    held_out_share: float = 0.1  # share of the documents, by hash of their text
+    held_out_fraction: float = 0.1  # share of the documents, by hash of their text
     max_documents: int | None = None  # per source; None takes all
     max_tokens: int | None = None  # of the train split, of `files` or `tfds`: reading stops when it is reached; None takes all
     workers: int = _execution(0)  # processes that tokenise; 0 takes one per core
@@ -86,9 +86,9 @@ class TrainConfig:
     steps: int = 500
     peak_lr: float = 5e-3
     schedule: str = "cosine"  # cosine | wsd (warm-up, stable, linear decay)
-    warmup_share: float = 0.1  # of the steps
-    decay_share: float = 0.2  # of the steps, at the end: wsd's linear decay; cosine takes all after the warm-up
-    final_lr_share: float = 0.1  # of the peak
+    warmup_fraction: float = 0.1  # of the steps
+    decay_fraction: float = 0.2  # of the steps, at the end: wsd's linear decay; cosine takes all after the warm-up
+    final_lr_fraction: float = 0.1  # of the peak
     z_loss: float = 0.0  # weight of the squared log of the softmax's normaliser, added to the loss of every target
     b1: float = 0.9
     b2: float = 0.95
@@ -101,7 +101,7 @@ class TrainConfig:
     eval_every: int = _execution(100)  # steps
     log_every: int = _execution(10)
     checkpoint_every: int = _execution(100)
-    microbatches: int = _execution(1)  # parts that a batch is worked through in, to save memory
+    grad_accum_steps: int = _execution(1)  # parts that a batch is worked through in, to save memory
     scan_layers: bool = _execution(False)  # a loop over layers instead of unrolled ones: compiles faster, runs slower on a CPU
     remat: str = _execution("none")  # what the backward pass computes again: none | dots (all but matrix products) | full (all but block inputs)
     attention: str = _execution("auto")  # auto | xla | cudnn (NVIDIA) | splash (TPU)
@@ -173,7 +173,7 @@ class FinetuneConfig:
 
     peak_lr: float = 1e-3
     batch_size: int = 64  # rows; sequences, where rows are packed
-    warmup_share: float = 0.1
+    warmup_fraction: float = 0.1
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -188,7 +188,7 @@ class FinetuneConfig:
     seeds: tuple[int, ...] = (0,)
     log_every: int = _execution(20)
     checkpoint_every: int = _execution(500)
-    microbatches: int = _execution(1)  # as train.microbatches
+    grad_accum_steps: int = _execution(1)  # as train.grad_accum_steps
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,8 @@ class VerifierConfig:
     epochs: int = 3
     peak_lr: float = 1e-3
     batch_size: int = 64
-    warmup_share: float = 0.1
-    held_out_share: float = 0.2  # of the rows, for the AUC that is reported
+    warmup_fraction: float = 0.1
+    held_out_fraction: float = 0.2  # of the rows, for the AUC that is reported
     seed: int = 0
 
 

@@ -52,7 +52,7 @@ class CorpusDocuments(tfds.core.GeneratorBasedBuilder):
             yield document.id, {field: getattr(document, field) for field in FIELDS}
 
 
-def build_documents(out: Path, sources: tuple[str, ...], wheels: Wheels, *, held_out_share: float, max_documents: int | None) -> dict:
+def build_documents(out: Path, sources: tuple[str, ...], wheels: Wheels, *, held_out_fraction: float, max_documents: int | None) -> dict:
     """Reads the sources, splits them by document hash and writes the TFDS data set under `out`.
 
     Any `tfds.builder_from_directory(out / result["directory"])` reads it without this package. An earlier data set under `out` with other
@@ -62,15 +62,15 @@ def build_documents(out: Path, sources: tuple[str, ...], wheels: Wheels, *, held
       out: folder of the data set.
       sources: names in SOURCES.
       wheels: where the sources' packages lie.
-      held_out_share: expected share of the documents that are held out, in (0, 1).
+      held_out_fraction: expected share of the documents that are held out, in (0, 1).
       max_documents: at most so many documents per source, the first in the order of their id's hash; None for all.
     Returns:
-      The content of documents.json: directory (relative to `out`), fingerprint (sha256 over documents and splits), held_out_share,
+      The content of documents.json: directory (relative to `out`), fingerprint (sha256 over documents and splits), held_out_fraction,
       max_documents, splits[split][domain] = {documents, bytes (UTF-8)}, licences[source].
     Raises:
       UserError: an unknown source, a missing or altered wheel, or a split without any document.
     """
-    splits = _read_splits(sources, wheels, held_out_share=held_out_share, max_documents=max_documents)
+    splits = _read_splits(sources, wheels, held_out_fraction=held_out_fraction, max_documents=max_documents)
     fingerprint = _fingerprint(splits)
     written = _manifest(out)
     if written is None or written["fingerprint"] != fingerprint:
@@ -83,7 +83,7 @@ def build_documents(out: Path, sources: tuple[str, ...], wheels: Wheels, *, held
     manifest = {
         "directory": str(Path(builder.data_dir).relative_to(out)),
         "fingerprint": fingerprint,
-        "held_out_share": held_out_share,
+        "held_out_fraction": held_out_fraction,
         "max_documents": max_documents,
         "splits": {split: _count(documents) for split, documents in splits.items()},
         "licences": {name: SOURCES[name].licence for name in sorted(set(sources))},
@@ -114,7 +114,7 @@ def read_documents(directory: Path, split: str) -> Iterator[tuple[str, str, str]
     yield from sorted(documents, key=lambda document: (document[2], _hash(document[0])))
 
 
-def _read_splits(sources: tuple[str, ...], wheels: Wheels, *, held_out_share: float, max_documents: int | None) -> dict[str, list[Document]]:
+def _read_splits(sources: tuple[str, ...], wheels: Wheels, *, held_out_fraction: float, max_documents: int | None) -> dict[str, list[Document]]:
     for name in sources:
         if name not in SOURCES:
             raise UserError(f"source {name!r} is unknown; the sources are {', '.join(sorted(SOURCES))}")
@@ -123,12 +123,14 @@ def _read_splits(sources: tuple[str, ...], wheels: Wheels, *, held_out_share: fl
         for name in sorted(set(sources)):
             documents = sorted(SOURCES[name].read(wheels), key=lambda document: _hash(document.id))[:max_documents]
             for document in documents:
-                splits[split_of(document.text, held_out_share)].append(document)
+                splits[split_of(document.text, held_out_fraction)].append(document)
             progress.update(len(documents), note=name)
     for split, documents in splits.items():
         if not documents:
             n = sum(map(len, splits.values()))
-            raise UserError(f"held_out_share={held_out_share} leaves no {split} document out of {n}; move it towards 0.5 or raise max_documents")
+            raise UserError(
+                f"held_out_fraction={held_out_fraction} leaves no {split} document out of {n}; move it towards 0.5 or raise max_documents"
+            )
     return splits
 
 

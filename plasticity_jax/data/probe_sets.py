@@ -48,7 +48,7 @@ class ProbeSet:
       name: key of the set.
       labels: every label; the position of a label here is its class number.
       packages: wheels the rows are read from.
-      build: (wheels, held_out_share) -> all rows.
+      build: (wheels, held_out_fraction) -> all rows.
     """
 
     name: str
@@ -57,9 +57,9 @@ class ProbeSet:
     build: Callable[["Wheels", float], ProbeRows]
 
 
-def _build_sentiment(wheels: "Wheels", held_out_share: float) -> ProbeRows:
+def _build_sentiment(wheels: "Wheels", held_out_fraction: float) -> ProbeRows:
     # SST-2's validation split is published apart, so no share of the training file is held out.
-    del held_out_share
+    del held_out_fraction
     sentences = sentiment.read_sentences(wheels)
     return ProbeRows(
         train=[(sentence.text, sentence.label) for sentence in sentences.train],
@@ -78,11 +78,11 @@ def headline_and_first_sentence(text: str) -> str:
     return _SENTENCE_END.split(" ".join(text.split()), maxsplit=1)[0]
 
 
-def _build_topic(wheels: "Wheels", held_out_share: float) -> ProbeRows:
+def _build_topic(wheels: "Wheels", held_out_fraction: float) -> ProbeRows:
     rows: dict[str, Rows] = {"train": [], "held_out": []}
     packages = set()
     for document in SOURCES["bbc"].read(wheels):
-        rows[split_of(document.text, held_out_share)].append((headline_and_first_sentence(document.text), document.label))
+        rows[split_of(document.text, held_out_fraction)].append((headline_and_first_sentence(document.text), document.label))
         packages.add(document.source.partition(":")[0])
     train, dropped = without_leaks(rows["train"], [text for text, _ in rows["held_out"]], lambda row: row[0])
     return ProbeRows(
@@ -115,14 +115,14 @@ def get_probe_set(name: str) -> ProbeSet:
     return PROBE_SETS[name]
 
 
-def build_probe_set(name: str, wheels: "Wheels", *, train_rows: int, test_rows: int, held_out_share: float, seed: int) -> dict:
+def build_probe_set(name: str, wheels: "Wheels", *, train_rows: int, test_rows: int, held_out_fraction: float, seed: int) -> dict:
     """Makes the rows of a probe set; the same arguments give the same rows.
 
     Args:
       name: a key of `PROBE_SETS`.
       wheels: where the set's packages are read from.
       train_rows, test_rows: upper limits; a source that has fewer rows gives all it has.
-      held_out_share: share of the documents kept for test rows; not used where the test split was published apart.
+      held_out_fraction: share of the documents kept for test rows; not used where the test split was published apart.
       seed: the order in which rows are drawn.
     Returns:
       `name`, `labels`, `train` and `test` (lists of (text, label)), `dropped_leaks`, `sources`, `source_splits`.
@@ -130,11 +130,11 @@ def build_probe_set(name: str, wheels: "Wheels", *, train_rows: int, test_rows: 
       UserError: unknown set, a number out of range, a missing or altered wheel, or a split without rows.
     """
     probe_set = get_probe_set(name)
-    settings = RowSettings(train_rows, test_rows, held_out_share, seed)
-    rows = probe_set.build(wheels, settings.held_out_share)
+    settings = RowSettings(train_rows, test_rows, held_out_fraction, seed)
+    rows = probe_set.build(wheels, settings.held_out_fraction)
     train, test = shuffled(rows.train, seed)[:train_rows], shuffled(rows.test, seed)[:test_rows]
     if not train or not test:
-        raise UserError(f"held_out_share={held_out_share} leaves a split of probe set {name!r} without rows; use a share such as 0.1.")
+        raise UserError(f"held_out_fraction={held_out_fraction} leaves a split of probe set {name!r} without rows; use a share such as 0.1.")
     return {
         "name": name,
         "labels": probe_set.labels,

@@ -37,7 +37,7 @@ class ShardSettings:
     eos_id: int
     seq_len: int
     text_field: str
-    held_out_share: float
+    held_out_fraction: float
 
 
 class Interrupted(Exception):
@@ -107,7 +107,7 @@ def _write(out: Path, part: Part, tokenizer: Tokenizer, settings: ShardSettings,
     for chunk in chunks(filter(None, part.texts(settings.text_field)), CHUNK_CHARACTERS):
         n_tokens = 0
         for text, ids in zip(chunk, tokenizer.encode_arrays(chunk)):
-            split = split_of(text, settings.held_out_share)
+            split = split_of(text, settings.held_out_fraction)
             for record, document in packers[split].add(ids):
                 digests[split].update(writers[split].write(record, document))
             counts[split]["documents"] += 1

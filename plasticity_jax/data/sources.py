@@ -45,13 +45,13 @@ class Source:
     read: Callable[[Wheels], Iterator[Document]]
 
 
-def split_of(text: str, held_out_share: float) -> str:
+def split_of(text: str, held_out_fraction: float) -> str:
     """The split of a text, "train" or "held_out": a function of its sha256 and the share alone, so equal texts never part.
 
     A text held out at one share is held out at every larger one.
     """
     position = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64
-    return "held_out" if position < held_out_share else "train"
+    return "held_out" if position < held_out_fraction else "train"
 
 
 def _source(name: str, *, packages: tuple[str, ...], licence: str, rows: Callable[[Wheels], Iterator[tuple[str, str, str, str]]]) -> Source:

@@ -34,7 +34,7 @@ def _prepare(context: Context, out: Path) -> dict[str, Any]:
         summary = _corpus(config, out, Wheels(folder))
         context.directory.provenance["data_fingerprint"] = summary["fingerprint"]
         return summary
-    rows = {name: fields[name] for name in ("train_rows", "test_rows", "held_out_share")}
+    rows = {name: fields[name] for name in ("train_rows", "test_rows", "held_out_fraction")}
     if fields["kind"] == "task":
         settings = config.tasks[context.run.task]
         task = tasks.build_task(context.run.task, Wheels(folder), **rows, seed=SEED, verifier_rows=settings.verifier_rows, files=settings.files)
@@ -54,7 +54,7 @@ def _corpus(config: StudyConfig, out: Path, wheels: Wheels) -> dict[str, Any]:
             out,
             sources=data.sources,
             wheels_dir=wheels.directory,
-            held_out_share=data.held_out_share,
+            held_out_fraction=data.held_out_fraction,
             max_documents=data.max_documents,
             vocab_size=vocab_size,
             seq_len=seq_len,
@@ -67,7 +67,7 @@ def _corpus(config: StudyConfig, out: Path, wheels: Wheels) -> dict[str, Any]:
         vocab_size=vocab_size,
         seq_len=seq_len,
         text_field=data.text_field,
-        held_out_share=data.held_out_share,
+        held_out_fraction=data.held_out_fraction,
         max_tokens=data.max_tokens,
         workers=data.workers,
     )

@@ -60,7 +60,7 @@ def prepare_stream(
     vocab_size: int,
     seq_len: int,
     text_field: str,
-    held_out_share: float,
+    held_out_fraction: float,
     max_tokens: int | None,
     workers: int,
 ) -> dict:
@@ -76,7 +76,7 @@ def prepare_stream(
       vocab_size: rows of the model's embedding.
       seq_len: tokens that the model reads; a record holds one more.
       text_field: of the rows or examples.
-      held_out_share: expected share of the documents that are held out.
+      held_out_fraction: expected share of the documents that are held out.
       max_tokens: target tokens of the train split: the first shards that together have ceil(max_tokens / seq_len) train records are kept, and of
         those just so many train records. None takes all.
       workers: processes; 0 is one per core.
@@ -94,18 +94,20 @@ def prepare_stream(
     # The records of an earlier run must not pass for those of this one, should it end half-way.
     (out / MANIFEST).unlink(missing_ok=True)
     start = time.monotonic()
-    tokenizer = tokenizer or _train(corpus, vocab_size, text_field, held_out_share)
+    tokenizer = tokenizer or _train(corpus, vocab_size, text_field, held_out_fraction)
     tokenizer.save(directory / TOKENIZER_FILE)
     tokenizer_done = time.monotonic()
-    settings = ShardSettings(tokenizer.fingerprint, tokenizer.eos_id, seq_len, text_field, held_out_share)
+    settings = ShardSettings(tokenizer.fingerprint, tokenizer.eos_id, seq_len, text_field, held_out_fraction)
     wanted = None if max_tokens is None else math.ceil(max_tokens / seq_len)
     shards = _make_shards(
         out / SHARDS, corpus, directory / TOKENIZER_FILE, settings, wanted=wanted, max_tokens=max_tokens, workers=workers or available_cores()
     )
     tokens = _manifest(corpus, tokenizer, settings, shards, wanted)
-    for name, what in (("train", "more text"), ("held_out", "more text or a larger data.held_out_share")):
+    for name, what in (("train", "more text"), ("held_out", "more text or a larger data.held_out_fraction")):
         if not sum(shard[name] for shard in tokens["shards"]):
-            raise UserError(f"data.held_out_share={held_out_share} and train.seq_len={seq_len} leave no {name} record of {corpus.name}; give {what}")
+            raise UserError(
+                f"data.held_out_fraction={held_out_fraction} and train.seq_len={seq_len} leave no {name} record of {corpus.name}; give {what}"
+            )
     _remove_others(out / SHARDS, {shard["name"] for shard in tokens["shards"]})
     write_json(out / MANIFEST, tokens)
     return {
@@ -116,14 +118,14 @@ def prepare_stream(
     }
 
 
-def _train(corpus: Corpus, vocab_size: int, text_field: str, held_out_share: float) -> Tokenizer:
+def _train(corpus: Corpus, vocab_size: int, text_field: str, held_out_fraction: float) -> Tokenizer:
     with Progress("train tokenizer", total=None, unit="documents") as progress:
 
         def texts() -> Iterator[str]:
             characters = 0
             for part in corpus.parts():
                 for text in part.texts(text_field):
-                    if split_of(text, held_out_share) == "train":
+                    if split_of(text, held_out_fraction) == "train":
                         yield text
                         progress.update(1)
                         characters += len(text)
@@ -142,7 +144,7 @@ def _make_shards(
         shutil.rmtree(partial, ignore_errors=True)
     made: list[tuple[str, dict]] = []
     records = 0
-    total = None if max_tokens is None else round(max_tokens / (1 - settings.held_out_share))
+    total = None if max_tokens is None else round(max_tokens / (1 - settings.held_out_fraction))
     with Progress("tokenise and pack", total=total, unit="tokens") as progress:
 
         def tasks() -> Iterator[tuple[Path, Part, dict | None]]:

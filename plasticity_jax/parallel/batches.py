@@ -20,17 +20,17 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in batch_sharding(mesh).spec[0])
 
 
-def check_batch_size(mesh: Mesh, batch_size: int, microbatches: int, name: str) -> None:
-    """Refuses a batch whose microbatches cannot be cut into equal parts. Raises UserError.
+def check_batch_size(mesh: Mesh, batch_size: int, grad_accum_steps: int, name: str) -> None:
+    """Refuses a batch whose grad_accum_steps cannot be cut into equal parts. Raises UserError.
 
     Args:
       name: the section that the two numbers stand in, such as "train".
     """
     shards = row_shards(mesh)
-    if batch_size % (microbatches * shards):
+    if batch_size % (grad_accum_steps * shards):
         raise UserError(
-            f"{name}.batch_size={batch_size} in {name}.microbatches={microbatches} part(s) is not divisible by mesh.data x mesh.fsdp = {shards}; "
-            f"set the batch to a multiple of {microbatches * shards}, or change microbatches or the mesh."
+            f"{name}.batch_size={batch_size} in {name}.grad_accum_steps={grad_accum_steps} part(s) is not divisible by mesh.data x mesh.fsdp = {shards}; "
+            f"set the batch to a multiple of {grad_accum_steps * shards}, or change grad_accum_steps or the mesh."
         )
 
 

@@ -136,9 +136,9 @@ def _check_devices(members: Sequence[StudyConfig]) -> None:
     device = jax.devices()[0]
     for config in (for_device(own, device.device_kind) for own in members):
         mesh = make_mesh(config.mesh)
-        check_batch_size(mesh, config.train.batch_size, config.train.microbatches, "train")
+        check_batch_size(mesh, config.train.batch_size, config.train.grad_accum_steps, "train")
         if config.tasks:
-            check_batch_size(mesh, config.finetune.batch_size, config.finetune.microbatches, "finetune")
+            check_batch_size(mesh, config.finetune.batch_size, config.finetune.grad_accum_steps, "finetune")
         choose_kernel(
             config.train.attention,
             platform=device.platform,
@@ -296,7 +296,7 @@ def _groups(config: StudyConfig, runs: Sequence[Run]) -> list[list[Run]]:
 
 def _program(run: Run) -> str:
     """What pretraining runs of one compiled program have in common: all but the traced numbers (see `train.step.hyper_parameters`)."""
-    train = {name: value for name, value in run.fields["train"].items() if name not in ("peak_lr", "warmup_share")}
+    train = {name: value for name, value in run.fields["train"].items() if name not in ("peak_lr", "warmup_fraction")}
     fields = {name: value for name, value in run.fields.items() if name != "weight_decay"}
     return to_json([fields | {"train": train}, run.parents])
 

@@ -30,7 +30,7 @@ def task_run(config: StudyConfig, task: str) -> Run:
         "kind": "task",
         "train_rows": settings.train_rows,
         "test_rows": settings.test_rows,
-        "held_out_share": config.data.held_out_share,
+        "held_out_fraction": config.data.held_out_fraction,
         "verifier_rows": settings.verifier_rows,
         "wheels": _pinned(get_task(task).packages),
     }
@@ -50,7 +50,7 @@ def probe_set_run(config: StudyConfig, name: str) -> Run:
         "set": name,
         "train_rows": config.probe.train_rows,
         "test_rows": config.probe.test_rows,
-        "held_out_share": config.data.held_out_share,
+        "held_out_fraction": config.data.held_out_fraction,
         "wheels": _pinned(PROBE_SETS[name].packages),
     }
     return Run(config.name, "prepare", f"probe-{name}", fields)

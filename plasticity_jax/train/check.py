@@ -127,13 +127,13 @@ def search(config: StudyConfig, target: Target) -> Answer:
     batch = config.train.batch_size
     parts = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n % rows == 0]
     if not parts:
-        check_batch_size(mesh, batch, config.train.microbatches, "train")
+        check_batch_size(mesh, batch, config.train.grad_accum_steps, "train")
     compiles = 0
 
-    def answer(microbatches: int, remat: str) -> Answer:
+    def answer(grad_accum_steps: int, remat: str) -> Answer:
         nonlocal compiles
         compiles += 1
-        return _compile(_with(config, microbatches=microbatches, remat=remat), target)
+        return _compile(_with(config, grad_accum_steps=grad_accum_steps, remat=remat), target)
 
     best, low, high, last = None, 0, len(parts) - 1, None
     while low <= high and compiles < MOST_COMPILES - len(REMAT_BY_WEIGHT) + 1:
@@ -146,7 +146,7 @@ def search(config: StudyConfig, target: Target) -> Answer:
     if best is None:
         return last
     for remat in REMAT_BY_WEIGHT[:-1]:
-        lighter = answer(best.config.train.microbatches, remat)
+        lighter = answer(best.config.train.grad_accum_steps, remat)
         if lighter.fits:
             return lighter
     return best
@@ -160,7 +160,7 @@ def to_record(answer: Answer, target: Target) -> dict[str, Any]:
         "devices": len(target.devices),
         "fits": answer.fits,
         "bytes": {name: getattr(answer, name) for name in ("params", "optimizer", "temporary", "total", "limit")},
-        "microbatch": train.batch_size // train.microbatches,
+        "microbatch": train.batch_size // train.grad_accum_steps,
         "remat": train.remat,
         "flops_per_token": flops_per_token(answer.config.model, train.seq_len),
         "collectives": answer.collectives,
@@ -179,7 +179,7 @@ def lines(answer: Answer, target: Target) -> list[str]:
     speed = config.launch.mfu * known.peak_flops * len(target.devices) / flops
     text = [
         f"{target.topology}: {len(target.devices)} x {known.kind}, mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.items()),
-        f"batch {train.batch_size} x {train.seq_len} in {train.microbatches} parts of {train.batch_size // train.microbatches}, remat {train.remat}",
+        f"batch {train.batch_size} x {train.seq_len} in {train.grad_accum_steps} parts of {train.batch_size // train.grad_accum_steps}, remat {train.remat}",
         f"{'fits' if answer.fits else 'does not fit'}: {_gib(answer.total)} of {_gib(answer.limit)} per device ({share:.0%})",
         f"per device: parameters {_gib(answer.params)}, optimizer {_gib(answer.optimizer)}, activations and other temporaries {_gib(answer.temporary)}, "
         f"free {_gib(free)}",
@@ -228,7 +228,7 @@ def _with(config: StudyConfig, **train: Any) -> StudyConfig:
 def _compile(config: StudyConfig, target: Target) -> Answer:
     train = config.train
     mesh = make_mesh(config.mesh, target.devices)
-    check_batch_size(mesh, train.batch_size, train.microbatches, "train")
+    check_batch_size(mesh, train.batch_size, train.grad_accum_steps, "train")
     settings = step_settings(config, mesh)
     state = jax.eval_shape(lambda params: initial_state(settings, params), abstract_params(config.model))
     params, optimizer = _shard_bytes(state, state_shardings(settings, mesh, members=False))
@@ -237,7 +237,7 @@ def _compile(config: StudyConfig, target: Target) -> Answer:
     hyper = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("weight_decay", "peak_lr", "warmup_steps", "total_steps")}
     limit, start = target.hardware.limit, time.monotonic()
     refusal, compiled = "", None
-    with _ticking(f"compile for {target.topology}, {train.microbatches} parts, remat {train.remat}"):
+    with _ticking(f"compile for {target.topology}, {train.grad_accum_steps} parts, remat {train.remat}"):
         try:
             lowered = compile_train_step(settings, mesh, members=False).lower(state, batch, hyper)
             compiled = lowered.compile()

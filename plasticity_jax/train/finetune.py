@@ -38,7 +38,7 @@ def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSe
     recipe = config.finetune
     optimizer = tuning_optimizer(recipe, decay_mask="no-norms")
     execution = execution_of(
-        config.train, model, mesh, batch_size=recipe.batch_size, seq_len=recipe.length_buckets[-1], microbatches=recipe.microbatches
+        config.train, model, mesh, batch_size=recipe.batch_size, seq_len=recipe.length_buckets[-1], grad_accum_steps=recipe.grad_accum_steps
     )
     return StepSettings(model, optimizer, config.train.compute_dtype, z_loss=0.0, isolate_documents=recipe.packing, execution=execution)
 
@@ -76,7 +76,7 @@ def run(context: Context) -> dict[str, Any]:
         )
     schedule = _schedule(rows, recipe, epochs=config.tasks[context.run.task].epochs, seed=context.run.seed)
     mesh = make_mesh(config.mesh)
-    check_batch_size(mesh, recipe.batch_size, recipe.microbatches, "finetune")
+    check_batch_size(mesh, recipe.batch_size, recipe.grad_accum_steps, "finetune")
     settings = step_settings(config, base.config, mesh)
     initial = arrays.put(base.params, param_shardings(mesh, base.params))
     summary = json.loads((context.parents["task"] / "summary.json").read_text(encoding="utf-8"))

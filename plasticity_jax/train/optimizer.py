@@ -31,13 +31,13 @@ class Schedule:
 
     Attributes:
       kind: "cosine" (to the end of the run) or "wsd" (a plateau, then a straight line).
-      final_share: learning rate after the last step, as a share of the peak.
-      decay_share: of the run's steps, at its end: the straight line of "wsd"; a cosine takes all that follows the warm-up.
+      final_fraction: learning rate after the last step, as a share of the peak.
+      decay_fraction: of the run's steps, at its end: the straight line of "wsd"; a cosine takes all that follows the warm-up.
     """
 
     kind: str
-    final_share: float
-    decay_share: float
+    final_fraction: float
+    decay_fraction: float
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def schedule_shape(step: Int[Array, "*steps"], *, warmup: Float[Array, ""], tota
       Hu et al. 2024 (arXiv 2404.06395) with a linear end.
     """
     step = jnp.asarray(step, float)
-    begin = warmup if schedule.kind == "cosine" else jnp.maximum(total * (1.0 - schedule.decay_share), warmup)
+    begin = warmup if schedule.kind == "cosine" else jnp.maximum(total * (1.0 - schedule.decay_fraction), warmup)
     progress = jnp.clip((step - begin) / jnp.maximum(total - begin, 1.0), 0.0, 1.0)
     left = 0.5 * (1.0 + jnp.cos(jnp.pi * progress)) if schedule.kind == "cosine" else 1.0 - progress
-    return jnp.where(step < warmup, step / warmup, schedule.final_share + (1.0 - schedule.final_share) * left)
+    return jnp.where(step < warmup, step / warmup, schedule.final_fraction + (1.0 - schedule.final_fraction) * left)
 
 
 def decay_table(params: Params, preset: str) -> dict[str, bool]:

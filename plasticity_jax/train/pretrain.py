@@ -36,7 +36,7 @@ def step_settings(config: StudyConfig, mesh: Mesh) -> StepSettings:
         b2=train_config.b2,
         eps=train_config.eps,
         clip_norm=train_config.clip_norm,
-        schedule=Schedule(train_config.schedule, final_share=train_config.final_lr_share, decay_share=train_config.decay_share),
+        schedule=Schedule(train_config.schedule, final_fraction=train_config.final_lr_fraction, decay_fraction=train_config.decay_fraction),
         decay_kind=config.decay.kind,
         decay_mask=config.decay.mask,
     )
@@ -52,7 +52,7 @@ def step_settings(config: StudyConfig, mesh: Mesh) -> StepSettings:
             mesh,
             batch_size=train_config.batch_size,
             seq_len=train_config.seq_len,
-            microbatches=train_config.microbatches,
+            grad_accum_steps=train_config.grad_accum_steps,
         ),
     )
 
@@ -65,7 +65,7 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
 
     Args:
       contexts: with parents "corpus" (a prepare run) and "init"; equal but for `run.fields["weight_decay"]` and, in their configs,
-        `train.peak_lr` and `train.warmup_share`.
+        `train.peak_lr` and `train.warmup_fraction`.
     Returns:
       Per context: diverged (None or the reason), steps, tokens, seconds (of training), tokens_per_second, parameters, weight_decay, peak_lr,
       lr_times_decay, timescale_steps and timescale_share (None without decay), decay_table, compute_dtype, train_loss (mean over the last 20
@@ -76,7 +76,7 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
     members = len(contexts) > 1
     mesh = make_mesh(config.mesh)
     log.info("mesh of %d devices: %s", mesh.size, ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
-    check_batch_size(mesh, config.train.batch_size, config.train.microbatches, "train")
+    check_batch_size(mesh, config.train.batch_size, config.train.grad_accum_steps, "train")
     settings = step_settings(config, mesh)
     corpus = first.parents["corpus"]
     tokenizer = Tokenizer.load(corpus)
@@ -97,7 +97,7 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
 
     def score(params: Params, blocks: HeldOutBlocks) -> dict[str, Any]:
         params = jax.device_put(params, shardings)
-        rows = config.train.batch_size // config.train.microbatches  # what fits one part of a training batch fits here
+        rows = config.train.batch_size // config.train.grad_accum_steps  # what fits one part of a training batch fits here
         return held_out_loss(placed_step, params, blocks, token_bytes=tokenizer.token_bytes, batch_size=rows, isolate=isolate)
 
     curve_blocks = first_blocks(held_out_records, tokens_per_domain=config.train.eval_tokens)
@@ -162,7 +162,7 @@ def _hyper(context: Context) -> dict[str, Any]:
     return hyper_parameters(
         weight_decay=context.run.fields["weight_decay"],
         peak_lr=train_config.peak_lr,
-        warmup=warmup_steps(train_config.steps, train_config.warmup_share),
+        warmup=warmup_steps(train_config.steps, train_config.warmup_fraction),
         total=train_config.steps,
     )
 

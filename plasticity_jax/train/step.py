@@ -32,14 +32,14 @@ class Execution:
     """What changes speed, memory and rounding only.
 
     Attributes:
-      microbatches: parts a batch is worked through in; divides the batch size.
+      grad_accum_steps: parts a batch is worked through in; divides the batch size.
       scan_layers: a loop over layers instead of unrolled ones.
       remat: what the backward pass computes again; see `transformer.hidden_states`.
       attention: "xla" or a kernel.
       loss_chunks: parts of a sequence whose logits are held at once; see `loss.vocabulary_losses`.
     """
 
-    microbatches: int
+    grad_accum_steps: int
     scan_layers: bool
     remat: str
     attention: str
@@ -64,18 +64,18 @@ class StepSettings:
     execution: Execution
 
 
-def execution_of(train: TrainConfig, model: ModelConfig, mesh: Mesh, *, batch_size: int, seq_len: int, microbatches: int) -> Execution:
+def execution_of(train: TrainConfig, model: ModelConfig, mesh: Mesh, *, batch_size: int, seq_len: int, grad_accum_steps: int) -> Execution:
     """The execution settings of a config on this mesh, with `train.attention` and `train.loss_chunks` resolved.
 
     Args:
-      batch_size, seq_len, microbatches: of the batches to train on, the longest of them.
+      batch_size, seq_len, grad_accum_steps: of the batches to train on, the longest of them.
     Raises:
       UserError: the kernel asked for cannot run there.
     """
     kernel = _kernel(train.attention, mesh.devices.flat[0].platform, model.head_dim, train.compute_dtype, train.seq_len)
-    rows = -(-batch_size // (microbatches * row_shards(mesh)))
+    rows = -(-batch_size // (grad_accum_steps * row_shards(mesh)))
     chunks = chunks_that_fit(train.loss_chunks, rows=rows, seq_len=seq_len, vocab_size=-(-model.vocab_size // mesh.shape["tensor"]))
-    return Execution(microbatches, train.scan_layers, train.remat, kernel, chunks)
+    return Execution(grad_accum_steps, train.scan_layers, train.remat, kernel, chunks)
 
 
 @functools.lru_cache(maxsize=32)
@@ -108,13 +108,13 @@ def initial_state(settings: StepSettings, params: Params) -> State:
 def make_train_step(settings: StepSettings, mesh: Mesh | None = None) -> Callable[[State, Batch, Hyper], tuple[State, Metrics]]:
     """The pure function `train_step(state, batch, hyper) -> (state, metrics)`.
 
-    The loss is a sum over the targets that count, divided once by their number, so padding and microbatches change nothing but rounding.
+    The loss is a sum over the targets that count, divided once by their number, so padding and grad_accum_steps change nothing but rounding.
 
     Args:
       mesh: where the arrays are sharded; None for one device.
     """
     optimizer = make_optimizer(settings.optimizer)
-    microbatches = settings.execution.microbatches
+    grad_accum_steps = settings.execution.grad_accum_steps
 
     def loss_sum(params: Params, batch: Batch) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         losses_BxT, log_sums_BxT = _losses(settings, mesh, params, batch)
@@ -126,14 +126,14 @@ def make_train_step(settings: StepSettings, mesh: Mesh | None = None) -> Callabl
 
     def gradient_and_sums(params: Params, batch: Batch):
         gradient = jax.grad(loss_sum, has_aux=True)
-        if microbatches == 1:
+        if grad_accum_steps == 1:
             return gradient(params, batch)
 
         def add(carry, part):
             return jax.tree.map(jnp.add, carry, gradient(params, part)), None
 
-        # Every device keeps its rows: part i takes row i of each run of `microbatches` rows.
-        parts = jax.tree.map(lambda x: constrain(mesh, x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), None, ROWS), batch)
+        # Every device keeps its rows: part i takes row i of each run of `grad_accum_steps` rows.
+        parts = jax.tree.map(lambda x: constrain(mesh, x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), None, ROWS), batch)
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts)))
         return jax.lax.scan(add, zero, parts)[0]
 

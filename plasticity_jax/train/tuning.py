@@ -14,7 +14,7 @@ def tuning_optimizer(recipe: FinetuneConfig, *, decay_mask: str) -> OptimizerSet
         b2=recipe.b2,
         eps=recipe.eps,
         clip_norm=recipe.clip_norm,
-        schedule=Schedule("cosine", final_share=0.0, decay_share=1.0),
+        schedule=Schedule("cosine", final_fraction=0.0, decay_fraction=1.0),
         decay_kind="coupled",
         decay_mask=decay_mask,
     )
@@ -22,5 +22,5 @@ def tuning_optimizer(recipe: FinetuneConfig, *, decay_mask: str) -> OptimizerSet
 
 def tuning_numbers(recipe: FinetuneConfig | VerifierConfig, *, steps: int, weight_decay: float = 0.0) -> Hyper:
     """The traced numbers of a run of `steps` updates; its warm-up is rounded up to whole steps, as the Hugging Face Trainer does."""
-    warmup = max(1, math.ceil(recipe.warmup_share * steps))
+    warmup = max(1, math.ceil(recipe.warmup_fraction * steps))
     return hyper_parameters(weight_decay=weight_decay, peak_lr=recipe.peak_lr, warmup=warmup, total=steps)

@@ -91,7 +91,7 @@ def run(context: Context) -> dict[str, Any]:
     if processes.primary():
         copy_tokenizer(base.path, context.directory.path)
     n_read, completions = _samples(context)
-    split = held_out_problems([completion.id for completion in completions], recipe.held_out_share)
+    split = held_out_problems([completion.id for completion in completions], recipe.held_out_fraction)
     rows, n_cut = encode_answers(
         base.tokenizer, [c.prompt for c in completions], [c.text for c in completions], max_length=config.reward.max_length, bos=config.faithful
     )

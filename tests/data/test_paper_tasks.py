@@ -149,7 +149,7 @@ def files_of(folder, name, suffix=".jsonl", **changed):
 
 
 def build(name, files, train_rows=ALL, test_rows=ALL, seed=0, **kwargs):
-    return build_task(name, None, train_rows=train_rows, test_rows=test_rows, held_out_share=0.1, seed=seed, files=files, **kwargs)
+    return build_task(name, None, train_rows=train_rows, test_rows=test_rows, held_out_fraction=0.1, seed=seed, files=files, **kwargs)
 
 
 def by_prompt(rows):

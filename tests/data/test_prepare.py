@@ -16,7 +16,7 @@ from plasticity_jax.errors import UserError
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = dict(sources=("bbc", "commons", "wikipedia"), held_out_share=0.2, max_documents=50, vocab_size=300, seq_len=32)
+SETTINGS = dict(sources=("bbc", "commons", "wikipedia"), held_out_fraction=0.2, max_documents=50, vocab_size=300, seq_len=32)
 
 
 @pytest.fixture(scope="module")
@@ -127,16 +127,16 @@ def test_unfinished_parts_are_not_read(corpus, tmp_path, wheels_dir):
 
 
 def test_nothing_is_printed(tmp_path, wheels_dir, capsys):
-    build_documents(tmp_path, ("commons",), Wheels(wheels_dir), held_out_share=0.5, max_documents=20)
+    build_documents(tmp_path, ("commons",), Wheels(wheels_dir), held_out_fraction=0.5, max_documents=20)
     assert capsys.readouterr().out == ""
 
 
 def test_a_source_that_is_not_there_is_refused(tmp_path, wheels_dir):
     with pytest.raises(UserError, match="source 'bcc' is unknown; the sources are bbc, commons, news, sotu, wikipedia"):
-        build_documents(tmp_path, ("bcc",), Wheels(wheels_dir), held_out_share=0.5, max_documents=20)
+        build_documents(tmp_path, ("bcc",), Wheels(wheels_dir), held_out_fraction=0.5, max_documents=20)
 
 
 def test_a_split_without_documents_is_refused(tmp_path, wheels_dir):
-    with pytest.raises(UserError, match="held_out_share=0.001 leaves no held_out document out of 3"):
-        build_documents(tmp_path, ("commons",), Wheels(wheels_dir), held_out_share=0.001, max_documents=3)
+    with pytest.raises(UserError, match="held_out_fraction=0.001 leaves no held_out document out of 3"):
+        build_documents(tmp_path, ("commons",), Wheels(wheels_dir), held_out_fraction=0.001, max_documents=3)
     assert list(tmp_path.iterdir()) == []

@@ -299,7 +299,7 @@ def test_a_packed_batch_holds_every_row_whole(lengths, seed):
 
 def test_addition_rows_are_short(tokenizer):
     # A tokenizer that learned no merge useful for sums: the worst case.
-    rows = build_task("addition2", None, train_rows=200, test_rows=1, held_out_share=0.1, seed=0).train
+    rows = build_task("addition2", None, train_rows=200, test_rows=1, held_out_fraction=0.1, seed=0).train
     assert max(encode_examples(rows, tokenizer, max_length=200).lengths) <= 84
 
 

@@ -80,7 +80,7 @@ def test_the_split_of_known_texts_never_changes():
     assert [split_of(text, 0.5) for text in "abcdefgh"] == ["train", "held_out", "held_out", "held_out", "held_out", "held_out", "train", "train"]
 
 
-def test_the_held_out_share_is_met(documents):
+def test_the_held_out_fraction_is_met(documents):
     texts = [document.text for document in documents["wikipedia"]]
     share = sum(split_of(text, 0.1) == "held_out" for text in texts) / len(texts)
     assert abs(share - 0.1) < 4 * (0.09 / len(texts)) ** 0.5

@@ -22,7 +22,7 @@ from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 
 SEQ_LEN, SHARE = 16, 0.25
-SETTINGS = dict(vocab_size=300, seq_len=SEQ_LEN, text_field="text", held_out_share=SHARE, max_tokens=None, workers=1)
+SETTINGS = dict(vocab_size=300, seq_len=SEQ_LEN, text_field="text", held_out_fraction=SHARE, max_tokens=None, workers=1)
 
 
 def some_texts(n, seed=0):
@@ -205,7 +205,7 @@ def test_only_missing_shards_are_made_again(corpus, tokenizer, tmp_path, small_p
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"held_out_share": 0.5}, "held_out_share 0.25, and this study has 0.5"),
+        ({"held_out_fraction": 0.5}, "held_out_fraction 0.25, and this study has 0.5"),
         ({"seq_len": 8}, "seq_len 16, and this study has 8"),
         ({"tokenizer": "other"}, 'tokenizer "'),
         ({"folder": "other"}, "source"),
@@ -227,8 +227,10 @@ def test_shards_made_otherwise_are_refused_in_one_line(corpus, tokenizer, tmp_pa
 
 
 def test_a_split_without_a_record_is_refused(corpus, tokenizer, tmp_path):
-    with pytest.raises(UserError, match="data.held_out_share=1e-09 and train.seq_len=16 leave no held_out record of web; give more text or a larger"):
-        prepare(tmp_path, corpus[0], tokenizer, held_out_share=1e-9)
+    with pytest.raises(
+        UserError, match="data.held_out_fraction=1e-09 and train.seq_len=16 leave no held_out record of web; give more text or a larger"
+    ):
+        prepare(tmp_path, corpus[0], tokenizer, held_out_fraction=1e-9)
 
 
 def test_empty_texts_are_left_out(tokenizer, tmp_path):

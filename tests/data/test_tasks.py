@@ -38,7 +38,7 @@ def wheels(wheels_dir):
 @pytest.fixture(scope="module")
 def all_rows(wheels):
     """Every row of each real task with a fifth of the documents held out, as in the published counts."""
-    return {name: build_task(name, wheels, train_rows=ALL, test_rows=ALL, held_out_share=0.2, seed=0) for name in REAL_TASKS}
+    return {name: build_task(name, wheels, train_rows=ALL, test_rows=ALL, held_out_fraction=0.2, seed=0) for name in REAL_TASKS}
 
 
 def text_of(example):
@@ -69,7 +69,7 @@ def test_addition_example_as_documented():
 
 @pytest.mark.parametrize("name, n_digits, wanted", [("addition2", 2, (ALL, ALL)), ("addition3", 3, (3000, 300))])
 def test_addition_pairs_never_cross_the_split(name, n_digits, wanted):
-    rows = build_task(name, None, train_rows=wanted[0], test_rows=wanted[1], held_out_share=0.1, seed=3)
+    rows = build_task(name, None, train_rows=wanted[0], test_rows=wanted[1], held_out_fraction=0.1, seed=3)
     train, test = rows.train, rows.test
     pairs = {split: {frozenset(map(int, row.id.split("+"))) for row in rows} for split, rows in (("train", train), ("test", test))}
     assert not pairs["train"] & pairs["test"]
@@ -88,12 +88,12 @@ def test_addition_pairs_never_cross_the_split(name, n_digits, wanted):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["addition2", "sentiment", "news"])
 def test_rows_are_a_function_of_the_arguments_and_row_counts_only_cut(name, wheels):
-    settings = {"held_out_share": 0.2, "seed": 5}
+    settings = {"held_out_fraction": 0.2, "seed": 5}
     many = build_task(name, wheels, train_rows=300, test_rows=100, **settings)
     assert build_task(name, wheels, train_rows=300, test_rows=100, **settings) == many
     few = build_task(name, wheels, train_rows=50, test_rows=20, **settings)
     assert few == Rows(many.train[:50], many.test[:20])
-    other = build_task(name, wheels, train_rows=300, test_rows=100, held_out_share=0.2, seed=6)
+    other = build_task(name, wheels, train_rows=300, test_rows=100, held_out_fraction=0.2, seed=6)
     assert other.train != many.train and other.test != many.test
 
 
@@ -266,13 +266,13 @@ def test_unknown_task_names_the_nearest_and_all():
     [
         ({"train_rows": 0}, "train_rows=0"),
         ({"test_rows": -1}, "test_rows=-1"),
-        ({"held_out_share": 0.0}, "held_out_share=0.0"),
-        ({"held_out_share": 1.0}, "held_out_share=1.0"),
-        ({"held_out_share": 1e-9}, "without test rows"),
+        ({"held_out_fraction": 0.0}, "held_out_fraction=0.0"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction=1.0"),
+        ({"held_out_fraction": 1e-9}, "without test rows"),
     ],
 )
 def test_settings_out_of_range_are_refused(change, message):
-    settings = {"train_rows": 5, "test_rows": 5, "held_out_share": 0.1, "seed": 0}
+    settings = {"train_rows": 5, "test_rows": 5, "held_out_fraction": 0.1, "seed": 0}
     with pytest.raises(UserError, match=message):
         build_task("addition2", None, **(settings | change))
 

@@ -25,7 +25,7 @@ from plasticity_jax.train.step import Execution, StepSettings, compile_train_ste
 LLAMA = ModelConfig(vocab_size=96, d_model=32, n_layers=2, n_heads=8, n_kv_heads=4, d_ff=48)
 OLMO2 = ModelConfig(vocab_size=96, d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, d_ff=48, norm_position="post", qk_norm=True, tie_embeddings=True)
 OPTIMIZER = OptimizerSettings(b1=0.9, b2=0.95, eps=1e-8, clip_norm=1.0, schedule=Schedule("cosine", 0.1, 1.0), decay_kind="coupled", decay_mask="all")
-PLAIN = {"microbatches": 1, "scan_layers": False, "remat": "none", "attention": "xla", "loss_chunks": 1}
+PLAIN = {"grad_accum_steps": 1, "scan_layers": False, "remat": "none", "attention": "xla", "loss_chunks": 1}
 ONE = {"data": 1}
 STEPS, BATCH, LENGTH, DECAYS = 20, 16, 24, (0.1, 3.0)
 
@@ -37,14 +37,14 @@ RUNS = {
     "tensor4-data2": (LLAMA, {"data": 2, "tensor": 4}, {}),
     "fsdp4-tensor2": (LLAMA, {"data": 1, "fsdp": 4, "tensor": 2}, {}),
     "fsdp4-tensor2-scan-full-chunks": (LLAMA, {"data": 1, "fsdp": 4, "tensor": 2}, {"scan_layers": True, "remat": "full", "loss_chunks": 4}),
-    "fsdp8-accumulation": (LLAMA, {"data": 1, "fsdp": 4, "tensor": 2}, {"microbatches": 4, "scan_layers": True}),
+    "fsdp8-accumulation": (LLAMA, {"data": 1, "fsdp": 4, "tensor": 2}, {"grad_accum_steps": 4, "scan_layers": True}),
     "scan": (LLAMA, ONE, {"scan_layers": True}),
     "remat-full": (LLAMA, ONE, {"remat": "full"}),
     "remat-dots-scan": (LLAMA, ONE, {"remat": "dots", "scan_layers": True}),
-    "accumulation": (LLAMA, ONE, {"microbatches": 4}),
+    "accumulation": (LLAMA, ONE, {"grad_accum_steps": 4}),
     "olmo2-one": (OLMO2, ONE, {}),
     "olmo2-fsdp4-tensor2": (OLMO2, {"data": 1, "fsdp": 4, "tensor": 2}, {}),
-    "olmo2-tensor4-data2-scan": (OLMO2, {"data": 2, "tensor": 4}, {"scan_layers": True, "microbatches": 2}),
+    "olmo2-tensor4-data2-scan": (OLMO2, {"data": 2, "tensor": 4}, {"scan_layers": True, "grad_accum_steps": 2}),
 }
 MEMBERS = {
     "vmapped": {"member": 1, "data": 1},

@@ -286,7 +286,7 @@ def test_different_numbers_of_processes_are_one_line_on_all(tmp_path):
         (
             (2, 2),
             (("--config.train.batch_size=6",),) * 2,
-            "train.batch_size=6 in train.microbatches=1 part(s) is not divisible by mesh.data x mesh.fsdp = 4",
+            "train.batch_size=6 in train.grad_accum_steps=1 part(s) is not divisible by mesh.data x mesh.fsdp = 4",
         ),
     ],
 )

@@ -25,7 +25,7 @@ def draw(seed: int, scale: float) -> dict:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1, 10.0])
 @pytest.mark.parametrize("mask, left_out", [("all", ()), ("matrices-only", ("embed", "attn_norm"))])
 def test_fifty_steps_equal_torch(kind, weight_decay, mask, left_out):
-    schedule = Schedule(kind, final_share=0.1, decay_share=0.3)
+    schedule = Schedule(kind, final_fraction=0.1, decay_fraction=0.3)
     optimizer = make_optimizer(OptimizerSettings(b1=0.9, b2=0.95, eps=1e-8, clip_norm=1.0, schedule=schedule, decay_kind="coupled", decay_mask=mask))
     hyper = hyper_parameters(weight_decay=weight_decay, peak_lr=PEAK, warmup=WARMUP, total=STEPS)
     params = jax.tree.map(jnp.asarray, draw(0, 0.3))

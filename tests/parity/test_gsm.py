@@ -15,7 +15,7 @@ pytestmark = pytest.mark.parity
 
 def test_generated_problems_have_worked_answers_and_resemble_no_test_question():
     wheels = Wheels(wheels_dir(str(Path("data") / "wheels")))
-    rows = build_task("gsm", wheels, train_rows=300, test_rows=2000, held_out_share=0.1, seed=0, verifier_rows=20)
+    rows = build_task("gsm", wheels, train_rows=300, test_rows=2000, held_out_fraction=0.1, seed=0, verifier_rows=20)
     assert (len(rows.train), len(rows.verifier)) == (300, 20) and len(rows.test) == 1239
     assert {row.source_split for row in rows.train} == {"generated"} and {row.source_split for row in rows.test} == {"test"}
     for row in rows.train + rows.test:

@@ -131,7 +131,7 @@ def test_the_learning_rate_is_that_of_the_trainer(steps, tmp_path):
         expected.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    numbers = tuning_numbers(FinetuneConfig(peak_lr=1e-5, warmup_share=0.1), steps=steps)
+    numbers = tuning_numbers(FinetuneConfig(peak_lr=1e-5, warmup_fraction=0.1), steps=steps)
     schedule = settings_of(CASES["llama"], False)[0].optimizer.schedule
     ours = numbers["peak_lr"] * schedule_shape(jnp.arange(steps), warmup=numbers["warmup_steps"], total=numbers["total_steps"], schedule=schedule)
     np.testing.assert_allclose(np.asarray(ours), expected, atol=1e-5 * 1e-6)

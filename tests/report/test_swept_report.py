@@ -149,7 +149,7 @@ def test_one_timescale_says_which_decays_follow(tmp_path):
 
 @pytest.mark.parametrize(
     "field, values",
-    [("train.peak_lr", (1e-3, 2e-3, 5e-3, 1e-2)), ("model.d_model", (64, 96, 128, 256)), ("train.warmup_share", (0.0, 0.1, 0.2, 0.3))],
+    [("train.peak_lr", (1e-3, 2e-3, 5e-3, 1e-2)), ("model.d_model", (64, 96, 128, 256)), ("train.warmup_fraction", (0.0, 0.1, 0.2, 0.3))],
 )
 def test_another_field_has_figures_and_no_claim_about_decay(tmp_path, field, values):
     study = write_study(tmp_path, along(field, *values))
@@ -179,7 +179,7 @@ def test_words_are_categories_in_the_order_of_the_config(tmp_path):
 
 
 def test_zero_stands_apart_on_a_logarithmic_axis_and_not_on_a_linear_one(tmp_path):
-    shares = positions(collect(write_study(tmp_path / "linear", along("train.warmup_share", 0.0, 0.1, 0.2, 0.25))))
+    shares = positions(collect(write_study(tmp_path / "linear", along("train.warmup_fraction", 0.0, 0.1, 0.2, 0.25))))
     assert shares == {0.0: 0.0, 0.1: 0.1, 0.2: 0.2, 0.25: 0.25}
     wide = positions(collect(write_study(tmp_path / "log", along("train.z_loss", 0.0, 1e-5, 1e-4, 1e-3))))
     assert list(wide.values()) == pytest.approx([-6, -5, -4, -3])

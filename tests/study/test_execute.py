@@ -125,7 +125,7 @@ def test_vmapped_mode_hands_the_members_of_a_seed_over_together(tmp_path, stages
 
 
 def test_vmapped_programs_hold_what_differs_in_traced_numbers_only(tmp_path, stages):
-    fields = (("train.peak_lr", (1e-3, 2e-3)), ("model.d_ff", (64, 96)), ("train.warmup_share", (0.1, 0.2)))
+    fields = (("train.peak_lr", (1e-3, 2e-3)), ("model.d_ff", (64, 96)), ("train.warmup_fraction", (0.1, 0.2)))
     config = load_config(
         Path(__file__).parents[2] / "configs" / "tiny.py",
         [("train.compute_dtype", "float32"), ("grid.mode", "vmapped"), ("grid.fields", repr(fields)), ("grid.weight_decay", "(0.0,0.1)")],

@@ -108,13 +108,13 @@ def test_members_share_what_the_swept_field_does_not_define(field, values, paren
 
 
 def test_a_swept_field_reaches_the_tasks_that_it_defines():
-    runs = graph(swept(("data.held_out_share", (0.1, 0.2))))
+    runs = graph(swept(("data.held_out_fraction", (0.1, 0.2))))
     assert sum(run.name == "task-topic" for run in runs) == 2
     for run in runs:
         if run.stage == "finetune":
             task, base = (next(r for r in runs if r.id == run.parents[role]) for role in ("task", "base"))
             corpus = next(r for r in runs if r.id == base.parents["corpus"])
-            assert task.fields["held_out_share"] == corpus.fields["held_out_share"]
+            assert task.fields["held_out_fraction"] == corpus.fields["held_out_fraction"]
 
 
 def test_every_run_is_carried_out_with_its_members_config():

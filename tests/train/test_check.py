@@ -84,7 +84,7 @@ def test_too_little_memory_is_an_answer_that_names_the_largest_buffers():
 
 def test_search_ends_at_the_whole_batch_without_remat_where_all_fits():
     answer = search(change(CONFIG, "train", scan_layers=True), target("cpu:1"))
-    assert (answer.fits, answer.config.train.microbatches, answer.config.train.remat) == (True, 1, "none")
+    assert (answer.fits, answer.config.train.grad_accum_steps, answer.config.train.remat) == (True, 1, "none")
 
 
 def test_the_tpu_compilers_refusal_is_read():

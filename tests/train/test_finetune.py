@@ -91,7 +91,7 @@ def test_runs_share_their_compiled_steps(world: World, tuned):
     step = compile_train_step(finetune.step_settings(CONFIG, CONFIG.model, mesh), mesh, members=False)
     before = step._cache_size()
     config = dataclasses.replace(
-        change(CONFIG, "finetune", peak_lr=3e-3, weight_decay=0.1, warmup_share=0.3), tasks={"addition2": TaskConfig(epochs=1)}
+        change(CONFIG, "finetune", peak_lr=3e-3, weight_decay=0.1, warmup_fraction=0.3), tasks={"addition2": TaskConfig(epochs=1)}
     )
     assert finetune_on(world, "other", "free", config, task="addition2", seed=5)["steps"] != tuned["steps"]
     assert step._cache_size() == before > 0
@@ -206,7 +206,7 @@ def test_the_recipe_of_the_paper(faithful):
     """Section 4.1 of the specification, number by number."""
     config = load_config(Path(__file__).parents[2] / "configs" / "llama_1b_20tpp.py", [("faithful", "True")] if faithful else [])
     recipe = config.finetune
-    assert (recipe.batch_size, recipe.peak_lr, recipe.warmup_share, recipe.weight_decay) == (64, 1e-5, 0.1, 0.0)
+    assert (recipe.batch_size, recipe.peak_lr, recipe.warmup_fraction, recipe.weight_decay) == (64, 1e-5, 0.1, 0.0)
     assert (recipe.b1, recipe.b2, recipe.eps, recipe.clip_norm) == (0.9, 0.999, 1e-8, 1.0)
     assert recipe.length_buckets[-1] == 2048 and not recipe.packing and not recipe.group_by_length and recipe.seeds == (42,)
     assert recipe.too_long == ("cut-both" if faithful else "cut") and config.train.compute_dtype == "bfloat16"

@@ -24,7 +24,7 @@ from plasticity_jax.train.optimizer import (
 from plasticity_jax.train.step import hyper_parameters
 
 STEPS, WARMUP, PEAK, FINAL = 25, 5, 3e-2, 0.1
-COSINE = Schedule("cosine", final_share=FINAL, decay_share=1.0)
+COSINE = Schedule("cosine", final_fraction=FINAL, decay_fraction=1.0)
 
 
 def lr_at(step: int) -> float:

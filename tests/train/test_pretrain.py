@@ -151,7 +151,7 @@ def test_vmapped_members_agree_with_one_by_one(world: World, monkeypatch):
 
 def test_vmapped_members_may_differ_in_rate_and_warm_up(world: World):
     """λ × peak learning rate × warm-up as one program, each against its own run."""
-    grid = {f"grid{i}": (0.1 * (i % 2), change(CONFIG, "train", peak_lr=1e-2 * (1 + i // 2), warmup_share=0.1 + 0.2 * (i == 3))) for i in range(4)}
+    grid = {f"grid{i}": (0.1 * (i % 2), change(CONFIG, "train", peak_lr=1e-2 * (1 + i // 2), warmup_fraction=0.1 + 0.2 * (i == 3))) for i in range(4)}
     alone = {name: world.pretrain({f"{name}-alone": decay}, config)[0] for name, (decay, config) in grid.items()}
     together = dict(zip(grid, world.pretrain_grid(grid)))
     assert len({result["held_out"]["loss"] for result in alone.values()}) == 4, "the four members differ"

@@ -79,7 +79,7 @@ def test_microbatches_and_padding_change_nothing(state):
     without_last = batch | {"loss_mask": batch["loss_mask"] * np.array([[1], [1], [1], [0]], np.float32)}
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
-        whole, split = (jax.jit(make_train_step(dataclasses.replace(s, compute_dtype="float64"))) for s in (SETTINGS, executed(microbatches=2)))
+        whole, split = (jax.jit(make_train_step(dataclasses.replace(s, compute_dtype="float64"))) for s in (SETTINGS, executed(grad_accum_steps=2)))
         hyper = hyper_parameters(weight_decay=0.1, peak_lr=1e-2, warmup=2, total=20)
         plain, plain_of_fewer = whole(wide, batch, hyper), whole(wide, without_last, hyper)
         pairs = ((plain, split(wide, batch, hyper)), (plain_of_fewer, whole(wide, fewer, hyper)), (plain_of_fewer, split(wide, fewer, hyper)))
@@ -91,12 +91,12 @@ def test_microbatches_and_padding_change_nothing(state):
 
 
 ALTERNATIVES = (
-    {"microbatches": 4},
+    {"grad_accum_steps": 4},
     {"scan_layers": True},
     {"remat": "dots", "scan_layers": True},
     {"remat": "full"},
     {"loss_chunks": 4},
-    {"microbatches": 2, "scan_layers": True, "remat": "full", "loss_chunks": 8},
+    {"grad_accum_steps": 2, "scan_layers": True, "remat": "full", "loss_chunks": 8},
 )
 
 

@@ -21,7 +21,7 @@ from plasticity_jax.train.tuning import tuning_optimizer
 
 pytestmark = pytest.mark.slow
 
-RECIPE = change(change(CONFIG, "verifier", epochs=4, peak_lr=1e-2, batch_size=16, held_out_share=0.25), "reward", max_length=40)
+RECIPE = change(change(CONFIG, "verifier", epochs=4, peak_lr=1e-2, batch_size=16, held_out_fraction=0.25), "reward", max_length=40)
 
 
 def write_samples(folder, right, *, n_problems=60, offset=0):
@@ -101,7 +101,7 @@ def test_it_learns_what_can_be_told_and_reports_its_held_out_auc(world: World, s
 
 def test_labels_that_cannot_be_told_give_an_auc_of_about_a_half(world: World):
     folder = write_samples(world.root / "noise", shuffled, n_problems=150)
-    result = verify(world, "noise-verifier", [folder], change(RECIPE, "verifier", held_out_share=0.5, epochs=2))
+    result = verify(world, "noise-verifier", [folder], change(RECIPE, "verifier", held_out_fraction=0.5, epochs=2))
     assert 0.38 < result["auc"] < 0.62
     held_out = verifier.held_out_problems([f"p{i}" for i in range(150)], 0.5)
     found, right = scored_again(world.root / "noise-verifier", [folder], held_out)

