@@ -1,25 +1,457 @@
-"""The program `plasticity`: from words to a command, from errors to one line and an exit status. The commands are in `commands.py`."""
+"""The program `plasticity`: its commands, from words to a call of a library function, from errors to one line and an exit status.
 
+A command is a function below with its flags above it. Nothing heavy is imported before it is needed.
+"""
+
+import argparse
 import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from plasticity_jax.arguments import SEVERAL, is_one_of_several, parser, split_overrides
-from plasticity_jax.commands import COMMANDS
-from plasticity_jax.config import StudyConfig, load_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
 from plasticity_jax.parallel.flags import prepare_backend
-from plasticity_jax.runs.storage import is_local
+from plasticity_jax.runs.storage import AnyPath, is_local, location
+
+if TYPE_CHECKING:
+    from plasticity_jax.study.execute import Outcome
 
 log = logging.getLogger("plasticity_jax")
 
 REFUSED, INTERRUPTED = 2, 130
+MODEL_HELP = "directory of a finished pretrain, finetune or import run, or a Hugging Face folder"
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
+
+Flag = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the program.
+
+    Attributes:
+      run: (arguments) → exit status.
+      does: one line for --help.
+      flags: of its own.
+      config, workdir: whether it takes --config and --workdir.
+      several: whether several processes can carry it out together.
+      memory: "keep" what is freed, for work that allocates again and again; "return" it, for work on large files; "" for neither.
+    """
+
+    run: Callable[[argparse.Namespace], int]
+    does: str
+    flags: tuple[Flag, ...]
+    config: bool
+    workdir: bool
+    several: bool
+    memory: str
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def _command(name: str, does: str, *flags: Flag, config: bool = True, workdir: bool = True, several: bool = True, memory: str = "keep"):
+    def register(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+        COMMANDS[name] = Command(run, does, flags, config, workdir, several, memory)
+        return run
+
+    return register
+
+
+def _flag(name: str, **settings: Any) -> Flag:
+    return name, settings
+
+
+def _place(text: str) -> AnyPath:
+    try:
+        return location(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+JSON = _flag("--json", action="store_true", help="one JSON object on standard output")
+
+# ---------------------------------------------------------------------------------------------------------------------------- commands
+
+
+@_command(
+    "study",
+    "the whole graph; run again, it does only what is missing",
+    _flag("--stages", metavar="A,B", help="only these stages, comma-separated"),
+    _flag("--dry-run", action="store_true", help="print the graph and do nothing"),
+)
+def _study(arguments) -> int:
+    from plasticity_jax.stages import stages
+    from plasticity_jax.study.execute import graph_lines, run_study
+
+    config, workdir = arguments.config, arguments.workdir
+    chosen = _choices("--stages", arguments.stages, tuple(stages()))
+    if arguments.dry_run:
+        print("\n".join(graph_lines(config, workdir)))
+        return 0
+    status = _said(run_study(config, workdir, chosen=lambda run: run.stage in chosen))
+    if len(chosen) == len(stages()):
+        processes.broadcast(lambda: _write_report(workdir / config.name))
+    return status
+
+
+@_command("status", "every run: done, running, failed, diverged, stale or missing", JSON, config=False, several=False, memory="")
+def _status(arguments) -> int:
+    from plasticity_jax.runs.jsonfiles import to_json
+    from plasticity_jax.study.status import status_lines, study_status
+
+    rows = study_status(arguments.workdir)
+    print(to_json({"runs": rows}) if arguments.json else "\n".join(status_lines(rows)))
+    return 0
+
+
+@_command("prepare", "corpus, tokenizer, token records, task and probe files")
+def _prepare(arguments) -> int:
+    from plasticity_jax.study.execute import run_study
+
+    return _said(run_study(arguments.config, arguments.workdir, chosen=lambda run: run.stage == "prepare"))
+
+
+@_command(
+    "pretrain",
+    "pretrain the members of the grid, or one of them",
+    _flag("--member", metavar="NAME", help="only this member, such as wd0.1"),
+)
+def _pretrain(arguments) -> int:
+    from plasticity_jax.config import grid_members
+    from plasticity_jax.study.execute import resolve, run_study
+    from plasticity_jax.study.graph import build_graph
+
+    config, workdir = arguments.config, arguments.workdir
+    names = list(dict.fromkeys(member.base for member in grid_members(config)))
+    if arguments.member is not None and arguments.member not in names:
+        raise UserError(f"--member={arguments.member} is not in the grid; its members are {', '.join(names)}.")
+    models = [run for run in build_graph(resolve(config, workdir)) if run.stage == "pretrain" and arguments.member in (None, run.member)]
+    chosen = {run.id for run in models} | {parent for run in models for parent in run.parents.values()}
+    return _said(run_study(config, workdir, chosen=lambda run: run.id in chosen))
+
+
+@_command(
+    "finetune",
+    "fine-tune a pretrained model on a task",
+    _flag("--base", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=MODEL_HELP),
+    _flag("--task", required=True, metavar="T"),
+    _flag("--seed", type=int, metavar="S", help="of the order of the rows; by default the config's first"),
+    _flag("--member", metavar="NAME", help="whose recipe to use, where the grid sweeps fields of the fine-tuning"),
+)
+def _finetune(arguments) -> int:
+    from plasticity_jax.config import grid_members
+    from plasticity_jax.stages.finetune import finetune_run
+    from plasticity_jax.study.on_model import run_on_model
+
+    config = arguments.config
+    seed = config.finetune.seeds[0] if arguments.seed is None else arguments.seed
+    members = {member.name: member for member in grid_members(config)}
+    if arguments.member is not None and arguments.member not in members:
+        raise UserError(f"--member={arguments.member} is not in the grid; its members are {', '.join(members)}.")
+    member = members.get(arguments.member)
+
+    def runs(own, base):
+        if member is not None and (base.stage != "pretrain" or base.member != member.base):
+            raise UserError(
+                f"--member={member.name} is fine-tuned from {member.base}, and --base={arguments.base} is {base.name}; give its base or leave --member out."
+            )
+        return [finetune_run(own, base, arguments.task, seed, member)]
+
+    return _said(run_on_model(config, arguments.workdir, arguments.base, "--base", runs, member))
+
+
+@_command(
+    "evaluate",
+    "generate answers to a task's test rows and grade them",
+    _flag("--model", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=MODEL_HELP),
+    _flag("--task", required=True, metavar="T"),
+)
+def _evaluate(arguments) -> int:
+    from plasticity_jax.stages.evaluate import evaluate_run
+    from plasticity_jax.study.on_model import run_on_model
+
+    return _said(
+        run_on_model(arguments.config, arguments.workdir, arguments.model, "--model", lambda own, model: [evaluate_run(own, model, arguments.task)])
+    )
+
+
+@_command(
+    "analyze",
+    "look inside a model",
+    _flag("--model", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=MODEL_HELP),
+    _flag("--only", metavar="A,B", help="some of the analyses, comma-separated; all by default"),
+)
+def _analyze(arguments) -> int:
+    from plasticity_jax.stages import stages
+    from plasticity_jax.study.on_model import run_on_model
+
+    analyses = {name: stage for name, stage in stages().items() if stage.analysis}
+    only = _choices("--only", arguments.only, tuple(analyses))
+
+    def runs(own, model):
+        found = []
+        for name in only:
+            try:
+                found.append(analyses[name].on_model(own, model))
+            except UserError as error:
+                if arguments.only is not None:
+                    raise
+                log.info("%s is left out: %s", name, error)
+        return found
+
+    return _said(run_on_model(arguments.config, arguments.workdir, arguments.model, "--model", runs))
+
+
+@_command(
+    "show",
+    "read completions, by member, task and verdict",
+    _flag("--member", metavar="NAME", help="such as wd0.1"),
+    _flag("--weight-decay", type=float, metavar="X", help="of the pretraining"),
+    _flag("--task", metavar="T"),
+    _flag("--when", choices=("before", "after"), help="fine-tuning"),
+    _flag("--verdict", choices=("right", "wrong", "no answer", "timed out")),
+    _flag("--id", metavar="ID", help="of a problem"),
+    _flag("--samples", action="store_true", help="also the sampled completions, not only the greedy ones"),
+    _flag("--limit", type=int, default=10, metavar="N", help="completions to show (10); 0 shows all"),
+    _flag("--json", action="store_true", help="one JSON object per completion and line"),
+    config=False,
+    several=False,
+    memory="",
+)
+def _show(arguments) -> int:
+    from itertools import islice
+
+    from plasticity_jax.report.browse import Filter, browse, text_of
+    from plasticity_jax.runs.jsonfiles import to_json
+
+    if arguments.limit < 0:
+        raise UserError(f"--limit={arguments.limit} must not be negative; 0 shows all.")
+    wanted = Filter(arguments.member, arguments.weight_decay, arguments.task, arguments.when, arguments.verdict, arguments.id, arguments.samples)
+    shown = 0
+    for row in islice(browse(arguments.workdir, wanted), arguments.limit or None):
+        print(to_json(row) if arguments.json else text_of(row))
+        shown += 1
+    if shown == 0:
+        log.info("no completion matches")
+    elif shown == arguments.limit:
+        log.info("these are the first %d; --limit shows more", shown)
+    return 0
+
+
+@_command("report", "write <workdir>/<study>/report/index.html, figures and tables", config=False, several=False, memory="")
+def _report(arguments) -> int:
+    from plasticity_jax.study.graph import study_files
+
+    for path in study_files(arguments.workdir):
+        _write_report(path.parent)
+    return 0
+
+
+@_command(
+    "check",
+    "compile the train step for hardware that need not be here: does it fit, and what does the grid take?",
+    _flag("--topology", required=True, metavar="T", help="such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8"),
+    _flag("--search", action="store_true", help="look for the largest microbatch and the lightest remat that fit (at most 6 compiles)"),
+    _flag("--mfu", type=float, metavar="FRACTION", help="of the devices' peak FLOP/s; launch.mfu by default"),
+    JSON,
+    workdir=False,
+    several=False,
+)
+def _check(arguments) -> int:
+    # Before jax is imported: the devices are described to the compiler, not looked for.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    from dataclasses import replace
+
+    from plasticity_jax.parallel.deviceless import target
+    from plasticity_jax.runs.jsonfiles import to_json
+    from plasticity_jax.train.check import check, lines, search, to_record
+
+    config = arguments.config
+    if arguments.mfu is not None:
+        if not 0 < arguments.mfu <= 1:
+            raise UserError(f"--mfu={arguments.mfu} is a fraction of the peak; it must be above 0 and at most 1.")
+        config = replace(config, launch=replace(config.launch, mfu=arguments.mfu))
+    place = target(arguments.topology)
+    answer = (search if arguments.search else check)(config, place)
+    print(to_json(to_record(answer, place)) if arguments.json else "\n".join(lines(answer, place)))
+    return 0 if answer.fits else 1
+
+
+@_command(
+    "import",
+    "turn a Hugging Face folder into a run that the other commands take",
+    _flag("--hf", type=_place, required=True, metavar="DIR", help="folder with config.json and safetensors, as save_pretrained writes it"),
+    _flag("--out", type=_place, required=True, metavar="RUN_DIR", help="directory of the run; missing or empty"),
+    config=False,
+    workdir=False,
+    several=False,
+    memory="return",
+)
+def _import(arguments) -> int:
+    from plasticity_jax.model.hf_import import import_folder
+
+    import_folder(arguments.hf, arguments.out)
+    print(arguments.out)
+    return 0
+
+
+@_command(
+    "export",
+    "turn a run into a Hugging Face folder that transformers loads",
+    _flag("--model", type=_place, required=True, metavar="RUN_DIR", help="directory of a finished pretrain, finetune or import run"),
+    _flag("--out", type=_place, required=True, metavar="DIR", help="the folder to write; missing or empty"),
+    _flag("--dtype", metavar="D", help=f"{', '.join(EXPORT_DTYPES)}; by default that of an import's source, and float32 for other runs"),
+    config=False,
+    workdir=False,
+    several=False,
+    memory="return",
+)
+def _export(arguments) -> int:
+    if arguments.dtype not in (None, *EXPORT_DTYPES):
+        raise UserError(f"--dtype={arguments.dtype} must be one of {', '.join(EXPORT_DTYPES)}.")
+    from plasticity_jax.model.hf_export import export_model
+
+    export_model(arguments.model, arguments.out, arguments.dtype)
+    print(arguments.out)
+    return 0
+
+
+@_command(
+    "generate",
+    "continue a prompt",
+    _flag("--model", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=MODEL_HELP),
+    _flag("--prompt", required=True, metavar="TEXT"),
+    _flag("--max-new-tokens", type=int, default=64, metavar="N"),
+    _flag("--temperature", type=float, default=1.0, metavar="T", help="0 takes the most likely token"),
+    _flag("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens; 0 from all"),
+    _flag("--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens that hold this probability"),
+    _flag("--repetition-penalty", type=float, default=1.0, metavar="R", help="of tokens that are there already; 1 is none"),
+    _flag("--seed", type=int, default=0, metavar="S"),
+    config=False,
+    workdir=False,
+)
+def _generate(arguments) -> int:
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens={arguments.max_new_tokens} must be at least 1.")
+    if not 0 <= arguments.temperature < float("inf"):
+        raise UserError(f"--temperature={arguments.temperature} must be 0 or more.")
+    if arguments.top_k < 0 or not 0 < arguments.top_p <= 1:
+        raise UserError(f"--top-k={arguments.top_k} must not be negative, and --top-p={arguments.top_p} must be above 0 and at most 1.")
+    if not 0 < arguments.repetition_penalty < float("inf"):
+        raise UserError(f"--repetition-penalty={arguments.repetition_penalty} must be positive; 1 is none.")
+    from plasticity_jax.evaluate.generate import continue_text
+    from plasticity_jax.model.load import load_model
+
+    names = ("max_new_tokens", "temperature", "seed", "top_k", "top_p", "repetition_penalty")
+    settings = {name: getattr(arguments, name) for name in names}
+    continued = processes.broadcast(lambda: continue_text(load_model(arguments.model), arguments.prompt, **settings))
+    if processes.primary():
+        print(continued)
+    return 0
+
+
+def _write_report(folder: AnyPath) -> None:
+    from plasticity_jax.report.page import format_summary, summary_table, write_report
+
+    page = write_report(folder)
+    print(format_summary(summary_table(folder)))
+    print(f"report: {page}")
+
+
+def _said(outcome: "Outcome") -> int:
+    """Says what became of the runs, and returns the exit status."""
+    log.info(
+        "%d runs carried out, %d were done already, %d failed, %d wait for a missing parent",
+        *map(len, (outcome.carried_out, outcome.skipped, outcome.failed, outcome.waiting)),
+    )
+    if len(outcome.paths) <= 3 and processes.primary():
+        for path in outcome.paths.values():
+            print(path)
+    return 1 if outcome.failed or outcome.waiting else 0
+
+
+def _choices(flag: str, text: str | None, known: Sequence[str]) -> tuple[str, ...]:
+    if text is None:
+        return tuple(known)
+    chosen = tuple(part.strip() for part in text.split(",") if part.strip())
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        raise UserError(f"{flag}={text}: {', '.join(unknown) or 'nothing'} is not one of {', '.join(known)}.")
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    program = _Parser(prog="plasticity", description="What does a pretraining hyperparameter do to what a language model can still learn?")
+    subparsers = program.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, command in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=command.does, description=command.does, allow_abbrev=False)
+        if command.config:
+            about = "Python config file, or the JSON of one (plasticity config); --config.a.b=value overrides one of its keys"
+            sub.add_argument("--config", type=Path, required=True, metavar="C", help=about)
+        if command.workdir:
+            sub.add_argument("--workdir", type=_place, required=True, metavar="W", help="folder that holds the studies")
+        for flag, settings in command.flags:
+            sub.add_argument(flag, **settings)
+        if command.several:
+            together = sub.add_argument_group("several processes, started by hand (Cloud TPU and SLURM need none of these)")
+            together.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 is reached by all")
+            together.add_argument("--num-processes", type=int, metavar="N")
+            together.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1, each once")
+    return program
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes `--config.a.b=value` (or `--config.a.b value`) out of the arguments."""
+    rest, overrides = [], []
+    words = iter(argv)
+    for word in words:
+        if word.startswith("--config."):
+            key, equals, value = word.removeprefix("--config.").partition("=")
+            if not equals:
+                value = next(words, None)
+                if value is None:
+                    raise UserError(f"{word} has no value; write {word}=VALUE.")
+            overrides.append((key, value))
+        else:
+            rest.append(word)
+    return rest, overrides
+
+
+def is_one_of_several(arguments) -> bool:
+    """Whether this command is one of several processes of a run. Raises UserError for flags that do not fit together."""
+    if not COMMANDS[arguments.command].several or getattr(arguments, "dry_run", False):
+        return False
+    address, n, i = arguments.coordinator, arguments.num_processes, arguments.process_id
+    if address is None and n is None and i is None:
+        return processes.detected()
+    if None in (address, n, i):
+        raise UserError(f"--coordinator={address}, --num-processes={n} and --process-id={i} go together; give all three, or none.")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator={address} must be HOST:PORT of process 0, such as 10.0.0.1:8476.")
+    if n < 1 or not 0 <= i < n:
+        raise UserError(f"--process-id={i} must lie between 0 and --num-processes - 1 = {n - 1}.")
+    return n > 1
+
+
+# -------------------------------------------------------------------------------------------------------------------------- the program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,24 +465,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rest, overrides = split_overrides(argv)
         arguments = parser().parse_args(rest)
-        if overrides and not arguments.takes_config:
+        command = COMMANDS[arguments.command]
+        if overrides and not command.config:
             raise UserError(f"plasticity {arguments.command} reads no config; leave out --config.{overrides[0][0]}.")
-        if arguments.takes_config:
-            arguments.config = load_config(arguments.config, overrides)
-        config = arguments.config if arguments.takes_config else StudyConfig()
-        if arguments.command in SEVERAL:
-            prepare_backend(config.launch.compile_cache)
+        launch = None
+        if command.config or command.several:
+            from plasticity_jax.config import LaunchConfig, load_config
+
+            if command.config:
+                arguments.config = load_config(arguments.config, overrides)
+            launch = arguments.config.launch if command.config else LaunchConfig()
+        if launch is not None and command.several:
+            prepare_backend(launch.compile_cache)
         several = is_one_of_several(arguments)
         if several and not worker:
             return supervise.supervise(argv, _log_folder(arguments))
         signal.signal(signal.SIGTERM, _interrupt)
-        if arguments.command in ("import", "export"):
-            return_freed_memory()
-        elif arguments.command not in ("status", "show", "report"):
-            keep_freed_memory()
-        if several:
-            processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=config.launch.start_timeout)
-        return COMMANDS[arguments.command](arguments)
+        if command.memory:
+            (keep_freed_memory if command.memory == "keep" else return_freed_memory)()
+        if launch is not None and several:
+            processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=launch.start_timeout)
+        return command.run(arguments)
     except UserError as error:
         print(f"plasticity: {error}", file=sys.stderr)
         return REFUSED

@@ -50,7 +50,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 @pytest.fixture(scope="session")
 def wheels_dir() -> Path:
     """The folder of the pinned wheels, which `make test` brings; $PLASTICITY_WHEELS names another."""
-    from plasticity_jax.data.stage import wheels_dir as find  # here, so that shapes are checked from the first import on
+    from plasticity_jax.data.wheels import wheels_dir as find  # here, so that shapes are checked from the first import on
 
     folder = find(os.environ.get("PLASTICITY_WHEELS", "data/wheels"))
     assert folder.is_dir(), f"{folder} is missing: run make wheels"

@@ -12,7 +12,9 @@ import plasticity_jax as pj
 from plasticity_jax.cli import main
 from plasticity_jax.runs import records, storage
 from plasticity_jax.runs.append_log import read_log
-from plasticity_jax.runs.records import METRICS, RunDirectory, read_jsonl
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.jsonfiles import read_jsonl
+from plasticity_jax.runs.records import METRICS
 from plasticity_jax.runs.storage import location
 
 pytestmark = pytest.mark.slow

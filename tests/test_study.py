@@ -11,7 +11,7 @@ import pytest
 from running import TINY, end, pausing, plasticity, start, status_rows, wait_until
 
 import plasticity_jax as pj
-from plasticity_jax.runs.records import read_json, read_jsonl
+from plasticity_jax.runs.jsonfiles import read_json, read_jsonl
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ launch/slurm/run.sh -- prepare --config C --workdir W            # writes W/<stu
 launch/slurm/study.py --config C --workdir W --out jobs --options="--partition=gpu --gpus-per-node=1" --pretrain-options="--nodes=2 --gpus-per-node=8"
 jobs/submit.sh [--dry-run]
 
-One job per run; what is read from one model (probe, spectra, gap) is one job, and so is the whole grid in vmapped mode. A job waits for its parents
+One job per run; the analyses of one model are one job, and so is the whole grid in vmapped mode. A job waits for its parents
 with afterok and is cancelled if one fails; the report waits with afterany, and shows what there is, as `plasticity study` does. Runs that are done
 get no job: after a failure, the same two commands send the rest. Run it with the Python of the environment that holds plasticity_jax.
 """
@@ -20,13 +20,13 @@ from pathlib import Path
 
 from plasticity_jax.config import StudyConfig, grid_members, load_config
 from plasticity_jax.errors import UserError
-from plasticity_jax.runs.records import Run, RunDirectory
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, is_local, location, write_bytes
+from plasticity_jax.stages import stages
 from plasticity_jax.study.execute import resolve
 from plasticity_jax.study.graph import build_graph, read_study, study_dir
 
-ANALYSES = ("probe", "spectra", "gap")
-REWARDS = ("samples", "verifier", "reward")
 # Before the user's, which replace them: the last of two equal options counts.
 OPTIONS = ("--ntasks-per-node=1", "--requeue", "--open-mode=append")
 
@@ -106,8 +106,9 @@ def jobs_of(config: StudyConfig, runs: list[Run], *, done: set[str], workdir: st
     members: dict[str, list[Run]] = {}
     job_of: dict[str, str] = {}
     for run in todo:
-        if run.stage in ("prepare", "init"):
-            name, command = "prepare", ["study", *given, "--stages", "prepare,init"]
+        stage = stages()[run.stage]
+        if stage.job:
+            name, command = stage.job, ["study", *given, "--stages", ",".join(one.name for one in stages().values() if one.job == stage.job)]
         elif run.stage == "pretrain" and config.grid.mode == "vmapped":
             name, command = "pretrain", ["pretrain", *given]
         elif run.stage == "pretrain":
@@ -118,13 +119,9 @@ def jobs_of(config: StudyConfig, runs: list[Run], *, done: set[str], workdir: st
                 command += ["--member", run.member]
         elif run.stage == "evaluate":
             name, command = _name(run.id), ["evaluate", *given, "--model", _path(workdir, run, "model"), "--task", run.task]
-        elif run.stage in REWARDS:
-            name, command = "rewards", ["study", *given, "--stages", ",".join(REWARDS)]
-        elif run.stage == "zero_shot":
-            name, command = "zero_shot", ["study", *given, "--stages", "zero_shot"]
         else:
             name = _name(f"analyze/{run.parents['model'].split('/')[1]}")
-            only = [kind for kind in ANALYSES if any(r.stage == kind and r.parents["model"] == run.parents["model"] for r in todo)]
+            only = [r.stage for r in todo if stages()[r.stage].analysis and r.parents["model"] == run.parents["model"]]
             command = ["analyze", *given, "--model", _path(workdir, run, "model"), "--only", ",".join(only)]
         arguments[name], stage_of[name], job_of[run.id] = command, run.stage, name
         members.setdefault(name, []).append(run)

@@ -1,8 +1,8 @@
 """The gap between the loss on text that was seen in training and on held-out text, with a unigram model as the control."""
 
 import functools
-import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from plasticity_jax.analysis.statistics import Blocks, Estimate, cluster_bootstrap_gap
-from plasticity_jax.config import ModelConfig
+from plasticity_jax.config import ModelConfig, StudyConfig
 from plasticity_jax.data.loader import TokenRecords, as_batch, order
 from plasticity_jax.data.prepare import TOKENS
 from plasticity_jax.errors import UserError
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.records import Context, RunDirectory
+from plasticity_jax.runs.storage import AnyPath
+
+if TYPE_CHECKING:
+    from plasticity_jax.model.load import LoadedModel
 
 BOOTSTRAP_SAMPLES = 2000
 BLOCKS_PER_BATCH = 32
@@ -184,7 +187,7 @@ def summarise(
       read_at: [n], when each seen block was last read, as a share of the reading.
       seed: of the bootstrap.
     Returns:
-      seen, held_out, gap, interval, domains, seen_early, seen_late, control, adjusted; see `run`.
+      seen, held_out, gap, interval, domains, seen_early, seen_late, control, adjusted; see `measure_gap`.
     """
     gap = _gap(losses, keys, seed)
     control_gap = _gap(control, keys, seed)
@@ -221,34 +224,34 @@ def _mean_or_none(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def run(context: Context) -> dict:
-    """The stage "gap": reads the parents "model" (a pretraining run) and "corpus".
+def measure_gap(
+    model: "LoadedModel", pretraining: StudyConfig, corpus: AnyPath, *, reading_seed: int, tokens_per_side: int, seed: int
+) -> dict[str, Any]:
+    """Compares a model's loss on text that its pretraining read with its loss on held-out text.
 
+    Args:
+      model: what the pretraining made, with its tokenizer.
+      pretraining: the config of that run.
+      corpus: directory of the prepare run that it read.
+      reading_seed: seed of the order of its batches.
+      tokens_per_side: tokens wanted on each side; fewer where a domain has too few.
+      seed: of the choice of blocks and of the bootstrap.
     Returns:
       seen, held_out: mean losses in nats per token; gap = held_out − seen, with its 95% interval (bootstrap over documents within domains);
       domains: the same per domain, with the number of blocks on each side; seen_early and seen_late: mean over the blocks last read in the first and
       the last quarter of training (None where there are none); control: the same of the unigram model, which passes if its interval holds 0;
       adjusted: gap of the model's loss less the unigram model's, block by block, which is free of how hard the words of a block are;
-      blocks: per side domain, document, record, loss and unigram loss of every block, read_at for the seen ones; tokens_per_side; left_out_domains;
-      seconds.
+      blocks: per side domain, document, record, loss and unigram loss of every block, read_at for the seen ones; tokens_per_side; left_out_domains.
     Raises:
-      UserError: the model is no pretraining run, or no domain has a block on both sides.
+      UserError: no domain has a block on both sides.
     """
-    from plasticity_jax.model.load import load_model
-
-    start = time.monotonic()
-    settings = context.config.gap
-    model = load_model(context.parents["model"])
-    if model.run.stage != "pretrain":
-        raise UserError(f"{model.path} is a run of stage {model.run.stage}; the gap needs one of stage pretrain, whose reading order is known.")
-    pretraining = RunDirectory(context.parents["model"]).config()
     training = pretraining.train
     isolate = model.tokenizer.eos_id if pretraining.data.isolate_documents else None
-    tokens = context.parents["corpus"] / TOKENS
+    tokens = corpus / TOKENS
     records = {"seen": TokenRecords(tokens, "train"), "held_out": TokenRecords(tokens, "held_out")}
     train = records["seen"]
-    last_reading = last_readings(len(train), seed=model.run.seed, batch_size=training.batch_size, steps=training.steps)
-    choice = choose_blocks(train, records["held_out"], last_reading, total=settings.tokens_per_side // train.seq_len, seed=settings.seed)
+    last_reading = last_readings(len(train), seed=reading_seed, batch_size=training.batch_size, steps=training.steps)
+    choice = choose_blocks(train, records["held_out"], last_reading, total=tokens_per_side // train.seq_len, seed=seed)
     indices = {"seen": choice.seen, "held_out": choice.held_out}
     log_probability_V = unigram_log_probabilities(train, choice.seen)
 
@@ -268,9 +271,8 @@ def run(context: Context) -> dict:
     }
     for block, read_at in zip(blocks["seen"], choice.read_at):
         block["read_at"] = float(read_at)
-    return summarise(losses, control, keys, choice.read_at, seed=settings.seed) | {
+    return summarise(losses, control, keys, choice.read_at, seed=seed) | {
         "blocks": blocks,
         "tokens_per_side": len(choice.seen) * train.seq_len,
         "left_out_domains": [domain for domain in train.domains if domain not in keys["seen"][0]],
-        "seconds": time.monotonic() - start,
     }

@@ -1,7 +1,6 @@
 """Linear probes: how well a linear classifier reads a label from the state of a text's last token, layer by layer."""
 
 import functools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from plasticity_jax.config import ModelConfig, ProbeConfig
-from plasticity_jax.runs.records import Context
+from plasticity_jax.config import ModelConfig
 
 if TYPE_CHECKING:
     from plasticity_jax.data.tokenizer import Tokenizer
@@ -271,38 +269,26 @@ def _last_states(config: ModelConfig, params: dict, tokens_BxT: Int[Array, "B T"
     return jnp.take_along_axis(states_LxBxTxD, last_B[None, :, None, None], axis=2)[:, :, 0]
 
 
-def run(context: Context) -> dict:
-    """The stage "probe": reads the parents "model" and, per set, "probe-<name>".
+def probe_layers(model: "LoadedModel", name: str, rows: dict, *, max_length: int, l2: Sequence[float], seed: int) -> dict:
+    """Probes every layer of a model on one probe set.
 
+    Args:
+      name: of the set, for the progress.
+      rows: of the set, as `read_probe_set` gives them.
+      max_length: tokens; a longer text loses its end.
+      l2, seed: as in `fit_probe`.
     Returns:
-      sets: per set, layers ("embed", "block1", ...); per layer, accuracy, accuracy_norm_free (features divided by their norm), per_class, l2, and
-      correct ([n_test], 1 where right); majority (accuracy of always giving the most common test label), n_train, n_test, classes, dropped_leaks.
-      seconds.
-    Raises:
-      UserError: the model has no tokenizer.
+      layers ("embed", "block1", ...); per layer, accuracy, accuracy_norm_free (features divided by their norm), per_class, l2, and correct ([n_test],
+      1 where right); majority (accuracy of always giving the most common test label), n_train, n_test, classes, dropped_leaks.
     """
-    from plasticity_jax.data.probe_sets import read_probe_set
-    from plasticity_jax.errors import UserError
-    from plasticity_jax.model.load import load_model
-
-    start = time.monotonic()
-    model = load_model(context.parents["model"])
-    if model.tokenizer is None:
-        raise UserError(f"{context.parents['model']} holds no tokenizer.json, and a probe reads texts; give a run that has one.")
-    settings = context.config.probe
-    sets = {name: _probe_set(model, name, read_probe_set(context.parents[f"probe-{name}"]), settings) for name in settings.sets}
-    return {"sets": sets, "seconds": time.monotonic() - start}
-
-
-def _probe_set(model: "LoadedModel", name: str, rows: dict, settings: ProbeConfig) -> dict:
     from plasticity_jax.progress import Progress
 
     texts = [text for split in ("train", "test") for text, _ in rows[split]]
     n_train = len(rows["train"])
     y_train, y_test = ([label for _, label in rows[split]] for split in ("train", "test"))
-    states_LxNxD = features(model, texts, model.tokenizer, settings.max_length)
+    states_LxNxD = features(model, texts, model.tokenizer, max_length)
     layers = ["embed"] + [f"block{i + 1}" for i in range(len(states_LxNxD) - 1)]
-    fit = functools.partial(fit_probe, l2=settings.l2, seed=settings.seed)
+    fit = functools.partial(fit_probe, l2=l2, seed=seed)
     probes, norm_free = [], []
     with Progress(f"probe {name}", total=2 * len(layers), unit="probes") as progress:
         for x_NxD in states_LxNxD:

@@ -1,7 +1,6 @@
 """Singular values of the attention products W_QK and W_VO of every head, and what is read from them."""
 
 import functools
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.runs.records import Context
 
 if TYPE_CHECKING:
     from plasticity_jax.model.load import LoadedModel
@@ -133,30 +131,3 @@ def _relative(s: np.ndarray) -> np.ndarray:
     """Values over the largest one, so that squares neither overflow nor vanish; zeros for the zero matrix."""
     largest = s[..., :1]
     return np.divide(s, largest, out=np.zeros_like(s), where=largest > 0)
-
-
-def run(context: Context) -> dict:
-    """The stage "spectra": reads the parent "model".
-
-    Returns:
-      For "W_QK" and "W_VO": singular_values [layer][head][rank] and, [layer][head] each, pseudo_rank and the entries of `spectra_summary`; the
-      settings mass, power and fold_norms; norm_gains: root mean square of each norm's gain ([layer], or one number); seconds.
-    """
-    from plasticity_jax.model.load import load_model
-    from plasticity_jax.parallel.rules import param_paths
-
-    start = time.monotonic()
-    settings = context.config.spectra
-    model = load_model(context.parents["model"])
-    results: dict = {}
-    for name, values in attention_spectra(model, fold_norms=settings.fold_norms).items():
-        summary = {"pseudo_rank": pseudo_rank(values, mass=settings.mass, power=settings.power)} | spectra_summary(values)
-        results[name] = {key: value.tolist() for key, value in ({"singular_values": values} | summary).items()}
-    gains = {path: leaf for path, leaf in zip(param_paths(model.params), jax.tree.leaves(model.params)) if path.endswith("norm/scale")}
-    return results | {
-        "mass": settings.mass,
-        "power": settings.power,
-        "fold_norms": settings.fold_norms,
-        "norm_gains": {path: np.sqrt(np.mean(np.asarray(gain, np.float64) ** 2, axis=-1)).tolist() for path, gain in gains.items()},
-        "seconds": time.monotonic() - start,
-    }

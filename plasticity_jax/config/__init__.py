@@ -37,6 +37,7 @@ from plasticity_jax.config.schema import (
     execution_fields,
     grid_members,
     member_config,
+    name_text,
     result_fields,
     to_dict,
 )
@@ -138,6 +139,10 @@ def from_dict(tree: dict[str, Any]) -> StudyConfig:
     config = typed_grid(build(StudyConfig, tree, ""))
     check_config(config)
     return config
+
+
+def restore_config(tree):
+    return from_dict(tree)
 
 
 def for_device(config: StudyConfig, device_kind: str) -> StudyConfig:

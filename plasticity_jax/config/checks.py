@@ -10,7 +10,7 @@ import typing
 from typing import Any
 
 from plasticity_jax.config.checks_downstream import check_downstream
-from plasticity_jax.config.rules import check_choice, check_pattern, check_positive, check_fraction, refuse_unless
+from plasticity_jax.config.rules import check_choice, check_fraction, check_pattern, check_positive, refuse_unless
 from plasticity_jax.config.schema import Member, ModelConfig, StudyConfig, execution_fields, grid_members, member_config, result_fields
 from plasticity_jax.errors import UserError
 

@@ -1,6 +1,6 @@
 """Checks of what follows pretraining: tasks, fine-tuning, evaluation, rewards, analyses."""
 
-from plasticity_jax.config.rules import check_choice, check_positive, check_fraction, refuse_unless
+from plasticity_jax.config.rules import check_choice, check_fraction, check_positive, refuse_unless
 from plasticity_jax.config.schema import StudyConfig
 
 ZERO_SHOT_SETS = ("hellaswag", "winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")  # of evaluate.zero_shot, which imports jax

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from plasticity_jax.errors import UserError
-from plasticity_jax.runs.records import read_jsonl
+from plasticity_jax.runs.jsonfiles import read_jsonl
 from plasticity_jax.runs.storage import AnyPath
 
 

@@ -15,7 +15,7 @@ from plasticity_jax.data.sources import SOURCES, SPLITS, Document, split_of
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.records import write_json
+from plasticity_jax.runs.jsonfiles import write_json
 
 FIELDS = ("id", "text", "domain", "source", "licence")
 MANIFEST = "documents.json"

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from plasticity_jax.data.sources import SPLITS
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.records import write_json
+from plasticity_jax.runs.jsonfiles import write_json
 
 TOKENS = "tokens"  # folder of the token records within a corpus run
 MANIFEST = "tokens.json"

@@ -13,7 +13,7 @@ from plasticity_jax.data.packing import Packer, SplitWriter, chunks, token_dtype
 from plasticity_jax.data.sources import SPLITS, split_of
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
-from plasticity_jax.runs.records import write_json
+from plasticity_jax.runs.jsonfiles import write_json
 
 MANIFEST = "shard.json"
 # Text per call of the tokenizer: its working memory is some hundred bytes per token.

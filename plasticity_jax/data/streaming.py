@@ -17,7 +17,7 @@ from plasticity_jax.data.sources import SPLITS, split_of
 from plasticity_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.records import write_json
+from plasticity_jax.runs.jsonfiles import write_json
 
 log = logging.getLogger("plasticity_jax")
 

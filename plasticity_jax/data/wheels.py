@@ -116,3 +116,10 @@ def _verify(path: Path, pin: Pin, directory: Path) -> None:
 
 def _normalise(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def wheels_dir(folder: str) -> Path:
+    """The folder of the pinned wheels: a relative path is looked for below the current folder, then in the project's checkout."""
+    path = Path(folder).expanduser()
+    checkout = Path(__file__).resolve().parents[2] / path
+    return checkout if not path.is_dir() and checkout.is_dir() else path

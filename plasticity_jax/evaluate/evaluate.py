@@ -1,27 +1,26 @@
-"""The evaluate stage: one model, one task, its rows answered and graded. The stage "samples" is the same on the rows kept for a verifier."""
+"""Evaluation: one model, one task, its rows answered and graded."""
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from plasticity_jax.data.tasks import Example, Task, format_prompt, get_task, read_task
-from plasticity_jax.errors import UserError
+from plasticity_jax.config import EvaluateConfig
+from plasticity_jax.data.tasks import Example, Task, format_prompt
 from plasticity_jax.evaluate.answers import extract_answer
 from plasticity_jax.evaluate.generate import Sampling, completions, count_cut, cut_at_stop, stop_check
 from plasticity_jax.evaluate.grading import Grading
 from plasticity_jax.evaluate.metrics import failures, macro_average, metrics
 from plasticity_jax.evaluate.options import Choice, choose
-from plasticity_jax.model.load import LoadedModel, load_model
+from plasticity_jax.model.load import LoadedModel
 from plasticity_jax.parallel import arrays, processes
-from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import inference_shardings
 from plasticity_jax.runs.append_log import AppendLog, read_log, remove_log
-from plasticity_jax.runs.records import Context, to_json, write_jsonl
+from plasticity_jax.runs.jsonfiles import to_json, write_jsonl
 from plasticity_jax.runs.storage import AnyPath
 
 log = logging.getLogger("plasticity_jax")
@@ -30,89 +29,120 @@ PROBLEMS, COMPLETIONS, OPTIONS = "problems.jsonl", "completions.jsonl", "options
 GENERATED = "generated.jsonl"  # what has been generated so far; gone once it is graded
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Scores the model of the parent "model" on rows of the parent "task"; base and fine-tuned models in exactly the same way.
+@dataclass(frozen=True)
+class Protocol:
+    """How completions are generated, besides what `EvaluateConfig` says.
 
-    The field "split" says which rows: "test", or "verifier". Writes problems.jsonl, one line per problem: id, prompt (as the model read it), problem (without the
-    template), gold, subset, source_split; and completions.jsonl, one line per completion, problem by problem: id, sample (0 is greedy, then 1 to
-    n), text, answer (None where none was found), verdict ("right", "wrong", "no answer", "timed out"), correct, ended (by itself, not by the token
-    limit), majority (whether the majority chose it). Where options are compared, options.jsonl takes the place of completions: id, options,
-    log_likelihoods (nats), right and chosen (places), correct. A killed run goes on after the last batch that it had generated.
-
-    Returns:
-      metrics (see `metrics.metrics`; "accuracy" and "accuracy_by_length" where options are compared), problems, n_samples, failures (shares of
-      wrong, unanswered and timed-out completions: greedy, samples), per_problem (greedy 0/1, samples number right, majority 0/1), subsets (test
-      set → its metrics), macro (their mean), majority_class (accuracy of always giving the most common gold answer), cut_prompts (how many lost
-      their beginning), unended (share of completions at the token limit), seconds, diverged (None), source_splits (of the rows).
-    Raises:
-      UserError: a parent that is damaged, or a model without a tokenizer.
+    Attributes:
+      n_samples: sampled completions per problem, besides the greedy one.
+      max_new_tokens: token limit of a completion.
+      faithful: the original's quirks, see docs/decisions.md.
+      compute_dtype: of the forward pass.
     """
-    start = time.monotonic()
-    config, task, split = context.config, get_task(context.run.task), context.run.fields["split"]
-    model = load_model(context.parents["model"])
-    if model.tokenizer is None:
-        raise UserError(f"{context.parents['model']} has no tokenizer.json, so no text can be generated; put the model's tokenizer there.")
-    problems = getattr(read_task(context.parents["task"]), split)
-    mesh = make_mesh(config.mesh)
-    mesh = mesh if mesh.size > 1 else None
-    params = model.params if mesh is None else arrays.put(model.params, inference_shardings(mesh, model.params))
-    context.directory.provenance["device"] = jax.devices()[0].device_kind
+
+    n_samples: int
+    max_new_tokens: int
+    faithful: bool
+    compute_dtype: str
+
+
+def evaluate(
+    model: LoadedModel,
+    task: Task,
+    problems: Sequence[Example],
+    settings: EvaluateConfig,
+    protocol: Protocol,
+    *,
+    mesh: Mesh,
+    folder: AnyPath,
+    what: str,
+) -> dict[str, Any]:
+    """Scores a model on problems; base and fine-tuned models in exactly the same way.
+
+    Writes problems.jsonl, one line per problem: id, prompt (as the model read it), problem (without the template), gold, subset, source_split; and
+    completions.jsonl, one line per completion, problem by problem: id, sample (0 is greedy, then 1 to n), text, answer (None where none was found),
+    verdict ("right", "wrong", "no answer", "timed out"), correct, ended (by itself, not by the token limit), majority (whether the majority chose
+    it). Where options are compared, options.jsonl takes the place of completions: id, options, log_likelihoods (nats), right and chosen (places),
+    correct. A killed run resumes after the last batch that it generated.
+
+    Args:
+      model: with a tokenizer.
+      problems: rows of the task.
+      folder: the run's directory.
+      what: is being done, for the progress.
+    Returns:
+      On the first process (empty on the others): metrics (see `metrics.metrics`; "accuracy" and "accuracy_by_length" where options are compared),
+      problems, n_samples, failures (fractions of wrong, unanswered and timed-out completions: greedy, samples), per_problem (greedy 0/1, samples
+      number right, majority 0/1), subsets (test set → its metrics), macro (their mean), majority_class (accuracy of always giving the most common
+      gold answer), cut_prompts (how many lost their beginning), unended (fraction of completions at the token limit), source_splits (of the rows).
+    """
+    placed = mesh if mesh.size > 1 else None
+    params = model.params if placed is None else arrays.put(model.params, inference_shardings(mesh, model.params))
     if task.grader == "likelihood":
-        results = _compare_options(context, task, problems, model, params, mesh)
+        results = _compare_options(model, params, task, problems, settings.batch_size, protocol.compute_dtype, placed, folder, what)
     else:
-        results = _answer(context, task, problems, model, params, mesh)
+        results = _answer(model, params, task, problems, settings, protocol, placed, folder, what)
     if not processes.primary():  # the first process grades and writes
         return {}
-    results |= {"seconds": time.monotonic() - start, "diverged": None, "source_splits": sorted({problem.source_split for problem in problems})}
-    log.info("%s %s: %s", context.run.stage, context.run.name, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items()))
-    return results
+    log.info("%s: %s", what, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items()))
+    return results | {"source_splits": sorted({problem.source_split for problem in problems})}
 
 
 # -------------------------------------------------------------------------------------------------------------------------- completions
 
 
-def _answer(context: Context, task: Task, problems: Sequence[Example], model: LoadedModel, params: Any, mesh: Any) -> dict[str, Any]:
-    settings, folder = context.config.evaluate, context.directory.path
-    n_samples = context.run.fields["n_samples"]
+def _answer(
+    model: LoadedModel,
+    params: Any,
+    task: Task,
+    problems: Sequence[Example],
+    settings: EvaluateConfig,
+    protocol: Protocol,
+    mesh: Mesh | None,
+    folder: AnyPath,
+    what: str,
+) -> dict[str, Any]:
     prompts = [format_prompt(problem.prompt) for problem in problems]
     tokens = model.tokenizer.encode_batch(prompts)
-    if context.config.faithful and model.tokenizer.bos_id is not None:
+    if protocol.faithful and model.tokenizer.bos_id is not None:
         # The original's tokenizer put it before prompts here, though not before the rows of fine-tuning. Source: paper section 4.1.
         tokens = [[model.tokenizer.bos_id, *prompt] for prompt in tokens]
-    generated = _generate(context, model, params, mesh, tokens, n_samples)
+    generated = _generate(model, params, tokens, settings, protocol, mesh, folder / GENERATED, what)
     if not processes.primary():
         return {}
     texts = [[cut_at_stop(text, settings.stop) for text in generated[i]["texts"]] for i in range(len(problems))]
-    rows = graded(problems, texts, [generated[i]["ended"] for i in range(len(problems))], task, context.config.faithful, settings.grade_workers)
+    rows = graded(problems, texts, [generated[i]["ended"] for i in range(len(problems))], task, protocol.faithful, settings.grade_workers)
     _write_problems(folder, problems, prompts)
     write_jsonl(folder / COMPLETIONS, rows)
     remove_log(folder / GENERATED)
     cut = count_cut(tokens, settings.prompt_buckets)
     if cut:
-        log.warning(
-            "%s: %d prompts are longer than %d tokens (evaluate.prompt_buckets) and lost their beginning",
-            context.run.name,
-            cut,
-            settings.prompt_buckets[-1],
-        )
-    return summarised(problems, rows) | {"n_samples": n_samples, "cut_prompts": cut}
+        longest = settings.prompt_buckets[-1]
+        log.warning("%s: %d prompts are longer than %d tokens (evaluate.prompt_buckets) and lost their beginning", what, cut, longest)
+    return summarized(problems, rows) | {"n_samples": protocol.n_samples, "cut_prompts": cut}
 
 
 def _generate(
-    context: Context, model: LoadedModel, params: Any, mesh: Any, tokens: Sequence[Sequence[int]], n_samples: int
+    model: LoadedModel,
+    params: Any,
+    tokens: Sequence[Sequence[int]],
+    settings: EvaluateConfig,
+    protocol: Protocol,
+    mesh: Mesh | None,
+    path: AnyPath,
+    what: str,
 ) -> dict[int, dict[str, Any]]:
-    """Position of a problem → its completions, the greedy one first: texts, and which of them ended by themselves. Goes on where an earlier run was cut off."""
-    settings, path = context.config.evaluate, context.directory.path / GENERATED
+    """Position of a problem → its completions, the greedy one first: texts, and which of them ended by themselves. Resumes an interrupted run."""
     done = {row["problem"]: row for row in processes.broadcast(lambda: read_log(path))}
     if done:
-        log.info("goes on after %d of %d problems", len(done), len(tokens))
+        log.info("resumes after %d of %d problems", len(done), len(tokens))
     store = AppendLog(path, keep=lambda row: True) if processes.primary() else None
 
     batches = completions(
         (model.config, params),
         tokens,
         sampling=Sampling(
-            n_samples=n_samples,
+            n_samples=protocol.n_samples,
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
@@ -120,13 +150,13 @@ def _generate(
             seed=settings.seed,
             greedy_first=True,
         ),
-        max_new_tokens=context.run.fields["max_new_tokens"],
+        max_new_tokens=protocol.max_new_tokens,
         buckets=settings.prompt_buckets,
         batch_size=settings.batch_size,
         eos_id=model.tokenizer.eos_id,
         pad_id=model.tokenizer.pad_id,
-        compute_dtype=context.config.train.compute_dtype,
-        what=f"{context.run.stage} {context.run.name}",
+        compute_dtype=protocol.compute_dtype,
+        what=what,
         mesh=mesh,
         skip=frozenset(done),
         is_end=stop_check(model.tokenizer, settings.stop),
@@ -174,7 +204,7 @@ def graded(
     return rows
 
 
-def summarised(problems: Sequence[Example], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarized(problems: Sequence[Example], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What follows from the rows of completions.jsonl alone, of problems with equally many samples."""
     width = len(rows) // len(problems)
     correct = np.array([row["correct"] for row in rows]).reshape(-1, width)
@@ -198,22 +228,32 @@ def summarised(problems: Sequence[Example], rows: Sequence[dict[str, Any]]) -> d
 # ------------------------------------------------------------------------------------------------------------------------------ options
 
 
-def _compare_options(context: Context, task: Task, problems: Sequence[Example], model: LoadedModel, params: Any, mesh: Any) -> dict[str, Any]:
+def _compare_options(
+    model: LoadedModel,
+    params: Any,
+    task: Task,
+    problems: Sequence[Example],
+    batch_size: int,
+    compute_dtype: str,
+    mesh: Mesh | None,
+    folder: AnyPath,
+    what: str,
+) -> dict[str, Any]:
     choices = choose(
         (model.config, params),
         model.tokenizer,
         problems,
-        batch_size=context.config.evaluate.batch_size,
-        compute_dtype=context.config.train.compute_dtype,
-        what=f"{context.run.stage} {context.run.name}",
+        batch_size=batch_size,
+        compute_dtype=compute_dtype,
+        what=what,
         mesh=mesh,
     )
     if not processes.primary():
         return {}
     right = [problem.options.index(problem.response) for problem in problems]
     rows = [_option_row(problem, choice, place, task.by_length) for problem, choice, place in zip(problems, choices, right, strict=True)]
-    _write_problems(context.directory.path, problems, [format_prompt(problem.prompt) for problem in problems])
-    write_jsonl(context.directory.path / OPTIONS, rows)
+    _write_problems(folder, problems, [format_prompt(problem.prompt) for problem in problems])
+    write_jsonl(folder / OPTIONS, rows)
     by = {
         "accuracy": np.array([choice.best for choice in choices]) == right,
         "accuracy_by_length": np.array([choice.best_by_length for choice in choices]) == right,

@@ -1,7 +1,6 @@
-"""The reward stage: rates the completions of an evaluate run, and lets the highest reward choose among the samples of a problem."""
+"""Rewards: rates completions, and lets the highest reward choose among the samples of a problem."""
 
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,18 +8,19 @@ import numpy as np
 from jaxtyping import Float
 
 from plasticity_jax.config import StudyConfig
-from plasticity_jax.data.completions import Completion, read_completions
+from plasticity_jax.data.completions import Completion
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.likelihood import log_likelihoods
 from plasticity_jax.evaluate.metrics import reward_metrics
-from plasticity_jax.evaluate.reward_model import fingerprint, open_reward_model
+from plasticity_jax.evaluate.reward_model import open_reward_model
 from plasticity_jax.model.load import LoadedModel, load_model
 from plasticity_jax.model.scalar_head import encode_answers, execution_of, length_buckets, load_verifier, score_rows
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import inference_shardings
-from plasticity_jax.runs.records import Context, open_run, write_jsonl
-from plasticity_jax.runs.storage import AnyPath, location
+from plasticity_jax.runs.directory import open_run
+from plasticity_jax.runs.jsonfiles import write_jsonl
+from plasticity_jax.runs.storage import AnyPath
 
 log = logging.getLogger("plasticity_jax")
 
@@ -113,49 +113,40 @@ def _called(model: LoadedModel) -> str:
     return model.path.name if model.run is None else model.run.name
 
 
-def open_scorer(context: Context) -> Scorer:
-    """The scorer that the config names, on `reward.model` or, without one, on the parent "scorer". Raises UserError if it cannot be opened."""
-    config, reward, what = context.config, context.config.reward, f"reward {context.run.name}"
-    path = context.parents["scorer"] if reward.model is None else location(reward.model)
+def open_scorer(config: StudyConfig, path: AnyPath, what: str) -> Scorer:
+    """The scorer that `reward.scorer` names, on the model or verifier at `path`. Raises UserError if it cannot be opened."""
     kinds = {"log-probability": LogProbability, "verifier": Verifier, "sequence-classification": RewardModel}
-    return kinds[reward.scorer](config, path, what)
+    return kinds[config.reward.scorer](config, path, what)
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Rates every completion of the parent "completions" (an evaluate run); one that a problem has several times is rated once.
+def rate(scorer: Scorer, completions: Sequence[Completion], folder: AnyPath) -> dict[str, Any]:
+    """Rates completions; one that a problem has several times is rated once.
 
-    Writes rewards.jsonl: one line per completion, in the order of completions.jsonl: id, sample (0 is greedy), reward.
+    Writes rewards.jsonl: one line per completion, in the order given: id, sample (0 is greedy), reward.
 
+    Args:
+      completions: of an evaluate run, problem by problem, the greedy one first.
+      folder: the run's directory.
     Returns:
-      scorer (its name), metrics ("rm@n" and "orm_score", see `metrics.reward_metrics`), per_problem (rm: whether the sample with the highest
-      reward is right, 0/1; orm: mean reward of the samples), cut (how many texts were longer than `reward.max_length` and lost their beginning),
-      seconds, diverged (None).
+      On the first process (empty on the others): scorer (its name), metrics ("rm@n" and "orm_score", see `metrics.reward_metrics`), per_problem (rm:
+      whether the sample with the highest reward is right, 0/1; orm: mean reward of the samples), cut (how many texts were longer than
+      `reward.max_length` and lost their beginning).
     Raises:
-      UserError: a parent that is damaged, or a scorer that cannot be opened.
+      UserError: a reward is not finite.
     """
-    start = time.monotonic()
-    completions = read_completions(context.parents["completions"])
-    scorer = open_scorer(context)
     different = {_key(completion): completion for completion in completions}
     rewards, n_cut = scorer.scores(list(different.values()))
     if not np.isfinite(rewards).all():
         raise UserError(
-            f"{scorer.name} gives {np.count_nonzero(~np.isfinite(rewards))} rewards that are no finite number; set another reward.scorer or reward.model."
+            f"{scorer.name} gives {np.count_nonzero(~np.isfinite(rewards))} rewards that are not finite; set another reward.scorer or reward.model."
         )
     if not processes.primary():
         return {}
     reward_of = dict(zip(different, rewards.tolist(), strict=True))
-    if context.config.reward.scorer == "sequence-classification":
-        context.directory.provenance["reward_model"] = fingerprint(location(context.config.reward.model))
     rows = [{"id": c.id, "sample": c.sample, "reward": reward_of[_key(c)]} for c in completions]
-    write_jsonl(context.directory.path / REWARDS, rows)
+    write_jsonl(folder / REWARDS, rows)
     if n_cut:
-        log.warning(
-            "%s: %d texts are longer than %d tokens (reward.max_length) and lost their beginning",
-            context.run.name,
-            n_cut,
-            context.config.reward.max_length,
-        )
+        log.warning("%s: %d texts are longer than reward.max_length and lost their beginning", folder.name, n_cut)
     width = 1 + max(completion.sample for completion in completions)
     sampled = np.array([row["reward"] for row in rows], np.float32).reshape(-1, width)[:, 1:]
     correct = np.array([completion.correct for completion in completions]).reshape(-1, width)[:, 1:]
@@ -163,10 +154,8 @@ def run(context: Context) -> dict[str, Any]:
     return {
         "scorer": scorer.name,
         "metrics": reward_metrics(correct, sampled),
-        "per_problem": {"rm": correct[np.arange(len(correct)), chosen].astype(int), "orm": sampled.mean(axis=1, dtype=np.float64)},
+        "per_problem": {"rm": correct[np.arange(len(correct)), chosen].astype(int).tolist(), "orm": sampled.mean(axis=1, dtype=np.float64).tolist()},
         "cut": n_cut,
-        "seconds": time.monotonic() - start,
-        "diverged": None,
     }
 
 

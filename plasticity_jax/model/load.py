@@ -16,7 +16,8 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.hf_import import is_hugging_face, open_folder, read_params, read_tokenizer
 from plasticity_jax.model.transformer import Params, abstract_params, apply
-from plasticity_jax.runs import records
+from plasticity_jax.runs.directory import RunDirectory, open_run
+from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, location
 
 MODEL_STAGES = ("init", "import", "pretrain", "finetune")
@@ -38,7 +39,7 @@ class LoadedModel:
     params: Params
     tokenizer: Tokenizer | None
     path: AnyPath
-    run: records.Run | None
+    run: Run | None
 
     def __call__(
         self,
@@ -101,9 +102,9 @@ def load_model(path: str | AnyPath) -> LoadedModel:
     return LoadedModel(config, load_params(path, config), read_tokenizer(path, config), path, directory.run())
 
 
-def open_model_run(path: AnyPath) -> records.RunDirectory:
+def open_model_run(path: AnyPath) -> RunDirectory:
     """The directory of a finished run that holds a model. Raises UserError if it is none."""
-    directory = records.open_run(path)
+    directory = open_run(path)
     stage = directory.run().stage
     if stage not in MODEL_STAGES:
         raise UserError(f"{path} is a run of stage {stage}, which holds no model; give one of stage {', '.join(MODEL_STAGES)}.")

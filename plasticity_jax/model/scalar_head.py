@@ -28,7 +28,7 @@ from plasticity_jax.parallel.batches import row_shards
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import batch_sharding, inference_shardings, param_shardings
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.records import open_run
+from plasticity_jax.runs.directory import open_run
 from plasticity_jax.runs.storage import AnyPath
 
 SHORTEST_BUCKET = 64  # tokens

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from plasticity_jax.errors import UserError
-from plasticity_jax.runs.records import Run, RunDirectory
+from plasticity_jax.runs.directory import COMPLETIONS, OPTIONS, PROBLEMS, REWARDS, RunDirectory
+from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.study.graph import read_study, study_files
 
-PROBLEMS, COMPLETIONS, OPTIONS, REWARDS = "problems.jsonl", "completions.jsonl", "options.jsonl", "rewards.jsonl"
 VERDICTS = ("right", "wrong", "no answer", "timed out")
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from plasticity_jax.analysis.statistics import Blocks, cluster_bootstrap_gap, paired_bootstrap
 from plasticity_jax.config import ReportConfig
-from plasticity_jax.report.results import MemberResults, Score, StudyResults
+from plasticity_jax.report.results import Score, StudyResults
 
 Interval = tuple[float, float, float]  # mean, lower and upper end of the 95% interval
 
@@ -73,53 +72,7 @@ def mean_of_means(values: Sequence[np.ndarray], results: StudyResults) -> Interv
     return float(np.mean([np.mean(group) for group in values])), float(lower), float(upper)
 
 
-def rank_drop(results: StudyResults, low: Any, high: Any, product: str) -> np.ndarray | None:
-    """[L * H] pseudo-rank at `low` − at `high`, head by head: the heads start from the same parameters."""
-    pair = results.pair(low, high, lambda m: m.pseudo_rank(product))
-    return None if pair is None else (pair[0] - pair[1]).ravel()
-
-
-def probe_difference(results: StudyResults, low: Any, high: Any, name: str) -> Interval | None:
-    """Probe accuracy at `high` − at `low`, averaged over the blocks, paired by test text."""
-    pair = results.pair(low, high, lambda m: probe_correct(m, name))
-    if pair is None:
-        return None
-    settings = results.config.report
-    return tuple(paired_bootstrap(pair[1], pair[0], samples=settings.bootstrap_samples, seed=settings.seed))
-
-
-def probe_correct(member: MemberResults, name: str) -> np.ndarray | None:
-    """[n_test] share of the blocks whose probe is right on each test text; the embedding layer is left out."""
-    if member.probe is None or name not in member.probe["sets"]:
-        return None
-    found = member.probe["sets"][name]
-    rows = [row for layer, row in zip(found["layers"], found["correct"]) if layer != "embed"]
-    return np.asarray(rows, dtype=np.float64).mean(axis=0)
-
-
-def gap_difference(results: StudyResults, low: Any, high: Any) -> Interval | None:
-    """Gap at `low` − gap at `high`, paired block by block; documents are resampled within each domain and side.
-
-    Members of a seed are scored on the same blocks, so the difference of their losses is free of how hard each block is: the gap of that
-    difference is the difference of the gaps.
-
-    Returns:
-      (mean, lower, upper); None if no seed has both, or if two members were not scored on the same blocks.
-    """
-    highs = {m.member.seed: m for m in results.at(high) if m.gap is not None}
-    pairs = [(m, highs[m.member.seed]) for m in results.at(low) if m.gap is not None and m.member.seed in highs]
-    sides = {side: [_paired_blocks(a.gap["blocks"][side], b.gap["blocks"][side], a.member.seed) for a, b in pairs] for side in ("seen", "held_out")}
-    if not pairs or any(blocks is None for found in sides.values() for blocks in found):
-        return None
-    joined = {side: Blocks(*(sum(field, []) for field in zip(*found))) for side, found in sides.items()}
-    settings = results.config.report
-    return tuple(cluster_bootstrap_gap(joined["seen"], joined["held_out"], samples=settings.bootstrap_samples, seed=settings.seed))
-
-
-def _paired_blocks(lows: list[dict], highs: list[dict], seed: int) -> Blocks | None:
-    """Losses of one member less those of the other, block by block. Seeds see other blocks of a document, so they count as documents of their own."""
-    domains, documents = ([b[key] for b in lows] for key in ("domain", "document"))
-    if (domains, documents) != tuple([b[key] for b in highs] for key in ("domain", "document")):
-        return None
-    losses = [float(a["loss"]) - float(b["loss"]) for a, b in zip(lows, highs)]
-    return Blocks(losses, domains, [f"{seed}/{document}" for document in documents])
+def with_interval(name: str, interval: Interval | tuple[float | None, ...] | None) -> dict[str, float | None]:
+    """Three columns of a table: the value, and the ends of its interval as `<name>_lower` and `<name>_upper`."""
+    mean, lower, upper = interval or (None, None, None)
+    return {name: mean, f"{name}_lower": lower, f"{name}_upper": upper}

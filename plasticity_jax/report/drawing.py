@@ -43,7 +43,7 @@ LEGEND_COLUMNS, LEGEND_CHARACTERS = 4, 44  # of one row, at most
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
 
-def colour(results: StudyResults, point: Any) -> tuple[float, float, float, float]:
+def color(results: StudyResults, point: Any) -> tuple[float, float, float, float]:
     """Sequential in the swept field, dark for its first value; the pale end of the map is left out because it vanishes on white."""
     return matplotlib.colormaps["viridis"](0.74 * results.points.index(point) / max(len(results.points) - 1, 1))
 
@@ -105,7 +105,8 @@ def member_panels(results: StudyResults, titles: Sequence[str], height: float) -
     for axes, title in zip(panels, titles):
         axes.set_title(title)
     handles = [
-        Line2D([], [], color=colour(results, p), marker=marker(results, p), label=results.axis.said(p) + _outcome(results, p)) for p in results.points
+        Line2D([], [], color=color(results, p), marker=marker(results, p), label=results.axis.equation(p) + _outcome(results, p))
+        for p in results.points
     ]
     legend_above(panels[0], handles)
     return drawn, panels
@@ -133,7 +134,7 @@ def _legend_columns(labels: Sequence[str]) -> int:
     return 1
 
 
-def seed_means(axes: Axes, results: StudyResults, value: Callable[[MemberResults], float | None], colour_: str) -> dict[Any, float]:
+def seed_means(axes: Axes, results: StudyResults, value: Callable[[MemberResults], float | None], color_: str) -> dict[Any, float]:
     """Draws each seed's value faintly where there are several, and returns point → mean."""
     places, means = positions(results), {}
     for point in results.points:
@@ -141,7 +142,7 @@ def seed_means(axes: Axes, results: StudyResults, value: Callable[[MemberResults
         if found:
             means[point] = float(np.mean(found))
             if len(found) > 1:
-                axes.plot([places[point]] * len(found), found, ".", color=colour_, alpha=0.45, markersize=4)
+                axes.plot([places[point]] * len(found), found, ".", color=color_, alpha=0.45, markersize=4)
     return means
 
 

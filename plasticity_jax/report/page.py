@@ -14,24 +14,29 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from plasticity_jax.config import ReportConfig, to_dict
-from plasticity_jax.config.schema import name_text
+from plasticity_jax.config import ReportConfig, name_text, to_dict
 from plasticity_jax.evaluate.metrics import macro_average
 from plasticity_jax.progress import Progress
-from plasticity_jax.report.browse import COMPLETIONS, completions
+from plasticity_jax.report.browse import completions
 from plasticity_jax.report.comparisons import metric_interval
 from plasticity_jax.report.drawing import STYLE
-from plasticity_jax.report.figures import FIGURES, figure
-from plasticity_jax.report.results import MemberResults, Score, StudyResults, collect, number
-from plasticity_jax.report.tables import TABLES, correlation_rows, forgetting_rows, macro_rows, member_rows, summary_rows, summary_table, to_csv
+from plasticity_jax.report.figures import draw_figure, figures
+from plasticity_jax.report.results import MemberResults, Score, StudyResults, collect
+from plasticity_jax.report.sentences import answer, prepared_name, slice_answer, warnings
+from plasticity_jax.report.tables import columns, summary_rows, summary_table, tables, to_csv
 from plasticity_jax.report.verdicts import Verdict, verdicts
-from plasticity_jax.report.wording import answer, prepared_name, slice_answer, warnings
-from plasticity_jax.runs.records import to_json
+from plasticity_jax.runs.directory import COMPLETIONS
+from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.storage import AnyPath, location, make_folder, write_bytes
+from plasticity_jax.stages import number
+from plasticity_jax.stages.evaluate import correlation_rows, macro_rows
+from plasticity_jax.stages.zero_shot import forgetting_rows
 from plasticity_jax.study.sweep import DECAY
 
-__all__ = ["FIGURES", "collect", "figure", "format_summary", "summary_table", "write_report"]
+__all__ = ["collect", "draw_figure", "format_summary", "summary_table", "write_report"]
 
+SECTIONS = ("pretraining", "finetuning", "inside")
+ROWS_SHOWN = 200  # of a stage's table on the page; its CSV file holds all
 FAILURES = ("wrong", "no answer", "timed out")  # of greedy completions
 SAMPLES = 2  # problems shown per task
 SAMPLE_CHARACTERS = 280  # of a prompt or completion
@@ -79,21 +84,22 @@ def write_report(study_dir: AnyPath) -> AnyPath:
     out = location(study_dir) / "report"
     written: set[AnyPath] = set()
     parts = [Part.of(one, results.slices[:i]) for i, one in enumerate(results.slices)]
-    with Progress("report", total=len(FIGURES) * len(parts) + 2, unit="parts") as progress:
+    with Progress("report", total=len(figures()) * len(parts) + 2, unit="parts") as progress:
         for part in parts:
-            for name, kind in FIGURES.items():
-                if kind.available(part.results) and not (part.repeats and kind.of_base):
-                    picture, full = figure(part.results, name), part.prefix + name
+            for name, figure in figures().items():
+                if figure.available(part.results) and not (part.repeats and figure.of_base):
+                    picture, full = draw_figure(part.results, name), part.prefix + name
                     svg = render(picture, "svg").decode()
-                    part.drawn[name] = inline_svg(svg, full, f"{kind.title}. {kind.says(part.results)}")
+                    part.drawn[name] = inline_svg(svg, full, f"{figure.title}. {figure.text(part.results)}")
                     written.add(_replace(out / "figures" / f"{full}.svg", svg.encode()))
                     written.add(_replace(out / "figures" / f"{full}.png", render(picture, "png")))
                 progress.update(1, note=part.prefix + name)
-        tables = {name: rows(results) for name, rows in TABLES.items()} | {"summary": summary_rows(results), "verdicts": verdict_rows(parts)}
-        for name, rows in tables.items():
+        numbers = {name: table.rows(results) for name, table in tables().items()}
+        numbers |= {"summary": summary_rows(results), "verdicts": verdict_rows(parts)}
+        for name, rows in numbers.items():
             written.add(_replace(out / "tables" / f"{name}.csv", to_csv(rows).encode()))
         progress.update(1, note="tables")
-        page = render_page(results, parts, sorted(tables))
+        page = render_page(results, parts, sorted(numbers))
         written.add(_replace(out / "index.html", page.encode()))
         progress.update(1, note="page")
     for old in [*out.glob("figures/*"), *out.glob("tables/*")]:
@@ -113,40 +119,16 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
         return "no members"
     tasks = [key.removesuffix(" before") for key in rows[0] if key.endswith(" before")]
     swept = [key for key in rows[0] if "." in key]  # the swept fields alone have dotted names
-    header = [
-        "member",
-        "λ",
-        *(name.rpartition(".")[2] for name in swept),
-        "timescale",
-        "held-out",
-        *(f"{task} before→after" for task in tasks),
-        "W_QK rank",
-        "gap",
-        "state",
-    ]
-    lines = [header]
+    extra = columns()
+    header = ["member", "λ", *(name.rpartition(".")[2] for name in swept), "timescale", "held-out", *(f"{task} before→after" for task in tasks)]
+    lines = [[*header, *(column.heading for column in extra.values()), "state"]]
     for row in rows:
-        scores = [
-            f"{_digits(row[f'{t} before'], 3)}→{_digits(row[f'{t} after'], 3)}"
-            if row[f"{t} after"] is not None or row[f"{t} before"] is not None
-            else "–"
-            for t in tasks
-        ]
-        timescale = "none" if row["timescale"] is None else f"{row['timescale']:.3g}"
-        lines.append(
-            [
-                row["member"],
-                f"{row['weight_decay']:.4g}",
-                *(str(row[name]) for name in swept),
-                timescale,
-                _digits(row["held_out_loss"], 3),
-                *scores,
-                _digits(row["W_QK pseudo-rank"], 2),
-                _digits(row["gap"], 3),
-                row["state"],
-            ]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        before_after = [(row[f"{task} before"], row[f"{task} after"]) for task in tasks]
+        line = [row["member"], f"{row['weight_decay']:.4g}", *(str(row[name]) for name in swept)]
+        line += ["none" if row["timescale"] is None else f"{row['timescale']:.3g}", _digits(row["held_out_loss"], 3)]
+        line += ["–" if pair == (None, None) else "→".join(_digits(score, 3) for score in pair) for pair in before_after]
+        lines.append([*line, *(_digits(row[name], column.digits) for name, column in extra.items()), row["state"]])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
@@ -172,12 +154,12 @@ def inline_svg(svg: str, name: str, description: str) -> Markup:
     return Markup(f'{head} role="img" aria-label="{label}">{body}')
 
 
-def render_page(results: StudyResults, parts: Sequence[Part], tables: list[str]) -> str:
+def render_page(results: StudyResults, parts: Sequence[Part], csv_files: list[str]) -> str:
     """The page's HTML.
 
     Args:
       parts: of the study, with the figures that were drawn.
-      tables: names of the CSV files beside the page.
+      csv_files: names of the CSV files beside the page.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -185,6 +167,7 @@ def render_page(results: StudyResults, parts: Sequence[Part], tables: list[str])
         "count": lambda value: "–" if value is None else f"{value:,.0f}",
         "plain": lambda value: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value),
         "general": lambda value: "–" if value is None else f"{value:.3g}",
+        "general_or_text": _cell,
         "spoken": lambda part: " ".join(slice_answer(part.results, part.verdicts)),
     }
     folder, macro = files("plasticity_jax.report"), macro_rows(results)
@@ -197,8 +180,11 @@ def render_page(results: StudyResults, parts: Sequence[Part], tables: list[str])
         parts=parts,
         by_decay=results.axis.field == DECAY,
         swept=[name for name, _ in results.config.grid.fields],
-        figures=FIGURES,
-        members=member_rows(results),
+        figures=figures(),
+        figures_of={section: [name for name, figure in figures().items() if figure.section == section] for section in SECTIONS},
+        shown_tables=_shown_tables(results),
+        columns=columns(),
+        members=tables()["members"].rows(results),
         tasks=[_task_table(results, task) for task in results.tasks],
         correlation=correlation_rows,
         macro=macro,
@@ -212,8 +198,31 @@ def render_page(results: StudyResults, parts: Sequence[Part], tables: list[str])
         samples=[{"task": task, "problems": sample_completions(results, task)} for task in results.tasks],
         config_text=json.dumps(json.loads(to_json(to_dict(results.config))), indent=2, ensure_ascii=False),
         provenance=provenance_rows(results),
-        decay_table=next((m.pretrain["decay_table"] for m in results.members if m.pretrain and "decay_table" in m.pretrain), {}),
-        tables=tables,
+        decay_table=next((m.pretrain.decay_table for m in results.members if m.pretrain), {}),
+        csv_files=csv_files,
+    )
+
+
+def _shown_tables(results: StudyResults) -> dict[str, dict[str, Any]]:
+    """Name → the tables of stages that are shown on the page, as {"table", "columns", "rows", "count"}; rows beyond ROWS_SHOWN are in the CSV file only."""
+    shown = {}
+    for name, table in tables().items():
+        rows = table.rows(results) if table.title else []
+        names = list(dict.fromkeys(key for row in rows for key in row))
+        if table.title:
+            shown[name] = {"table": table, "columns": names, "rows": rows[:ROWS_SHOWN], "count": len(rows)}
+    return shown
+
+
+def _cell(value: Any) -> str:
+    return (
+        "–"
+        if value is None
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else ", ".join(map(str, value))
+        if isinstance(value, tuple)
+        else str(value)
     )
 
 
@@ -235,7 +244,7 @@ def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
         rows.append({"member": m, "cells": cells})
     return {
         "name": task,
-        "learnt": task in results.learnt,
+        "learned": task in results.learned,
         "metrics": [*metrics, *FAILURES],
         "scorers": sorted({score.scorer for score in scores if score.scorer is not None}),
         "subsets": _subset_rows(results, task),

@@ -1,30 +1,29 @@
 """What a study has found so far, read from its runs' directories into typed records. What is missing stays missing, and is never a number."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from plasticity_jax.analysis.statistics import wilson_interval
-from plasticity_jax.config import Member, StudyConfig, from_dict, grid_members
-from plasticity_jax.errors import UserError
+from plasticity_jax.config import Member, StudyConfig, grid_members, restore_config
+from plasticity_jax.errors import UserError, reason
 from plasticity_jax.evaluate.metrics import pass_at_k
 from plasticity_jax.runs.append_log import read_log
-from plasticity_jax.runs.records import METRICS, Run, RunDirectory, read_json
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.jsonfiles import read_json
+from plasticity_jax.runs.records import METRICS
+from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, location
+from plasticity_jax.stages import number, stages
 from plasticity_jax.study.sweep import Axis, facet_axes, study_axis, swept_values
 
-
-def number(value: Any) -> float | None:
-    """The value as a finite float; None for what is absent, not finite, or no number."""
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        return None
-    return found if math.isfinite(found) else None
+if TYPE_CHECKING:
+    from plasticity_jax.stages.evaluate import Evaluated
+    from plasticity_jax.stages.pretrain import Pretrained
+    from plasticity_jax.stages.reward import Rewarded
 
 
 @dataclass(frozen=True)
@@ -110,11 +109,10 @@ class MemberResults:
     Attributes:
       point: its value of the swept field, its place on the axis.
       state, reason: of its pretraining run.
-      pretrain: results of a finished, not diverged run; None otherwise.
+      pretrain: record of a finished, not diverged run; None otherwise.
       curve: rows of its metrics.jsonl, however far it has come.
       before, after: task → score.
-      zero_shot: "" → results of the zero-shot suite on the base model, task → on the model fine-tuned on it.
-      probe, spectra, gap: results of those stages, None where they are missing.
+      found: stage → task → record of the stage's run on this member's models that is done: "" for the base model, else the task it was fine-tuned on.
       provenance: of the pretraining run.
     """
 
@@ -122,14 +120,11 @@ class MemberResults:
     point: Any
     state: str
     reason: str
-    pretrain: dict[str, Any] | None
+    pretrain: "Pretrained | None"
     curve: tuple[dict[str, Any], ...]
     before: dict[str, Score]
     after: dict[str, Score]
-    zero_shot: dict[str, dict[str, Any]]
-    probe: dict[str, Any] | None
-    spectra: dict[str, Any] | None
-    gap: dict[str, Any] | None
+    found: dict[str, dict[str, Any]]
     provenance: dict[str, Any]
 
     @property
@@ -139,7 +134,15 @@ class MemberResults:
     @property
     def loss(self) -> float | None:
         """Held-out loss at the end, nats per token over all domains."""
-        return None if self.pretrain is None else number(self.pretrain["held_out"]["loss"])
+        return None if self.pretrain is None else number(self.pretrain.held_out["loss"])
+
+    def record(self, stage: str, task: str = "") -> Any:
+        """What a stage found out about the base model, or about the model fine-tuned on a task; None where it has not finished."""
+        return self.found.get(stage, {}).get(task)
+
+    def records(self, stage: str) -> dict[str, Any]:
+        """Task → what a stage found out; "" for the base model."""
+        return self.found.get(stage, {})
 
     def gain(self, task: str) -> np.ndarray | None:
         """[P] after − before per problem, greedy."""
@@ -150,10 +153,6 @@ class MemberResults:
     def after_task(self, task: str) -> np.ndarray | None:
         """[P] greedy score after fine-tuning, per problem."""
         return self.after[task].greedy if task in self.after else None
-
-    def pseudo_rank(self, product: str) -> np.ndarray | None:
-        """[L, H] pseudo-rank of "W_QK" or "W_VO"."""
-        return None if self.spectra is None else np.asarray(self.spectra[product]["pseudo_rank"], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -191,12 +190,12 @@ class StudyResults:
     @property
     def title(self) -> str:
         """What is particular to a slice, such as "peak lr = 0.0004"."""
-        return ", ".join(axis.said(value) for axis, value in self.facet)
+        return ", ".join(axis.equation(value) for axis, value in self.facet)
 
     def label(self, member: MemberResults) -> str:
         """A member by its value on the axis, and by the others that are swept where this is a whole study."""
         others = () if self.facet else facet_axes(self.config)
-        return ", ".join([self.axis.said(member.point), *(axis.said(axis.value(member.member)) for axis in others)])
+        return ", ".join([self.axis.equation(member.point), *(axis.equation(axis.value(member.member)) for axis in others)])
 
     @cached_property
     def same_start(self) -> bool:
@@ -252,7 +251,7 @@ class StudyResults:
         return {point: float(loss) for point, loss in found.items() if loss is not None}
 
     @cached_property
-    def learnt(self) -> tuple[str, ...]:
+    def learned(self) -> tuple[str, ...]:
         """Tasks whose best fine-tuned member has a 95% (Wilson) lower bound above the majority class."""
         return tuple(task for task in self.tasks if (bound := self.lower_bound(task)) is not None and bound[0] > bound[1])
 
@@ -265,8 +264,8 @@ class StudyResults:
         return wilson_interval(round(float(best.greedy.sum())), len(best.greedy))[0], best.majority_class
 
     def task_mean(self, point: Any, value: Callable[[MemberResults, str], Any]) -> float | None:
-        """Mean over the learnt tasks of the mean over problems; None unless every learnt task has a value."""
-        means = [None if (v := self.mean(point, lambda m, t=task: value(m, t))) is None else float(np.mean(v)) for task in self.learnt]
+        """Mean over the learned tasks of the mean over problems; None unless every learned task has a value."""
+        means = [None if (v := self.mean(point, lambda m, t=task: value(m, t))) is None else float(np.mean(v)) for task in self.learned]
         return float(np.mean(means)) if means and None not in means else None
 
 
@@ -285,7 +284,7 @@ def collect(study_dir: AnyPath) -> StudyResults:
     tree = read_json(file)
     try:
         runs = [Run.from_dict(row) for row in tree["runs"]]
-        config, resolved = from_dict(tree["config"]), dict(tree["resolved"])
+        config, resolved = restore_config(tree["config"]), dict(tree["resolved"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is no study of this version ({error!r} is missing); run plasticity study again.") from error
     states, axis = tuple(_state(study_dir, run) for run in runs), study_axis(config)
@@ -306,25 +305,38 @@ def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults
     pretrain = next((s for s in states if s.run.stage == "pretrain"), None)
     finished = pretrain is not None and pretrain.state == "done"
 
-    def of(stage: str) -> dict[str, Any] | None:
-        found = next((s for s in states if s.run.stage == stage and s.state == "done"), None)
-        return None if found is None else RunDirectory(found.path).results()
-
     return MemberResults(
         member=member,
         point=point,
         state="missing" if pretrain is None else pretrain.state,
         reason="" if pretrain is None else pretrain.reason,
-        pretrain=RunDirectory(pretrain.path).results() if finished else None,
+        pretrain=_record(pretrain) if finished else None,
         curve=tuple(read_log(pretrain.path / METRICS)) if pretrain is not None else (),
         before=_scores(states, "before"),
         after=_scores(states, "after"),
-        zero_shot={s.run.task or "": RunDirectory(s.path).results() for s in reversed(states) if s.run.stage == "zero_shot" and s.state == "done"},
-        probe=of("probe"),
-        spectra=of("spectra"),
-        gap=of("gap"),
+        found=_found(states),
         provenance=read_json(pretrain.path / "provenance.json") if finished and (pretrain.path / "provenance.json").is_file() else {},
     )
+
+
+def _record(state: RunState) -> Any:
+    """What a finished run wrote, as the record of its stage. Raises UserError if it is not one."""
+    try:
+        return stages()[state.run.stage].read(RunDirectory(state.path).results())
+    except ValueError as error:
+        raise UserError(
+            f"{state.path} holds results of another version of stage {state.run.stage} ({reason(error)}); delete it and run again."
+        ) from error
+
+
+def _found(states: list[RunState]) -> dict[str, dict[str, Any]]:
+    """Records of the stages that examine models, by stage and task. Of several fine-tuning seeds the first counts."""
+    found: dict[str, dict[str, Any]] = {}
+    for s in states:
+        stage = stages().get(s.run.stage)
+        if stage is not None and stage.plan is None and s.state == "done":
+            found.setdefault(s.run.stage, {}).setdefault(s.run.task or "", _record(s))
+    return found
 
 
 def _scores(states: list[RunState], when: str) -> dict[str, Score]:
@@ -332,43 +344,43 @@ def _scores(states: list[RunState], when: str) -> dict[str, Score]:
     for s in states:
         if s.run.stage == "evaluate" and s.state == "done" and s.run.fields.get("when") == when:
             by_task.setdefault(s.run.task, []).append(s)
-    rewards = {s.run.parents["completions"]: RunDirectory(s.path).results() for s in states if s.run.stage == "reward" and s.state == "done"}
+    rewards = {s.run.parents["completions"]: _record(s) for s in states if s.run.stage == "reward" and s.state == "done"}
     return {task: _score(found, [rewards.get(s.run.id) for s in found]) for task, found in by_task.items()}
 
 
-def _score(states: list[RunState], rewards: list[dict[str, Any] | None]) -> Score:
-    results = [RunDirectory(s.path).results() for s in states]
+def _score(states: list[RunState], rewards: "list[Rewarded | None]") -> Score:
+    results: list[Evaluated] = [_record(s) for s in states]
     outcomes = [_outcomes(r, reward) for r, reward in zip(results, rewards, strict=True)]
     rewarded = [reward for reward in rewards if reward is not None]
-    metrics = _means([r["metrics"] for r in results])
+    metrics = _means([r.metrics for r in results])
     if len(rewarded) == len(results):
-        metrics |= _means([reward["metrics"] for reward in rewarded])
+        metrics |= _means([reward.metrics for reward in rewarded])
     return Score(
         metrics=metrics,
         greedy=np.mean([found.greedy for found in outcomes], axis=0),
-        failures=_means([r["failures"]["greedy"] for r in results]),
-        majority_class=float(results[0]["majority_class"]),
+        failures=_means([r.failures["greedy"] for r in results]),
+        majority_class=results[0].majority_class,
         runs=tuple(s.path for s in states),
         outcomes=tuple(outcomes),
-        subsets={name: _means([r["subsets"][name] for r in results]) for name in results[0].get("subsets", {})},
-        scorer=rewarded[0]["scorer"] if rewarded else None,
+        subsets={name: _means([r.subsets[name] for r in results]) for name in results[0].subsets},
+        scorer=rewarded[0].scorer if rewarded else None,
     )
 
 
-def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    return {name: float(np.mean([float(row[name]) for row in rows])) for name in rows[0]}
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def _outcomes(results: dict[str, Any], reward: dict[str, Any] | None) -> Outcomes:
-    def column(tree: dict[str, Any], name: str) -> np.ndarray | None:
+def _outcomes(results: "Evaluated", reward: "Rewarded | None") -> Outcomes:
+    def column(tree: dict[str, list[float]], name: str) -> np.ndarray | None:
         return np.asarray(tree[name], dtype=np.float64) if name in tree else None
 
-    found, rewarded = results["per_problem"], {} if reward is None else reward["per_problem"]
+    found, rewarded = results.per_problem, {} if reward is None else reward.per_problem
     return Outcomes(
-        column(found, "greedy"),
+        np.asarray(found["greedy"], dtype=np.float64),
         column(found, "samples"),
         column(found, "majority"),
-        results["n_samples"],
+        results.n_samples,
         column(rewarded, "rm"),
         column(rewarded, "orm"),
     )

@@ -5,13 +5,14 @@ Source of the claims: "Weight Decay Improves Language Model Plasticity" (arXiv 2
 those not in its abstract are as reported by readers of the text.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from plasticity_jax.analysis.statistics import paired_bootstrap, wilson_interval
-from plasticity_jax.report.comparisons import gap_difference, probe_correct, probe_difference, rank_drop, score_difference
+from plasticity_jax.report.comparisons import score_difference
 from plasticity_jax.report.results import StudyResults
+from plasticity_jax.stages import stages
 from plasticity_jax.study.sweep import DECAY
 
 CONSISTENT, INCONSISTENT, CANNOT_TELL = "consistent with", "inconsistent with", "cannot tell"
@@ -19,8 +20,6 @@ CONSISTENT, INCONSISTENT, CANNOT_TELL = "consistent with", "inconsistent with", 
 LOSS_MARGIN = 0.01  # nats per token: smaller differences of held-out loss count as ties
 # The paper fine-tunes models up to about this much above their lowest loss and calls the range useful; beyond it, decay harms pretraining itself.
 USEFUL_LOSS = 0.1
-RANK_MARGIN = 0.02  # a rise of the mean pseudo-rank between neighbouring λ up to this still counts as falling
-GAP_MARGIN = 0.01  # nats per token: likewise for the seen / held-out gap
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,13 @@ def verdicts(results: StudyResults) -> list[Verdict]:
     """Every claim's verdict, in the order of the page; none for a study that does not compare weight decays."""
     if results.axis.field != DECAY:
         return []
-    return [
-        rule(results)
-        for rule in (loss_is_u_shaped, downstream_prefers_more, query_key_rank_falls, gap_falls, probes_improve, gain_rises, optima_move)
-    ]
+    return [rule(results) for rule in rules()]
+
+
+def rules() -> list[Callable[[StudyResults], Verdict]]:
+    """The rules of the claims: those across stages, and those that a stage declares."""
+    of_stages = [rule for stage in stages().values() for rule in stage.claims]
+    return [loss_is_u_shaped, downstream_prefers_more, *of_stages, gain_rises, optima_move]
 
 
 def useful_range(results: StudyResults) -> list[float]:
@@ -87,7 +89,7 @@ def downstream_prefers_more(results: StudyResults) -> Verdict:
     return Verdict(
         "The weight decay that is best after fine-tuning is at least as large as the one with the lowest held-out loss.",
         "best λ before and after fine-tuning",
-        "Score: greedy accuracy after fine-tuning, averaged over the tasks the models learnt. The best-scoring λ at or above the loss-best λ is "
+        "Score: greedy accuracy after fine-tuning, averaged over the tasks the models learned. The best-scoring λ at or above the loss-best λ is "
         "compared with the best-scoring λ below it, paired by problem: consistent if the interval of the difference is above 0, inconsistent if "
         f"it is below 0. If several λ are within {LOSS_MARGIN} nats of the lowest loss, all of them must give the same word. Picking the best of "
         "several flatters both sides.",
@@ -97,11 +99,11 @@ def downstream_prefers_more(results: StudyResults) -> Verdict:
 
 
 def _downstream(results: StudyResults) -> tuple[str, str]:
-    if not results.learnt:
+    if not results.learned:
         return CANNOT_TELL, _nothing_learnt(results)
     scores = {d: s for d in results.losses if (s := results.task_mean(d, lambda m, t: m.after_task(t))) is not None}
     if len(scores) < 2:
-        return CANNOT_TELL, "Fewer than two λ have a score on every learnt task."
+        return CANNOT_TELL, "Fewer than two λ have a score on every learned task."
     losses = {d: results.losses[d] for d in scores}
     lowest = min(losses.values())
     best = max(scores, key=scores.get)
@@ -113,106 +115,10 @@ def _downstream(results: StudyResults) -> tuple[str, str]:
             evidence.append(f"No λ lies below {optimum:.4g}, so nothing could speak against the claim.")
             continue
         low, high = max(below, key=scores.get), max((d for d in scores if d >= optimum), key=scores.get)
-        difference = score_difference(results, low, high, results.learnt, gain=False)
-        words.add(_word(difference))
-        evidence.append(f"λ={high:.4g} against λ={low:.4g}: {_interval(difference)}.")
+        difference = score_difference(results, low, high, results.learned, gain=False)
+        words.add(word(difference))
+        evidence.append(f"λ={high:.4g} against λ={low:.4g}: {interval_text(difference)}.")
     return (words.pop() if len(words) == 1 else CANNOT_TELL), " ".join(evidence)
-
-
-def query_key_rank_falls(results: StudyResults) -> Verdict:
-    verdict, evidence = _rank(results)
-    return Verdict(
-        "The pseudo-rank of W_QK falls with weight decay, and falls more than that of W_VO.",
-        "attention matrices, section 4.2",
-        "Smallest against largest λ, head by head: consistent if the fall of W_QK, and the fall of W_QK less that of W_VO, both have an "
-        f"interval above 0, and the mean over heads never rises by more than {RANK_MARGIN} from one λ to the next; inconsistent if either "
-        "interval is below 0. Heads of one model are not independent, so the interval is narrower than it should be.",
-        evidence,
-        verdict,
-    )
-
-
-def _rank(results: StudyResults) -> tuple[str, str]:
-    means = {d: float(np.mean(r)) for d in results.points if (r := results.mean(d, lambda m: m.pseudo_rank("W_QK"))) is not None}
-    if len(means) < 2:
-        return CANNOT_TELL, "Fewer than two λ have spectra."
-    query_key, value_output = (rank_drop(results, min(means), max(means), product) for product in ("W_QK", "W_VO"))
-    if query_key is None:
-        return CANNOT_TELL, "The smallest and the largest λ share no seed."
-    settings = results.config.report
-    fall = paired_bootstrap(query_key, np.zeros_like(query_key), samples=settings.bootstrap_samples, seed=settings.seed)
-    more = paired_bootstrap(query_key, value_output, samples=settings.bootstrap_samples, seed=settings.seed)
-    words = {_word(fall), _word(more)}
-    verdict = INCONSISTENT if INCONSISTENT in words else CONSISTENT if words == {CONSISTENT} and _falls(means, RANK_MARGIN) else CANNOT_TELL
-    shown = ", ".join(f"{mean:.2f} at λ={d:.4g}" for d, mean in sorted(means.items()))
-    return verdict, f"W_QK, mean over heads: {shown}. Fall of W_QK {_interval(fall)}; more than W_VO by {_interval(more)}."
-
-
-def gap_falls(results: StudyResults) -> Verdict:
-    verdict, evidence = _gap(results)
-    return Verdict(
-        "The gap between held-out loss and loss on text seen in training shrinks as weight decay grows.",
-        "train-validation gap",
-        "Gap at the smallest λ less gap at the largest, on the same blocks, documents resampled: consistent if the interval is above 0 and the "
-        f"gap never rises by more than {GAP_MARGIN} nats from one λ to the next; inconsistent if the interval is below 0. Cannot tell unless a "
-        "unigram model scores both sides equally within its interval.",
-        evidence,
-        verdict,
-    )
-
-
-def _gap(results: StudyResults) -> tuple[str, str]:
-    gaps = {d: float(g) for d in results.points if (g := results.mean(d, lambda m: None if m.gap is None else float(m.gap["gap"]))) is not None}
-    if len(gaps) < 2:
-        return CANNOT_TELL, "Fewer than two λ have a gap."
-    shown = ", ".join(f"{gap:.3f} at λ={d:.4g}" for d, gap in sorted(gaps.items()))
-    if not all(m.gap["control"]["passes"] for m in results.members if m.gap is not None):
-        return CANNOT_TELL, f"The unigram control fails: the two sides differ in difficulty. Gap in nats per token: {shown}."
-    difference = gap_difference(results, min(gaps), max(gaps))
-    verdict = _word(difference)
-    if verdict == CONSISTENT and not _falls(gaps, GAP_MARGIN):
-        verdict = CANNOT_TELL
-    return verdict, f"Gap in nats per token: {shown}. Smallest less largest λ: {_interval(difference)}. The unigram control passes."
-
-
-def probes_improve(results: StudyResults) -> Verdict:
-    verdict, evidence = _probes(results)
-    return Verdict(
-        "Linear probes on the base model’s states do better with more weight decay, over the useful range.",
-        "linear separability",
-        f"Useful range: up to the largest λ whose held-out loss is at most {USEFUL_LOSS} nats above the lowest. Its two ends are compared for "
-        "each probe set, accuracy averaged over the blocks, paired by test text: consistent if the interval is above 0 for one set and below 0 "
-        "for none; inconsistent the other way round. Sets on which both ends are at the majority class are left out.",
-        evidence,
-        verdict,
-    )
-
-
-def _probes(results: StudyResults) -> tuple[str, str]:
-    useful = [d for d in useful_range(results) if any(m.probe for m in results.at(d))]
-    if len(useful) < 2:
-        return CANNOT_TELL, "Fewer than two λ of the useful range have probes."
-    low, high = useful[0], useful[-1]
-    words, evidence = [], [f"λ={high:.4g} against λ={low:.4g}."]
-    for name in results.config.probe.sets:
-        difference = probe_difference(results, low, high, name)
-        if difference is None:
-            continue
-        if not _above_majority(results, (low, high), name):
-            evidence.append(f"{name}: at the majority class, left out.")
-            continue
-        words.append(_word(difference))
-        evidence.append(f"{name}: {_interval(difference)}.")
-    return _agreement(words), " ".join(evidence)
-
-
-def _above_majority(results: StudyResults, decays: tuple[float, ...], name: str) -> bool:
-    for decay in decays:
-        for member in results.at(decay):
-            correct = probe_correct(member, name)
-            if correct is not None and wilson_interval(round(float(correct.sum())), len(correct))[0] > member.probe["sets"][name]["majority"]:
-                return True
-    return False
 
 
 def gain_rises(results: StudyResults) -> Verdict:
@@ -221,7 +127,7 @@ def gain_rises(results: StudyResults) -> Verdict:
         "Models pretrained with more weight decay gain more from fine-tuning, over the useful range.",
         "abstract",
         f"Useful range: up to the largest λ whose held-out loss is at most {USEFUL_LOSS} nats above the lowest. Gain (after less before, greedy) "
-        "at its largest λ less gain at its smallest, averaged over the tasks the models learnt, paired by problem: consistent if the interval "
+        "at its largest λ less gain at its smallest, averaged over the tasks the models learned, paired by problem: consistent if the interval "
         "is above 0, inconsistent if below.",
         evidence,
         verdict,
@@ -229,20 +135,20 @@ def gain_rises(results: StudyResults) -> Verdict:
 
 
 def _gain(results: StudyResults) -> tuple[str, str]:
-    if not results.learnt:
+    if not results.learned:
         return CANNOT_TELL, _nothing_learnt(results)
     useful = [d for d in useful_range(results) if results.task_mean(d, lambda m, t: m.gain(t)) is not None]
     if len(useful) < 2:
-        return CANNOT_TELL, "Fewer than two λ of the useful range have a gain on every learnt task."
+        return CANNOT_TELL, "Fewer than two λ of the useful range have a gain on every learned task."
     low, high = useful[0], useful[-1]
-    difference = score_difference(results, low, high, results.learnt, gain=True)
+    difference = score_difference(results, low, high, results.learned, gain=True)
     gains = (results.task_mean(d, lambda m, t: m.gain(t)) for d in (low, high))
     shown = " and ".join(f"{gain:.3f} at λ={d:.4g}" for d, gain in zip((low, high), gains))
-    return _word(difference), f"Mean gain {shown}; difference {_interval(difference)}."
+    return word(difference), f"Mean gain {shown}; difference {interval_text(difference)}."
 
 
 def optima_move(results: StudyResults) -> Verdict:
-    counts = sorted({round(m.pretrain["tokens"] / m.pretrain["parameters"], 1) for m in results.members if m.pretrain})
+    counts = sorted({round(m.pretrain.tokens / m.pretrain.parameters, 1) for m in results.members if m.pretrain})
     shown = ", ".join(f"{count:g}" for count in counts) or "none finished"
     return Verdict(
         "With more tokens per parameter, both the loss-best and the downstream-best weight decay move down.",
@@ -254,29 +160,33 @@ def optima_move(results: StudyResults) -> Verdict:
 
 
 def _nothing_learnt(results: StudyResults) -> str:
-    return "No task was learnt by any member." if any(m.after for m in results.members) else "No fine-tuned model has been scored yet."
+    return "No task was learned by any member." if any(m.after for m in results.members) else "No fine-tuned model has been scored yet."
 
 
-def _word(interval: tuple[float, float, float] | None) -> str:
+def word(interval: tuple[float, float, float] | None) -> str:
+    """What the sign of a difference says of a claim that it is positive."""
     if interval is None or not np.all(np.isfinite(interval)):
         return CANNOT_TELL
     _, lower, upper = interval
     return CONSISTENT if lower > 0 else INCONSISTENT if upper < 0 else CANNOT_TELL
 
 
-def _agreement(words: list[str]) -> str:
+def agreement(words: list[str]) -> str:
+    """One word from several comparisons: the one that some give, if none contradicts."""
     found = set(words)
     if CONSISTENT in found and INCONSISTENT not in found:
         return CONSISTENT
     return INCONSISTENT if INCONSISTENT in found and CONSISTENT not in found else CANNOT_TELL
 
 
-def _falls(values: dict[float, float], margin: float) -> bool:
+def falls(values: dict[float, float], margin: float) -> bool:
+    """Whether values never rise by more than `margin` from one λ to the next."""
     ordered = [value for _, value in sorted(values.items())]
     return all(later <= earlier + margin for earlier, later in zip(ordered, ordered[1:]))
 
 
-def _interval(interval: tuple[float, float, float] | None) -> str:
+def interval_text(interval: tuple[float, float, float] | None) -> str:
+    """A difference and its interval, for evidence."""
     if interval is None:
         return "not available"
     mean, lower, upper = interval

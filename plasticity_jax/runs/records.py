@@ -21,14 +21,6 @@ from plasticity_jax.runs.append_log import AppendLog
 from plasticity_jax.runs.locks import Held, is_locked, lock
 from plasticity_jax.runs.storage import AnyPath, is_local, location, make_folder, replacing, upload, write_bytes
 
-SAMPLES = "samples-"  # roles of a verifier's parents with graded samples begin with it
-
-# Of a study's graph. Runs of stage "import", models from elsewhere, belong to none.
-STAGES = ("prepare", "init", "pretrain", "evaluate", "finetune", "samples", "verifier", "reward", "zero_shot", "probe", "spectra", "gap")
-
-# Raised by one when a stage's code changes its results: older runs of that stage, and all that follows from them, become stale.
-RESULT_VERSION = {stage: 1 for stage in (*STAGES, "import")} | {"evaluate": 2}
-
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -153,11 +145,12 @@ class Run:
 
     Attributes:
       study: the study's name.
-      stage: one of STAGES.
+      stage: name of its stage, or "import" for a model from elsewhere, which belongs to no graph.
       name: readable name, unique within the stage together with the hash.
       fields: what defines the result, besides the parents.
       parents: role (such as "base", "task") → id of the run that plays it.
       member, task, seed: what the run is about; None where it does not apply.
+      version: of the stage's code.
     """
 
     study: str
@@ -168,12 +161,13 @@ class Run:
     member: str | None = None
     task: str | None = None
     seed: int | None = None
+    version: int = 1
 
     @property
     def hash(self) -> str:
         """First eight hex digits of the sha256 over stage, version, fields and the parents' hashes."""
         parents = {role: parent.rsplit("-", 1)[1] for role, parent in sorted(self.parents.items())}
-        text = json.dumps([self.stage, RESULT_VERSION[self.stage], _strict(self.fields), parents], sort_keys=True)
+        text = json.dumps([self.stage, self.version, _strict(self.fields), parents], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property
@@ -186,7 +180,7 @@ class Run:
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Run":
-        return cls(**{f.name: tree[f.name] for f in dataclasses.fields(cls)})
+        return cls(**{f.name: tree[f.name] for f in dataclasses.fields(cls) if f.name in tree or f.default is dataclasses.MISSING})
 
 
 class RunDirectory:
@@ -261,23 +255,6 @@ class RunDirectory:
 
     def _config_json(self) -> dict[str, Any]:
         return read_json(self.path / "config.json")
-
-
-@dataclass
-class Context:
-    """What a stage function receives: `stage(context) -> results`.
-
-    Attributes:
-      config: the study's config with `train.compute_dtype` resolved and hardware rules applied.
-      run: the run to carry out.
-      directory: its directory, locked; the stage writes its files there and may add to `directory.provenance`.
-      parents: role → path of the finished parent's directory.
-    """
-
-    config: StudyConfig
-    run: Run
-    directory: RunDirectory
-    parents: dict[str, AnyPath]
 
 
 def open_run(path: str | AnyPath) -> RunDirectory:

@@ -1,6 +1,7 @@
-"""Carries out runs in order: skips what is done, goes on after a failure, stops when the disk does."""
+"""Carries out runs in order: skips what is done, continues after a failure, stops when the disk does."""
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -9,64 +10,31 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from plasticity_jax.config import RewardConfig, StudyConfig, for_device, grid_members, member_config
+from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.parallel import processes
-from plasticity_jax.runs.records import SAMPLES, Context, Run, RunDirectory, read_json, to_json
-from plasticity_jax.runs.storage import AnyPath, check_writable, free_bytes, location, relative
-from plasticity_jax.study.graph import corpus_run, init_run, run_configs, study_dir
+from plasticity_jax.runs.directory import STUDY, RunDirectory
+from plasticity_jax.runs.jsonfiles import read_json
+from plasticity_jax.runs.run import Run
+from plasticity_jax.runs.storage import AnyPath, check_writable, free_bytes, relative
+from plasticity_jax.stages import Context, Stage, stages
+from plasticity_jax.stages.init import init_run
+from plasticity_jax.stages.prepare import corpus_run
+from plasticity_jax.study.graph import build_graph, run_configs, save_study, study_dir
 
 log = logging.getLogger("plasticity_jax")
 
-_TOGETHER = (
-    "pretrain",
-    "finetune",
-    "evaluate",
-    "samples",
-    "verifier",
-    "reward",
-    "zero_shot",
-)  # stages that all processes of a run carry out at once; the others are the first one's
-
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
 _STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")
-
-
-def stage_function(stage: str) -> Callable[[Sequence[Context]], list[dict]]:
-    """The library function of a stage, as contexts → results. Imported only when it is needed."""
-    if stage == "pretrain":
-        from plasticity_jax.train.pretrain import run
-
-        return run
-    if stage == "prepare":
-        from plasticity_jax.data.stage import run as one
-    elif stage == "init":
-        from plasticity_jax.train.initial import run as one
-    elif stage == "finetune":
-        from plasticity_jax.train.finetune import run as one
-    elif stage in ("evaluate", "samples"):
-        from plasticity_jax.evaluate.evaluate import run as one
-    elif stage == "verifier":
-        from plasticity_jax.train.verifier import run as one
-    elif stage == "reward":
-        from plasticity_jax.evaluate.reward import run as one
-    elif stage == "zero_shot":
-        from plasticity_jax.evaluate.zero_shot import run as one
-    elif stage == "probe":
-        from plasticity_jax.analysis.probes import run as one
-    elif stage == "spectra":
-        from plasticity_jax.analysis.spectra import run as one
-    else:
-        from plasticity_jax.analysis.gap import run as one
-    return lambda contexts: [one(context) for context in contexts]
 
 
 def resolve(config: StudyConfig, workdir: AnyPath) -> StudyConfig:
     """Replaces `train.compute_dtype = "auto"` by what this study uses: the value stored with it, or that of this platform."""
     if config.train.compute_dtype != "auto":
         return config
-    dtype = processes.broadcast(lambda: _compute_dtype(study_dir(workdir, config) / "study.json"))
+    dtype = processes.broadcast(lambda: _compute_dtype(study_dir(workdir, config) / STUDY))
     return replace(config, train=replace(config.train, compute_dtype=dtype))
 
 
@@ -82,70 +50,50 @@ def _compute_dtype(stored: AnyPath) -> str:
     return dtype
 
 
+def run_study(config: StudyConfig, workdir: AnyPath, *, chosen: Callable[[Run], bool] | None = None) -> "Outcome":
+    """Carries out the runs of a study, or those that are `chosen`.
+
+    Raises:
+      UserError: what cannot work, before anything is written.
+    """
+    config = resolve(config, workdir)
+    graph = build_graph(config)
+    runs = graph if chosen is None else [run for run in graph if chosen(run)]
+    check_before_writing(config, workdir, runs, study=config)
+    processes.broadcast(lambda: save_study(workdir, config, graph))
+    return execute(config, workdir, runs)
+
+
+def graph_lines(config: StudyConfig, workdir: AnyPath) -> list[str]:
+    """The members of the grid and every run with its state and parents, one line each."""
+    config = resolve(config, workdir)
+    lines = []
+    for member in grid_members(config):
+        timescale = "no decay" if member.timescale is None else f"timescale {member.timescale:.3g} of the run"
+        peak_lr = member_config(config, member).train.peak_lr
+        fields = "".join(f", {name} = {value}" for name, value in (*member.overrides, *member.changes))
+        lines.append(f"{member.name}: λ = {member.weight_decay:.6g}, peak lr·λ = {peak_lr * member.weight_decay:.4g}, {timescale}{fields}")
+    for run in build_graph(config):
+        state, reason = RunDirectory(study_dir(workdir, config) / run.id).state()
+        parents = ", ".join(run.parents.values())
+        lines.append(f"{run.id}  {state}{f' ({reason})' if reason else ''}" + (f"  ← {parents}" if parents else ""))
+    return lines
+
+
+def check_before_writing(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, study: StudyConfig) -> None:
+    """Checks all that can be checked before anything is written. Of several processes the first decides. Raises UserError."""
+    processes.broadcast(lambda: check_start(config, workdir, runs))
+    processes.broadcast(lambda: check_workdir(workdir, study))
+    check_shared(workdir)
+
+
 def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> None:
-    """Refuses runs whose corpus is not here, or whose settings this machine's devices do not take, before anything is written. Raises UserError."""
-    own = [member_config(config, member) for member in grid_members(config)]
+    """Lets every stage refuse what cannot work, before anything is written. Raises UserError."""
     todo = [run for run in runs if not RunDirectory(study_dir(workdir, config) / run.id).done]
-    for data in {c.data for c in own if corpus_run(c).id in {run.id for run in todo}}:
-        if data.files is not None or data.tfds is not None:
-            from plasticity_jax.data.streaming import open_corpus
-
-            open_corpus(files=data.files, tfds=data.tfds, tfds_split=data.tfds_split, text_field=data.text_field)
-    for run in todo:
-        if run.stage == "prepare" and run.task is not None:
-            _check_task_files(run.task, config.tasks[run.task].files)
-    if {run.stage for run in todo} & {"pretrain", "finetune"}:
-        _check_devices(own)
-    if "reward" in {run.stage for run in todo} and config.reward.model is not None:
-        _check_reward_model(config.reward)
-    if "zero_shot" in {run.stage for run in todo}:
-        from plasticity_jax.evaluate.zero_shot import check_installed
-
-        check_installed()
-    if config.max_device_hours is not None and "pretrain" in {run.stage for run in todo}:
-        from plasticity_jax.train.check import refuse_over_budget
-
-        refuse_over_budget(config)
-
-
-def _check_task_files(task: str, files: dict[str, str]) -> None:
-    from plasticity_jax.data.tasks.originals import check_places
-
-    for name, places in files.items():
-        check_places(places, what=f"tasks.{task}.files.{name}")
-
-
-def _check_reward_model(reward: RewardConfig) -> None:
-    if reward.scorer == "sequence-classification":
-        from plasticity_jax.evaluate.reward_model import check_folder
-
-        check_folder(location(reward.model))
-    elif not location(reward.model).is_dir():
-        raise UserError(
-            f"reward.model={reward.model}: no such directory; give a finished run, a Hugging Face folder, or None for the model that wrote."
-        )
-
-
-def _check_devices(members: Sequence[StudyConfig]) -> None:
-    import jax
-
-    from plasticity_jax.model.kernels import choose_kernel
-    from plasticity_jax.parallel.batches import check_batch_size
-    from plasticity_jax.parallel.mesh import make_mesh
-
-    device = jax.devices()[0]
-    for config in (for_device(own, device.device_kind) for own in members):
-        mesh = make_mesh(config.mesh)
-        check_batch_size(mesh, config.train.batch_size, config.train.grad_accum_steps, "train")
-        if config.tasks:
-            check_batch_size(mesh, config.finetune.batch_size, config.finetune.grad_accum_steps, "finetune")
-        choose_kernel(
-            config.train.attention,
-            platform=device.platform,
-            head_dim=config.model.head_dim,
-            compute_dtype=config.train.compute_dtype,
-            seq_len=config.train.seq_len,
-        )
+    for name, stage in stages().items():
+        mine = [run for run in todo if run.stage == name]
+        if mine:
+            stage.check(config, mine)
 
 
 def check_workdir(workdir: AnyPath, config: StudyConfig) -> None:
@@ -225,12 +173,18 @@ def _appears(path: AnyPath) -> bool:
 
 @dataclass
 class Outcome:
-    """What became of the runs asked for: ids of those carried out, skipped as done, failed, and not reached because a parent is missing."""
+    """What became of the runs asked for.
+
+    Attributes:
+      carried_out, skipped, failed, waiting: ids of runs that were carried out, were done already, failed, or were not reached because a parent is missing.
+      paths: id → directory, of every run asked for.
+    """
 
     carried_out: list[str]
     skipped: list[str]
     failed: list[str]
     waiting: list[str]
+    paths: dict[str, AnyPath]
 
 
 def execute(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, external: dict[str, AnyPath] | None = None) -> Outcome:
@@ -246,8 +200,8 @@ def execute(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, exter
       KeyboardInterrupt: passed on; what is done stays done, and the next call resumes.
     """
     folder = study_dir(workdir, config)
-    outcome = Outcome([], [], [], [])
     located = {run.id: folder / run.id for run in runs} | (external or {})
+    outcome = Outcome([], [], [], [], {run.id: located[run.id] for run in runs})
 
     def path_of(run_id: str) -> AnyPath:
         return located.get(run_id, folder / run_id)
@@ -257,7 +211,7 @@ def execute(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, exter
     todo = [run for run in runs if run.id not in done]
     if not todo:
         return outcome
-    if {run.stage for run in todo} != {"prepare"}:  # preparing needs no accelerator
+    if any(stages()[run.stage].devices != "none" for run in todo):
         import jax
 
         config = for_device(config, jax.devices()[0].device_kind)
@@ -286,25 +240,19 @@ def execute(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, exter
 
 
 def _groups(config: StudyConfig, runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs carried out by one call: each alone, but in vmapped mode the pretraining runs that differ in traced numbers only."""
+    """Runs carried out by one call: each by itself, but in vmapped mode those that their stage batches."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        together = config.grid.mode == "vmapped" and run.stage == "pretrain"
-        groups.setdefault(_program(run) if together else run.id, []).append(run)
+        batched = stages()[run.stage].batched
+        groups.setdefault(batched[0](run) if batched and config.grid.mode == "vmapped" else run.id, []).append(run)
     return list(groups.values())
-
-
-def _program(run: Run) -> str:
-    """What pretraining runs of one compiled program have in common: all but the traced numbers (see `train.step.hyper_parameters`)."""
-    train = {name: value for name, value in run.fields["train"].items() if name not in ("peak_lr", "warmup_fraction")}
-    fields = {name: value for name, value in run.fields.items() if name != "weight_decay"}
-    return to_json([fields | {"train": train}, run.parents])
 
 
 def _carry_out(
     configs: dict[str, StudyConfig], group: Sequence[Run], path_of: Callable[[str], AnyPath], guarded: Callable[[Callable], Callable]
 ) -> None:
-    """Of several processes, the first holds the runs' locks and writes their text files; the others take part in the stages of `_TOGETHER`."""
+    """Of several processes, the first holds the runs' locks and writes their text files; the others take part in stages that use all devices."""
+    stage = stages()[group[0].stage]
     with contextlib.ExitStack() as stack:
         contexts = []
         for run in group:
@@ -316,29 +264,50 @@ def _carry_out(
             for context in contexts:
                 directory = stack.enter_context(context.directory.work(context.run, context.config))
                 directory.provenance["parent_paths"] = {role: relative(path, directory.path) for role, path in context.parents.items()}
-            gone = [role for role, path in contexts[0].parents.items() if RunDirectory(path).state()[0] == "diverged"]
-            # A verifier learns from the samples of the members that are left.
-            samples = [role for role in contexts[0].parents if role.startswith(SAMPLES)]
-            return [role for role in gone if role not in samples] or (samples if samples and set(samples) <= set(gone) else [])
+            gone = {role for role, path in contexts[0].parents.items() if RunDirectory(path).state()[0] == "diverged"}
+            spare = {role for role in contexts[0].parents if stage.may_diverge and role.startswith(stage.may_diverge)}
+            return sorted(gone - spare) or (sorted(spare) if spare and spare <= gone else [])
 
         def carry_out() -> None:
             start = time.monotonic()
             if diverged:
                 results = [{"diverged": f"its {diverged[0]} diverged"} for _ in contexts]
             else:
-                results = stage_function(group[0].stage)(contexts)
+                results = [_as_dict(found) for found in _results(stage, contexts)]
             if processes.primary():
                 for context, result in zip(contexts, results, strict=True):
+                    context.directory.provenance |= _devices(stage, context.config)
                     context.directory.provenance["seconds"] = time.monotonic() - start
                     context.directory.finish(result)
 
         # Guarded inside, so that every process hears of a storage problem as a refusal and stops.
         begin, carry_out = guarded(begin), guarded(carry_out)
         diverged = processes.broadcast(begin)
-        if group[0].stage in _TOGETHER and not diverged:
+        if stage.devices == "all" and not diverged:
             processes.together(carry_out)
         else:
             processes.broadcast(carry_out)
+
+
+def _results(stage: Stage, contexts: Sequence[Context]) -> Sequence[Any]:
+    return stage.batched[1](contexts) if stage.batched and len(contexts) > 1 else [stage.run(context) for context in contexts]
+
+
+def _as_dict(record: Any) -> dict[str, Any]:
+    """What results.json holds: the fields of a record. A process that does not write may return None."""
+    return dataclasses.asdict(record) if dataclasses.is_dataclass(record) and not isinstance(record, type) else record or {}
+
+
+def _devices(stage: Stage, config: StudyConfig) -> dict[str, Any]:
+    """Kind and mesh of the devices that a stage ran on, for provenance."""
+    if stage.devices == "none":
+        return {}
+    import jax
+
+    from plasticity_jax.parallel.mesh import make_mesh
+
+    kind = {"device_kind": jax.devices()[0].device_kind}
+    return kind | ({"mesh": dict(make_mesh(config.mesh).shape)} if stage.devices == "all" else {})
 
 
 @contextlib.contextmanager

@@ -3,9 +3,12 @@
 from typing import Any
 
 from plasticity_jax.errors import UserError
-from plasticity_jax.report.page import collect, figure, summary_table
+from plasticity_jax.report.figures import draw_figure
+from plasticity_jax.report.results import collect
+from plasticity_jax.report.tables import summary_table
 from plasticity_jax.runs.storage import AnyPath, location
-from plasticity_jax.study.graph import study_files, study_status
+from plasticity_jax.study.graph import study_files
+from plasticity_jax.study.status import study_status
 
 
 class Study:
@@ -35,12 +38,12 @@ class Study:
         results = collect(self.path)
         parts = {one.title: one for one in results.slices}
         if part is None:
-            return figure(results, name)
+            return draw_figure(results, name)
         if part not in parts:
             raise UserError(
                 f"part {part!r} is not in this study" + (f"; name one of {', '.join(parts)}." if len(parts) > 1 else ", which has one; leave it out.")
             )
-        return figure(parts[part], name)
+        return draw_figure(parts[part], name)
 
 
 def open_study(workdir: str | AnyPath, name: str | None = None) -> Study:

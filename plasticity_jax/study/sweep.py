@@ -50,8 +50,8 @@ class Axis:
         return named + (" (log)" if self.scale == "log" else "")
 
     @property
-    def least(self) -> str:
-        """Which of the values is the first."""
+    def first(self) -> str:
+        """What to call the first of the values."""
         return "first" if self.scale == "categories" else "smallest"
 
     @property
@@ -68,7 +68,8 @@ class Axis:
             return f"{value:.3g}"
         return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
-    def said(self, value: Any) -> str:
+    def equation(self, value: Any) -> str:
+        """The value with its symbol, such as "λ = 0.1"."""
         return f"{self.symbol} = {self.text(value)}"
 
 

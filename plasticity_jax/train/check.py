@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from plasticity_jax.config import ModelConfig, StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError
+from plasticity_jax.model.kernels import choose_kernel
 from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel import hardware
 from plasticity_jax.parallel.batches import check_batch_size
@@ -288,3 +289,20 @@ def _ticking(what: str) -> Iterator[None]:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB" if abs(size) >= 2**27 else f"{size / 2**20:,.2f} MiB"
+
+
+def check_devices(config: StudyConfig) -> None:
+    """Refuses batch sizes and attention kernels that the devices of this machine do not take, for every member of the grid. Raises UserError."""
+    device = jax.devices()[0]
+    for own in (for_device(member_config(config, member), device.device_kind) for member in grid_members(config)):
+        mesh = make_mesh(own.mesh)
+        check_batch_size(mesh, own.train.batch_size, own.train.grad_accum_steps, "train")
+        if own.tasks:
+            check_batch_size(mesh, own.finetune.batch_size, own.finetune.grad_accum_steps, "finetune")
+        choose_kernel(
+            own.train.attention,
+            platform=device.platform,
+            head_dim=own.model.head_dim,
+            compute_dtype=own.train.compute_dtype,
+            seq_len=own.train.seq_len,
+        )

@@ -1,10 +1,9 @@
-"""The fine-tune stage: a finished run's model, a task's rows, the study's recipe."""
+"""Fine-tuning: a finished run's model, a task's rows, the study's recipe."""
 
 import dataclasses
-import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,15 +11,15 @@ from jax.sharding import Mesh
 
 from plasticity_jax.config import FinetuneConfig, ModelConfig, StudyConfig
 from plasticity_jax.data.sft import SftRows, encode_examples, plan, plan_packed, sft_batch
-from plasticity_jax.data.tasks import read_task
+from plasticity_jax.data.tasks import Example
 from plasticity_jax.data.tokenizer import copy_tokenizer
 from plasticity_jax.errors import UserError
-from plasticity_jax.model.load import load_model
+from plasticity_jax.model.load import LoadedModel
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.batches import check_batch_size
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import batch_sharding, param_shardings
-from plasticity_jax.runs.records import Context
+from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.loop import LoopSettings, Track, train
 from plasticity_jax.train.restore import relative_update, starting_state
 from plasticity_jax.train.step import Batch, StepSettings, compile_train_step, execution_of
@@ -43,56 +42,54 @@ def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSe
     return StepSettings(model, optimizer, config.train.compute_dtype, z_loss=0.0, isolate_documents=recipe.packing, execution=execution)
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Fine-tunes the model of the parent "base" on the training rows of the parent "task"; resumes at the last checkpoint.
+def finetune(
+    base: LoadedModel, examples: Sequence[Example], config: StudyConfig, *, epochs: int, seed: int, name: str, path: AnyPath
+) -> dict[str, Any]:
+    """Fine-tunes a model on examples; resumes at the last checkpoint.
 
-    Loss on the response only; the batches, seeded by `run.seed`, are those of `data.sft`: rows of like length together, or in random order, or
-    packed, where `finetune.batch_size` counts packed sequences.
+    Loss on the response only. Batches are those of `data.sft`: rows of like length together, or in random order, or packed, where
+    `finetune.batch_size` counts packed sequences.
 
+    Args:
+      base: a model with a tokenizer.
+      examples: the training rows of a task.
+      seed: of the order of the rows.
+      name, path: of the run; checkpoints, tokenizer and metrics are written to its directory.
     Returns:
-      diverged (None or the reason), steps, tokens (of responses, over all epochs), seconds (of training), train_loss (mean over the last 20
+      On the first process (empty on the others): diverged (None or the reason), steps, tokens (of responses, over all epochs), seconds (of training), train_loss (mean over the last 20
       steps, nats per token), rows (trained on), cut_rows (of them, lost a part), dropped_rows (too long), empty_rows (without a
       response), relative_update (‖θ_ft − θ_pt‖/‖θ_pt‖; None if diverged).
     Raises:
-      UserError: the base has no model or no tokenizer, its network is not the config's, or no row is left to train on.
+      UserError: the base's network is not the config's, or no row is left to train on.
     """
-    config, recipe = context.config, context.config.finetune
-    base = load_model(context.parents["base"])
-    if base.tokenizer is None:
-        raise UserError(f"{base.path} holds no tokenizer.json, so no text can be given to its model; put its tokenizer there.")
+    recipe = config.finetune
     if base.config != config.model:
         different = next(f.name for f in dataclasses.fields(ModelConfig) if getattr(base.config, f.name) != getattr(config.model, f.name))
         raise UserError(
             f"model.{different}={getattr(config.model, different)} is {getattr(base.config, different)} in {base.path}; use the base's own config."
         )
     if processes.primary():
-        copy_tokenizer(base.path, context.directory.path)
+        copy_tokenizer(base.path, path)
 
-    rows = encode_examples(read_task(context.parents["task"]).train, base.tokenizer, max_length=recipe.length_buckets[-1], too_long=recipe.too_long)
+    rows = encode_examples(examples, base.tokenizer, max_length=recipe.length_buckets[-1], too_long=recipe.too_long)
     if not len(rows):
         raise UserError(
-            f"tasks.{context.run.task}: no training row is left, {rows.n_dropped} are longer than {recipe.length_buckets[-1]} tokens and "
+            f"{name}: no training row is left, {rows.n_dropped} are longer than {recipe.length_buckets[-1]} tokens and "
             f"{rows.n_empty} have no response; raise the last of finetune.length_buckets or set finetune.too_long='cut'."
         )
-    schedule = _schedule(rows, recipe, epochs=config.tasks[context.run.task].epochs, seed=context.run.seed)
+    schedule = _schedule(rows, recipe, epochs=epochs, seed=seed)
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, recipe.batch_size, recipe.grad_accum_steps, "finetune")
     settings = step_settings(config, base.config, mesh)
     initial = arrays.put(base.params, param_shardings(mesh, base.params))
-    summary = json.loads((context.parents["task"] / "summary.json").read_text(encoding="utf-8"))
-    context.directory.provenance |= {
-        "data_fingerprint": summary["fingerprint"],
-        "mesh": dict(mesh.shape),
-        "device_kind": mesh.devices.flat[0].device_kind,
-    }
-    track = Track(context.directory.path, keep=1)
+    track = Track(path, keep=1)
     params = None
     if not track.diverged:
         state, start = starting_state(settings, mesh, initial, [track.directory], members=False)
         if start:
             log.info("resumes at step %d of %d", start, len(schedule))
         params = train(
-            f"finetune {context.run.name}",
+            f"finetune {name}",
             state,
             train_step=compile_train_step(settings, mesh, members=False),
             hyper=tuning_numbers(recipe, steps=len(schedule), weight_decay=recipe.weight_decay),

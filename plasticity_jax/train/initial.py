@@ -1,16 +1,16 @@
-"""The init stage: the step-0 parameters that every member of a seed starts from."""
+"""Step-0 parameters, which every member of a seed starts from."""
 
 import hashlib
-from typing import Any
 
 import jax
 import numpy as np
 
+from plasticity_jax.config import ModelConfig
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import count_params, init_params
 from plasticity_jax.parallel.arrays import to_host
 from plasticity_jax.parallel.rules import param_paths
-from plasticity_jax.runs.records import Context
+from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.optimizer import Params
 
 CHECKPOINTS = "checkpoints"
@@ -26,16 +26,14 @@ def params_sha256(params: Params) -> str:
     return digest.hexdigest()
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Draws the parameters from the run's seed and saves them as checkpoint 0.
+def save_initial(config: ModelConfig, seed: int, run: AnyPath) -> tuple[int, str]:
+    """Draws the parameters of a network from a seed and saves them as checkpoint 0 of a run, unless they are there.
 
     Returns:
-      `parameters` (their number) and `params_sha256`.
+      The number of parameters, and `params_sha256` of them.
     """
-    params = init_params(context.config.model, context.run.seed)
-    with Checkpoints(context.directory.path / CHECKPOINTS, keep=1, asynchronous=False, alone=True) as checkpoints:
+    params = init_params(config, seed)
+    with Checkpoints(run / CHECKPOINTS, keep=1, asynchronous=False, alone=True) as checkpoints:
         if checkpoints.latest() is None:
             checkpoints.save(0, params)
-    sha256 = params_sha256(params)
-    context.directory.provenance["step_0_sha256"] = sha256
-    return {"parameters": count_params(context.config.model), "params_sha256": sha256}
+    return count_params(config), params_sha256(params)

@@ -18,7 +18,8 @@ from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.progress import Progress
 from plasticity_jax.runs.append_log import read_log
-from plasticity_jax.runs.records import METRICS, MetricsLog, read_json, write_json
+from plasticity_jax.runs.jsonfiles import read_json, write_json
+from plasticity_jax.runs.records import METRICS, MetricsLog
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.initial import CHECKPOINTS
 from plasticity_jax.train.step import Batch, Hyper, Metrics, State

@@ -1,8 +1,9 @@
-"""The pretrain stage: one member of the grid, or several that differ in traced numbers only as one program."""
+"""Pretraining: one member of the grid, or several that differ in traced hyperparameters only as one program."""
 
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.batches import check_batch_size, global_batches, local_rows
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import batch_sharding, format_sharding_table, param_shardings, sharding_table
-from plasticity_jax.runs.records import Context
+from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.held_out import HeldOutBlocks, first_blocks, held_out_loss
 from plasticity_jax.train.initial import CHECKPOINTS, params_sha256
 from plasticity_jax.train.loop import LoopSettings, Track, train
@@ -57,36 +58,53 @@ def step_settings(config: StudyConfig, mesh: Mesh) -> StepSettings:
     )
 
 
-def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
+@dataclass
+class MemberRun:
+    """One member of the grid to pretrain.
+
+    Attributes:
+      name: of its run.
+      path: directory of its run, for checkpoints and the metrics log.
+      config: the member's own.
+      weight_decay: λ.
+      provenance: what its result rests on is added here.
+    """
+
+    name: str
+    path: AnyPath
+    config: StudyConfig
+    weight_decay: float
+    provenance: dict[str, Any]
+
+
+def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: AnyPath) -> list[dict[str, Any]]:
     """Trains members of one seed from their common step-0 parameters, on the same batches in the same order.
 
-    One context is the reference. Several are trained as one program, the step vmapped over a member axis; the results agree to rounding.
+    A single member is the reference. Several are trained as one program, the step vmapped over a member axis; the results agree to rounding.
     Resumes at the last checkpoint (of several members: at the last one that all of them have).
 
     Args:
-      contexts: with parents "corpus" (a prepare run) and "init"; equal but for `run.fields["weight_decay"]` and, in their configs,
-        `train.peak_lr` and `train.warmup_fraction`.
+      members: equal but for their weight decay and, in their configs, `train.peak_lr` and `train.warmup_fraction`.
+      seed: of the order of the batches.
+      corpus, init: directories of the finished prepare and init runs.
     Returns:
-      Per context: diverged (None or the reason), steps, tokens, seconds (of training), tokens_per_second, parameters, weight_decay, peak_lr,
+      Per member, on the first process (empty on the others): diverged (None or the reason), steps, tokens, seconds (of training), tokens_per_second, parameters, weight_decay, peak_lr,
       lr_times_decay, timescale_steps and timescale_share (None without decay), decay_table, compute_dtype, train_loss (mean over the last 20
       steps, nats per token), held_out (see `held_out.held_out_loss`; None if diverged), norms (L2 norm of every parameter; empty if diverged).
     """
-    first = contexts[0]
-    config, seed = first.config, first.run.seed
-    members = len(contexts) > 1
+    config, vmapped = members[0].config, len(members) > 1
     mesh = make_mesh(config.mesh)
     log.info("mesh of %d devices: %s", mesh.size, ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     check_batch_size(mesh, config.train.batch_size, config.train.grad_accum_steps, "train")
     settings = step_settings(config, mesh)
-    corpus = first.parents["corpus"]
     tokenizer = Tokenizer.load(corpus)
     records, held_out_records = TokenRecords(corpus / "tokens", "train"), TokenRecords(corpus / "tokens", "held_out")
-    initial = _initial_params(first, mesh)
+    initial = _initial_params(config, init, mesh)
     sha256 = params_sha256(initial)
-    for context in contexts:
+    for member in members:
         if processes.primary():
-            copy_tokenizer(corpus, context.directory.path)
-        _record_provenance(context, initial, sha256, records, mesh)
+            copy_tokenizer(corpus, member.path)
+        _record_provenance(member, initial, sha256, records, mesh)
 
     isolate = tokenizer.eos_id if config.data.isolate_documents else None
     eval_step = compile_eval_step(settings, mesh)
@@ -101,20 +119,20 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
         return held_out_loss(placed_step, params, blocks, token_bytes=tokenizer.token_bytes, batch_size=rows, isolate=isolate)
 
     curve_blocks = first_blocks(held_out_records, tokens_per_domain=config.train.eval_tokens)
-    tracks = [Track(context.directory.path, keep=2 if members else 1) for context in contexts]
+    tracks = [Track(member.path, keep=2 if vmapped else 1) for member in members]
     alive = [i for i, track in enumerate(tracks) if not track.diverged]
     final: dict[int, Params] = {}
     if alive:
-        state, start = starting_state(settings, mesh, initial, [tracks[i].directory for i in alive], members=members)
+        state, start = starting_state(settings, mesh, initial, [tracks[i].directory for i in alive], members=vmapped)
         if start:
             log.info("resumes at step %d of %d", start, config.train.steps)
-        hypers = [_hyper(contexts[i]) for i in alive]
+        hypers = [_hyper(members[i]) for i in alive]
         rows = local_rows(mesh, config.train.batch_size)
         state = train(
-            "pretrain " + ", ".join(contexts[i].run.name for i in alive),
+            "pretrain " + ", ".join(members[i].name for i in alive),
             state,
-            train_step=compile_train_step(settings, mesh, members=members),
-            hyper=stack(hypers) if members else hypers[0],
+            train_step=compile_train_step(settings, mesh, members=vmapped),
+            hyper=stack(hypers) if vmapped else hypers[0],
             batches=global_batches(
                 batches(
                     records,
@@ -130,37 +148,37 @@ def run(contexts: Sequence[Context]) -> list[dict[str, Any]]:
                 config.train.batch_size,
             ),
             tracks=[tracks[i] for i in alive],
-            members=members,
+            members=vmapped,
             settings=_loop_settings(config),
             held_out=lambda params: score(params, curve_blocks),
         )
         params = state["params"]
-        final = {i: jax.tree.map(lambda x: x[place], params) if members else params for place, i in enumerate(alive)}
+        final = {i: jax.tree.map(lambda x: x[place], params) if vmapped else params for place, i in enumerate(alive)}
     blocks = first_blocks(held_out_records, tokens_per_domain=config.train.held_out_tokens)
     results = []
-    for i, (context, track) in enumerate(zip(contexts, tracks, strict=True)):
+    for i, (member, track) in enumerate(zip(members, tracks, strict=True)):
         held_out = None if track.diverged else score(final[i], blocks)
         if held_out and blocks.domains and not math.isfinite(held_out["loss"]):  # the last update is seen by no training loss
             track.stop(f"held-out loss {held_out['loss']} after the last step")
         norms = {} if track.diverged else param_norms(final[i])
         if processes.primary():  # only its results are kept, and only it has the log at hand
-            results.append(_facts(context, track) | {"held_out": None if track.diverged else held_out, "norms": norms})
+            results.append(_facts(member, track) | {"held_out": None if track.diverged else held_out, "norms": norms})
         else:
             results.append({})
     return results
 
 
-def _initial_params(context: Context, mesh: Mesh) -> Params:
-    abstract = abstract_params(context.config.model)
+def _initial_params(config: StudyConfig, init: AnyPath, mesh: Mesh) -> Params:
+    abstract = abstract_params(config.model)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, param_shardings(mesh, abstract))
-    with Checkpoints(context.parents["init"] / CHECKPOINTS, read_only=True) as checkpoints:
+    with Checkpoints(init / CHECKPOINTS, read_only=True) as checkpoints:
         return checkpoints.restore_params(0, placed)
 
 
-def _hyper(context: Context) -> dict[str, Any]:
-    train_config = context.config.train
+def _hyper(member: MemberRun) -> dict[str, Any]:
+    train_config = member.config.train
     return hyper_parameters(
-        weight_decay=context.run.fields["weight_decay"],
+        weight_decay=member.weight_decay,
         peak_lr=train_config.peak_lr,
         warmup=warmup_steps(train_config.steps, train_config.warmup_fraction),
         total=train_config.steps,
@@ -179,22 +197,20 @@ def _loop_settings(config: StudyConfig) -> LoopSettings:
     )
 
 
-def _record_provenance(context: Context, initial: Params, sha256: str, records: TokenRecords, mesh: Mesh) -> None:
+def _record_provenance(member: MemberRun, initial: Params, sha256: str, records: TokenRecords, mesh: Mesh) -> None:
     """Says once what this member's decay means, and stores what its result rests on."""
-    config, weight_decay = context.config, context.run.fields["weight_decay"]
+    config, weight_decay = member.config, member.weight_decay
     table = decay_table(initial, config.decay.mask)
     timescale = timescale_steps(weight_decay, config.train.peak_lr, config.decay.kind)
     meaning = "no decay" if timescale is None else f"timescale {timescale:,.1f} steps = {timescale / config.train.steps:.3g} of the run"
-    log.info(
-        "%s: λ = %.6g, peak lr·λ = %.4g (%s), %s", context.run.name, weight_decay, config.train.peak_lr * weight_decay, config.decay.kind, meaning
-    )
+    log.info("%s: λ = %.6g, peak lr·λ = %.4g (%s), %s", member.name, weight_decay, config.train.peak_lr * weight_decay, config.decay.kind, meaning)
     log.info("decayed: %s", ", ".join(path for path, decayed in table.items() if decayed) or "none")
     log.info("not decayed: %s", ", ".join(path for path, decayed in table.items() if not decayed) or "none")
     placed = sharding_table(mesh, initial)
     if mesh.size > 1:
         for line in format_sharding_table(placed):
             log.info("%s", line)
-    context.directory.provenance |= {
+    member.provenance |= {
         "decay_table": table,
         "sharding_table": placed,
         "step_0_sha256": sha256,
@@ -204,8 +220,8 @@ def _record_provenance(context: Context, initial: Params, sha256: str, records: 
     }
 
 
-def _facts(context: Context, track: Track) -> dict[str, Any]:
-    config, weight_decay = context.config, context.run.fields["weight_decay"]
+def _facts(member: MemberRun, track: Track) -> dict[str, Any]:
+    config, weight_decay = member.config, member.weight_decay
     timescale = timescale_steps(weight_decay, config.train.peak_lr, config.decay.kind)
     last = track.rows()[-1]
     return {
@@ -220,7 +236,7 @@ def _facts(context: Context, track: Track) -> dict[str, Any]:
         "lr_times_decay": config.train.peak_lr * weight_decay,
         "timescale_steps": timescale,
         "timescale_share": None if timescale is None else timescale / config.train.steps,
-        "decay_table": context.directory.provenance["decay_table"],
+        "decay_table": member.provenance["decay_table"],
         "compute_dtype": config.train.compute_dtype,
         "train_loss": track.train_loss(),
     }

@@ -1,8 +1,7 @@
-"""The verifier stage: a fine-tuned model with a scalar head learns from graded samples which completions are right."""
+"""The outcome verifier: a fine-tuned model with a scalar head learns from graded samples which completions are right."""
 
 import functools
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from plasticity_jax.config import ModelConfig, VerifierConfig
-from plasticity_jax.data.completions import Completion, read_completions
+from plasticity_jax.config import ModelConfig, StudyConfig, VerifierConfig
+from plasticity_jax.data.completions import Completion
 from plasticity_jax.data.sft import plan
 from plasticity_jax.data.tokenizer import copy_tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
-from plasticity_jax.model.load import load_model
+from plasticity_jax.model.load import LoadedModel
 from plasticity_jax.model.scalar_head import (
     Execution,
     ScalarModel,
@@ -39,7 +38,6 @@ from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.batches import check_batch_size
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import batch_sharding
-from plasticity_jax.runs.records import SAMPLES, Context, RunDirectory
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.initial import CHECKPOINTS
 from plasticity_jax.train.loop import LoopSettings, Track, train
@@ -67,30 +65,31 @@ class VerifierStep:
     remat: str
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Trains a verifier from the model of the parent "base" on the completions of the parents "samples-..."; resumes at the last checkpoint.
+def train_verifier(base: LoadedModel, samples: Sequence[Completion], config: StudyConfig, *, name: str, path: AnyPath) -> dict[str, Any]:
+    """Trains a verifier from a model on graded completions; resumes at the last checkpoint.
 
     All parameters learn, by binary cross-entropy on whether a completion is right. A text that several members wrote for the same problem counts
-    once; parents that diverged are passed over. Some of the problems, by hash of their id, are held out with all their completions. Where all completions to learn from are right, or all
+    once. Some of the problems, by hash of their id, are held out with all their completions. Where all completions to learn from are right, or all
     wrong, nothing is learned and the head stays zero, so that every reward is 0.
 
+    Args:
+      base: a model with a tokenizer.
+      samples: completions of all members on the rows kept for the verifier.
+      name, path: of the run; checkpoints, tokenizer and metrics are written to its directory.
     Returns:
-      auc (on the held-out completions; None where it is not defined), reason (why it is None, else ""), accuracy (share of them on whose side of 0
+      On the first process (empty on the others): auc (on the held-out completions; None where it is not defined), reason (why it is None, else ""), accuracy (share of them on whose side of 0
       the logit lies), share_right (of them), counts (completions read, and of train and held_out: problems, completions, right), cut (texts
       that lost their beginning), diverged (None or the reason), steps, tokens (read, over all epochs), seconds (of training), train_loss (nats per
       completion, mean over the last 20 steps; None without training).
     Raises:
-      UserError: no parent with samples, a parent that is damaged, a base without a model or a tokenizer or with another network than the config's.
+      UserError: the base has another network than the config's, or the samples are of fewer than two problems.
     """
-    config, recipe = context.config, context.config.verifier
-    base = load_model(context.parents["base"])
-    if base.tokenizer is None:
-        raise UserError(f"{base.path} holds no tokenizer.json, so no text can be given to its model; put its tokenizer there.")
+    recipe = config.verifier
     if base.config != config.model:
         raise UserError(f"{base.path} is of another network than the study's model; use the base's own config.")
     if processes.primary():
-        copy_tokenizer(base.path, context.directory.path)
-    n_read, completions = _samples(context)
+        copy_tokenizer(base.path, path)
+    completions = list({(completion.id, completion.text): completion for completion in samples}.values())
     split = held_out_problems([completion.id for completion in completions], recipe.held_out_fraction)
     rows, n_cut = encode_answers(
         base.tokenizer, [c.prompt for c in completions], [c.text for c in completions], max_length=config.reward.max_length, bos=config.faithful
@@ -100,16 +99,14 @@ def run(context: Context) -> dict[str, Any]:
     execution = execution_of(config, base.config)
     model = with_head(base.config, base.params, jnp.zeros(base.config.d_model, jnp.float32))
     buckets = length_buckets(config.reward.max_length, config.finetune.length_buckets)
-    summary = json.loads((context.parents["task"] / "summary.json").read_text(encoding="utf-8"))
-    context.directory.provenance |= {"data_fingerprint": summary["fingerprint"], "device_kind": jax.devices()[0].device_kind}
     learned = np.flatnonzero(~is_held_out)
-    track = Track(context.directory.path, keep=1)
+    track = Track(path, keep=1)
     if len(set(right[learned].tolist())) == 2:
-        model = _train(context, track, model, execution, [rows[i] for i in learned], right[learned], buckets)
+        model = _train(name, config, track, model, execution, [rows[i] for i in learned], right[learned], buckets)
         reason = ""
     else:
         reason = f"all completions to learn from are {'right' if right[learned].all() else 'wrong'}"
-        _save_untrained(context.directory.path, model)
+        _save_untrained(path, model)
     held_out = np.flatnonzero(is_held_out)
     logits = np.zeros(len(held_out), np.float32)
     if not track.diverged and not reason:
@@ -119,7 +116,7 @@ def run(context: Context) -> dict[str, Any]:
             buckets=buckets,
             batch_size=recipe.batch_size,
             execution=execution,
-            what=f"verifier {context.run.name}, held out",
+            what=f"verifier {name}, held out",
         )
         if not np.isfinite(logits).all():  # the last update is seen by no training loss
             track.stop("logits not finite after the last step")
@@ -135,7 +132,7 @@ def run(context: Context) -> dict[str, Any]:
         "accuracy": float(np.mean((logits > 0) == right[held_out])) if measured else None,
         "share_right": float(right[held_out].mean()),
         "counts": {
-            "read": n_read,
+            "read": len(samples),
             **{name: _counts(completions, indices) for name, indices in (("train", learned), ("held_out", held_out))},
         },
         "cut": n_cut,
@@ -145,17 +142,6 @@ def run(context: Context) -> dict[str, Any]:
         "seconds": last["seconds"],
         "train_loss": track.train_loss(),
     }
-
-
-def _samples(context: Context) -> tuple[int, list[Completion]]:
-    """The number of completions of all parents with samples, and the different ones, in an order that follows from the parents' names."""
-    roles = sorted(role for role in context.parents if role.startswith(SAMPLES))
-    if not roles:
-        raise UserError(f"verifier {context.run.name} has no graded samples to learn from; give it a parent whose role begins with {SAMPLES!r}.")
-    left = [context.parents[role] for role in roles if RunDirectory(context.parents[role]).state()[0] != "diverged"]
-    found = [completion for path in left for completion in read_completions(path)]
-    different = {(completion.id, completion.text): completion for completion in found}
-    return len(found), list(different.values())
 
 
 def _counts(completions: Sequence[Completion], indices: np.ndarray) -> dict[str, int]:
@@ -195,7 +181,8 @@ def area_under_curve(logits: Float[np.ndarray, " n"], right: Bool[np.ndarray, " 
 
 
 def _train(
-    context: Context,
+    name: str,
+    config: StudyConfig,
     track: Track,
     model: ScalarModel,
     execution: Execution,
@@ -204,12 +191,11 @@ def _train(
     buckets: Sequence[int],
 ) -> ScalarModel:
     """The model after training, or as it was where it had diverged before."""
-    config, recipe = context.config, context.config.verifier
+    recipe = config.verifier
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, recipe.batch_size, 1, "verifier")
     # `plan` counts the inputs of a row that is predicted token by token: one fewer than its tokens.
     schedule = plan([len(row) + 1 for row in rows], buckets=buckets, batch_size=recipe.batch_size, epochs=recipe.epochs, seed=recipe.seed)
-    context.directory.provenance["mesh"] = dict(mesh.shape)
     if track.diverged:
         return model
     settings = VerifierStep(model.config, tuning_optimizer(config.finetune, decay_mask="all"), execution, config.train.remat)
@@ -217,7 +203,7 @@ def _train(
     if start:
         log.info("resumes at step %d of %d", start, len(schedule))
     params = train(
-        f"verifier {context.run.name}",
+        f"verifier {name}",
         state,
         train_step=compile_verifier_step(settings, mesh),
         hyper=tuning_numbers(recipe, steps=len(schedule)),

@@ -1,6 +1,7 @@
 """The gap on planted corpora: what is equal on both sides gives none, what was memorised gives the planted one."""
 
 import json
+from dataclasses import asdict
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,10 @@ from plasticity_jax.data.packing import MANIFEST, index_path, records_path
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import init_params
-from plasticity_jax.runs.records import Context, Run, RunDirectory
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages import gap as stage_gap
+from plasticity_jax.stages.stage import Context
 
 SEQ_LEN, VOCAB = 15, 300
 DOMAINS = ("long", "short")
@@ -150,7 +154,7 @@ def stage(tmp_path, corpus, name: str, *, model_stage: str = "pretrain") -> dict
             checkpoints.save(0, init_params(CONFIG, seed=1))
         directory.finish({"diverged": None})
     parents = {"model": directory.path, "corpus": corpus.parent}
-    return gap.run(Context(study, Run("t", "gap", "wd0", {}), RunDirectory(tmp_path / "gap"), parents))
+    return asdict(stage_gap.run(Context(study, Run("t", "gap", "wd0", {}), RunDirectory(tmp_path / "gap"), parents)))
 
 
 def test_stage_finds_no_gap_where_there_is_none_and_the_planted_one_where_there_is(tmp_path, corpus, monkeypatch):

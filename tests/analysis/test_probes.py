@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import asdict
 
 import jax
 import numpy as np
@@ -17,7 +18,10 @@ from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import apply, init_params
-from plasticity_jax.runs.records import Context, Run, RunDirectory
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages import probe
+from plasticity_jax.stages.stage import Context
 
 # Most tests fit 200 rows of 12 features and 4 classes: each shape compiles anew, for seconds.
 N, D, CLASSES = 200, 12, 4
@@ -204,7 +208,7 @@ def test_stage_probes_every_layer_of_every_set(tmp_path, tokenizer):
     )
     config = StudyConfig(model=CONFIG, probe=ProbeConfig(sets=("sentiment",), max_length=64))
     parents = {"model": finished_model(tmp_path, tokenizer), "probe-sentiment": tmp_path / "set"}
-    results = probes.run(Context(config, Run("t", "probe", "wd0", {}), RunDirectory(tmp_path / "probe"), parents))
+    results = asdict(probe.run(Context(config, Run("t", "probe", "wd0", {}), RunDirectory(tmp_path / "probe"), parents)))
     found = results["sets"]["sentiment"]
     assert found["layers"] == ["embed", "block1", "block2"]
     assert found["accuracy"][0] == 1.0 and found["accuracy_norm_free"][0] == 1.0
@@ -216,4 +220,4 @@ def test_stage_probes_every_layer_of_every_set(tmp_path, tokenizer):
 def test_stage_refuses_a_model_without_a_tokenizer(tmp_path):
     parents = {"model": finished_model(tmp_path, None)}
     with pytest.raises(UserError, match="tokenizer.json"):
-        probes.run(Context(StudyConfig(), Run("t", "probe", "wd0", {}), RunDirectory(tmp_path / "probe"), parents))
+        probe.run(Context(StudyConfig(), Run("t", "probe", "wd0", {}), RunDirectory(tmp_path / "probe"), parents))

@@ -1,6 +1,7 @@
 """Spectra against NumPy's SVD of the whole products in float64; pseudo-rank against a loop."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -8,11 +9,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import plasticity_jax.analysis as analysis
-from plasticity_jax.analysis.spectra import attention_spectra, pseudo_rank, run, spectra_summary
+from plasticity_jax.analysis.spectra import attention_spectra, pseudo_rank, spectra_summary
 from plasticity_jax.config import ModelConfig, SpectraConfig, StudyConfig
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import init_params
-from plasticity_jax.runs.records import Context, Run, RunDirectory
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages import spectra as stage
+from plasticity_jax.stages.stage import Context
 
 CONFIG = ModelConfig(vocab_size=300, d_model=24, n_layers=2, n_heads=6, n_kv_heads=2, d_ff=32)
 
@@ -160,7 +164,7 @@ def test_stage_writes_what_the_functions_give(tmp_path):
         with Checkpoints(directory.path / "checkpoints", asynchronous=False) as checkpoints:
             checkpoints.save(0, params)
         directory.finish({"diverged": None})
-    results = run(Context(config, Run("t", "spectra", "wd0", {}), RunDirectory(tmp_path / "spectra"), {"model": directory.path}))
+    results = asdict(stage.run(Context(config, Run("t", "spectra", "wd0", {}), RunDirectory(tmp_path / "spectra"), {"model": directory.path})))
     for name, values in attention_spectra((STAGE_CONFIG, params), fold_norms=True).items():
         np.testing.assert_allclose(results[name]["singular_values"], values, rtol=1e-6)
         np.testing.assert_array_equal(results[name]["pseudo_rank"], pseudo_rank(values, mass=0.9, power=2))

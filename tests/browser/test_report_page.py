@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 from synthetic_study import Planted, write_study  # noqa: E402
 
 from plasticity_jax.config import GridConfig  # noqa: E402
-from plasticity_jax.report.page import FIGURES, write_report  # noqa: E402
+from plasticity_jax.report.figures import figures  # noqa: E402
+from plasticity_jax.report.page import write_report  # noqa: E402
 
 pytestmark = pytest.mark.browser
 
@@ -88,7 +89,7 @@ def test_page_fits_its_width(pages, tmp_path, which, width, columns):
     assert found["scroll"] <= width, "the page itself scrolls sideways"
     assert found["outside"] == []
     assert found["columns"] == columns
-    assert len(found["figures"]) == {"whole": len(FIGURES), "partial": 2, "faceted": 2 * len(FIGURES)}[which]
+    assert len(found["figures"]) == {"whole": len(figures()), "partial": 2, "faceted": 2 * len(figures())}[which]
     assert all(w > 250 and h > 150 for w, h in found["figures"])
     assert found["loaded"] == []
     assert found["smallest"] >= 10

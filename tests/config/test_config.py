@@ -25,7 +25,7 @@ from plasticity_jax.config import (
 )
 from plasticity_jax.config.schema import name_text
 from plasticity_jax.errors import UserError
-from plasticity_jax.runs.records import to_json
+from plasticity_jax.runs.jsonfiles import to_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

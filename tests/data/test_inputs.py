@@ -7,13 +7,15 @@ import pyarrow.parquet
 import pytest
 
 from plasticity_jax.config import DataConfig, StudyConfig, check_config
-from plasticity_jax.data import stage
 from plasticity_jax.data.inputs import corpus_fields
 from plasticity_jax.data.loader import TokenRecords
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
-from plasticity_jax.runs.records import Context, RunDirectory
-from plasticity_jax.study.graph import build_graph, corpus_run
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.stages import prepare as stage
+from plasticity_jax.stages.prepare import corpus_run
+from plasticity_jax.stages.stage import Context
+from plasticity_jax.study.graph import build_graph
 
 
 def config_with(model=None, train=None, **data):

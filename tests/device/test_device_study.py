@@ -11,8 +11,8 @@ from plasticity_jax.cli import main
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.evaluate.generate import Sampling, generate
 from plasticity_jax.model.transformer import apply, init_params
-from plasticity_jax.runs.records import read_json, read_jsonl
-from plasticity_jax.study.graph import study_status
+from plasticity_jax.runs.jsonfiles import read_json, read_jsonl
+from plasticity_jax.study.status import study_status
 
 pytestmark = pytest.mark.device
 

@@ -5,6 +5,7 @@ import json
 import re
 import string
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from plasticity_jax.evaluate import evaluate
 from plasticity_jax.evaluate.generate import Completion
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import init_params
-from plasticity_jax.runs.records import Context, Run, RunDirectory
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages import evaluate as stage
+from plasticity_jax.stages.stage import Context
 
 CONFIG = StudyConfig(
     name="tiny",
@@ -58,7 +62,7 @@ def scripted(monkeypatch):
 
 def test_the_stage_end_to_end(context, scripted):
     with context.directory.work(context.run, context.config) as directory:
-        results = evaluate.run(context)
+        results = asdict(stage.run(context))
         directory.finish(results)
     rows = [json.loads(line) for line in (directory.path / "completions.jsonl").read_text().splitlines()]
     problems = [json.loads(line) for line in (directory.path / "problems.jsonl").read_text().splitlines()]
@@ -91,7 +95,7 @@ def test_the_stage_end_to_end(context, scripted):
     assert stored["metrics"]["pass@4"] == pytest.approx(np.mean(samples.any(1)))
     assert not any("Human" in row["text"] for row in rows)
     assert stored["failures"]["samples"]["no answer"] == pytest.approx(np.mean([row["answer"] is None for row in rows if row["sample"]]))
-    assert (stored["problems"], stored["n_samples"], stored["cut_prompts"], stored["diverged"]) == (9, 4, 0, None)
+    assert (stored["problems"], stored["n_samples"], stored["cut_prompts"]) == (9, 4, 0)
     assert stored["source_splits"] == ["held_out"]
     assert stored["majority_class"] == pytest.approx(max(Counter(golds).values()) / 9)
     for name in ("even", "odd"):
@@ -125,7 +129,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(context, monkeypatch, tmp
 
 def _evaluated(context, path):
     with RunDirectory(path).work(context.run, context.config) as directory:
-        evaluate.run(Context(context.config, context.run, directory, context.parents))
+        stage.run(Context(context.config, context.run, directory, context.parents))
     return [(path / name).read_bytes() for name in ("problems.jsonl", "completions.jsonl")]
 
 
@@ -141,7 +145,7 @@ def test_prompts_begin_with_the_beginning_of_text_in_faithful_studies_only(conte
         evaluate, "completions", lambda model, prompts, **options: read.extend(prompts) or [(range(len(prompts)), [[one] * 5 for _ in prompts])]
     )
     with context.directory.work(context.run, context.config) as directory:
-        evaluate.run(Context(dataclasses.replace(CONFIG, faithful=faithful), context.run, directory, context.parents))
+        stage.run(Context(dataclasses.replace(CONFIG, faithful=faithful), context.run, directory, context.parents))
     (context.parents["model"] / "tokenizer_config.json").unlink()
     tokenizer = Tokenizer.load(context.parents["model"])
     plain = [tokenizer.encode(f"Human: Text {i}?\nAssistant:") for i in range(9)]
@@ -151,4 +155,4 @@ def test_prompts_begin_with_the_beginning_of_text_in_faithful_studies_only(conte
 def test_a_model_without_tokenizer_is_refused(context):
     (context.parents["model"] / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json"):
-        evaluate.run(context)
+        stage.run(context)

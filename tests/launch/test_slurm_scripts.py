@@ -9,7 +9,7 @@ import pytest
 from launching import LAUNCH, TINY, run, saved_study, stand_in, write_jobs
 
 from plasticity_jax.config import grid_members, load_config
-from plasticity_jax.runs.records import RunDirectory
+from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.study.graph import build_graph, save_study
 
 
@@ -79,8 +79,11 @@ def test_slurm_study_has_a_job_for_every_run_after_its_parents(study, tmp_path):
 
 def test_slurm_jobs_hold_commands_that_make_exactly_their_runs(study, tmp_path):
     """The command line's own parser and the functions it calls, on the words of each script."""
-    from plasticity_jax.arguments import parser, split_overrides
-    from plasticity_jax.study import graph
+    from plasticity_jax.cli import parser, split_overrides
+    from plasticity_jax.stages import stages
+    from plasticity_jax.stages.evaluate import evaluate_run
+    from plasticity_jax.stages.finetune import finetune_run
+    from plasticity_jax.stages.pretrain import pretrain_run
 
     workdir, config = study
     runs = {run.id: run for run in build_graph(config)}
@@ -100,17 +103,16 @@ def test_slurm_jobs_hold_commands_that_make_exactly_their_runs(study, tmp_path):
             made |= {run.id for run in runs.values() if run.stage in arguments.stages.split(",")}
         elif arguments.command == "pretrain":
             [member] = [member for member in grid_members(config) if member.name == arguments.member]
-            made.add(graph.pretrain_run(config, member).id)
+            made.add(pretrain_run(config, member).id)
         elif arguments.command == "finetune":
             base = runs[str(arguments.base.relative_to(workdir / config.name))]
-            made.add(graph.finetune_run(config, base, arguments.task, arguments.seed).id)
+            made.add(finetune_run(config, base, arguments.task, arguments.seed).id)
         else:
             model = runs[str(arguments.model.relative_to(workdir / config.name))]
             if arguments.command == "evaluate":
-                made.add(graph.evaluate_run(config, model, arguments.task).id)
+                made.add(evaluate_run(config, model, arguments.task).id)
             else:
-                make = {"probe": graph.probe_run, "spectra": graph.spectra_run, "gap": graph.gap_run}
-                made |= {make[kind](config, model).id for kind in arguments.only.split(",")}
+                made |= {stages()[name].on_model(config, model).id for name in arguments.only.split(",")}
     assert made == set(runs)
 
 

@@ -18,7 +18,9 @@ from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.model import Checkpoints, hf_export, hf_tensors, init_params, load_model
 from plasticity_jax.model.hf_export import export_model
 from plasticity_jax.model.hf_import import import_folder
-from plasticity_jax.runs.records import Run, RunDirectory, read_json
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.jsonfiles import read_json
+from plasticity_jax.runs.run import Run
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.py"
 

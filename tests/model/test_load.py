@@ -5,7 +5,8 @@ import pytest
 from plasticity_jax.config import ModelConfig, StudyConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.model import Checkpoints, apply, init_params, load_model
-from plasticity_jax.runs.records import Run, RunDirectory
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.run import Run
 
 CONFIG = ModelConfig(vocab_size=300, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=8)
 PARAMS = init_params(CONFIG, 4)

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from plasticity_jax.data.stage import wheels_dir
 from plasticity_jax.data.tasks import build_task
 from plasticity_jax.data.tasks.overlap import overlapping
-from plasticity_jax.data.wheels import Wheels
+from plasticity_jax.data.wheels import Wheels, wheels_dir
 from plasticity_jax.evaluate.answers import extract_answer
 
 pytestmark = pytest.mark.parity

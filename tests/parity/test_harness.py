@@ -26,7 +26,9 @@ from plasticity_jax.evaluate.harness import HarnessModel
 from plasticity_jax.evaluate.options import choose
 from plasticity_jax.model import Checkpoints, init_params, load_model
 from plasticity_jax.model.hf_export import export_model
-from plasticity_jax.runs.records import Context, Run, RunDirectory
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages.stage import Context
 
 pytestmark = pytest.mark.parity
 

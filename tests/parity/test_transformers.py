@@ -21,7 +21,8 @@ from plasticity_jax.model.hf_config import describe
 from plasticity_jax.model.hf_export import export_model
 from plasticity_jax.model.hf_import import import_folder
 from plasticity_jax.model.hf_names import family_of
-from plasticity_jax.runs.records import Run, RunDirectory
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.run import Run
 
 pytestmark = pytest.mark.parity
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from plasticity_jax.config import GridConfig, ProbeConfig, ReportConfig, RewardConfig, StudyConfig, TaskConfig, ZeroShotConfig, grid_members
-from plasticity_jax.runs.records import Run, RunDirectory, write_jsonl
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.jsonfiles import write_jsonl
+from plasticity_jax.runs.run import Run
 from plasticity_jax.study.graph import build_graph, run_configs, save_study
 
 PROBLEMS = {"topic": 300, "sentiment": 200}
@@ -207,7 +209,7 @@ def _probe(path, run, planted, point, config):
 def _spectra(path, run, planted, point, config):
     wobble = 0.02 * np.sin(np.arange(config.model.n_layers * config.model.n_heads) * (1 + point)).reshape(config.model.n_layers, config.model.n_heads)
     results = {name: {"pseudo_rank": rank[point] + wobble} for name, rank in (("W_QK", planted.rank_qk), ("W_VO", planted.rank_vo))}
-    _finish(path, run, results | {"mass": 0.95, "power": 1, "fold_norms": False, "seconds": 1.0})
+    _finish(path, run, results | {"mass": 0.95, "power": 1, "fold_norms": False, "norm_gains": {}, "seconds": 1.0})
 
 
 def _gap(path, run, planted, point, config):
@@ -241,7 +243,9 @@ def _gap(path, run, planted, point, config):
             "seen_late": None,
             "control": control,
             "blocks": blocks,
+            "adjusted": {"gap": size, "interval": [size - 0.06, size + 0.06]},
             "tokens_per_side": 80 * 128,
+            "left_out_domains": [],
             "seconds": 1.0,
         },
     )
@@ -262,7 +266,8 @@ def _reward(path, run, planted, point, config):
             "scorer": "a planted scorer",
             "metrics": {"rm@8": chosen.mean(), "orm_score": rewards.mean()},
             "per_problem": {"rm": chosen, "orm": rewards},
-            "diverged": None,
+            "cut": 0,
+            "seconds": 1.0,
         },
     )
 
@@ -270,14 +275,14 @@ def _reward(path, run, planted, point, config):
 def _zero_shot(path, run, planted, point, config):
     accuracy = 0.25 if run.fields["when"] == "after" else 0.5
     found = {name: {"acc": accuracy, "acc_norm": None, "stderr": 0.01, "n": 100, "correct": [1]} for name in config.zero_shot.sets}
-    _finish(path, run, {"sets": found, "versions": {"lm_eval": "0"}, "diverged": None})
+    _finish(path, run, {"sets": found, "versions": {"lm_eval": "0"}, "seconds": 1.0})
 
 
 _WRITERS = {
     "reward": _reward,
     "zero_shot": _zero_shot,
     "prepare": _prepare,
-    "init": lambda path, run, planted, point, config: _finish(path, run, {"parameters": 530_000}),
+    "init": lambda path, run, planted, point, config: _finish(path, run, {"parameters": 530_000, "params_sha256": "step-0-hash"}),
     "pretrain": _pretrain,
     "evaluate": _evaluate,
     "finetune": lambda path, run, planted, point, config: _finish(path, run, {"diverged": None}),

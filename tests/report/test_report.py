@@ -11,8 +11,10 @@ import pytest
 from synthetic_study import PROBLEMS, Planted, write_study
 
 from plasticity_jax.errors import UserError
-from plasticity_jax.report.page import FIGURES, Part, collect, figure, format_summary, inline_svg, render, render_page, summary_table, write_report
-from plasticity_jax.runs.records import RunDirectory, read_json
+from plasticity_jax.report.figures import figures
+from plasticity_jax.report.page import Part, collect, draw_figure, format_summary, inline_svg, render, render_page, summary_table, write_report
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.jsonfiles import read_json
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +74,7 @@ def words(study) -> str:
 
 def test_every_section_and_figure_is_there(page):
     assert SECTIONS <= set(page.ids)
-    assert {f"figure-{name}" for name in FIGURES} <= set(page.ids)
+    assert {f"figure-{name}" for name in figures()} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids)), "two figures share an id"
     for word in (
         "Four language models",
@@ -164,7 +166,7 @@ def test_diverged_member_has_no_number(tmp_path):
     row = summary_table(study)[-1]
     assert row["state"] == "diverged" and {v for k, v in row.items() if k not in ("member", "weight_decay", "timescale", "state")} == {None}
     assert "pretrain/wd2 diverged: loss nan at step" in page.text
-    legend = figure(collect(study), "loss_curves").axes[0].get_legend().get_texts()
+    legend = draw_figure(collect(study), "loss_curves").axes[0].get_legend().get_texts()
     assert [entry.get_text() for entry in legend] == ["λ = 0", "λ = 0.1", "λ = 0.5", "λ = 2 (diverged)"]
     assert not re.search(r"\bnan\b|\binf\b", page.text.replace("loss nan at step", ""))
     assert [r["member"] for r in _rows(study, "held_out") if r["domain"] == "all"] == ["wd0", "wd0.1", "wd0.5"]
@@ -195,11 +197,11 @@ def test_one_member_and_no_task_have_a_page(tmp_path):
     assert "No fine-tuned model has been scored yet" in words(study)
 
 
-def test_warnings_of_control_and_unlearnt_task(tmp_path):
+def test_warnings_of_control_and_unlearned_task(tmp_path):
     study = write_study(tmp_path, Planted(control_passes=False, after=(0.45, 0.45, 0.50, 0.50)))
     text = words(study)
     assert "unigram control of the seen / held-out gap fails for wd0, wd0.1, wd0.5, wd2" in text
-    assert "No member learnt sentiment" in text and "No member learnt topic" not in text
+    assert "No member learned sentiment" in text and "No member learned topic" not in text
 
 
 def test_seeds_are_averaged(tmp_path):
@@ -240,14 +242,14 @@ def test_interrupted_report_keeps_the_old_page(tmp_path, monkeypatch):
 
 def test_figures_by_name(study):
     results = collect(study)
-    assert render(figure(results, "gap"), "png").startswith(b"\x89PNG")
+    assert render(draw_figure(results, "gap"), "png").startswith(b"\x89PNG")
     with pytest.raises(UserError, match="did you mean loss_curves"):
-        figure(results, "loss_curve")
+        draw_figure(results, "loss_curve")
 
 
 def test_figure_without_data_is_refused(tmp_path):
     with pytest.raises(UserError, match="nothing to show yet"):
-        figure(collect(write_study(tmp_path, stages=("pretrain",))), "gap")
+        draw_figure(collect(write_study(tmp_path, stages=("pretrain",))), "gap")
 
 
 def test_study_json_is_required(tmp_path):

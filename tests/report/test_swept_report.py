@@ -12,8 +12,9 @@ import plasticity_jax as pj
 from plasticity_jax.config import GridConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.report.drawing import positions
-from plasticity_jax.report.page import FIGURES, Part, collect, figure, format_summary, render_page, summary_table, write_report
-from plasticity_jax.report.tables import correlation_rows, gain_rows
+from plasticity_jax.report.figures import figures
+from plasticity_jax.report.page import Part, collect, draw_figure, format_summary, render_page, summary_table, write_report
+from plasticity_jax.stages.evaluate import correlation_rows, gain_rows
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +60,7 @@ def test_each_part_is_the_study_of_its_members_alone(faceted, tmp_path):
     part = results.slices[0]
     pick = {name: getattr(BY_RATE, name)[:4] for name in ("loss", "before", "after", "rank_qk", "rank_vo", "gap", "probe")}
     alone = collect(write_study(tmp_path, replace(BY_RATE, **pick, grid=replace(BY_RATE.grid, fields=(), changes=()))))
-    assert part.losses == alone.losses and part.points == alone.points == DECAYS and part.learnt == alone.learnt
+    assert part.losses == alone.losses and part.points == alone.points == DECAYS and part.learned == alone.learned
     assert [(v.verdict, v.evidence) for v in Part.of(part).verdicts] == [(v.verdict, v.evidence) for v in Part.of(alone).verdicts]
     assert correlation_rows(part) == [{"train.peak_lr": 2e-4, **row} for row in correlation_rows(alone)]
     for row, expected in zip([row for row in gain_rows(results) if row["train.peak_lr"] == 2e-4], gain_rows(alone), strict=True):
@@ -73,10 +74,10 @@ def test_faceted_page_holds_every_part(faceted):
     assert len(page.ids) == len(set(page.ids))
     for rate in RATES:
         assert {f"peak_lr{rate:g}-{section}" for section in ("part", "verdicts", "pretraining", "finetuning", "inside")} <= set(page.ids)
-        assert {f"figure-peak_lr{rate:g}-{name}" for name in FIGURES} <= set(page.ids)
+        assert {f"figure-peak_lr{rate:g}-{name}" for name in figures()} <= set(page.ids)
     for link in page.links:
         assert (link[1:] in page.ids) if link.startswith("#") else (faceted / "report" / link).is_file(), link
-    assert len(list((faceted / "report" / "figures").glob("*.png"))) == 3 * len(FIGURES)
+    assert len(list((faceted / "report" / "figures").glob("*.png"))) == 3 * len(figures())
 
 
 def test_faceted_page_says_what_differs(faceted):
@@ -116,7 +117,7 @@ def test_a_notebook_draws_one_part_at_a_time(faceted):
 
 
 def ticks(results, name="held_out_loss"):
-    axes = figure(results, name).axes[-1]
+    axes = draw_figure(results, name).axes[-1]
     return [label.get_text() for label in axes.get_xticklabels()], axes.get_xlabel()
 
 
@@ -158,8 +159,8 @@ def test_another_field_has_figures_and_no_claim_about_decay(tmp_path, field, val
     assert "which this study does not compare" in text
     for phrase in ("claims of the paper", "consistent with", "more weight decay", "smallest weight decay", "two λ", "over λ"):
         assert phrase not in text, phrase
-    for name in FIGURES:
-        figure(results, name)
+    for name in figures():
+        draw_figure(results, name)
 
 
 def test_sizes_differ_and_say_so(tmp_path):
@@ -174,8 +175,8 @@ def test_words_are_categories_in_the_order_of_the_config(tmp_path):
     assert results.points == ("olmo", "all", "matrices-only") and list(positions(results).values()) == [0.0, 1.0, 2.0]
     assert "one setting, decay.mask (olmo, all, matrices-only)" in words(study)
     assert ticks(results)[0] == ["olmo", "all", "matrices-only"]
-    for name in FIGURES:
-        figure(results, name)
+    for name in figures():
+        draw_figure(results, name)
 
 
 def test_zero_stands_apart_on_a_logarithmic_axis_and_not_on_a_linear_one(tmp_path):
@@ -227,7 +228,7 @@ def test_a_swept_fine_tuning_cuts_the_page_and_shows_what_is_of_the_base_models_
     assert page.count('id="figure-SFT_lr0.001-loss_curves"') == 1 and "figure-SFT_lr0.003-loss_curves" not in page
     assert 'id="figure-SFT_lr0.003-gains"' in page and not list((study / "report" / "figures").glob("SFT_lr0.003-gap.*"))
     for m in results.members:
-        assert m.loss is not None and m.gap is not None and set(m.before) == set(m.after) == {"topic", "sentiment"}
+        assert m.loss is not None and m.record("gap") is not None and set(m.before) == set(m.after) == {"topic", "sentiment"}
         assert all(
             dict(m.member.overrides)["finetune.peak_lr"] == run.run.fields["peak_lr"]
             for run in results.runs

@@ -5,9 +5,10 @@ import pytest
 from synthetic_study import Planted, write_study
 
 from plasticity_jax.report import verdicts as rules
-from plasticity_jax.report.comparisons import gap_difference, score_difference
+from plasticity_jax.report.comparisons import score_difference
 from plasticity_jax.report.results import collect
 from plasticity_jax.report.verdicts import CANNOT_TELL, CONSISTENT, INCONSISTENT
+from plasticity_jax.stages.gap import gap_difference
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +24,7 @@ CASES = [
     ("downstream_prefers_more", Planted(after=(0.70, 0.70, 0.70, 0.70)), CANNOT_TELL),
     ("downstream_prefers_more", Planted(loss=(3.1, 3.2, 3.3, 3.4)), CANNOT_TELL),  # nothing below the loss-best λ
     ("downstream_prefers_more", Planted(loss=(3.3, 3.1, 3.105, 3.4), after=(0.6, 0.85, 0.7, 0.65)), CANNOT_TELL),  # two loss-best λ that disagree
-    ("downstream_prefers_more", Planted(after=(0.15, 0.15, 0.15, 0.15)), CANNOT_TELL),  # no task learnt
+    ("downstream_prefers_more", Planted(after=(0.15, 0.15, 0.15, 0.15)), CANNOT_TELL),  # no task learned
     ("query_key_rank_falls", Planted(rank_qk=(0.80, 0.70, 0.50, 0.30)), CONSISTENT),
     ("query_key_rank_falls", Planted(rank_qk=(0.30, 0.50, 0.70, 0.80)), INCONSISTENT),
     ("query_key_rank_falls", Planted(rank_qk=(0.80, 0.75, 0.72, 0.70), rank_vo=(0.8, 0.6, 0.4, 0.2)), INCONSISTENT),  # W_VO falls more
@@ -48,7 +49,8 @@ CASES = [
 
 @pytest.mark.parametrize(("rule", "planted", "word"), CASES, ids=[f"{rule}-{word}-{i}" for i, (rule, _, word) in enumerate(CASES)])
 def test_each_rule_says_what_was_planted(tmp_path, rule, planted, word):
-    verdict = getattr(rules, rule)(collect(write_study(tmp_path, planted)))
+    [decide] = [one for one in rules.rules() if one.__name__ == rule]
+    verdict = decide(collect(write_study(tmp_path, planted)))
     assert verdict.verdict == word, verdict.evidence
     assert verdict.claim and verdict.rule and verdict.evidence and verdict.source
 
@@ -89,7 +91,7 @@ def test_gap_difference_pairs_blocks(tmp_path):
 
 def test_gap_difference_needs_the_same_blocks(tmp_path):
     results = collect(write_study(tmp_path))
-    results.members[0].gap["blocks"]["seen"][0]["document"] = 12345
+    results.members[0].record("gap").blocks["seen"][0]["document"] = 12345
     assert gap_difference(results, results.points[0], results.points[-1]) is None
 
 

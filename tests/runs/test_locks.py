@@ -14,8 +14,9 @@ import pytest
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs import locks
+from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.locks import is_locked, lock
-from plasticity_jax.runs.records import Run, RunDirectory
+from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import location, write_bytes
 
 RUN = Run("s", "spectra", "wd0.1", {"mass": 0.95}, {"model": "pretrain/wd0.1-0123abcd"})

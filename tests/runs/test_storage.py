@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from plasticity_jax.config import load_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs import storage
-from plasticity_jax.runs.records import read_json, write_json
+from plasticity_jax.runs.jsonfiles import read_json, write_json
 from plasticity_jax.runs.storage import (
     download,
     free_bytes,

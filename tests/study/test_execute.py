@@ -1,4 +1,5 @@
 import errno
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,8 @@ import pytest
 from plasticity_jax.config import load_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs import storage
-from plasticity_jax.runs.records import RunDirectory
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.stages import stages as declared
 from plasticity_jax.study import execute as execution
 from plasticity_jax.study.execute import check_workdir, execute
 from plasticity_jax.study.graph import build_graph
@@ -25,22 +27,23 @@ def stages(monkeypatch):
     state = Stages()
     state.called, state.groups, state.configs, state.fail, state.diverge = [], [], {}, {}, set()
 
-    def function(stage):
-        def run(contexts):
-            state.groups.append([context.run.name for context in contexts])
-            results = []
-            for context in contexts:
-                state.called.append(context.run.id)
-                state.configs[context.run.id] = context.config
-                assert all(RunDirectory(path).done for path in context.parents.values())
-                if context.run.id in state.fail:
-                    raise state.fail[context.run.id]
-                results.append({"diverged": "loss nan" if context.run.id in state.diverge else None})
-            return results
+    def run_batch(contexts):
+        state.groups.append([context.run.name for context in contexts])
+        results = []
+        for context in contexts:
+            state.called.append(context.run.id)
+            state.configs[context.run.id] = context.config
+            assert all(RunDirectory(path).done for path in context.parents.values())
+            if context.run.id in state.fail:
+                raise state.fail[context.run.id]
+            results.append({"diverged": "loss nan" if context.run.id in state.diverge else None})
+        return results
 
-        return run
-
-    monkeypatch.setattr(execution, "stage_function", function)
+    recording = {
+        name: replace(stage, run=lambda context: run_batch([context])[0], batched=stage.batched and (stage.batched[0], run_batch))
+        for name, stage in declared().items()
+    }
+    monkeypatch.setattr(execution, "stages", lambda: recording)
     return state
 
 

@@ -5,8 +5,12 @@ import pytest
 
 from plasticity_jax.config import load_config
 from plasticity_jax.errors import UserError
-from plasticity_jax.runs.records import STAGES, Run, RunDirectory
-from plasticity_jax.study.graph import build_graph, finetune_run, gap_run, read_study, run_configs, save_study, study_files, study_status
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages import stages
+from plasticity_jax.stages.finetune import finetune_run
+from plasticity_jax.study.graph import build_graph, read_study, run_configs, save_study, study_files
+from plasticity_jax.study.status import study_status
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
 
@@ -28,7 +32,7 @@ def test_parents_come_before_children_and_ids_are_unique():
         assert set(run.parents.values()) <= seen
         assert run.id not in seen
         seen.add(run.id)
-    assert {run.stage for run in runs} == set(STAGES) - {"samples", "verifier", "reward", "zero_shot"}
+    assert {run.stage for run in runs} == set(stages()) - {"samples", "verifier", "reward", "zero_shot"}
 
 
 def test_every_member_is_scored_before_and_after_on_every_task():
@@ -38,7 +42,7 @@ def test_every_member_is_scored_before_and_after_on_every_task():
 
 
 @pytest.mark.parametrize(
-    ("override", "stages"),
+    ("override", "stale"),
     [
         (("spectra.mass", "0.9"), {"spectra"}),
         (("evaluate.n_samples", "3"), {"evaluate"}),
@@ -54,8 +58,8 @@ def test_every_member_is_scored_before_and_after_on_every_task():
         (("evaluate.batch_size", "32"), set()),
     ],
 )
-def test_a_change_makes_stale_what_depends_on_it_and_no_more(override, stages):
-    assert changed(graph(), graph(override)) == stages
+def test_a_change_makes_stale_what_depends_on_it_and_no_more(override, stale):
+    assert changed(graph(), graph(override)) == stale
 
 
 def test_members_of_a_seed_share_start_and_corpus():
@@ -146,7 +150,7 @@ def test_gap_of_a_tuned_model_is_refused():
     config = load_config(CONFIG)
     tuned = next(run for run in build_graph(config) if run.stage == "finetune")
     with pytest.raises(UserError, match="--only"):
-        gap_run(config, tuned)
+        stages()["gap"].on_model(config, tuned)
 
 
 def test_status_gives_imported_models_and_what_was_made_from_them_their_own_state(tmp_path):
@@ -171,8 +175,6 @@ def test_status_names_missing_and_stale_runs(tmp_path):
     save_study(tmp_path, config, runs)
     assert [run.to_dict()["id"] for run in read_study(study_files(tmp_path)[0])[1]] == [run.id for run in runs]
     assert {row["state"] for row in study_status(tmp_path)} == {"missing"}
-    from plasticity_jax.runs.records import RunDirectory
-
     first = RunDirectory(tmp_path / config.name / runs[0].id)
     with first.work(runs[0], config):
         first.finish({})

@@ -17,7 +17,7 @@ from plasticity_jax.model import init_params
 from plasticity_jax.model.load import load_model
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.rules import param_paths
-from plasticity_jax.runs.records import Run
+from plasticity_jax.runs.run import Run
 from plasticity_jax.train import finetune
 from plasticity_jax.train.optimizer import Schedule
 from plasticity_jax.train.step import compile_eval_step, compile_train_step, hyper_parameters, initial_state, make_train_step

@@ -9,7 +9,8 @@ from worlds import CONFIG, OF_LOSSES, OF_PARAMS, TRAIN, World, change
 
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.load import load_model
-from plasticity_jax.runs.records import RunDirectory, read_json, read_jsonl, to_json
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.jsonfiles import read_json, read_jsonl, to_json
 from plasticity_jax.train import loop
 
 pytestmark = pytest.mark.slow

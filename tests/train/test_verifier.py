@@ -14,7 +14,8 @@ from worlds import CONFIG, World, change
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.load import load_model
 from plasticity_jax.model.scalar_head import abstract_scalar_params, encode_answers, load_verifier, scores, with_head, without_output
-from plasticity_jax.runs.records import Run, RunDirectory
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.run import Run
 from plasticity_jax.train import verifier
 from plasticity_jax.train.step import hyper_parameters
 from plasticity_jax.train.tuning import tuning_optimizer

@@ -10,8 +10,10 @@ from plasticity_jax.config import FinetuneConfig, MeshConfig, ModelConfig, Study
 from plasticity_jax.data.packing import MANIFEST, index_path, pack, records_path
 from plasticity_jax.data.tasks import Example, Rows, write_task
 from plasticity_jax.data.tokenizer import Tokenizer
-from plasticity_jax.runs.records import Context, Run, RunDirectory
-from plasticity_jax.train import initial
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages import init
+from plasticity_jax.stages.stage import Context
 
 # How far twenty float32 steps of two programs of one meaning may lie apart, relative, in any parameter and in a loss: four to ten times the rounding seen with
 # AVX2, AVX-512, and AMX. That the meaning is one is proven in float64, to 1e-10.
@@ -98,7 +100,7 @@ class World:
         self.corpus, self.task, self.init = root / "corpus", root / "task", root / "init"
         write_corpus(self.corpus, config)
         write_copy_task(self.task, config, 40)
-        self.stage(initial.run, Run("tiny", "init", "s0", {}, seed=0), self.init, config, {})
+        self.stage(init.run, Run("tiny", "init", "s0", {}, seed=0), self.init, config, {})
 
     def pretrain_context(self, name: str, weight_decay: float, config: StudyConfig) -> Context:
         run = Run("tiny", "pretrain", name, {"weight_decay": weight_decay, "seed": 0}, member=name, seed=0)
@@ -110,13 +112,13 @@ class World:
 
     def pretrain_grid(self, members: dict[str, tuple[float, StudyConfig]]) -> list[dict]:
         """Trains members (name → weight decay and own config) in one call."""
-        from plasticity_jax.train import pretrain
+        from plasticity_jax.stages import pretrain
 
         contexts = [self.pretrain_context(name, decay, config) for name, (decay, config) in members.items()]
-        return self._in_work(contexts, pretrain.run)
+        return self._in_work(contexts, pretrain.run_batch)
 
     def finetune(self, name: str, base: str, config: StudyConfig, seed: int = 0) -> dict:
-        from plasticity_jax.train import finetune
+        from plasticity_jax.stages import finetune
 
         run = Run("tiny", "finetune", name, {}, task="topic", seed=seed)
         context = Context(config, run, RunDirectory(self.root / name), {"base": self.root / base, "task": self.task})
@@ -132,7 +134,7 @@ class World:
         with contextlib.ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context.directory.work(context.run, context.config))
-            results = function(contexts)
+            results = [dataclasses.asdict(record) for record in function(contexts)]
             for context, result in zip(contexts, results, strict=True):
                 context.directory.finish(result)
         return results

@@ -1,0 +1,1 @@
+from plasticity_jax.runs.records import Run  # noqa

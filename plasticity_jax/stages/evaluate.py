@@ -1,0 +1,328 @@
+"""Evaluate: a base model (before) or a fine-tuned one (after) scored on the test rows of a task."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from plasticity_jax.config import StudyConfig, result_fields
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages.prepare import task_run, task_settings
+from plasticity_jax.stages.stage import Context, Figure, Plan, Planned, Rows, Stage, Table, member_row, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
+    from plasticity_jax.report.results import MemberResults, StudyResults
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `evaluate.evaluate.evaluate` returns, see there; and seconds of wall time."""
+
+    metrics: dict[str, float]
+    problems: int
+    n_samples: int
+    failures: dict[str, dict[str, float]]
+    per_problem: dict[str, list[float]]
+    majority_class: float
+    source_splits: list[str]
+    seconds: float
+    subsets: dict[str, dict[str, float]] = field(default_factory=dict)
+    macro: dict[str, float] = field(default_factory=dict)
+    cut_prompts: int = 0
+    unended: float | None = None
+
+
+def by_likelihood(task: str) -> bool:
+    """Whether a task's options are compared, and nothing is generated."""
+    from plasticity_jax.data.tasks import get_task
+
+    return get_task(task).grader == "likelihood"
+
+
+def evaluate_run(config: StudyConfig, model: Run, task: str) -> Run:
+    """A base model (before) or a fine-tuned one (after) scored on a task's test rows."""
+    tuned_on_it = model.stage == "finetune" and model.task == task
+    when = "after" if tuned_on_it else "before"
+    name = f"{model.name}-after" if tuned_on_it else f"{model.name}-{task}-before"
+    fields = {"when": when, "split": "test", "faithful": config.faithful, "compute_dtype": config.train.compute_dtype}
+    if not by_likelihood(task):
+        fields |= result_fields(config.evaluate) | {"max_new_tokens": task_settings(config, task).max_new_tokens}
+    parents = {"model": model.id, "task": task_run(config, task).id}
+    return STAGE.new_run(config, name, fields, parents, member=model.member or model.name, task=task, seed=model.seed)
+
+
+def _plan(plan: Plan) -> Iterable[Planned]:
+    for task in plan.config.tasks:
+        yield from ((own, evaluate_run(own, base, task)) for own, base in plan.of("pretrain"))
+    yield from ((own, evaluate_run(own, tuned, tuned.task)) for own, tuned in plan.of("finetune"))
+
+
+def run(context: Context) -> Evaluated | None:
+    """Scores the parent "model" on rows of the parent "task"; the field "split" says which rows: "test", or "verifier"."""
+    from plasticity_jax.data.tasks import get_task, read_task
+    from plasticity_jax.evaluate.evaluate import Protocol, evaluate
+    from plasticity_jax.parallel.mesh import make_mesh
+
+    start = time.monotonic()
+    config, fields = context.config, context.run.fields
+    results = evaluate(
+        context.model(with_tokenizer=True),
+        get_task(context.run.task),
+        getattr(read_task(context.parents["task"]), fields["split"]),
+        config.evaluate,
+        Protocol(fields.get("n_samples", 0), fields.get("max_new_tokens", 0), config.faithful, config.train.compute_dtype),
+        mesh=make_mesh(config.mesh),
+        folder=context.directory.path,
+        what=f"{context.run.stage} {context.run.name}",
+    )
+    return Evaluated(**results, seconds=time.monotonic() - start) if results else None
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ report
+
+
+def _score_rows(results: "StudyResults") -> Rows:
+    """Every metric of every member on every task, before and after fine-tuning."""
+    rows = []
+    for m in results.members:
+        for task in results.tasks:
+            for when, scores in (("before", m.before), ("after", m.after)):
+                if task in scores:
+                    score = scores[task]
+                    failures = {name.replace(" ", "_"): share for name, share in score.failures.items()}
+                    about = {"task": task, "when": when, "problems": len(score.greedy), "finetune_seeds": len(score.runs)}
+                    rows.append(member_row(m, **about, **score.metrics, **failures, scorer=score.scorer, majority_class=score.majority_class))
+    return rows
+
+
+def _metric_rows(results: "StudyResults") -> Rows:
+    """Every metric with its 95% interval over problems, and its difference from the first point's, paired by problem; of each test set the value only."""
+    from plasticity_jax.report.comparisons import metric_difference, metric_interval, with_interval
+
+    settings, rows = results.config.report, []
+    for part in results.slices:
+        for task in results.tasks:
+            for when in ("before", "after"):
+                of_seed: dict[int, MemberResults] = {}
+                for m in (m for point in part.points for m in part.at(point)):
+                    score = getattr(m, when).get(task)
+                    if score is None:
+                        continue
+                    first = of_seed.setdefault(m.member.seed, m)
+                    for metric, value in score.metrics.items():
+                        row = member_row(m, task=task, when=when, test_set="", metric=metric)
+                        row |= with_interval("value", metric_interval(score, metric, settings) or (value, None, None))
+                        difference = None if first is m else metric_difference(getattr(first, when)[task], score, metric, settings)
+                        rows.append(row | {"reference": first.name} | with_interval("difference", difference))
+                    for name, metrics in score.subsets.items():
+                        rows += [member_row(m, task=task, when=when, test_set=name, metric=metric, value=value) for metric, value in metrics.items()]
+    return rows
+
+
+def macro_rows(results: "StudyResults") -> Rows:
+    """Mean over the tasks of each metric that all of a member's tasks have, before and after fine-tuning; no row until every task is scored."""
+    from plasticity_jax.evaluate.metrics import macro_average
+
+    rows = []
+    for m in results.members:
+        for when, scores in (("before", m.before), ("after", m.after)):
+            if results.tasks and all(task in scores for task in results.tasks):
+                found = macro_average({task: scores[task].metrics for task in results.tasks})
+                rows.append(member_row(m, when=when, tasks=len(results.tasks), **found))
+    return rows
+
+
+def gain_rows(results: "StudyResults") -> Rows:
+    """Score and gain per point with 95% intervals: of the score, of the gain paired before/after, of both less the first point's paired by problem."""
+    from plasticity_jax.analysis.statistics import bootstrap_mean
+    from plasticity_jax.report.comparisons import score_difference, with_interval
+
+    settings, field = results.config.report, results.axis.field
+    rows = []
+    for part in results.slices:
+        for task in results.tasks:
+            reference = next((p for p in part.points if part.mean(p, lambda m: m.after_task(task)) is not None), None)
+            for point in part.points:
+                after = part.mean(point, lambda m: m.after_task(task))
+                if after is None:
+                    continue
+                row = {"task": task, **part.swept(point), "timescale_share": part.timescale(point)}
+                row |= with_interval("after", bootstrap_mean(after, samples=settings.bootstrap_samples, seed=settings.seed))
+                before = part.mean(point, lambda m: m.before[task].greedy if task in m.before else None)
+                gain = part.mean(point, lambda m: m.gain(task))
+                row["before"] = None if before is None else float(before.mean())
+                row |= with_interval("gain", None if gain is None else bootstrap_mean(gain, samples=settings.bootstrap_samples, seed=settings.seed))
+                row[f"reference_{field}"] = reference
+                for name, of_gain in (("after_difference", False), ("gain_difference", True)):
+                    row |= with_interval(name, None if point == reference else score_difference(part, reference, point, (task,), gain=of_gain))
+                rows.append(row)
+    return rows
+
+
+def correlation_rows(results: "StudyResults") -> Rows:
+    """Correlation over the points between held-out loss and score after fine-tuning, per task and for the mean over learned tasks; needs three points."""
+    import numpy as np
+
+    from plasticity_jax.analysis.statistics import leave_one_out_pearson, pearson, spearman
+
+    rows = []
+    for part in results.slices:
+        scores = {
+            task: {p: float(np.mean(s)) for p in part.losses if (s := part.mean(p, lambda m, t=task: m.after_task(t))) is not None}
+            for task in results.tasks
+        }
+        if len(part.learned) > 1:
+            scores["mean (learned)"] = {p: s for p in part.losses if (s := part.task_mean(p, lambda m, t: m.after_task(t))) is not None}
+        for task, by_point in scores.items():
+            if len(by_point) >= 3:
+                losses, values = [part.losses[p] for p in by_point], list(by_point.values())
+                # Two points always lie on a line: leaving one out of three says nothing.
+                left_out = [v for v in map(number, leave_one_out_pearson(losses, values)) if v is not None] if len(by_point) > 3 else []
+                rows.append(
+                    {
+                        **{axis.field: value for axis, value in part.facet},
+                        "task": task,
+                        "points": len(by_point),
+                        "pearson": number(pearson(losses, values)),
+                        "spearman": number(spearman(losses, values)),
+                        "leave_one_out_lowest": min(left_out, default=None),
+                        "leave_one_out_highest": max(left_out, default=None),
+                    }
+                )
+    return rows
+
+
+def _draw_scores(results: "StudyResults") -> "Drawing":
+    from plasticity_jax.report import drawing
+
+    rows = gain_rows(results)
+    tasks = [task for task in results.tasks if any(row["task"] == task for row in rows)]
+    drawn, panels = drawing.panels_below(len(tasks), 2.1)
+    for axes, task in zip(panels, tasks):
+        found = [row for row in rows if row["task"] == task]
+        drawing.interval_line(axes, results, found, "after", color=drawing.SERIES[0], marker="o", label="after")
+        before = {row[results.axis.field]: row["before"] for row in found if row["before"] is not None}
+        drawing.line(axes, results, before, color=drawing.SERIES[1], marker="s", linestyle="--", label="before")
+        majority = next(s.majority_class for m in results.members for s in (m.after.get(task),) if s)
+        axes.axhline(majority, color=drawing.MUTED, linewidth=1.0, linestyle=":", label="majority class", zorder=1)
+        axes.set_ylim(-0.03, 1.03)
+        _task_panel(axes, results, task, "greedy accuracy", last=axes is panels[-1])
+    drawing.legend_above(panels[0], panels[0].get_legend_handles_labels()[0])
+    return drawn
+
+
+def _draw_gains(results: "StudyResults") -> "Drawing":
+    from plasticity_jax.report import drawing
+
+    rows = [row for row in gain_rows(results) if row["gain"] is not None]
+    tasks = [task for task in results.tasks if any(row["task"] == task for row in rows)]
+    drawn, panels = drawing.panels_below(len(tasks), 2.1)
+    for axes, task in zip(panels, tasks):
+        found = [row for row in rows if row["task"] == task]
+        axes.axhline(0.0, color=drawing.REFERENCE, linewidth=1.0, zorder=1)
+        drawing.interval_line(axes, results, found, "gain", color=drawing.SERIES[0], marker="o", label="gain")
+        differences = [row for row in found if row["gain_difference"] is not None]
+        if differences:
+            label = f"less the gain at {results.axis.equation(differences[0][f'reference_{results.axis.field}'])}"
+            style = {"color": drawing.SERIES[4], "marker": "D", "linestyle": "none", "label": label, "shift": 0.02}
+            drawing.interval_line(axes, results, differences, "gain_difference", **style)
+        _task_panel(axes, results, task, "gain in accuracy", last=axes is panels[-1])
+    drawing.legend_above(panels[0], panels[0].get_legend_handles_labels()[0])
+    return drawn
+
+
+def _task_panel(axes: Any, results: "StudyResults", task: str, label: str, *, last: bool) -> None:
+    from plasticity_jax.report import drawing
+
+    axes.set_ylabel(label)
+    axes.set_title(task + ("" if task in results.learned else " (not learned)"))
+    drawing.swept_axis(axes, results, label=last)
+
+
+def _draw_correlation(results: "StudyResults") -> "Drawing":
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    from plasticity_jax.report import drawing
+
+    drawn, (axes,) = drawing.panels_below(1, 2.9)
+    for i, task in enumerate(results.tasks):
+        points = sorted(
+            (loss, float(np.mean(score)))
+            for point, loss in results.losses.items()
+            if (score := results.mean(point, lambda m: m.after_task(task))) is not None
+        )
+        if points:
+            style = {"color": drawing.SERIES[i % len(drawing.SERIES)], "marker": drawing.MARKERS[i % len(drawing.MARKERS)]}
+            axes.plot([p[0] for p in points], [p[1] for p in points], linewidth=0.9, alpha=0.7, label=task, **style)
+    # Every task stands at the same losses, so the swept value is written once, along the top; neighbors too close for one line take two.
+    span, last, raised = max(results.losses.values()) - min(results.losses.values()), -np.inf, False
+    for point, loss in sorted(results.losses.items(), key=lambda item: item[1]):
+        raised = not raised and loss - last < 0.08 * span
+        last = loss
+        axes.axvline(loss, color=drawing.REFERENCE, linewidth=0.7, linestyle=":", zorder=1)
+        axes.annotate(
+            results.axis.text(point),
+            (loss, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 10 if raised else 1),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=7.5,
+            color=drawing.INK,
+            annotation_clip=False,
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel(f"held-out loss (nats per token); above the panel: {results.axis.symbol}")
+    axes.set_ylabel("greedy accuracy after")
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=drawing.LEGEND_COLUMNS, handlelength=1.6, columnspacing=1.1)
+    return drawn
+
+
+STAGE = Stage(
+    name="evaluate",
+    title="answers to the test rows of every task, graded",
+    version=2,
+    run=run,
+    record=Evaluated,
+    parents={"model": ("pretrain", "finetune"), "task": "prepare"},
+    plan=_plan,
+    devices="all",
+    tables={
+        "scores": Table(_score_rows),
+        "metrics": Table(_metric_rows),
+        "macro": Table(macro_rows),
+        "gains": Table(gain_rows),
+        "correlation": Table(correlation_rows),
+    },
+    figures={
+        "scores": Figure(
+            "Fine-tuned score",
+            "Greedy accuracy after fine-tuning with 95% bootstrap intervals over problems, and before it with the same prompts and grader.",
+            lambda results: any(m.after for m in results.members),
+            _draw_scores,
+            section="finetuning",
+            of_base=False,
+        ),
+        "gains": Figure(
+            "Gain from fine-tuning",
+            "After less before, paired by problem. Diamonds: difference from the gain at the {first} {symbol}, paired by problem. 95% bootstrap intervals.",
+            lambda results: any(m.gain(task) is not None for m in results.members for task in m.after),
+            _draw_gains,
+            section="finetuning",
+            of_base=False,
+        ),
+        "correlation": Figure(
+            "Loss against score",
+            "Does a lower held-out loss go with a better score after fine-tuning? One point per {symbol} and task.",
+            lambda results: bool(results.losses) and any(m.after for m in results.members),
+            _draw_correlation,
+            section="finetuning",
+            of_base=False,
+        ),
+    },
+)

@@ -1,0 +1,82 @@
+"""Fine-tune: every base model on every task, with the same recipe."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from plasticity_jax.config import Member, StudyConfig, result_fields
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages.prepare import task_run, task_settings
+from plasticity_jax.stages.pretrain import pretrain_run
+from plasticity_jax.stages.stage import Context, Plan, Planned, Stage
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What `train.finetune.finetune` returns; see there."""
+
+    diverged: str | None
+    steps: int
+    tokens: int
+    seconds: float
+    train_loss: float | None
+    rows: int
+    cut_rows: int
+    dropped_rows: int
+    empty_rows: int
+    relative_update: float | None
+
+
+def finetune_run(config: StudyConfig, base: Run, task: str, seed: int, member: Member | None = None) -> Run:
+    """A base model fine-tuned on one task with one seed, with the recipe of `member`; None for a base that belongs to no member."""
+    recipe = {k: v for k, v in result_fields(config.finetune).items() if k != "seeds"}
+    fields = recipe | {"epochs": task_settings(config, task).epochs, "seed": seed, "compute_dtype": config.train.compute_dtype}
+    parents = {"base": base.id, "task": task_run(config, task).id}
+    of_base, suffix = member.name if member else base.name, f"-s{seed}" if seed else ""
+    owner = member.name if member else base.member or base.name
+    return STAGE.new_run(config, f"{of_base}-{task}{suffix}", fields, parents, member=owner, task=task, seed=seed)
+
+
+def _plan(plan: Plan) -> Iterable[Planned]:
+    for task in plan.config.tasks:
+        for seed in plan.config.finetune.seeds:
+            for own, member in plan.members:
+                yield own, finetune_run(own, pretrain_run(own, member), task, seed, member)
+
+
+def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
+    """Refuses batches and kernels that the devices do not take."""
+    from plasticity_jax.train.check import check_devices
+
+    check_devices(config)
+
+
+def run(context: Context) -> Finetuned | None:
+    """Fine-tunes the parent "base" on the training rows of the parent "task"."""
+    from plasticity_jax.data.tasks import read_task
+    from plasticity_jax.data.tasks.files import read_summary
+    from plasticity_jax.train.finetune import finetune
+
+    base, task = context.model("base", with_tokenizer=True), context.parents["task"]
+    context.directory.provenance["data_fingerprint"] = read_summary(task)["fingerprint"]
+    facts = finetune(
+        base,
+        read_task(task).train,
+        context.config,
+        epochs=task_settings(context.config, context.run.task).epochs,
+        seed=context.run.seed,
+        name=context.run.name,
+        path=context.directory.path,
+    )
+    return Finetuned(**facts) if facts else None
+
+
+STAGE = Stage(
+    name="finetune",
+    title="fine-tuned models",
+    run=run,
+    record=Finetuned,
+    parents={"base": "pretrain", "task": "prepare"},
+    plan=_plan,
+    check=_check,
+    devices="all",
+)

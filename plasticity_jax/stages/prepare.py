@@ -1,0 +1,167 @@
+"""Prepare: one run each for the corpus, every task and every probe set. Needs no accelerator."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from plasticity_jax.config import DataConfig, StudyConfig, TaskConfig
+from plasticity_jax.errors import UserError
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages.stage import Context, Plan, Planned, Stage
+
+SEED = 0  # of the choice of rows; fixed, so that a task's rows depend on its settings alone
+
+
+def corpus_run(config: StudyConfig) -> Run:
+    """Documents, tokenizer and token records of the pretraining corpus."""
+    from plasticity_jax.data.inputs import corpus_fields
+
+    fields = {"kind": "corpus", **corpus_fields(config.data), "vocab_size": config.model.vocab_size, "seq_len": config.train.seq_len}
+    return STAGE.new_run(config, "corpus", fields)
+
+
+def task_run(config: StudyConfig, task: str) -> Run:
+    """Train and test rows of a fine-tuning task."""
+    from plasticity_jax.data.tasks import get_task
+
+    settings = task_settings(config, task)
+    fields = {
+        "kind": "task",
+        "train_rows": settings.train_rows,
+        "test_rows": settings.test_rows,
+        "held_out_fraction": config.data.held_out_fraction,
+        "verifier_rows": settings.verifier_rows,
+        "wheels": pinned(get_task(task).packages),
+    }
+    if settings.files:
+        from plasticity_jax.data.inputs import task_files
+
+        fields["files"] = task_files(settings.files)
+    return STAGE.new_run(config, f"task-{task}", fields, task=task)
+
+
+def probe_set_run(config: StudyConfig, name: str, *, train_rows: int, test_rows: int) -> Run:
+    """Labeled train and test texts for linear probes."""
+    from plasticity_jax.data.probe_sets import PROBE_SETS
+
+    fields = {
+        "kind": "probe-set",
+        "set": name,
+        "train_rows": train_rows,
+        "test_rows": test_rows,
+        "held_out_fraction": config.data.held_out_fraction,
+        "wheels": pinned(PROBE_SETS[name].packages),
+    }
+    return STAGE.new_run(config, f"probe-{name}", fields)
+
+
+def data_runs(config: StudyConfig) -> list[Run]:
+    """The data that the runs of one member read: the corpus, the tasks, and what other stages ask for."""
+    from plasticity_jax.stages import stages
+
+    asked = [run for stage in stages().values() if stage.data is not None for run in stage.data(config)]
+    return [corpus_run(config), *(task_run(config, task) for task in config.tasks), *asked]
+
+
+def task_settings(config: StudyConfig, task: str) -> TaskConfig:
+    """The config's settings for a task. Raises UserError for a task that the config does not list."""
+    from plasticity_jax.data.tasks import get_task
+
+    get_task(task)  # an unknown name is refused with the nearest known one
+    if task not in config.tasks:
+        raise UserError(
+            f"task {task!r} has no settings in this config, which lists {', '.join(config.tasks) or 'none'}; add config.tasks.{task} = task(...) to it."
+        )
+    return config.tasks[task]
+
+
+def pinned(packages: Iterable[str]) -> dict[str, str]:
+    """Package → sha256 of its pinned wheel."""
+    from plasticity_jax.data.wheels import pins
+
+    known = pins()
+    return {package: known[package].sha256 for package in packages}
+
+
+def _plan(plan: Plan) -> Iterable[Planned]:
+    for own, _ in plan.members:
+        yield from ((own, run) for run in data_runs(own))
+
+
+def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
+    """Refuses a corpus or task files that are not here."""
+    from plasticity_jax.config import grid_members, member_config
+    from plasticity_jax.data.tasks.originals import check_places
+
+    members = [member_config(config, member) for member in grid_members(config)]
+    asked = {run.id for run in runs}
+    for data in {own.data for own in members if corpus_run(own).id in asked}:
+        _open_stream(data)
+    for run in runs:
+        for name, places in config.tasks[run.task].files.items() if run.task is not None else ():
+            check_places(places, what=f"tasks.{run.task}.files.{name}")
+
+
+def _open_stream(data: DataConfig) -> Any:
+    """The corpus in the user's own files or TFDS data set; None for the named sources."""
+    if data.files is None and data.tfds is None:
+        return None
+    from plasticity_jax.data.streaming import open_corpus
+
+    return open_corpus(files=data.files, tfds=data.tfds, tfds_split=data.tfds_split, text_field=data.text_field)
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Carries out one prepare run; its summary, with a content fingerprint, is the result."""
+    from plasticity_jax.runs.storage import staging
+
+    # Record files and data sets are written by libraries that know local files only.
+    with staging(context.directory.path) as out:
+        return _prepare(context, out)
+
+
+def _prepare(context: Context, out: Path) -> dict[str, Any]:
+    from plasticity_jax.data import probe_sets, tasks
+    from plasticity_jax.data.wheels import Wheels, wheels_dir
+
+    config, fields = context.config, context.run.fields
+    wheels = Wheels(wheels_dir(config.data.wheels))
+    if fields["kind"] == "corpus":
+        summary = _corpus(config, out, wheels)
+        context.directory.provenance["data_fingerprint"] = summary["fingerprint"]
+        return summary
+    rows = {name: fields[name] for name in ("train_rows", "test_rows", "held_out_fraction")}
+    if fields["kind"] == "task":
+        settings = config.tasks[context.run.task]
+        task = tasks.build_task(context.run.task, wheels, **rows, seed=SEED, verifier_rows=settings.verifier_rows, files=settings.files)
+        return tasks.write_task(out, task)
+    return probe_sets.write_probe_set(out, probe_sets.build_probe_set(fields["set"], wheels, **rows, seed=SEED))
+
+
+def _corpus(config: StudyConfig, out: Path, wheels: Any) -> dict[str, Any]:
+    from plasticity_jax.data.named_tokenizers import open_tokenizer
+    from plasticity_jax.data.prepare import prepare_corpus
+    from plasticity_jax.data.streaming import prepare_stream
+
+    data, stream = config.data, _open_stream(config.data)
+    tokenizer = open_tokenizer(data.tokenizer, wheels, vocab_size=config.model.vocab_size)
+    common: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "vocab_size": config.model.vocab_size,
+        "seq_len": config.train.seq_len,
+        "held_out_fraction": data.held_out_fraction,
+    }
+    if stream is None:
+        return prepare_corpus(out, sources=data.sources, wheels_dir=wheels.directory, max_documents=data.max_documents, **common)
+    return prepare_stream(out, stream, text_field=data.text_field, max_tokens=data.max_tokens, workers=data.workers, **common)
+
+
+STAGE = Stage(
+    name="prepare",
+    title="corpus, tokenizer, token records, task and probe files",
+    run=run,
+    plan=_plan,
+    check=_check,
+    devices="none",
+    job="prepare",
+)

@@ -1,0 +1,180 @@
+"""Probe: linear probes on the states of every base model, layer by layer."""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from plasticity_jax.config import ProbeConfig, StudyConfig
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages.prepare import probe_set_run
+from plasticity_jax.stages.stage import Context, Figure, Rows, Stage, Table, member_row, number
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure as Drawing
+
+    from plasticity_jax.report.results import MemberResults, StudyResults
+    from plasticity_jax.report.verdicts import Verdict
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Probes of a model.
+
+    Attributes:
+      sets: per probe set, layers ("embed", "block1", ...); per layer, accuracy, accuracy_norm_free (features divided by their norm), per_class, l2, and
+        correct ([n_test], 1 where right); majority (accuracy of always giving the most common test label), n_train, n_test, classes, dropped_leaks.
+      seconds: wall time.
+    """
+
+    sets: dict[str, dict[str, Any]]
+    seconds: float
+
+
+def _runs(config: StudyConfig) -> dict[str, Run]:
+    """Role → prepare run of every probe set."""
+    settings = config.probe
+    rows = {"train_rows": settings.train_rows, "test_rows": settings.test_rows}
+    return {f"probe-{name}": probe_set_run(config, name, **rows) for name in settings.sets}
+
+
+def run(context: Context) -> Probes:
+    """Fits probes on the states of the parent "model", on the rows of the parents "probe-<set>"."""
+    from plasticity_jax.analysis.probes import probe_layers
+    from plasticity_jax.data.probe_sets import read_probe_set
+
+    start, settings, model = time.monotonic(), context.section, context.model(with_tokenizer=True)
+    recipe = {"max_length": settings.max_length, "l2": settings.l2, "seed": settings.seed}
+    sets = {name: probe_layers(model, name, read_probe_set(context.parents[f"probe-{name}"]), **recipe) for name in settings.sets}
+    return Probes(sets, time.monotonic() - start)
+
+
+def of_set(member: "MemberResults", name: str) -> dict[str, Any] | None:
+    """The results of a member on a probe set; None where they are missing."""
+    found = member.record("probe")
+    return None if found is None else found.sets.get(name)
+
+
+def probe_correct(member: "MemberResults", name: str) -> "np.ndarray | None":
+    """[n_test] fraction of the blocks whose probe is right on each test text; the embedding layer is left out."""
+    import numpy as np
+
+    found = of_set(member, name)
+    if found is None:
+        return None
+    return np.asarray([row for layer, row in zip(found["layers"], found["correct"]) if layer != "embed"], dtype=np.float64).mean(axis=0)
+
+
+def _rows(results: "StudyResults") -> Rows:
+    """Probe accuracy by set and layer."""
+    rows = []
+    for m in results.members:
+        found = m.record("probe")
+        for name, of_layers in found.sets.items() if found else ():
+            for i, layer in enumerate(of_layers["layers"]):
+                values = {key: number(of_layers[key][i]) for key in ("accuracy", "accuracy_norm_free", "l2")}
+                counts = {"majority": number(of_layers["majority"]), "n_train": of_layers["n_train"], "n_test": of_layers["n_test"]}
+                rows.append(member_row(m, set=name, layer=layer, **values, **counts))
+    return rows
+
+
+def _draw(results: "StudyResults") -> "Drawing":
+    import numpy as np
+
+    from plasticity_jax.report import drawing
+
+    sets = [name for name in results.config.probe.sets if any(of_set(m, name) for m in results.members)]
+    drawn, panels = drawing.member_panels(results, sets, 2.4)
+    for axes, name in zip(panels, sets):
+        majority = 0.0
+        for point in results.points:
+            found = [of for m in results.at(point) if (of := of_set(m, name))]
+            if found:
+                accuracy = np.mean([f["accuracy"] for f in found], axis=0)
+                axes.plot(range(len(accuracy)), accuracy, color=drawing.color(results, point), marker=drawing.marker(results, point))
+                axes.set_xticks(range(len(accuracy)), [layer.replace("block", "block ") for layer in found[0]["layers"]])
+                majority = found[0]["majority"]
+        axes.axhline(majority, color=drawing.MUTED, linewidth=1.0, linestyle=":", zorder=1)
+        axes.annotate(
+            "majority class",
+            (1.0, majority),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7.5,
+            color=drawing.MUTED,
+        )
+        axes.set_ylabel("probe accuracy")
+    panels[-1].set_xlabel("state after")
+    return drawn
+
+
+def probes_improve(results: "StudyResults") -> "Verdict":
+    """The claim about linear separability."""
+    from plasticity_jax.report.verdicts import USEFUL_LOSS, Verdict
+
+    verdict, evidence = _probes(results)
+    return Verdict(
+        "Linear probes on the base model’s states do better with more weight decay, over the useful range.",
+        "linear separability",
+        f"Useful range: up to the largest λ whose held-out loss is at most {USEFUL_LOSS} nats above the lowest. Its two ends are compared for "
+        "each probe set, accuracy averaged over the blocks, paired by test text: consistent if the interval is above 0 for one set and below 0 "
+        "for none; inconsistent the other way round. Sets on which both ends are at the majority class are left out.",
+        evidence,
+        verdict,
+    )
+
+
+def _probes(results: "StudyResults") -> tuple[str, str]:
+    from plasticity_jax.analysis.statistics import paired_bootstrap
+    from plasticity_jax.report.verdicts import CANNOT_TELL, agreement, interval_text, useful_range, word
+
+    useful = [d for d in useful_range(results) if any(m.record("probe") for m in results.at(d))]
+    if len(useful) < 2:
+        return CANNOT_TELL, "Fewer than two λ of the useful range have probes."
+    low, high = useful[0], useful[-1]
+    words, evidence, settings = [], [f"λ={high:.4g} against λ={low:.4g}."], results.config.report
+    for name in results.config.probe.sets:
+        pair = results.pair(low, high, lambda m, n=name: probe_correct(m, n))
+        if pair is None:
+            continue
+        if not any(_above_majority(m, name) for decay in (low, high) for m in results.at(decay)):
+            evidence.append(f"{name}: at the majority class, left out.")
+            continue
+        difference = paired_bootstrap(pair[1], pair[0], samples=settings.bootstrap_samples, seed=settings.seed)
+        words.append(word(difference))
+        evidence.append(f"{name}: {interval_text(difference)}.")
+    return agreement(words), " ".join(evidence)
+
+
+def _above_majority(member: "MemberResults", name: str) -> bool:
+    from plasticity_jax.analysis.statistics import wilson_interval
+
+    found, correct = of_set(member, name), probe_correct(member, name)
+    if found is None or correct is None:
+        return False
+    return wilson_interval(round(float(correct.sum())), len(correct))[0] > found["majority"]
+
+
+STAGE = Stage(
+    name="probe",
+    title="linear probes",
+    run=run,
+    record=Probes,
+    config=ProbeConfig,
+    parents={"model": "pretrain"},
+    inputs=lambda config, model: {role: run.id for role, run in _runs(config).items()},
+    data=lambda config: list(_runs(config).values()),
+    applies=lambda config: bool(config.probe.sets),
+    tables={"probes": Table(_rows)},
+    figures={
+        "probes": Figure(
+            "Linear probes",
+            "Test accuracy of a linear classifier on the last token's state of the base model, by layer.",
+            lambda results: any(found.sets for m in results.members if (found := m.record("probe"))),
+            _draw,
+        )
+    },
+    claims=(probes_improve,),
+)

