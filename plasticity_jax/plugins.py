@@ -1,21 +1,82 @@
-"""temporary"""
+"""Extensions by declaration: objects of one kind in the modules of a folder, and behind the entry points of installed packages."""
 
-import dataclasses
 import importlib
+import importlib.metadata
+import logging
 import pkgutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from plasticity_jax.errors import reason
+
+log = logging.getLogger("plasticity_jax")
+
+T = TypeVar("T")
 
 
-@dataclasses.dataclass
-class Found:
-    found: dict
-    problems: dict
+@dataclass(frozen=True)
+class Discovered(Generic[T]):
+    """What `discover` found.
+
+    Attributes:
+      found: name → extension; ours in the order of their modules, then those of plug-ins in the order of their entry points.
+      problems: one line each, on every module or plug-in that was left out.
+    """
+
+    found: dict[str, T]
+    problems: tuple[str, ...]
 
 
-def discover(group, package, kind):
-    found = {}
-    module = importlib.import_module(package)
-    for info in pkgutil.iter_modules(module.__path__):
-        for value in vars(importlib.import_module(f"{package}.{info.name}")).values():
-            if isinstance(value, kind):
-                found[value.name] = value
-    return Found(found, {})
+def discover(group: str, *, package: str, kind: type[T]) -> Discovered[T]:
+    """Finds extensions. One that cannot be used is left out with a warning, and does not affect the others.
+
+    An entry point names a module (all extensions in it count), an extension, or a list of them. A name that is taken stays with whom it is: ours win
+    over those of plug-ins, and where two plug-ins use one name, neither has it.
+
+    Args:
+      group: of the entry points.
+      package: our own package, whose modules hold extensions.
+      kind: the class of an extension, with an attribute `name`.
+    """
+    found: dict[str, T] = {}
+    problems: list[str] = []
+    folder = importlib.import_module(package).__path__
+    for module in sorted(pkgutil.iter_modules(folder), key=lambda module: module.name):
+        try:
+            found |= {one.name: one for one in _extensions(importlib.import_module(f"{package}.{module.name}"), kind)}
+        except Exception as error:
+            problems.append(f"{package}/{module.name}.py is left out: {type(error).__name__}: {reason(error)}")
+    ours = set(found)
+    owners: dict[str, list[str]] = {}
+    for point in sorted(importlib.metadata.entry_points(group=group), key=lambda point: (point.name, point.value)):
+        who = f"plug-in {point.name!r} ({point.value})"
+        try:
+            extensions = list(_extensions(point.load(), kind))
+            if not extensions:
+                raise TypeError(f"it holds no {kind.__name__}")
+        except Exception as error:
+            problems.append(f"{who} is left out: {type(error).__name__}: {reason(error)}")
+            continue
+        for one in extensions:
+            if one.name in ours:
+                problems.append(f"{who} is left out: the name {one.name!r} is taken by plasticity_jax; give its {kind.__name__} another")
+            else:
+                owners.setdefault(one.name, []).append(who)
+                found[one.name] = one
+    for name, claimed in owners.items():
+        if len(claimed) > 1:
+            del found[name]
+            problems.append(f"{' and '.join(claimed)} both define {name!r}, so neither is used; uninstall one or rename it")
+    for problem in problems:
+        log.warning("%s", problem)
+    return Discovered(found, tuple(problems))
+
+
+def _extensions(holder: Any, kind: type[T]) -> Iterator[T]:
+    """The extensions in a module, a list, or an object that is one. Objects imported into a module from elsewhere count once, by identity."""
+    if isinstance(holder, kind):
+        yield holder
+        return
+    values: Iterable[Any] = holder if isinstance(holder, (list, tuple)) else vars(holder).values()
+    yield from {id(value): value for value in values if isinstance(value, kind)}.values()

@@ -306,7 +306,7 @@ def _check_alone(own: StudyConfig, who: str) -> None:
 def _check_choices(config: StudyConfig) -> None:
     from plasticity_jax.data.probe_sets import PROBE_SETS
     from plasticity_jax.data.sources import SOURCES
-    from plasticity_jax.data.tasks import TASKS
+    from plasticity_jax.data.tasks import tasks
 
     check_choice("decay.kind", config.decay.kind, ("coupled", "independent"))
     check_choice("decay.mask", config.decay.mask, ("all", "olmo", "matrices-only"))
@@ -319,7 +319,7 @@ def _check_choices(config: StudyConfig) -> None:
         for i, source in enumerate(config.data.sources):
             check_choice(f"data.sources[{i}]", source, tuple(SOURCES))
     for name in config.tasks:
-        check_choice("tasks", name, tuple(TASKS))
+        check_choice("tasks", name, tuple(tasks()))
     for i, name in enumerate(config.probe.sets):
         check_choice(f"probe.sets[{i}]", name, tuple(PROBE_SETS))
 

@@ -45,9 +45,9 @@ def check_downstream(config: StudyConfig) -> None:
 
 
 def _check_task_files(name: str, files: dict[str, str]) -> None:
-    from plasticity_jax.data.tasks import TASKS
+    from plasticity_jax.data.tasks import tasks
 
-    sets = TASKS[name].sets
+    sets = tasks()[name].sets
     for key in files:
         refuse_unless(bool(sets), f"tasks.{name}.files sets {key!r}, but {name} brings its own rows; leave files out.")
         check_choice(f"tasks.{name}.files", key, sets)
@@ -58,7 +58,7 @@ def _check_task_files(name: str, files: dict[str, str]) -> None:
 
 
 def _check_evaluate(config: StudyConfig) -> None:
-    from plasticity_jax.data.tasks import TASKS
+    from plasticity_jax.data.tasks import tasks
 
     evaluate, reward, verifier, zero_shot = config.evaluate, config.reward, config.verifier, config.zero_shot
     for name in ("n_samples", "temperature", "batch_size", "repetition_penalty"):
@@ -87,7 +87,7 @@ def _check_evaluate(config: StudyConfig) -> None:
     )
     for name, settings in config.tasks.items():
         refuse_unless(
-            reward.scorer != "verifier" or settings.verifier_rows > 0 or TASKS[name].grader == "likelihood",
+            reward.scorer != "verifier" or settings.verifier_rows > 0 or tasks()[name].grader == "likelihood",
             f"reward.scorer='verifier' needs rows of its own in every task; set tasks.{name}.verifier_rows, such as 200.",
         )
     for i, name in enumerate(zero_shot.sets):

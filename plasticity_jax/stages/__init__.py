@@ -2,7 +2,7 @@
 
 import functools
 
-from plasticity_jax.plugins import discover
+from plasticity_jax.plugins import Discovered, discover
 from plasticity_jax.stages.stage import Column, Context, Figure, Plan, Stage, Table, member_row, number
 
 __all__ = ["Column", "Context", "Figure", "Plan", "Stage", "Table", "member_row", "number", "stages"]
@@ -11,9 +11,15 @@ GROUP = "plasticity_jax.stages"
 
 
 @functools.cache
+def discovered() -> Discovered[Stage]:
+    """Every stage that can be read, and why the others cannot."""
+    return discover(GROUP, package=__name__, kind=Stage)
+
+
+@functools.cache
 def stages() -> dict[str, Stage]:
-    """Name → stage, parents before children, otherwise by name. A stage that cannot be read is left out, and a warning says why."""
-    found = discover(GROUP, package="plasticity_jax.stages", kind=Stage).found
+    """Name → stage, parents before children, otherwise by name."""
+    found = discovered().found
     needs = {
         name: {parent for role in stage.parents for parent in stage.parent_stages(role)} & found.keys() - {name} for name, stage in found.items()
     }

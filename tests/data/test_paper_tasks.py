@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from published_files import write_published as write
 
-from plasticity_jax.data.tasks import TASKS, build_task, medmcqa, metamathqa, pubmedqa, race, read_task, simplescaling, write_task
+from plasticity_jax.data.tasks import build_task, medmcqa, metamathqa, pubmedqa, race, read_task, simplescaling, tasks, write_task
 from plasticity_jax.data.tasks import mmluprocot as mmlu
 from plasticity_jax.data.tasks.base import RowSettings, normalised, shuffled
 from plasticity_jax.data.tasks.published import Candidate, FirstShuffled, Published, build_rows, example_of
@@ -342,7 +342,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     for rows in found:
         ids = [row.id for row in rows.train + rows.test]
         assert len(set(ids)) == len(ids)
-    assert set(TASKS[name].sets) == set(SETS[name])
+    assert set(tasks()[name].sets) == set(SETS[name])
 
 
 def test_what_is_written_is_what_is_read(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from plasticity_jax.data.sources import SOURCES, split_of
-from plasticity_jax.data.tasks import TASKS, Example, Rows, build_task, format_prompt, get_task, read_task, write_task
+from plasticity_jax.data.tasks import Example, Rows, build_task, format_prompt, get_task, read_task, tasks, write_task
 from plasticity_jax.data.tasks.addition import addition_prompt, addition_response
 from plasticity_jax.data.tasks.base import LICENCES, cut_at_word, majority_share, normalised, shuffled, without_leaks
 from plasticity_jax.data.tasks.classify import MAX_CHARACTERS
@@ -124,8 +124,8 @@ def test_classes_and_majority_are_as_counted(name, n_classes, majority, toleranc
     rows = test if name == "sentiment" else train + test
     assert majority_share([row.answer for row in rows]) == pytest.approx(majority, abs=tolerance)
     for part in (train, test):
-        assert set(Counter(row.answer for row in part)) == set(TASKS[name].labels)
-    assert len(TASKS[name].labels) == n_classes
+        assert set(Counter(row.answer for row in part)) == set(tasks()[name].labels)
+    assert len(tasks()[name].labels) == n_classes
 
 
 def test_sentiment_rows_are_the_published_ones(all_rows):
@@ -147,7 +147,7 @@ def test_real_rows_are_short_and_answer_with_one_word(name, all_rows, wheels):
         assert len(text_of(row)) <= MAX_CHARACTERS
         assert row.response == f"The answer is {row.answer}." and row.answer.isalpha()
     packages = {row.source.partition("==")[0] for row in train + test}
-    assert packages == set(TASKS[name].packages) and packages <= set(LICENCES)
+    assert packages == set(tasks()[name].packages) and packages <= set(LICENCES)
 
 
 @pytest.mark.parametrize(

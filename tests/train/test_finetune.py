@@ -11,13 +11,14 @@ from worlds import CONFIG, World, change, write_copy_task
 
 from plasticity_jax.config import MeshConfig, TaskConfig, load_config
 from plasticity_jax.data.sft import SftRows, plan_packed, sft_batch
-from plasticity_jax.data.tasks import Example, Rows, format_prompt, write_task
+from plasticity_jax.data.tasks import Example, Rows, format_prompt, read_task, write_task
 from plasticity_jax.errors import UserError
 from plasticity_jax.model import init_params
 from plasticity_jax.model.load import load_model
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.rules import param_paths
 from plasticity_jax.runs.run import Run
+from plasticity_jax.stages import finetune as stage
 from plasticity_jax.train import finetune
 from plasticity_jax.train.optimizer import Schedule
 from plasticity_jax.train.step import compile_eval_step, compile_train_step, hyper_parameters, initial_state, make_train_step
@@ -52,7 +53,7 @@ def test_numbers_of_a_run(world: World, tuned):
     base, model = load_model(world.root / "base"), load_model(world.root / "tuned")
     flat = [np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(m.params)]) for m in (base, model)]
     assert tuned["relative_update"] == pytest.approx(np.linalg.norm(flat[1] - flat[0]) / np.linalg.norm(flat[0]), rel=1e-6)
-    rows = finetune.read_task(world.task).train
+    rows = read_task(world.task).train
     assert tuned["tokens"] == 30 * sum(len(model.tokenizer.encode(row.response)) + 1 for row in rows)
     assert [row["step"] for row in untimed(world.root / "tuned")][-1] == tuned["steps"]
     assert (world.root / "tuned" / "tokenizer.json").read_bytes() == (world.corpus / "tokenizer.json").read_bytes()
@@ -82,7 +83,7 @@ def finetune_on(world: World, name: str, base: str, config, *, task: str, rows: 
     if rows is not None:
         write_task(folder, Rows(rows, rows[:1]))
     run = Run("tiny", "finetune", name, {}, task=task, seed=seed)
-    return world.stage(finetune.run, run, world.root / name, config, {"base": world.root / base, "task": folder})
+    return world.stage(stage.run, run, world.root / name, config, {"base": world.root / base, "task": folder})
 
 
 def test_runs_share_their_compiled_steps(world: World, tuned):
@@ -165,7 +166,7 @@ def test_other_orders_of_rows_train_and_see_every_target(world: World, options):
     config = dataclasses.replace(change(CONFIG, "finetune", peak_lr=2e-2, **options), tasks={"topic": TaskConfig(epochs=40)})
     name = next(iter(options))
     result = world.finetune(name, "base", config)
-    rows = finetune.read_task(world.task).train
+    rows = read_task(world.task).train
     tokenizer = load_model(world.root / name).tokenizer
     assert result["diverged"] is None and result["train_loss"] < 0.3
     assert result["tokens"] == 40 * sum(len(tokenizer.encode(row.response)) + 1 for row in rows)

