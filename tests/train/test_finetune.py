@@ -198,7 +198,7 @@ def test_rows_that_are_cut_dropped_or_empty_are_counted(world: World):
 
 def test_a_task_without_usable_rows_is_refused(world: World):
     rows = [Example("0", "r", " ", "x", "generated", "generated"), Example("1", "a " * 30, "red", "x", "generated", "generated")]
-    with pytest.raises(UserError, match=r"tasks\.topic: no training row is left, 1 are longer than 24 tokens and 1 have no response"):
+    with pytest.raises(UserError, match=r"no training row is left, 1 are longer than 24 tokens and 1 have no response"):
         finetune_on(world, "rows-none", "base", change(CONFIG, "finetune", too_long="drop"), task="topic", rows=rows)
 
 
