@@ -34,7 +34,11 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=does, description=does, allow_abbrev=False)
         if config:
             sub.add_argument(
-                "--config", type=Path, required=True, metavar="C", help="Python config file; --config.a.b=value overrides one of its keys"
+                "--config",
+                type=Path,
+                required=True,
+                metavar="C",
+                help="Python config file, or the config.json of a run; --config.a.b=value overrides one of its keys",
             )
         if workdir:
             sub.add_argument("--workdir", type=_place, required=True, metavar="W", help="folder that holds the studies")
@@ -76,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--search", action="store_true", help="look for the largest microbatch and the lightest remat that fit (at most 6 compiles)")
     check.add_argument("--mfu", type=float, metavar="SHARE", help="of the devices' peak FLOP/s; launch.mfu otherwise")
     check.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    config = command("config", "print a config as JSON, with the overrides applied", workdir=False)
+    config.add_argument("--explain", action="store_true", help="each field with its meaning, and whether it is an execution field")
     hf_import = command("import", "turn a Hugging Face folder into a run that the other commands take", config=False, workdir=False)
     hf_import.add_argument(
         "--hf", type=_place, required=True, metavar="DIR", help="folder with config.json and safetensors, as save_pretrained writes it"

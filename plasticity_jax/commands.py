@@ -231,6 +231,19 @@ def _report(folder: AnyPath) -> None:
     print(f"report: {page}")
 
 
+def _config(arguments) -> int:
+    import json
+
+    from plasticity_jax.config import explain, to_dict
+
+    if arguments.explain:
+        lines = (f"  {json.dumps(name)}: {json.dumps(row, ensure_ascii=False)}" for name, row in explain(arguments.config).items())
+        print("{\n" + ",\n".join(lines) + "\n}")
+    else:
+        print(json.dumps(to_dict(arguments.config), indent=2, ensure_ascii=False))
+    return 0
+
+
 def _check(arguments) -> int:
     # Before jax is imported: the devices are described to the compiler, not looked for.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
@@ -336,4 +349,5 @@ COMMANDS = {
     "export": _export,
     "generate": _generate,
     "check": _check,
+    "config": _config,
 }

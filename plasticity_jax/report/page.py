@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from plasticity_jax.config import ReportConfig, to_dict
-from plasticity_jax.config.schema import name_text
+from plasticity_jax.config.grid import name_text
 from plasticity_jax.evaluate.metrics import macro_average
 from plasticity_jax.progress import Progress
 from plasticity_jax.report.browse import COMPLETIONS, completions

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from plasticity_jax.analysis.statistics import wilson_interval
-from plasticity_jax.config import Member, StudyConfig, from_dict, grid_members
+from plasticity_jax.config import Member, StudyConfig, grid_members, restore_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.metrics import pass_at_k
 from plasticity_jax.runs.append_log import read_log
@@ -285,7 +285,7 @@ def collect(study_dir: AnyPath) -> StudyResults:
     tree = read_json(file)
     try:
         runs = [Run.from_dict(row) for row in tree["runs"]]
-        config, resolved = from_dict(tree["config"]), dict(tree["resolved"])
+        config, resolved = restore_config(tree["config"]), dict(tree["resolved"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is no study of this version ({error!r} is missing); run plasticity study again.") from error
     states, axis = tuple(_state(study_dir, run) for run in runs), study_axis(config)
