@@ -173,13 +173,16 @@ def _message(hint: Any, path: str, error: Any) -> str:
     if error["type"] == "unexpected_keyword_argument":
         siblings = dataclasses.fields(_plain(_field_at(hint, keys[:-1])[0]))
         return str(unknown_key(name, (name.removesuffix(keys[-1]) + field.name for field in siblings)))
+    if not error["loc"] or error["type"] == "missing":
+        return f"{name} is missing." if error["loc"] else f"the config does not fit into JSON: {error['msg']}."
     field, doc = _field_at(hint, keys)
-    rule = re.sub(r"^\w+ should", "must", error["msg"]).replace("a valid array", "a tuple such as (1, 2)")
+    rule = re.sub(r"^\w+ should (.*?)(?: after validation.*)?$", r"must \1", error["msg"])
+    rule = rule.replace("a valid array", "a tuple, such as (1, 2)").replace("an object", "a dict")
     if error["type"] == "dataclass_type":
         rule = f"must be a section with keys {', '.join(f.name for f in dataclasses.fields(_plain(field)))}"
-    value = "" if error["type"] == "missing" else f"={to_dict(error['input'])!r}"[:200]
     near = nearest(str(error["input"]), map(str, typing.get_args(_plain(field)))) if error["type"] == "literal_error" else ""
-    return f"{name}{value} {rule}{near or (f' ({doc}).' if doc else '.')}"
+    value = repr(to_dict(error["input"]))
+    return f"{name}={value[:200]} {rule}{near or (f' ({doc}).' if doc else '.')}"
 
 
 def _field_at(hint: Any, keys: Iterable[Any]) -> tuple[Any, str]:
@@ -249,7 +252,7 @@ def _typed_rules(where: str, rules: tuple[tuple[str, dict], ...], typed: Callabl
 def _without(pattern: str, changes: dict[str, Any], given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A hardware rule without the fields that the command line sets."""
     for key in changes.keys() & given.keys():
-        log.info("--config.%s=%s replaces %s of the hardware rule %r", key, given[key], changes[key], pattern)
+        log.info("--config.%s=%s wins over the hardware rule %r, which sets it to %s", key, given[key], pattern, changes[key])
     return pattern, {key: value for key, value in changes.items() if key not in given}
 
 
@@ -283,8 +286,10 @@ def _read_python(path: Path, *, faithful: Any) -> dict[str, Any]:
 
 def _file_error(error: Exception) -> str:
     """What went wrong in a config file, on one line; of an unknown key, as ConfigDict refuses it, the nearest known one."""
+    if error.args and isinstance(error.args[0], KeyError):  # ConfigDict wraps it in an AttributeError
+        error = error.args[0]
     text = " ".join(str(error.args[0] if error.args else error).split())
-    key = re.search(r"""^Key "(\w+)" does not exist|^['"]+(\w+)['"]+$""", text) if isinstance(error, (AttributeError, KeyError)) else None
+    key = re.search(r"""^Key "(\w+)" does not exist|^'(\w+)'$""", text) if isinstance(error, KeyError) else None
     if key and (key[1] or key[2] in RENAMED):
         names = {**to_dict(StudyConfig()), **explain(StudyConfig(tasks={"": TaskConfig()}))}
         return str(unknown_key(key[1] or key[2], {name.rpartition(".")[2] for name in names}))

@@ -440,8 +440,8 @@ def unknown_key(name: str, known: Iterable[str], where: str = "config key ") -> 
     last, siblings = name.removeprefix(section), [key.removeprefix(section) for key in known if key.startswith(section)]
     if RENAMED.get(last) in siblings:
         return UserError(f"{where}{name} is now called {section}{RENAMED[last]}.")
-    near = nearest(last, siblings, section) or nearest(name, known) or f"; known: {', '.join(known[:30]) or 'none'}."
-    return UserError(f"{where}{name} is unknown{near}")
+    listed = f"known: {', '.join(known) or 'none'}" if len(known) <= 30 else "plasticity config --config C --explain lists all"
+    return UserError(f"{where}{name} is unknown{nearest(last, siblings, section) or nearest(name, known) or f'; {listed}.'}")
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
