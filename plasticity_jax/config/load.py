@@ -251,7 +251,7 @@ def _typed_rules(where: str, rules: tuple[tuple[str, dict], ...], typed: Callabl
 
 def _without(pattern: str, changes: dict[str, Any], given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A hardware rule without the fields that the command line sets."""
-    for key in changes.keys() & given.keys():
+    for key in (key for key in changes if key in given):
         log.info("--config.%s=%s wins over the hardware rule %r, which sets it to %s", key, given[key], pattern, changes[key])
     return pattern, {key: value for key, value in changes.items() if key not in given}
 

@@ -353,6 +353,9 @@ class StudyConfig:
     def __new__(cls, **fields: Any) -> "StudyConfig":
         return object.__new__(study_class() if cls is StudyConfig else cls)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(StudyConfig, **vars(self)), ()
+
     def check(self) -> None:
         """Refuses values that do not fit together, all but what concerns the members of the grid. Raises UserError."""
         from plasticity_jax.data.tasks import TASKS
@@ -463,7 +466,7 @@ def check_increasing(path: str, buckets: tuple[int, ...]) -> None:
         raise UserError(f"{path}={buckets} must be strictly increasing.")
 
 
-def check_grad_accum(name: str, section: "TrainConfig | FinetuneConfig") -> None:
+def check_grad_accum(name: str, section: TrainConfig | FinetuneConfig) -> None:
     """Raises UserError unless a batch splits evenly."""
     size, parts = section.batch_size, section.grad_accum_steps
     if size % parts:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -199,7 +200,7 @@ def test_a_section_from_outside_is_a_section_like_any_other(stub, tmp_path):
     assert isinstance(config, StudyConfig) and StudyConfig(stub=StubConfig(depth=1)).stub.depth == 1 and StudyConfig().stub == StubConfig()
     assert replace(config, stub=StubConfig()).stub.depth == 3 and to_dict(config)["stub"] == {"depth": 4, "kind": "wide", "rate": 2.0}
     assert restore_config(json.loads(to_json(to_dict(config)))) == config
-    assert base_config().stub.depth == 3
+    assert base_config().stub.depth == 3 and pickle.loads(pickle.dumps(config)) == config
     assert explain(config)["stub.rate"] == {"value": 2.0, "doc": "items per second", "execution": True}
     assert for_device(load_config(TINY, [*stub, ("hardware", "(('cpu',{'stub.rate':5}),)")]), "cpu").stub.rate == 5.0
     assert [run.id for run in build_graph(config)] == [run.id for run in build_graph(load_config(TINY, stub))]
