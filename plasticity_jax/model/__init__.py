@@ -16,11 +16,7 @@ _EXPORTS = {
     "Checkpoints": "checkpoint",
     "LoadedModel": "load",
     "load_model": "load",
-    "presets": "presets",
 }
-
-# The function shares its name with its module, so it cannot be lazy: importing the module would hide it.
-from plasticity_jax.config.presets import presets  # noqa: E402, F401
 
 __all__ = list(_EXPORTS)
 

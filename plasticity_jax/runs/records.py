@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plasticity_jax.config import StudyConfig, execution_fields, from_dict, to_dict
+from plasticity_jax.config import StudyConfig, execution_fields, restore_config, to_dict
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.append_log import AppendLog
 from plasticity_jax.runs.locks import Held, is_locked, lock
@@ -248,7 +248,7 @@ class RunDirectory:
         return Run.from_dict(self._config_json()["run"])
 
     def config(self) -> StudyConfig:
-        return from_dict(self._config_json()["config"])
+        return restore_config(self._config_json()["config"])
 
     def results(self) -> dict[str, Any]:
         return read_json(self.path / "results.json")

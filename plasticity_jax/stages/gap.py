@@ -4,7 +4,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from plasticity_jax.config import GapConfig
+from plasticity_jax.config import StudyConfig
+from plasticity_jax.config.schema import PositiveInt, result
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.stages.stage import Column, Context, Figure, Rows, Stage, Table, member_row, number
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
     from plasticity_jax.report.verdicts import Verdict
 
 GAP_MARGIN = 0.01  # nats per token: a rise of the gap between neighboring λ up to this still counts as falling
+
+
+@dataclass(frozen=True)
+class GapConfig:
+    """Loss on text seen in training against held-out text, on equal tokens per domain."""
+
+    tokens_per_side: PositiveInt = result(65536, "tokens per domain, seen and held out each")
+    seed: int = result(0, "seed of the choice of records")
+
+    def check(self, config: StudyConfig) -> None:
+        if self.tokens_per_side < config.train.seq_len:
+            raise UserError(f"gap.tokens_per_side={self.tokens_per_side} is below train.seq_len={config.train.seq_len}, one sequence; raise it.")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from plasticity_jax.config import ProbeConfig, StudyConfig
+from annotated_types import MinLen
+
+from plasticity_jax.config import StudyConfig
+from plasticity_jax.config.schema import NonNegativeFloat, PositiveInt, check_choice, result
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import probe_set_run
 from plasticity_jax.stages.stage import Context, Figure, Rows, Stage, Table, member_row, number
@@ -15,6 +18,24 @@ if TYPE_CHECKING:
 
     from plasticity_jax.report.results import MemberResults, StudyResults
     from plasticity_jax.report.verdicts import Verdict
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Linear probes on last-token states at every layer."""
+
+    sets: tuple[str, ...] = result(("sentiment", "topic"), "sets of labeled texts")
+    train_rows: PositiveInt = result(2000, "training texts per set")
+    test_rows: PositiveInt = result(800, "test texts per set")
+    max_length: PositiveInt = result(128, "tokens; a longer text loses its end")
+    l2: Annotated[tuple[NonNegativeFloat, ...], MinLen(1)] = result((1e-4, 1e-3, 1e-2, 1e-1), "candidate penalties, chosen on a validation split")
+    seed: int = result(0, "seed of the splits")
+
+    def check(self, config: StudyConfig) -> None:
+        from plasticity_jax.data.probe_sets import PROBE_SETS
+
+        for i, name in enumerate(self.sets):
+            check_choice(f"probe.sets[{i}]", name, PROBE_SETS)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ import hashlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from plasticity_jax.config import RewardConfig, StudyConfig, result_fields
+from plasticity_jax.config import StudyConfig, result_fields
+from plasticity_jax.config.schema import PositiveInt, execution, result
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import to_json
@@ -14,6 +15,29 @@ from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import location
 from plasticity_jax.stages.evaluate import by_likelihood
 from plasticity_jax.stages.stage import Context, Plan, Planned, Stage
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What chooses among sampled completions (RM@n) and rates them (ORM score); the report names it."""
+
+    scorer: Literal["none", "log-probability", "verifier", "sequence-classification"] = result(
+        "none", "none | log-probability (per token) | verifier (trained by this study) | sequence-classification (a Hugging Face reward model)"
+    )
+    model: str | None = result(None, "log-probability: a run or Hugging Face folder, None: the model that wrote; sequence-classification: a folder")
+    max_length: PositiveInt = result(2048, "tokens of problem and completion; longer ones lose their beginning")
+    batch_size: PositiveInt = execution(64, "completions scored at once")
+
+    def check(self, config: StudyConfig) -> None:
+        from plasticity_jax.data.tasks import tasks
+
+        if self.model is not None and self.scorer not in ("log-probability", "sequence-classification"):
+            raise UserError(f"reward.model={self.model} has no effect with reward.scorer={self.scorer!r}; leave it out.")
+        if self.model is None and self.scorer == "sequence-classification":
+            raise UserError("reward.scorer='sequence-classification' needs reward.model, the folder of a Hugging Face reward model.")
+        for name, settings in config.tasks.items():
+            if self.scorer == "verifier" and not settings.verifier_rows and tasks()[name].grader != "likelihood":
+                raise UserError(f"reward.scorer='verifier' needs rows of its own in every task; set tasks.{name}.verifier_rows, such as 200.")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from plasticity_jax.config import SpectraConfig
+from annotated_types import Ge, Le
+
+from plasticity_jax.config.schema import PositiveFraction, result
 from plasticity_jax.stages.stage import Column, Context, Figure, Rows, Stage, Table, member_row, number
 
 if TYPE_CHECKING:
@@ -16,6 +18,15 @@ if TYPE_CHECKING:
 
 PRODUCTS = {"W_QK": "query-key product", "W_VO": "value-output product"}
 RANK_MARGIN = 0.02  # a rise of the mean pseudo-rank between neighboring λ up to this still counts as falling
+
+
+@dataclass(frozen=True)
+class SpectraConfig:
+    """Singular values of the attention products W_QK and W_VO."""
+
+    mass: PositiveFraction = result(0.95, "fraction of the sum that the leading singular values must reach")
+    power: Annotated[int, Ge(1), Le(2)] = result(1, "1: sum of the values | 2: sum of their squares")
+    fold_norms: bool = result(False, "multiply the input norm's gain into the factors")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from plasticity_jax.config import StudyConfig, VerifierConfig, result_fields
+from plasticity_jax.config import StudyConfig, result_fields
+from plasticity_jax.config.schema import Fraction, PositiveFloat, PositiveInt, ProperFraction, result
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
@@ -12,6 +13,19 @@ from plasticity_jax.stages.prepare import task_settings
 from plasticity_jax.stages.stage import Context, Plan, Planned, Stage
 
 SAMPLES_ROLE = "samples-"  # roles of a verifier's parents with graded samples begin with it
+
+
+@dataclass(frozen=True)
+class VerifierConfig:
+    """The outcome verifier: per task, a fine-tuned model with a scalar head, trained on graded samples of rows kept for it (`tasks.<name>.verifier_rows`)."""
+
+    n_samples: PositiveInt = result(4, "samples per row and member")
+    epochs: PositiveInt = result(3, "passes over the samples")
+    peak_lr: PositiveFloat = result(1e-3, "learning rate after the warm-up")
+    batch_size: PositiveInt = result(64, "samples per step")
+    warmup_fraction: Fraction = result(0.1, "fraction of the steps")
+    held_out_fraction: ProperFraction = result(0.2, "fraction of the rows, for the AUC that is reported; 0.2 is usual")
+    seed: int = result(0, "seed of the split, the scalar head and the order of the samples")
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,28 @@ import importlib.metadata
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from plasticity_jax.config import StudyConfig, ZeroShotConfig
+from plasticity_jax.config import StudyConfig
+from plasticity_jax.config.schema import PositiveInt, execution, result
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import pinned
 from plasticity_jax.stages.stage import Context, Rows, Stage, Table, member_row, number
 
 if TYPE_CHECKING:
     from plasticity_jax.report.results import StudyResults
+
+
+ZeroShotSet = Literal["hellaswag", "winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge"]
+
+
+@dataclass(frozen=True)
+class ZeroShotConfig:
+    """The zero-shot suite before and after fine-tuning (forgetting), by lm-evaluation-harness: needs the extra `harness`."""
+
+    sets: tuple[ZeroShotSet, ...] = result((), "hellaswag, winogrande, piqa, openbookqa, arc_easy, arc_challenge")
+    limit: PositiveInt | None = result(None, "examples per set, from the beginning; None takes all")
+    batch_size: PositiveInt = execution(64, "examples scored at once")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import pytest
 import scipy.stats
 
 from plasticity_jax.config import ModelConfig, RopeScaling
-from plasticity_jax.model import abstract_params, count_params, init_params, presets, transformer
+from plasticity_jax.config.presets import presets
+from plasticity_jax.model import abstract_params, count_params, init_params, transformer
 from plasticity_jax.parallel import param_paths
 
 CONFIG = ModelConfig(vocab_size=50, d_model=24, n_layers=2, n_heads=6, n_kv_heads=2, d_ff=20)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from plasticity_jax.model import abstract_params, presets
+from plasticity_jax.config.presets import presets
+from plasticity_jax.model import abstract_params
 from plasticity_jax.parallel.mesh import AXES
 from plasticity_jax.parallel.sharding import format_sharding_table, inference_shardings, param_shardings, sharding_table
 

@@ -1,0 +1,148 @@
+"""The grid of a study: its members, the config of each, and the rules for what may differ between them."""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from plasticity_jax.config.schema import StudyConfig, execution_fields
+from plasticity_jax.errors import UserError
+
+SWEPT_SECTIONS = ("model", "train", "decay", "data", "finetune")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One point of the grid.
+
+    Attributes:
+      name: `wd0.1`; with swept fields `wd0.1-peak_lr0.0004`, of the fine-tuning `wd0.1-sft_peak_lr1e-05`; with a seed other than 0 `wd0.1-s1`.
+      base: the name without the fine-tuning's fields: members that share it share their pretraining.
+      weight_decay: the decay coefficient λ.
+      timescale: AdamW's timescale at the peak learning rate as a share of the run; None for λ = 0.
+      seed: seed of the initial parameters and of the order of the batches.
+      overrides: (dotted field, value) of every swept field, in the order of the config.
+      changes: (dotted field, value) of what `grid.changes` sets for this member, in order.
+    """
+
+    name: str
+    base: str
+    weight_decay: float
+    timescale: float | None
+    seed: int
+    overrides: tuple[tuple[str, Any], ...] = ()
+    changes: tuple[tuple[str, Any], ...] = ()
+
+
+def grid_members(config: StudyConfig) -> tuple[Member, ...]:
+    """The members of the grid, seed by seed, then by swept fields, then by weight decay, in the order of the config.
+
+    The timescale is 1/(lr λ) steps at the peak learning rate (1/λ steps with independent decay), of the member's own run;
+    Wang & Aitchison, arXiv 2405.13698. A timescale is turned into λ before `grid.changes` apply.
+    """
+    grid = config.grid
+    members = []
+    for seed in grid.seeds:
+        for values in itertools.product(*(values for _, values in grid.fields)):
+            overrides = tuple(zip((name for name, _ in grid.fields), values))
+            own = _with(config, overrides)
+            parts = [(name.startswith("finetune."), f"-{name.rpartition('.')[2]}{name_text(value)}") for name, value in overrides]
+            of_seed = f"-s{seed}" if seed else ""
+            for decay, timescale in _decays(own):
+                base = f"wd{decay:.4g}" + "".join(part for tuned, part in parts if not tuned)
+                name = base + "".join(f"-sft_{part[1:]}" for tuned, part in parts if tuned) + of_seed
+                base += of_seed
+                changes = tuple(pair for pattern, changed in grid.changes if re.search(pattern, name) for pair in changed.items())
+                if changes and decay:
+                    timescale = 1.0 / (decay * _decay_per_run(_with(own, changes)))
+                members.append(Member(name, base, decay, timescale, seed, overrides, changes))
+    return tuple(members)
+
+
+def member_config(config: StudyConfig, member: Member) -> StudyConfig:
+    """The config of one member: its swept fields and changes are set, and its grid sweeps weight decay and seeds only."""
+    own = _with(config, (*member.overrides, *member.changes))
+    return replace(own, grid=replace(own.grid, fields=(), changes=()))
+
+
+def name_text(value: Any) -> str:
+    """A value as part of a member's name, and so of a folder's: numbers as they are, `_` before words, nothing that could leave the folder."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return "_" + re.sub(r"[^A-Za-z0-9.+]+", "_", text)[-40:]
+
+
+def _decays(config: StudyConfig) -> Iterator[tuple[float, float | None]]:
+    """(λ, timescale) for each of the grid's weight decays or timescales."""
+    per_run = _decay_per_run(config)
+    if config.grid.timescales is not None:
+        yield from ((0.0 if t is None else 1.0 / (t * per_run), t) for t in config.grid.timescales)
+    else:
+        yield from ((float(w), None if w == 0 else 1.0 / (w * per_run)) for w in config.grid.weight_decay or ())
+
+
+def _decay_per_run(config: StudyConfig) -> float:
+    """What λ = 1 would decay over a run at the peak learning rate."""
+    return (config.train.peak_lr if config.decay.kind == "coupled" else 1.0) * config.train.steps
+
+
+def _with(config: StudyConfig, values: Iterable[tuple[str, Any]]) -> StudyConfig:
+    for name, value in values:
+        section, _, last = name.partition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{last: value})})
+    return config
+
+
+def check_swept(config: StudyConfig, where: str, name: str) -> None:
+    """Refuses a dotted field in which members cannot differ, whether `where`, grid.fields or grid.changes, sets it. Raises UserError."""
+    if name.partition(".")[0] not in SWEPT_SECTIONS:
+        raise UserError(
+            f"{where} sets {name}, but members differ in their training alone and are examined alike; "
+            f"set a field of {', '.join(SWEPT_SECTIONS)}, or λ in grid.weight_decay."
+        )
+    if name == "finetune.seeds":
+        raise UserError(f"{where} sets finetune.seeds, but every member is fine-tuned with all of them; list the seeds in finetune.seeds alone.")
+    if name in execution_fields(config):
+        raise UserError(f"{where} sets {name}, which changes speed, cadence or place and not the result; set {name} once, for all members.")
+
+
+def check_members(config: StudyConfig) -> None:
+    """Refuses a grid unless each of its members has a name of its own and a config that fits together. Raises UserError."""
+    grid = config.grid
+    swept = [name for name, _ in grid.fields]
+    for name, values in grid.fields:
+        if swept.count(name) > 1:
+            raise UserError(f"grid.fields lists {name} twice; list its values together.")
+        if not values:
+            raise UserError(f"grid.fields: {name} has no values; give it at least one, or leave it out.")
+    for pattern, changed in grid.changes:
+        for name in changed:
+            if name in swept:
+                raise UserError(f"grid.changes: {pattern!r} sets {name}, which grid.fields sweeps; do one of the two.")
+    if "auto" in (*dict(grid.fields).get("train.compute_dtype", ()), *(changed.get("train.compute_dtype") for _, changed in grid.changes)):
+        raise UserError("the grid sets train.compute_dtype to 'auto', which differs by machine; name float32 or bfloat16.")
+    for values in itertools.product(*(values for _, values in grid.fields)):
+        pairs = tuple(zip(swept, values))
+        _check_alone(_with(config, pairs), "the members with " + ", ".join(f"{name}={value}" for name, value in pairs))
+    members = grid_members(config)
+    names = [member.name for member in members]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"the grid names {', '.join(twice)} twice; values that agree in four digits, or equal seeds, are one member.")
+    for pattern, _ in grid.changes:
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(f"grid.changes: {pattern!r} matches no member; the members are {', '.join(names)}.")
+    for member in members:
+        if member.changes:
+            _check_alone(member_config(config, member), f"member {member.name}")
+
+
+def _check_alone(own: StudyConfig, who: str) -> None:
+    try:
+        own.check()
+    except UserError as error:
+        raise UserError(f"for {who}: {error}") from error
