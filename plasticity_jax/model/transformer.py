@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.model.attention import Attention, Rope, attend, attention_mask, rope_tables
 from plasticity_jax.model.layers import MLP, Embedding, Initializer, Linear, RMSNorm, at_least_float32, project
+from plasticity_jax.model.param_count import count_params as count_params
 from plasticity_jax.parallel.sharding import GATHERED, ROWS, constrain, gather
 
 CAPTURES = ("embed", "block_out", "final_norm", "mlp_act", "attn_probs")
@@ -130,11 +131,6 @@ def _init(config: ModelConfig, seed: Array) -> Params:
 def abstract_params(config: ModelConfig) -> Params:
     """The parameter tree with a `jax.ShapeDtypeStruct` in the place of each array; allocates nothing."""
     return jax.eval_shape(functools.partial(_init, config), jax.ShapeDtypeStruct((), jnp.uint32))
-
-
-def count_params(config: ModelConfig) -> int:
-    """The exact number of parameters, embeddings included, from shapes alone."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 @functools.lru_cache(maxsize=32)

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 
 from plasticity_jax.config import ModelConfig, StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError
+from plasticity_jax.model.param_count import count_matmul_params
 from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel import hardware
 from plasticity_jax.parallel.batches import check_batch_size
 from plasticity_jax.parallel.collectives import collective_bytes, largest_arrays
 from plasticity_jax.parallel.deviceless import Target
 from plasticity_jax.parallel.mesh import make_mesh
-from plasticity_jax.parallel.rules import param_paths
 from plasticity_jax.train.pretrain import step_settings
 from plasticity_jax.train.step import compile_train_step, initial_state, state_shardings
 
@@ -63,16 +63,10 @@ class Answer:
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """Model FLOPs of one training token, forward and backward: 6 N + 12 L H Dh T.
 
-    N counts the parameters of matrix products: all but the norms' gains and, unless it is tied to the output, the input embedding. Attention counts
-    all T x T scores, also those that the causal mask hides; recomputation does not count.
+    N is `count_matmul_params`. Attention counts all T x T scores, including those that the causal mask hides; recomputation does not count.
     Source: PaLM (arXiv 2204.02311), appendix B.
     """
-    abstract = abstract_params(model)
-    products = 0
-    for path, leaf in zip(param_paths(abstract), jax.tree.leaves(abstract), strict=True):
-        if path.endswith("/kernel") or (path == "embed/embedding" and model.tie_embeddings):
-            products += math.prod(leaf.shape)
-    return 6 * products + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
+    return 6 * count_matmul_params(model) + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
 
 
 def grid_flops(config: StudyConfig) -> float:

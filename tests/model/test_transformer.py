@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import scipy.stats
 
 from plasticity_jax.config import ModelConfig, RopeScaling
 from plasticity_jax.model import abstract_params, count_params, init_params, presets, transformer
+from plasticity_jax.model.param_count import count_matmul_params
 from plasticity_jax.parallel import param_paths
 
 CONFIG = ModelConfig(vocab_size=50, d_model=24, n_layers=2, n_heads=6, n_kv_heads=2, d_ff=20)
@@ -220,6 +222,16 @@ def test_count_params_equals_the_papers_numbers():
     assert round(count_params(presets()["llama-125m"]) / 1e5) == 1282
     assert set(presets()) == {f"llama-{size}" for size in ("125m", "250m", "0.5b", "1b", "2b", "4b")} | {"olmo2-1b"}
     assert count_params(CONFIG) == sum(x.size for x in jax.tree.leaves(init_params(CONFIG, 0)))
+
+
+@pytest.mark.parametrize("change", [{}, {"tie_embeddings": True}, {"qk_norm": True}, {"d_head": 48}])
+@pytest.mark.parametrize("name", presets())
+def test_parameter_counts_equal_those_of_the_tree(name, change):
+    config = dataclasses.replace(presets()[name], **change)
+    sizes = {path: math.prod(leaf.shape) for path, leaf in zip(param_paths(abstract_params(config)), jax.tree.leaves(abstract_params(config)))}
+    assert count_params(config) == sum(sizes.values())
+    in_matmuls = [path for path in sizes if path.endswith("/kernel") or (config.tie_embeddings and path == "embed/embedding")]
+    assert count_matmul_params(config) == sum(sizes[path] for path in in_matmuls)
 
 
 def test_parameter_tree_is_the_documented_one():
