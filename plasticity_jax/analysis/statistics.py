@@ -1,7 +1,7 @@
-"""Intervals and correlations, in NumPy alone. Every interval is a 95% one, and a seed gives the same one again."""
+"""Intervals and correlations. Every interval is a 95% interval; the same seed gives the same interval."""
 
-import statistics
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -93,47 +93,51 @@ def cluster_bootstrap_gap(seen: Blocks, held_out: Blocks, *, samples: int, seed:
 
 
 def wilson_interval(successes: int, n: int, *, level: float = LEVEL) -> tuple[float, float]:
-    """(low, high) of Wilson's two-sided score interval of a proportion of `successes` in `n` trials.
+    """(low, high) of Wilson's two-sided score interval for the proportion of `successes` in `n` trials.
 
     Raises:
       ValueError: `n` is below 1, `successes` lies outside 0..n, or `level` outside (0, 1).
     Source: Wilson 1927, JASA 22.
     """
+    from scipy.stats import binomtest  # scipy.stats takes a second to import
+
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"successes={successes} of n={n}: n must be at least 1 and successes between 0 and n.")
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie in (0, 1).")
-    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    # At 0 and n the formula gives 0 and 1 only up to rounding.
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+    interval = binomtest(successes, n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def pearson(x: Series, y: Series) -> float:
-    """Pearson's correlation; NaN for fewer than two points, or where one side is constant.
+    """Pearson's correlation; NaN for fewer than two points or a constant series.
 
     Raises:
-      ValueError: the two differ in length or are empty.
+      ValueError: the series are empty or differ in length.
     """
-    x_n, y_n = _pair(x, y, "x", "y")
-    x_n, y_n = x_n - x_n.mean(), y_n - y_n.mean()
-    scale = np.linalg.norm(x_n) * np.linalg.norm(y_n)
-    # A constant series leaves rounding of its mean behind, which must not pass for variation.
-    if len(x_n) < 2 or _is_constant(x) or _is_constant(y) or scale == 0:
-        return float("nan")
-    return float(np.clip(x_n @ y_n / scale, -1.0, 1.0))
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, x, y)
 
 
 def spearman(x: Series, y: Series) -> float:
-    """Spearman's rank correlation, equal values sharing their mean rank; NaN and errors as in `pearson`."""
+    """Spearman's rank correlation, with mean ranks for ties; NaN and errors as in `pearson`."""
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, x, y)
+
+
+def _correlation(test: Callable, x: Series, y: Series) -> float:
     x_n, y_n = _pair(x, y, "x", "y")
-    return pearson(_mean_ranks(x_n), _mean_ranks(y_n))
+    if np.all(x_n == x_n[0]) or np.all(y_n == y_n[0]):
+        return float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a nearly constant series, whose correlation is nevertheless the best estimate there is
+        return float(test(x_n, y_n).statistic)
 
 
 def leave_one_out_pearson(x: Series, y: Series) -> Float[np.ndarray, " n"]:
-    """Pearson's correlation without point i, for every i: [n]. How much a single point carries. NaN and errors as in `pearson`."""
+    """Pearson's correlation without point i, for every i: [n]. Shows how much depends on a single point. NaN and errors as in `pearson`."""
     x_n, y_n = _pair(x, y, "x", "y")
     if len(x_n) == 1:
         return np.full(1, np.nan)
@@ -152,17 +156,6 @@ def _pair(a: Series, b: Series, name_a: str, name_b: str) -> tuple[np.ndarray, n
     if len(a_n) != len(b_n):
         raise ValueError(f"{name_a} has {len(a_n)} values and {name_b} has {len(b_n)}; pairs need equal numbers, in the same order.")
     return a_n, b_n
-
-
-def _is_constant(x: Series) -> bool:
-    x_n = np.asarray(x, np.float64)
-    return bool(np.all(x_n == x_n[0]))
-
-
-def _mean_ranks(x_n: np.ndarray) -> np.ndarray:
-    _, group_n, size_g = np.unique(x_n, return_inverse=True, return_counts=True)
-    last_g = np.cumsum(size_g)
-    return (last_g - (size_g - 1) / 2)[group_n]
 
 
 def _blocks_per_domain(side: Blocks) -> dict:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 from sklearn.metrics import roc_auc_score
 from test_pretrain import Killed, killed_after, state_of, untimed
 from worlds import CONFIG, World, change
@@ -119,8 +118,6 @@ def test_auc_against_scikit_learn(ties):
         assert verifier.area_under_curve(logits.astype(np.float32), right) == pytest.approx(
             roc_auc_score(right, logits.astype(np.float32)), abs=1e-12
         )
-        statistic = scipy.stats.mannwhitneyu(logits[right], logits[~right]).statistic
-        assert verifier.area_under_curve(logits.astype(np.float32), right) == pytest.approx(statistic / (right.sum() * (~right).sum()), abs=1e-12)
     with pytest.raises(ValueError, match="both must be at least 1"):
         verifier.area_under_curve(np.zeros(3, np.float32), np.ones(3, bool))
 
