@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from plasticity_jax.config import ModelConfig, ProbeConfig
+from plasticity_jax.data.batching import padded_batches, power_of_two_buckets
 from plasticity_jax.runs.records import Context
 
 if TYPE_CHECKING:
@@ -238,26 +239,12 @@ def features(model: "LoadedModel", texts: Sequence[str], tokenizer: "Tokenizer",
         raise ValueError(f"texts[{empty[0]}]={texts[empty[0]]!r} gives no token; leave such texts out.")
     states_LxNxD = np.empty((model.config.n_layers + 1, len(rows), model.config.d_model), np.float32)
     with Progress("read states", total=len(rows), unit="texts") as progress:
-        for length, indices in _length_buckets([len(ids) for ids in rows]):
-            per_batch = max(1, TOKENS_PER_BATCH // length)
-            for start in range(0, len(indices), per_batch):
-                chosen = indices[start : start + per_batch]
-                # A short batch is filled with rows of padding: one compiled program per length.
-                tokens_BxT = np.full((per_batch, length), tokenizer.pad_id, np.int32)
-                lengths_B = np.zeros(per_batch, np.int32)
-                for row, index in enumerate(chosen):
-                    tokens_BxT[row, : len(rows[index])] = rows[index]
-                    lengths_B[row] = len(rows[index])
-                states_LxBxD = _last_states(model.config, model.params, tokens_BxT, lengths_B)
-                states_LxNxD[:, chosen] = np.asarray(states_LxBxD)[:, : len(chosen)]
-                progress.update(len(chosen))
+        buckets = power_of_two_buckets(rows, SMALLEST_BUCKET)
+        for indices, tokens_BxT, lengths_B in padded_batches(rows, buckets=buckets, tokens_per_batch=TOKENS_PER_BATCH, pad_id=tokenizer.pad_id):
+            states_LxBxD = _last_states(model.config, model.params, tokens_BxT, lengths_B)
+            states_LxNxD[:, indices] = np.asarray(states_LxBxD)[:, : len(indices)]
+            progress.update(len(indices))
     return states_LxNxD
-
-
-def _length_buckets(lengths: list[int]) -> list[tuple[int, np.ndarray]]:
-    """(padded length, indices of the rows in it); lengths double from bucket to bucket."""
-    padded = np.asarray([max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()) for length in lengths])
-    return [(int(length), np.flatnonzero(padded == length)) for length in np.unique(padded)]
 
 
 @functools.partial(jax.jit, static_argnames="config")

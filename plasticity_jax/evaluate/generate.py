@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from plasticity_jax.data.batching import padded_batches
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.complete import Batch, Memory, Numbers, Plan, begin, complete, count_programs, go_on, plan_of
 from plasticity_jax.evaluate.sampling import Sampling
@@ -95,8 +96,9 @@ def completions(
     left_out = frozenset(skip)
     waiting: collections.deque[_Work] = collections.deque()
     compiled = 0
-    skipped = sum(index in left_out for index in range(len(prompts)))
-    with Progress(what, total=len(prompts) * sampling.n_completions, unit="completions", initial=skipped * sampling.n_completions) as progress:
+    kept = [index for index in range(len(prompts)) if index not in left_out]
+    skipped = (len(prompts) - len(kept)) * sampling.n_completions
+    with Progress(what, total=len(prompts) * sampling.n_completions, unit="completions", initial=skipped) as progress:
 
         def finished() -> tuple[list[int], list[list[Completion]]]:
             """Of the batch that is ready first; the others go on meanwhile."""
@@ -109,9 +111,11 @@ def completions(
                 work.go_on()
                 waiting.append(work)
 
-        for bucket, indices in _batches(prompts, buckets, rows, left_out):
-            held = [prompts[index] for index in indices]
-            batch = Batch(*_padded(held, bucket, rows, pad_id), _uniforms(held, rows, sampling, max_new_tokens), np.arange(rows) < len(indices))
+        ends = [prompts[index][-buckets[-1] :] for index in kept]
+        for places, tokens, lengths in padded_batches(ends, buckets=buckets, batch_size=rows, pad_id=pad_id, left=True):
+            indices, bucket = [kept[place] for place in places], tokens.shape[1]
+            uniforms = _uniforms([prompts[index] for index in indices], rows, sampling, max_new_tokens)
+            batch = Batch(tokens, np.arange(bucket) >= bucket - lengths[:, None], uniforms, lengths > 0)
             if mesh is not None:
                 batch = Batch(*(arrays.put(x, NamedSharding(mesh, spec)) for x, spec in zip(batch, _SPECS, strict=True)))
             before, start = count_programs(), time.monotonic()
@@ -235,26 +239,6 @@ class _Work:
 
 
 # -------------------------------------------------------------------------------------------------------------------------- on the host
-
-
-def _batches(prompts: Sequence[Sequence[int]], buckets: tuple[int, ...], rows: int, skip: Collection[int]) -> list[tuple[int, list[int]]]:
-    """(bucket, indices of at most `rows` prompts) pairs that together hold every prompt once, but those to skip."""
-    by_bucket: dict[int, list[int]] = {bucket: [] for bucket in buckets}
-    for index, prompt in enumerate(prompts):
-        if index not in skip:
-            by_bucket[next((bucket for bucket in buckets if len(prompt) <= bucket), buckets[-1])].append(index)
-    return [(bucket, held[start : start + rows]) for bucket, held in by_bucket.items() for start in range(0, len(held), rows)]
-
-
-def _padded(prompts: list[Sequence[int]], bucket: int, rows: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [rows, bucket] padded on the left, and which of them are real."""
-    tokens = np.full((rows, bucket), pad_id, np.int32)
-    valid = np.zeros((rows, bucket), bool)
-    for row, prompt in enumerate(prompts):
-        kept = prompt[-bucket:]
-        tokens[row, -len(kept) :] = kept
-        valid[row, -len(kept) :] = True
-    return tokens, valid
 
 
 def _uniforms(prompts: list[Sequence[int]], rows: int, sampling: Sampling, max_new_tokens: int) -> np.ndarray:

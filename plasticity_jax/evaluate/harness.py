@@ -6,6 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from plasticity_jax.data.batching import length_buckets
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.generate import Sampling, cut_at_stop, generate, stop_check
 from plasticity_jax.evaluate.likelihood import MIN_LENGTH, log_likelihoods
@@ -207,7 +208,7 @@ class HarnessModel(TemplateLM):
             prompts,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
-            buckets=_buckets(longest),
+            buckets=length_buckets(longest, (MIN_LENGTH,)),
             batch_size=self._batch_size,
             eos_id=self.tokenizer.eos_id,
             pad_id=self.tokenizer.pad_id,
@@ -223,9 +224,3 @@ class HarnessModel(TemplateLM):
             texts.append(cut_at_stop(self.tokenizer.decode(of_context[context][taken[context]]), stop))
             taken[context] += repeats > 0
         return texts
-
-
-def _buckets(longest: int) -> tuple[int, ...]:
-    """Prompt lengths: powers of two, and the longest that fits."""
-    powers = (MIN_LENGTH << i for i in range(longest.bit_length()))
-    return (*(power for power in powers if power < longest), longest)

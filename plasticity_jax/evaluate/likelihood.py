@@ -1,9 +1,8 @@
 """Log-likelihoods of continuations: how probable a model finds a text after another one."""
 
-import collections
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
+from plasticity_jax.data.batching import keep_in_flight, length_buckets, padded_batches, power_of_two_buckets
 from plasticity_jax.model.layers import project
 from plasticity_jax.model.loss import chunks_that_fit
 from plasticity_jax.model.transformer import hidden_states, output_kernel
@@ -24,8 +24,6 @@ from plasticity_jax.progress import Progress
 log = logging.getLogger("plasticity_jax")
 
 MIN_LENGTH = 32  # shortest bucket, in tokens: below it a batch costs its overhead
-IN_FLIGHT = 2  # batches given to the device before the first is read
-_SPECS = (PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec(ROWS))  # of tokens, places, targets
 
 
 class Likelihood(NamedTuple):
@@ -80,31 +78,25 @@ def log_likelihoods(
     shards = 1 if mesh is None else row_shards(mesh)
     rows = -(-batch_size // shards) * shards
     kept = [_last(context, continuation, max_length) for context, continuation in pairs]
-    results: list[Likelihood | None] = [None] * len(pairs)
-    waiting: collections.deque[tuple[list[int], Any]] = collections.deque()
+    dtype = jnp.dtype(compute_dtype)
+
+    def dispatched() -> Iterator[tuple[list[int], Any]]:
+        for indices, batch in _batches(kept, rows, max_length):
+            placed = batch if mesh is None else tuple(arrays.put(x, NamedSharding(mesh, PartitionSpec(ROWS))) for x in batch)
+            chunks = chunks_that_fit(0, rows=rows // shards, seq_len=batch[1].shape[1], vocab_size=config.vocab_size)
+            yield indices, _score(config, chunks, dtype, params, *placed)
+
+    results: dict[int, Likelihood] = {}
     programs = _score._cache_size()
     with Progress(what, total=len(pairs), unit="continuations") as progress:
-
-        def collect() -> None:
-            indices, out = waiting.popleft()
-            for index, of_tokens, is_top in zip(indices, *arrays.to_host(out)):
+        for indices, out in keep_in_flight(dispatched()):
+            for index, log_probs, is_top in zip(indices, *arrays.to_host(out)):
                 tokens, n = kept[index]
-                cut = len(tokens) < len(pairs[index][0]) + len(pairs[index][1])
-                results[index] = Likelihood(float(np.sum(of_tokens[:n], dtype=np.float64)), bool(is_top[:n].all()), n, cut)
+                cut = len(tokens) < sum(map(len, pairs[index]))
+                results[index] = Likelihood(float(np.sum(log_probs[:n], dtype=np.float64)), bool(is_top[:n].all()), n, cut)
             progress.update(len(indices))
-
-        for (length, width), indices in _batches(kept, rows, max_length):
-            batch = _arrays([kept[index] for index in indices], rows, length, width)
-            if mesh is not None:
-                batch = tuple(arrays.put(x, NamedSharding(mesh, spec)) for x, spec in zip(batch, _SPECS, strict=True))
-            chunks = chunks_that_fit(0, rows=rows // shards, seq_len=width, vocab_size=config.vocab_size)
-            waiting.append((indices, _score(config, chunks, jnp.dtype(compute_dtype), params, *batch)))
-            if len(waiting) == IN_FLIGHT:
-                collect()
-        while waiting:
-            collect()
     log.debug("%s: %d new programs compiled", what, _score._cache_size() - programs)
-    return results
+    return [results[index] for index in range(len(pairs))]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -145,26 +137,23 @@ def _last(context: Sequence[int], continuation: Sequence[int], max_length: int |
     return tokens, min(len(continuation), len(tokens) - 1)
 
 
-def _batches(kept: Sequence[tuple[list[int], int]], rows: int, max_length: int | None) -> list[tuple[tuple[int, int], list[int]]]:
-    """((length, continuation's width), indices of at most `rows` pairs), which together hold every pair once; the longest first."""
-    by_shape: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
-    for index, (tokens, n) in enumerate(kept):
-        length = max(MIN_LENGTH, 1 << (len(tokens) - 2).bit_length())
-        if max_length is not None:
-            length = min(length, max_length)
-        by_shape[length, min(length, MIN_LENGTH) if n <= MIN_LENGTH else length].append(index)
-    return [(shape, held[i : i + rows]) for shape, held in sorted(by_shape.items(), reverse=True) for i in range(0, len(held), rows)]
-
-
-def _arrays(kept: Sequence[tuple[list[int], int]], rows: int, length: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [rows, length] padded on the right, where the causal mask hides what follows; places and targets [rows, width]."""
-    tokens, places, targets = (np.zeros(shape, np.int32) for shape in ((rows, length), (rows, width), (rows, width)))
-    for row, (of_pair, n) in enumerate(kept):
-        inputs = len(of_pair) - 1
-        tokens[row, :inputs] = of_pair[:-1]
-        places[row, :n] = np.arange(inputs - n, inputs)
-        targets[row, :n] = of_pair[-n:]
-    return tokens, places, targets
+def _batches(
+    kept: Sequence[tuple[list[int], int]], rows: int, max_length: int | None
+) -> Iterator[tuple[list[int], tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Indices of the pairs of a batch; its tokens [rows, length], and places and targets [rows, width]. The last token of a pair is not read."""
+    for short in (False, True):  # whether the continuation fits the narrow width
+        group = [index for index, (_, n) in enumerate(kept) if (n <= MIN_LENGTH) == short]
+        inputs = [kept[index][0][:-1] for index in group]
+        buckets = power_of_two_buckets(inputs, MIN_LENGTH) if max_length is None else length_buckets(max_length, (MIN_LENGTH,))
+        for places_in_group, tokens, lengths in padded_batches(inputs, buckets=buckets, batch_size=rows):
+            indices = [group[place] for place in places_in_group]
+            width = min(tokens.shape[1], MIN_LENGTH) if short else tokens.shape[1]
+            places, targets = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
+            for row, index in enumerate(indices):
+                of_pair, n = kept[index]
+                places[row, :n] = np.arange(lengths[row] - n, lengths[row])
+                targets[row, :n] = of_pair[-n:]
+            yield indices, (tokens, places, targets)
 
 
 def _check(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int, max_length: int | None) -> None:

@@ -3,9 +3,8 @@
 Its parameters are the decoder's, of a config whose embeddings are tied so that there is no output matrix, and the head [D], without bias.
 """
 
-import collections
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from plasticity_jax.config import ModelConfig, StudyConfig
+from plasticity_jax.data.batching import keep_in_flight, padded_batches
+from plasticity_jax.data.batching import length_buckets as length_buckets
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.hf_import import read_tokenizer
@@ -30,9 +31,6 @@ from plasticity_jax.parallel.sharding import batch_sharding, inference_shardings
 from plasticity_jax.progress import Progress
 from plasticity_jax.runs.records import open_run
 from plasticity_jax.runs.storage import AnyPath
-
-SHORTEST_BUCKET = 64  # tokens
-IN_FLIGHT = 2  # batches at once: while one is read, the device works on the next
 
 
 @dataclass(frozen=True)
@@ -115,22 +113,6 @@ def scores(
     return jnp.einsum("bd,d->b", last_BxD, params["head"], precision=jax.lax.Precision.HIGHEST)
 
 
-def length_buckets(max_length: int, first: Sequence[int] = (SHORTEST_BUCKET,)) -> tuple[int, ...]:
-    """Lengths to pad rows to, in tokens: `first`, then twice the last again and again; none above `max_length`, which is the last."""
-    buckets = [length for length in first if length < max_length]
-    while buckets and 2 * buckets[-1] < max_length:
-        buckets.append(2 * buckets[-1])
-    return (*buckets, max_length)
-
-
-def padded(rows: Sequence[Sequence[int]], *, length: int, batch_size: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
-    """int32 tokens [batch_size, length] and lengths [batch_size]: the rows padded at their end, and empty rows after them."""
-    tokens, lengths = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)
-    for place, row in enumerate(rows):
-        tokens[place, : len(row)], lengths[place] = row, len(row)
-    return tokens, lengths
-
-
 def score_rows(
     model: ScalarModel, rows: Sequence[Sequence[int]], *, buckets: Sequence[int], batch_size: int, execution: Execution, what: str
 ) -> Float[np.ndarray, " rows"]:
@@ -146,36 +128,22 @@ def score_rows(
     Raises:
       ValueError: a row that is empty or too long.
     """
-    lengths = np.array([len(row) for row in rows], np.int64)
-    if lengths.size and not 1 <= lengths.min() <= lengths.max() <= buckets[-1]:
-        raise ValueError(f"rows have {lengths.min()} to {lengths.max()} tokens; each must have 1 to {buckets[-1]}.")
     mesh, shards = execution.mesh, 1 if execution.mesh is None else row_shards(execution.mesh)
     batch_size = -(-batch_size // shards) * shards
     params, forward = model.params, _compiled_scores(model.config, execution)
     if mesh is not None:
         whole = NamedSharding(mesh, PartitionSpec())
         params = {"decoder": arrays.put(params["decoder"], inference_shardings(mesh, params["decoder"])), "head": arrays.put(params["head"], whole)}
+
+    def dispatched() -> Iterator[tuple[list[int], Array]]:
+        for indices, *batch in padded_batches(rows, buckets=buckets, batch_size=batch_size):
+            yield indices, forward(params, *(batch if mesh is None else (arrays.put(x, batch_sharding(mesh)) for x in batch)))
+
     found = np.zeros(len(rows), np.float32)
-    waiting: collections.deque[tuple[np.ndarray, Array]] = collections.deque()
     with Progress(what, total=len(rows), unit="texts") as progress:
-
-        def collect() -> None:
-            indices, of_batch = waiting.popleft()
-            found[indices] = arrays.to_host(of_batch)[: len(indices)]
+        for indices, scores_B in keep_in_flight(dispatched()):
+            found[indices] = arrays.to_host(scores_B)[: len(indices)]
             progress.update(len(indices))
-
-        bucket_of_row = np.searchsorted(buckets, lengths)
-        for bucket, length in enumerate(buckets):
-            of_bucket = np.flatnonzero(bucket_of_row == bucket)
-            for start in range(0, len(of_bucket), batch_size):
-                indices = of_bucket[start : start + batch_size]
-                batch = padded([rows[i] for i in indices], length=length, batch_size=batch_size)
-                batch = batch if mesh is None else arrays.put(batch, (batch_sharding(mesh), batch_sharding(mesh)))
-                waiting.append((indices, forward(params, *batch)))
-                if len(waiting) == IN_FLIGHT:
-                    collect()
-        while waiting:
-            collect()
     return found
 
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from plasticity_jax.config import ModelConfig, VerifierConfig
+from plasticity_jax.data.batching import pad_rows
 from plasticity_jax.data.completions import Completion, read_completions
 from plasticity_jax.data.sft import plan
 from plasticity_jax.data.tokenizer import copy_tokenizer
@@ -29,7 +30,6 @@ from plasticity_jax.model.scalar_head import (
     encode_answers,
     execution_of,
     length_buckets,
-    padded,
     scalar_shardings,
     score_rows,
     scores,
@@ -239,7 +239,7 @@ def _train(
 
 def _batches(rows: list[list[int]], right: np.ndarray, schedule: list, recipe: VerifierConfig, mesh: Mesh) -> Iterator[Batch]:
     for length, indices in schedule:
-        tokens, lengths = padded([rows[i] for i in indices], length=length, batch_size=recipe.batch_size)
+        tokens, lengths = pad_rows([rows[i] for i in indices], length=length, batch_size=recipe.batch_size)
         labels = np.zeros(recipe.batch_size, np.float32)
         labels[: len(indices)] = right[indices]
         batch = {"tokens": tokens, "lengths": lengths, "labels": labels}

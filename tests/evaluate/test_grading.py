@@ -246,13 +246,16 @@ def test_no_worker_outlives_its_parent(number, busy):
         "    grading.judge([('9^{9^{9^{9}}}', '1')])\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    worker = int(parent.stdout.readline())
-    assert _is_running(worker) and _blocks_interrupts(worker)
-    if number == signal.SIGINT:
-        os.killpg(parent.pid, number)
-    else:
-        parent.send_signal(number)
-    assert parent.wait(60) != 0
+    try:
+        worker = int(parent.stdout.readline())
+        assert _is_running(worker) and _blocks_interrupts(worker)
+        if number == signal.SIGINT:
+            os.killpg(parent.pid, number)
+        else:
+            parent.send_signal(number)
+        assert parent.wait(60) != 0
+    finally:
+        parent.kill()
     deadline = time.monotonic() + 30
     while _is_running(worker) and time.monotonic() < deadline:
         time.sleep(0.05)

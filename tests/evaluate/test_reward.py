@@ -18,7 +18,6 @@ from plasticity_jax.evaluate import reward
 from plasticity_jax.evaluate.reward_model import check_folder, open_reward_model
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.load import load_model
-from plasticity_jax.model.scalar_head import length_buckets
 from plasticity_jax.model.transformer import hidden_states, init_params
 from plasticity_jax.runs.records import Context, Run, RunDirectory
 
@@ -260,8 +259,3 @@ def test_rewards_do_not_depend_on_what_they_are_computed_with(world, tmp_path):
     _, rewards = rated(world, "four", settings)
     _, others = rated(world, "two", dataclasses.replace(settings, batch_size=2))
     assert rewards == pytest.approx(others, abs=1e-5) and rewards[0, 0] == rewards[0, 3]
-
-
-def test_buckets_double_up_to_the_longest():
-    assert length_buckets(2048) == (64, 128, 256, 512, 1024, 2048) and length_buckets(300) == (64, 128, 256, 300)
-    assert length_buckets(40) == (40,) and length_buckets(200, (16, 24)) == (16, 24, 48, 96, 192, 200) and length_buckets(24, (16, 24)) == (16, 24)

@@ -128,7 +128,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_rows_that_count(world: World)
     head = np.random.default_rng(0).normal(size=base.config.d_model).astype(np.float32)
     model = with_head(base.config, base.params, jnp.asarray(head))
     rows, _ = encode_answers(base.tokenizer, ["the cat"] * 3, ["red", "a tree", "é"], max_length=32, bos=False)
-    tokens, lengths = verifier.padded(rows, length=32, batch_size=5)
+    tokens, lengths = verifier.pad_rows(rows, length=32, batch_size=5)
     labels = np.array([1, 0, 1, 0, 0], np.float32)
     _, activations = base(tokens, capture=("final_norm",))
     logits = [np.asarray(activations["final_norm"], np.float64)[i, len(row) - 1] @ head.astype(np.float64) for i, row in enumerate(rows)]
