@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -140,37 +141,32 @@ def block_losses(
     """
     from plasticity_jax.model.loss import chunks_that_fit
 
-    losses_n = np.empty(len(indices))
     loss_chunks = chunks_that_fit(loss_chunks, rows=BLOCKS_PER_BATCH, seq_len=records.seq_len, vocab_size=config.vocab_size)
+    mean_losses = _compiled_mean_losses(config, scan_layers, loss_chunks)
+    losses_n = np.empty(len(indices))
     with Progress(f"loss on {records.split} blocks", total=len(indices) * records.seq_len, unit="tokens") as progress:
         for start in range(0, len(indices), BLOCKS_PER_BATCH):
             chosen = indices[start : start + BLOCKS_PER_BATCH]
-            # A short batch is filled up with its last record: one compiled program for all.
-            full = np.concatenate([chosen, np.repeat(chosen[-1:], BLOCKS_PER_BATCH - len(chosen))])
+            full = np.pad(chosen, (0, BLOCKS_PER_BATCH - len(chosen)), mode="edge")  # one compiled program, also for a short batch
             batch = as_batch(records.tokens(full), isolate=isolate)
-            segments = None if isolate is None else batch["segment_ids"]
-            means = _mean_losses(config, scan_layers, loss_chunks, params, batch["tokens"], batch["targets"], segments)
+            means = mean_losses(params, batch["tokens"], batch["targets"], None if isolate is None else batch["segment_ids"])
             losses_n[start : start + len(chosen)] = np.asarray(means)[: len(chosen)]
             progress.update(len(chosen) * records.seq_len)
     return losses_n
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _mean_losses(
-    config: ModelConfig,
-    scan_layers: bool,
-    loss_chunks: int,
-    params: dict,
-    tokens_BxT: Int[Array, "B T"],
-    targets_BxT: Int[Array, "B T"],
-    segments_BxT: Int[Array, "B T"] | None,
-) -> Float[Array, " B"]:
+@functools.lru_cache(maxsize=8)
+def _compiled_mean_losses(config: ModelConfig, scan_layers: bool, loss_chunks: int) -> Callable[..., Float[Array, " B"]]:
     from plasticity_jax.model.loss import vocabulary_losses
     from plasticity_jax.model.transformer import hidden_states, output_kernel
 
-    x_BxTxD, _ = hidden_states(config, params, tokens_BxT, segment_ids=segments_BxT, scan_layers=scan_layers)
-    losses_BxT, _ = vocabulary_losses(x_BxTxD, output_kernel(config, params), targets_BxT, compute_dtype=jnp.float32, chunks=loss_chunks)
-    return losses_BxT.mean(axis=-1)
+    @jax.jit
+    def mean_losses(params, tokens_BxT, targets_BxT, segments_BxT):
+        x_BxTxD, _ = hidden_states(config, params, tokens_BxT, segment_ids=segments_BxT, scan_layers=scan_layers)
+        losses_BxT, _ = vocabulary_losses(x_BxTxD, output_kernel(config, params), targets_BxT, compute_dtype=jnp.float32, chunks=loss_chunks)
+        return losses_BxT.mean(axis=-1)
+
+    return mean_losses
 
 
 def summarise(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from plasticity_jax.data.batching import padded_batches
+from plasticity_jax.data.batching import IN_FLIGHT, padded_batches
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.complete import Batch, Memory, Numbers, Plan, begin, complete, count_programs, go_on, plan_of
 from plasticity_jax.evaluate.sampling import Sampling
@@ -28,7 +28,6 @@ log = logging.getLogger("plasticity_jax")
 
 SEGMENT = 64  # tokens between two looks of the host for completions that have ended by their text
 TAIL = 64  # tokens before a segment that are looked at again with it: a stop string lies in no more
-IN_FLIGHT = 2  # batches that the device works on at once; on a CPU they share its cores, elsewhere the second hides the host's part
 _SPECS = Batch(PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec(None, ROWS), PartitionSpec(ROWS))
 
 IsEnd = Callable[[list[int]], bool]
