@@ -9,15 +9,15 @@ from jaxtyping import Float
 
 LEVEL = 0.95
 
-# Numbers in one dimension; any other shape is refused with a ValueError, so it is not part of the type.
+# One-dimensional numbers. Other shapes raise a ValueError, so the shape is not part of the type.
 Series = Sequence | np.ndarray
 
-# Indices drawn at once; bounds the memory of a bootstrap over many rows.
+# Indices drawn at once; limits the memory of a bootstrap over many rows.
 _DRAWS_AT_ONCE = 4_000_000
 
 
 class Estimate(NamedTuple):
-    """A number with the ends of its 95% interval; unpacks as (value, low, high)."""
+    """A value with its 95% interval; unpacks as (value, low, high)."""
 
     value: float
     low: float
@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Losses of blocks of text, [n] each: nats per token, name of the domain, key of the document that the block begins in."""
+    """Blocks of text, [n] each: loss in nats per token, name of the domain, key of the document in which the block begins."""
 
     loss: Series
     domain: Sequence | np.ndarray
@@ -48,7 +48,7 @@ def bootstrap_mean(x: Series, *, samples: int, seed: int) -> Estimate:
 
 
 def paired_bootstrap(a: Series, b: Series, *, samples: int, seed: int) -> Estimate:
-    """Mean of `a - b` with its percentile bootstrap interval; both are resampled at the same problems.
+    """Mean of `a - b` with its percentile bootstrap interval; both are resampled with the same problems.
 
     Args:
       a, b: one value per problem, [n] each, the same problems in the same order.
@@ -61,11 +61,11 @@ def paired_bootstrap(a: Series, b: Series, *, samples: int, seed: int) -> Estima
 
 
 def cluster_bootstrap_gap(seen: Blocks, held_out: Blocks, *, samples: int, seed: int) -> Estimate:
-    """Mean held-out loss minus mean seen loss, domains weighted alike on both sides, with a bootstrap over documents.
+    """Mean held-out loss minus mean seen loss, with the same domain weights on both sides and a bootstrap over documents.
 
-    Within each domain and side, whole documents are drawn: blocks of one long document resemble each other, and drawing blocks would make the
-    interval too narrow. Of m documents, m - 1 are drawn with replacement, which makes the bootstrap variance of a mean unbiased also for few
-    documents (Rao & Wu 1988). A domain side with a single document has nothing to draw from; there the blocks are drawn.
+    Within each domain and side, whole documents are drawn: blocks of one long document are similar, and drawing blocks would make the interval too
+    narrow. m - 1 of m documents are drawn with replacement, which makes the bootstrap variance of a mean unbiased also for few documents (Rao & Wu
+    1988). If a side of a domain has a single document, its blocks are drawn instead.
 
     Args:
       seen, held_out: the blocks of each side; every domain has the same number of blocks on both.
@@ -170,7 +170,7 @@ def _blocks_per_domain(side: Blocks) -> dict:
 
 
 def _cluster_sums(loss_n: np.ndarray, document_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of losses and number of blocks per document; per block where there is one document only."""
+    """Sum of losses and number of blocks, per document, or per block if there is only one document."""
     documents_m, member_n = np.unique(document_n, return_inverse=True)
     if len(documents_m) == 1:
         return loss_n, np.ones_like(loss_n)
@@ -178,7 +178,7 @@ def _cluster_sums(loss_n: np.ndarray, document_n: np.ndarray) -> tuple[np.ndarra
 
 
 def _resampled_ratio(sums_m: np.ndarray, sizes_m: np.ndarray, draws: int, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """[samples]: sum of drawn sums over sum of drawn sizes, `draws` clusters drawn with replacement each time."""
+    """[samples]: ratio of the sum of drawn sums to the sum of drawn sizes, for `draws` clusters drawn with replacement."""
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1.")
     at_once = max(1, _DRAWS_AT_ONCE // draws)

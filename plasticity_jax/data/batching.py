@@ -31,8 +31,8 @@ def padded_batches(
     rows: Sequence[Sequence[int]],
     *,
     buckets: Sequence[int],
-    batch_size: int | None = None,
-    tokens_per_batch: int | None = None,
+    batch_size: int = 0,
+    tokens_per_batch: int = 0,
     pad_id: int = 0,
     left: bool = False,
 ) -> Iterator[PaddedBatch]:
@@ -42,7 +42,7 @@ def padded_batches(
       rows: token ids, at least one and at most the last bucket's length each.
       buckets: lengths to pad to, in tokens, ascending.
       batch_size: rows per batch.
-      tokens_per_batch: in place of `batch_size`, tokens per batch, padding included; a batch has at least one row.
+      tokens_per_batch: instead of `batch_size`, tokens per batch including padding; a batch has at least one row.
       pad_id: fills the empty places.
       left: pad on the left.
     Raises:

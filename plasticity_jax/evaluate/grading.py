@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
+from typing import Any
 
 import pebble
 
@@ -149,7 +150,7 @@ class Grading:
 
     def _compare_until_broken(self, waiting: dict[Pair, bool], progress: Progress) -> Iterator[tuple[Pair, Verdict]]:
         pool, futures = self._running_pool(), {}
-        done: queue.SimpleQueue[pebble.ProcessFuture] = queue.SimpleQueue()
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def schedule(pair: Pair) -> None:
             future = pool.schedule(grading_worker.compare, args=pair, timeout=self.seconds)

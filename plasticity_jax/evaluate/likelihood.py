@@ -1,7 +1,6 @@
-"""Log-likelihoods of continuations: how probable a model finds a text after another one."""
+"""Log-likelihoods of continuations: how probable a model finds one text after another."""
 
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,18 +20,16 @@ from plasticity_jax.parallel.batches import row_shards
 from plasticity_jax.parallel.sharding import ROWS
 from plasticity_jax.progress import Progress
 
-log = logging.getLogger("plasticity_jax")
-
-MIN_LENGTH = 32  # shortest bucket, in tokens: below it a batch costs its overhead
+MIN_LENGTH = 32  # shortest bucket, in tokens; shorter batches are dominated by overhead
 
 
 class Likelihood(NamedTuple):
-    """What a model says of one continuation.
+    """How probable a model finds one continuation.
 
     Attributes:
       total: sum of the log-probabilities of its tokens, in nats.
-      greedy: whether every token is the likeliest one in its place.
-      n_tokens: tokens that `total` counts.
+      greedy: whether every token is the most likely one at its position.
+      n_tokens: number of tokens in `total`.
       cut: whether the pair was too long and lost its beginning.
     """
 
@@ -54,20 +51,19 @@ def log_likelihoods(
 ) -> list[Likelihood]:
     """The log-likelihood of each continuation after its context.
 
-    A pair is padded on the right to a length that follows from it alone, and batches have fixed shapes: for the same `batch_size` a pair's result
-    does not depend on the others, and at most two programs are compiled for each length.
+    A pair is padded on the right to a length that depends on this pair only, and batches have fixed shapes. So for the same `batch_size` a pair's
+    result does not depend on the others, and at most two programs are compiled per length.
 
     Args:
       model: a loaded model (with `.config` and `.params`), or the pair (config, params).
       pairs: (context, continuation) as token ids, at least one token each.
-      batch_size: pairs computed at once; short batches are filled up.
-      compute_dtype: of the matrix products; the softmax is float32.
-      max_length: tokens that the model reads at most; the last token of a pair is only predicted. A pair that is longer loses its beginning: of its
-        context, or, where that does not suffice, the context and the beginning of the continuation, which then does not count. None: no
-        limit.
-      what: name of the wait in the progress display.
-      mesh: where the parameters are sharded (`sharding.inference_shardings`); rows lie over data and fsdp. Of several processes, all call this with
-        the same arguments and get the same results. None for one device.
+      batch_size: pairs per batch; short batches are filled up.
+      compute_dtype: dtype of the matmuls; the softmax is float32.
+      max_length: maximum number of tokens that the model reads; the last token of a pair is predicted, not read. A longer pair loses tokens from its
+        beginning: from the context first, then from the continuation, whose lost tokens do not count. None for no limit.
+      what: label of the progress display.
+      mesh: where the parameters are sharded (`sharding.inference_shardings`); rows are sharded over data and fsdp. With several processes, all call
+        this with the same arguments and get the same results. None for one device.
     Returns:
       One for each pair, in order.
     Raises:
@@ -87,7 +83,6 @@ def log_likelihoods(
             yield indices, _score(config, chunks, dtype, params, *placed)
 
     results: dict[int, Likelihood] = {}
-    programs = _score._cache_size()
     with Progress(what, total=len(pairs), unit="continuations") as progress:
         for indices, out in keep_in_flight(dispatched()):
             for index, log_probs, is_top in zip(indices, *arrays.to_host(out)):
@@ -95,7 +90,6 @@ def log_likelihoods(
                 cut = len(tokens) < sum(map(len, pairs[index]))
                 results[index] = Likelihood(float(np.sum(log_probs[:n], dtype=np.float64)), bool(is_top[:n].all()), n, cut)
             progress.update(len(indices))
-    log.debug("%s: %d new programs compiled", what, _score._cache_size() - programs)
     return [results[index] for index in range(len(pairs))]
 
 
@@ -109,7 +103,7 @@ def _score(
     places_BxC: Int[Array, "b c"],
     targets_BxC: Int[Array, "b c"],
 ) -> tuple[Float[Array, "b c"], Bool[Array, "b c"]]:
-    """Log-probability of each target after the token at its place, and whether it is the likeliest; logits exist at the places alone."""
+    """Log-probability of each target after the token at its place, and whether it is the most likely. Logits exist at the places only."""
     x_BxTxD, _ = hidden_states(config, params, tokens_BxT, compute_dtype=compute_dtype)
     x_BxCxD = jnp.take_along_axis(x_BxTxD, places_BxC[..., None], axis=1)
     kernel_DxV = output_kernel(config, params)
@@ -123,14 +117,15 @@ def _score(
     if chunks == 1:
         return of_part((x_BxCxD, targets_BxC))
     parts = tuple(jnp.stack(jnp.split(x, chunks, axis=1)) for x in (x_BxCxD, targets_BxC))
-    return tuple(jnp.concatenate(list(of_parts), axis=1) for of_parts in jax.lax.map(of_part, parts))
+    log_probs, is_top = (jnp.concatenate(list(of_parts), axis=1) for of_parts in jax.lax.map(of_part, parts))
+    return log_probs, is_top
 
 
 # -------------------------------------------------------------------------------------------------------------------------- on the host
 
 
 def _last(context: Sequence[int], continuation: Sequence[int], max_length: int | None) -> tuple[list[int], int]:
-    """The tokens that are kept of a pair, and how many of them, at their end, are scored."""
+    """The tokens kept of a pair, and the number of tokens at their end that are scored."""
     tokens = [*context, *continuation]
     if max_length is not None:
         tokens = tokens[-(max_length + 1) :]  # the last token is predicted and not read
@@ -160,7 +155,7 @@ def _check(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
     for index, pair in enumerate(pairs):
         for name, tokens in zip(("context", "continuation"), pair, strict=True):
             if len(tokens) == 0:
-                raise ValueError(f"the {name} of pair {index} is empty; give it at least one token, such as the end of text in front.")
+                raise ValueError(f"the {name} of pair {index} is empty; give it at least one token, such as the end-of-text token.")
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} is below 1; set it to 1 or more.")

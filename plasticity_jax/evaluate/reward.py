@@ -29,21 +29,21 @@ REWARDS = "rewards.jsonl"
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Something that rates completions; the higher, the better.
+    """Rates completions; higher is better.
 
     Attributes:
-      name: what the report calls it, in one line.
+      name: its name in the report, on one line.
     """
 
     name: str
 
     def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
-        """float32 rewards of the completions, and how many were longer than `reward.max_length` and lost their beginning. Of several processes, all call it."""
+        """float32 rewards, and the number of completions longer than `reward.max_length`, which lost their beginning. All processes call it."""
         ...
 
 
 class LogProbability:
-    """The mean log-probability of a completion's tokens, in nats, under a language model; the end of text counts where the completion ended by itself.
+    """The mean log-probability of a completion's tokens under a language model, in nats. The end of text counts if the completion ended by itself.
 
     An empty completion is one token, the end of text.
     """

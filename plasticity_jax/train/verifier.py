@@ -1,4 +1,4 @@
-"""The verifier stage: a fine-tuned model with a scalar head learns from graded samples which completions are right."""
+"""The verifier stage: a fine-tuned model with a scalar head learns from graded samples to predict which completions are right."""
 
 import functools
 import hashlib
@@ -53,12 +53,12 @@ log = logging.getLogger("plasticity_jax")
 
 @dataclass(frozen=True)
 class VerifierStep:
-    """All that the compiled step depends on besides shapes; equal settings share one compilation.
+    """Everything that the compiled step depends on besides shapes; equal settings share one compilation.
 
     Attributes:
       model: the decoder, without output matrix.
       optimizer: as in fine-tuning.
-      execution, remat: how the forward and the backward pass are carried out.
+      execution, remat: how to run the forward and backward passes.
     """
 
     model: ModelConfig
@@ -164,16 +164,18 @@ def _counts(completions: Sequence[Completion], indices: np.ndarray) -> dict[str,
 
 
 def held_out_problems(ids: Sequence[str], share: float) -> set[str]:
-    """The problems that are held out: those with the smallest hashes, so that neither order nor other problems decide.
+    """The held-out problems: those with the smallest hashes, so that the choice does not depend on the order of the problems.
 
     Args:
-      share: of the different ids; at least one is held out and one is not.
+      share: fraction of the distinct ids; at least one is held out and one is not.
     Raises:
       UserError: fewer than two problems.
     """
     ordered = sorted(set(ids), key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(ordered) < 2:
-        raise UserError(f"the verifier's samples are of {len(ordered)} problem(s), and some must be held out; raise tasks.<name>.verifier_rows.")
+        raise UserError(
+            f"the verifier's samples cover {len(ordered)} problem(s), and at least one must be held out; raise tasks.<name>.verifier_rows."
+        )
     return set(ordered[: min(max(1, round(share * len(ordered))), len(ordered) - 1)])
 
 
@@ -249,7 +251,7 @@ def _batches(rows: list[list[int]], right: np.ndarray, schedule: list, recipe: V
 def make_verifier_step(settings: VerifierStep) -> Callable[[State, Batch, Hyper], tuple[State, Metrics]]:
     """The pure function `step(state, batch, hyper) -> (state, metrics)`.
 
-    The batch holds tokens [B, T], lengths [B] (0 for a row that fills the batch up) and labels [B] (1 right, 0 wrong). The loss is the mean binary
+    The batch has tokens [B, T], lengths [B] (0 for rows that fill up the batch) and labels [B] (1 right, 0 wrong). The loss is the mean binary
     cross-entropy, in nats per completion.
     """
     optimizer, execution = make_optimizer(settings.optimizer), settings.execution
@@ -281,7 +283,7 @@ def make_verifier_step(settings: VerifierStep) -> Callable[[State, Batch, Hyper]
 
 @functools.lru_cache(maxsize=8)
 def compile_verifier_step(settings: VerifierStep, mesh: Mesh) -> Callable[[State, Batch, Hyper], tuple[State, Metrics]]:
-    """The step under jit, with the old state's memory given to the new one. Equal arguments give the same function."""
+    """The jitted step, which donates the old state. Equal arguments give the same function."""
     state, single = _state_shardings(settings, mesh), NamedSharding(mesh, PartitionSpec())
     return jax.jit(make_verifier_step(settings), in_shardings=(state, batch_sharding(mesh), single), out_shardings=(state, single), donate_argnums=0)
 
@@ -300,7 +302,7 @@ def _state_shardings(settings: VerifierStep, mesh: Mesh) -> State:
 
 
 def _starting_state(settings: VerifierStep, mesh: Mesh, model: ScalarModel, run: AnyPath) -> tuple[State, int]:
-    """The state of the run's last checkpoint, or that before the first update; and its step."""
+    """The state of the run's last checkpoint, or before the first update, and its step."""
     optimizer, shardings = make_optimizer(settings.optimizer), _state_shardings(settings, mesh)
     step = processes.broadcast(lambda: common_step([run]))
     if step == 0:
@@ -315,7 +317,7 @@ def _starting_state(settings: VerifierStep, mesh: Mesh, model: ScalarModel, run:
         with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
             params, moments = checkpoints.restore(step, *placed)
         state = {"params": params, "optimizer": moments, "step": jnp.int32(step)}
-    # Always a copy: the first update takes over the memory of its state.
+    # Always a copy: the first update donates its state.
     return jax.device_put(state, shardings, may_alias=False), step
 
 

@@ -214,7 +214,7 @@ def test_folders_that_lack_something_are_refused_in_one_line(tmp_path):
     for template, words in (("{{ raise_exception('no\nassistant here') }}", "no assistant here"), ("{{ messages.__class__.__mro__ }}", "unsafe"),
                             ("{{ nothing.at.all }}", "undefined"), ("{{ messages.append(1) }}", "unsafe")):  # fmt: skip
         (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
-        with pytest.raises(UserError, match="cannot be carried out") as error:
+        with pytest.raises(UserError, match="the chat template fails") as error:
             open_reward_model(folder)[1].text("a", "b")
         assert words in str(error.value) and "\n" not in str(error.value)
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": [{"name": "tools", "template": "x"}]}))
@@ -222,7 +222,7 @@ def test_folders_that_lack_something_are_refused_in_one_line(tmp_path):
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     check_folder(folder)
     (folder / "tokenizer.json").write_text("{}")
-    assert_refused(folder, "is no tokenizer")
+    assert_refused(folder, "is not a valid tokenizer")
     (folder / "tokenizer.json").unlink()
     assert_refused(folder, "holds no tokenizer.json")
 
@@ -248,7 +248,7 @@ def test_a_verifier_rates_and_is_named_with_its_auc(world):
     states = np.asarray(activations["final_norm"], np.float64)
     assert rewards.reshape(-1) == pytest.approx(np.array([states[i, len(row) - 1] @ head for i, row in enumerate(rows)]), abs=1e-4)
     assert_numbers_follow(results, rewards)
-    with pytest.raises(UserError, match="holds no outcome verifier"):
+    with pytest.raises(UserError, match="not of stage verifier"):
         rated(world, "wrong", dataclasses.replace(CONFIG.reward, scorer="verifier"), scorer="model")
 
 

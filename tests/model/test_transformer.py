@@ -176,7 +176,7 @@ def test_captures_have_the_promised_names_and_shapes(params, tokens):
 
 
 def test_probabilities_from_a_kernel_that_never_holds_them_are_refused(params, tokens):
-    with pytest.raises(ValueError, match="attention='splash': the kernel never holds the probabilities; use attention='xla'"):
+    with pytest.raises(ValueError, match="attention='splash': the kernel never materializes the probabilities; use attention='xla'"):
         transformer.apply(CONFIG, params, tokens, capture=("attn_probs",), attention="splash")
 
 
