@@ -23,14 +23,11 @@ __all__ = ["UserError", "analysis", "config", "count_params", "evaluate", "load_
 __getattr__, __dir__ = attach(
     __name__,
     {
-        "UserError": "errors",
-        "analysis": "",
-        "config": "",
-        "count_params": "model.param_count",
-        "evaluate": "",
-        "load_model": "model.load",
-        "open_study": "study.open",
-        "presets": "config.presets",
-        "train": "",
+        "config.presets": ["presets"],
+        "errors": ["UserError"],
+        "model.load": ["load_model"],
+        "model.param_count": ["count_params"],
+        "study.open": ["open_study"],
     },
+    submodules=["analysis", "config", "evaluate", "train"],
 )

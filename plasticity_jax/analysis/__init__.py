@@ -10,6 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["attention_spectra", "fit_probe", "pseudo_rank", "spectra_summary"]
 
-__getattr__, __dir__ = attach(
-    __name__, {"attention_spectra": "spectra", "fit_probe": "probes", "pseudo_rank": "spectra", "spectra_summary": "spectra"}
-)
+__getattr__, __dir__ = attach(__name__, {"probes": ["fit_probe"], "spectra": ["attention_spectra", "pseudo_rank", "spectra_summary"]})

@@ -15,13 +15,5 @@ if TYPE_CHECKING:
 __all__ = ["Grading", "extract_answer", "judge", "majority_answer", "majority_index", "pass_at_k"]
 
 __getattr__, __dir__ = attach(
-    __name__,
-    {
-        "Grading": "grading",
-        "extract_answer": "answers",
-        "judge": "answers",
-        "majority_answer": "answers",
-        "majority_index": "answers",
-        "pass_at_k": "metrics",
-    },
+    __name__, {"answers": ["extract_answer", "judge", "majority_answer", "majority_index"], "grading": ["Grading"], "metrics": ["pass_at_k"]}
 )

@@ -53,7 +53,7 @@ class LogProbability:
         if self._model.tokenizer is None:
             raise UserError(f"{path} holds no tokenizer.json, so no text can be given to its model; put its tokenizer there.")
         under = "the model that wrote the completion" if config.reward.model is None else _called(self._model)
-        self.name = f"length-normalised log-probability under {under}"
+        self.name = f"length-normalized log-probability under {under}"
 
     def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
         tokenizer, reward = self._model.tokenizer, self._config.reward

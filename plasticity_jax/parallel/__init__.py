@@ -14,11 +14,8 @@ __all__ = ["SHARDING_RULES", "batch_sharding", "make_mesh", "match_rules", "para
 __getattr__, __dir__ = attach(
     __name__,
     {
-        "SHARDING_RULES": "sharding",
-        "batch_sharding": "sharding",
-        "make_mesh": "mesh",
-        "match_rules": "rules",
-        "param_paths": "rules",
-        "param_shardings": "sharding",
+        "mesh": ["make_mesh"],
+        "rules": ["match_rules", "param_paths"],
+        "sharding": ["SHARDING_RULES", "batch_sharding", "param_shardings"],
     },
 )

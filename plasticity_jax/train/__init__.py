@@ -9,4 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["decay_table"]
 
-__getattr__, __dir__ = attach(__name__, {"decay_table": "optimizer"})
+__getattr__, __dir__ = attach(__name__, {"optimizer": ["decay_table"]})

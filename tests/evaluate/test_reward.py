@@ -97,7 +97,7 @@ def test_log_probability_is_the_mean_over_the_completions_tokens_and_its_end(wor
         expected.append(np.mean([logp[len(prompt) - 1 + k, token] for k, token in enumerate(answer)]))
     assert rewards.reshape(-1) == pytest.approx(np.array(expected), abs=1e-5)
     assert asked == [11], "a text that a problem has twice is rated once"
-    assert results["scorer"] == "length-normalised log-probability under the model that wrote the completion" and results["cut"] == 0
+    assert results["scorer"] == "length-normalized log-probability under the model that wrote the completion" and results["cut"] == 0
     assert_numbers_follow(results, rewards)
     short, _ = rated(world, "short", dataclasses.replace(CONFIG.reward, max_length=8), scorer="model")
     assert short["cut"] == 11

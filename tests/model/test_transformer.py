@@ -258,7 +258,7 @@ def test_parameter_tree_is_the_documented_one():
     assert dict(zip(param_paths(abstract_params(LLAMA3)), (x.shape for x in jax.tree.leaves(abstract_params(LLAMA3))))) == tied
 
 
-def test_initialisation_follows_the_paper_and_the_seed():
+def test_initialization_follows_the_paper_and_the_seed():
     config = ModelConfig(vocab_size=512, d_model=64, n_layers=4, n_heads=4, n_kv_heads=4, d_ff=160)
     params = init_params(config, 5)
     for path, leaf in zip(param_paths(params), jax.tree.leaves(params)):
@@ -275,7 +275,7 @@ def test_initialisation_follows_the_paper_and_the_seed():
     assert not np.array_equal(layers, init_params(config, 6)["blocks"]["attn"]["q"]["kernel"])
 
 
-def test_truncated_initialisation_is_olmo2s():
+def test_truncated_initialization_is_olmo2s():
     """N(0, 0.02) cut at three standard deviations, which takes 1.3% off its spread; against scipy's truncated normal."""
     config = dataclasses.replace(OLMO2, vocab_size=512, d_model=64, n_layers=4, n_heads=4, n_kv_heads=4, d_ff=160)
     params = init_params(config, 5)

@@ -92,7 +92,7 @@ def test_it_learns_what_can_be_told_and_reports_its_held_out_auc(world: World, s
     assert trained["diverged"] is None and trained["reason"] == "" and trained["auc"] > 0.95 and trained["accuracy"] > 0.85
     held_out = verifier.held_out_problems([f"p{i}" for i in range(60)], 0.25)
     found, right = scored_again(world.root / "told", samples, held_out)
-    assert trained["auc"] == pytest.approx(roc_auc_score(right, found), abs=2e-3)  # rounding may swap neighbours
+    assert trained["auc"] == pytest.approx(roc_auc_score(right, found), abs=2e-3)  # rounding may swap neighbors
     assert trained["accuracy"] == np.mean((found > 0) == right) and trained["share_right"] == right.mean()
     counts = trained["counts"]
     assert counts["read"] == 360 and counts["held_out"] == {"problems": 15, "completions": len(right), "right": int(right.sum())}
