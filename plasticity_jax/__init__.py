@@ -4,29 +4,30 @@ For notebooks and scripts: `load_model`, `open_study`, `presets`, `count_params`
 on first use, so that `import plasticity_jax` is instant.
 """
 
-import importlib
+from typing import TYPE_CHECKING
+
+from plasticity_jax._lazy import attach
+
+if TYPE_CHECKING:
+    from plasticity_jax import analysis, config, evaluate, train
+    from plasticity_jax.config.presets import presets
+    from plasticity_jax.errors import UserError
+    from plasticity_jax.model.load import load_model
+    from plasticity_jax.model.param_count import count_params
+    from plasticity_jax.study.open import open_study
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "load_model": "plasticity_jax.model.load",
-    "count_params": "plasticity_jax.model.transformer",
-    "presets": "plasticity_jax.config.presets",
-    "open_study": "plasticity_jax.study.open",
-    "UserError": "plasticity_jax.errors",
-}
-_MODULES = ("analysis", "evaluate", "train", "config")
+__all__ = ["UserError", "analysis", "config", "count_params", "evaluate", "load_model", "open_study", "presets", "train"]
 
-__all__ = [*_WHERE, *_MODULES]
-
-
-def __getattr__(name: str):
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    if name in _MODULES:
-        return importlib.import_module(f"plasticity_jax.{name}")
-    raise AttributeError(f"module 'plasticity_jax' has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted(__all__)
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "config.presets": ["presets"],
+        "errors": ["UserError"],
+        "model.load": ["load_model"],
+        "model.param_count": ["count_params"],
+        "study.open": ["open_study"],
+    },
+    submodules=["analysis", "config", "evaluate", "train"],
+)

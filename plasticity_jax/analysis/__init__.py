@@ -1,23 +1,13 @@
 """Why a model is as plastic as it is: attention spectra, linear probes, the gap between seen and held-out text, and the statistics."""
 
-_HOMES = {
-    "attention_spectra": "spectra",
-    "pseudo_rank": "spectra",
-    "spectra_summary": "spectra",
-    "fit_probe": "probes",
-}
+from typing import TYPE_CHECKING
 
-__all__ = sorted(_HOMES)
+from plasticity_jax._lazy import attach
 
+if TYPE_CHECKING:
+    from plasticity_jax.analysis.probes import fit_probe
+    from plasticity_jax.analysis.spectra import attention_spectra, pseudo_rank, spectra_summary
 
-def __getattr__(name: str):
-    # Imported on first use, because jax takes longer to import than `--help` may take.
-    if name in _HOMES:
-        import importlib
+__all__ = ["attention_spectra", "fit_probe", "pseudo_rank", "spectra_summary"]
 
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attach(__name__, {"probes": ["fit_probe"], "spectra": ["attention_spectra", "pseudo_rank", "spectra_summary"]})

@@ -1,6 +1,7 @@
-"""The gap between the loss on text that was seen in training and on held-out text, with a unigram model as the control."""
+"""The gap between the losses on held-out text and on text seen in training, with a unigram model as the control."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,11 @@ EARLY, LATE = 0.25, 0.75  # first and last quarter of the reading
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The blocks of both sides, as record indices of the two splits; domain by domain, equally many of each domain on both sides.
+    """The blocks of both sides, as record indices of the two splits, domain by domain. Both sides have the same number of blocks of each domain.
 
     Attributes:
       seen, held_out: [n] each.
-      read_at: for each seen block, when training last read it, as a share of the reading in [0, 1).
+      read_at: for each seen block, when training last read it, as a fraction of the training stream, in [0, 1).
     """
 
     seen: Int[np.ndarray, " n"]
@@ -42,23 +43,23 @@ class Choice:
 
 def last_readings(n_records: int, *, seed: int, batch_size: int, steps: int) -> Int[np.ndarray, " n_records"]:
     """Position in the stream of training records at which each record was last read; -1 for those never read."""
-    # The batches of all steps one after the other are, by the loader's definition, one batch of that size.
+    # By the loader's definition, the concatenated batches of all steps equal one batch of that size.
     stream = order(n_records, seed=seed, batch_size=batch_size * steps, step=0)
     last_n = np.full(n_records, -1, np.int64)
-    last_n[stream] = np.arange(len(stream))  # of equal indices the last assignment stays
+    last_n[stream] = np.arange(len(stream))  # for repeated indices, the last assignment wins
     return last_n
 
 
 def blocks_per_domain(weights: Float[np.ndarray, " d"], available: Int[np.ndarray, " d"], total: int) -> Int[np.ndarray, " d"]:
-    """How many blocks of each domain are taken on each side.
+    """Number of blocks of each domain to take on each side.
 
-    Every domain with a block on both sides gets its share of `total`. Where one has fewer than its share, all are scaled down alike, so that the
-    weights stay what they are up to rounding; what rounding leaves over goes to the largest remainders.
+    Every domain with a block on both sides gets its share of `total`. If a domain has fewer blocks than its share, all are scaled down alike, so that
+    the weights are kept up to rounding. What rounding leaves over goes to the largest remainders.
 
     Args:
-      weights: share of each domain in the training records, [d].
-      available: blocks that exist on both sides (the smaller number of the two), [d].
-      total: blocks wanted per side.
+      weights: fraction of each domain in the training records, [d].
+      available: blocks available on both sides (the smaller of the two numbers), [d].
+      total: blocks per side.
     """
     usable_d = available > 0
     if not usable_d.any():
@@ -69,24 +70,24 @@ def blocks_per_domain(weights: Float[np.ndarray, " d"], available: Int[np.ndarra
     wanted_d = wanted_d * scale
     taken_d = np.floor(wanted_d + 1e-9).astype(np.int64)
     left_over = round(wanted_d.sum()) - taken_d.sum()
-    # No more are left over than domains have a remainder, and a domain with one has a further block.
+    # At most one block is left over per domain with a remainder, and such a domain has another block.
     taken_d[np.argsort(taken_d - wanted_d, kind="stable")[:left_over]] += 1
     return taken_d
 
 
 def choose_blocks(train: TokenRecords, held_out: TokenRecords, last_reading: Int[np.ndarray, " n_train"], *, total: int, seed: int) -> Choice:
-    """Draws equally many blocks of each domain from what training read and from the held-out records.
+    """Draws the same number of blocks of each domain from the records that training read and from the held-out records.
 
-    Seen blocks are spread evenly over the reading, held-out ones over the records of the domain (which lie in the order of their documents): one is
-    drawn from each of as many equal stretches.
+    Seen blocks are spread evenly over the training stream, held-out blocks over the records of the domain, which are in the order of their documents:
+    one block is drawn from each of equal stretches.
 
     Args:
       train, held_out: the two splits of a corpus.
       last_reading: what `last_readings` returns.
-      total: blocks wanted per side; fewer are taken where a domain has too few (see `blocks_per_domain`).
+      total: blocks per side; fewer if a domain has too few (see `blocks_per_domain`).
       seed: of the draw.
     Raises:
-      UserError: no domain has a block on both sides.
+      UserError: no domain has blocks on both sides.
     """
     read = np.flatnonzero(last_reading >= 0)
     read = read[np.argsort(last_reading[read])]
@@ -105,15 +106,15 @@ def choose_blocks(train: TokenRecords, held_out: TokenRecords, last_reading: Int
 
 
 def _spread(candidates: np.ndarray, n: int | np.integer, rng: np.random.Generator) -> np.ndarray:
-    """One of each of n stretches of `candidates`, equally long up to rounding."""
+    """One of each of n stretches of `candidates`, of equal length up to rounding."""
     edges = np.arange(n + 1) * len(candidates) // max(n, 1)
     return candidates[rng.integers(edges[:-1], edges[1:])]
 
 
 def unigram_log_probabilities(records: TokenRecords, left_out: Int[np.ndarray, " m"]) -> Float[np.ndarray, " vocab"]:
-    """Log probability (nats) of each token, add-one smoothed, counted over the records except those left out.
+    """Log-probability (nats) of each token, add-one smoothed, counted over the records except those left out.
 
-    Without the blocks that it is going to score, the model has seen neither side; any gap left comes from how the sides were put together.
+    Leaving out the blocks to score, the model has seen neither side, so that any remaining gap comes from how the sides were chosen.
     """
     counts = np.ones(records.vocab_size, np.int64)
     kept = np.setdiff1d(np.arange(len(records)), left_out)
@@ -138,53 +139,48 @@ def block_losses(
     """Mean cross-entropy of the model on each record, in nats per token, float64 [n].
 
     Args:
-      isolate: the end-of-text token, where the model was trained within documents; else None.
-      scan_layers, loss_chunks: as in training; memory, compile time and rounding only.
+      isolate: the end-of-text token if the model was trained with isolated documents; else None.
+      scan_layers, loss_chunks: as in training; they change memory, compile time and rounding only.
     """
     from plasticity_jax.model.loss import chunks_that_fit
 
-    losses_n = np.empty(len(indices))
     loss_chunks = chunks_that_fit(loss_chunks, rows=BLOCKS_PER_BATCH, seq_len=records.seq_len, vocab_size=config.vocab_size)
+    mean_losses = _compiled_mean_losses(config, scan_layers, loss_chunks)
+    losses_n = np.empty(len(indices))
     with Progress(f"loss on {records.split} blocks", total=len(indices) * records.seq_len, unit="tokens") as progress:
         for start in range(0, len(indices), BLOCKS_PER_BATCH):
             chosen = indices[start : start + BLOCKS_PER_BATCH]
-            # A short batch is filled up with its last record: one compiled program for all.
-            full = np.concatenate([chosen, np.repeat(chosen[-1:], BLOCKS_PER_BATCH - len(chosen))])
+            full = np.pad(chosen, (0, BLOCKS_PER_BATCH - len(chosen)), mode="edge")  # one compiled program, also for a short batch
             batch = as_batch(records.tokens(full), isolate=isolate)
-            segments = None if isolate is None else batch["segment_ids"]
-            means = _mean_losses(config, scan_layers, loss_chunks, params, batch["tokens"], batch["targets"], segments)
+            means = mean_losses(params, batch["tokens"], batch["targets"], None if isolate is None else batch["segment_ids"])
             losses_n[start : start + len(chosen)] = np.asarray(means)[: len(chosen)]
             progress.update(len(chosen) * records.seq_len)
     return losses_n
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _mean_losses(
-    config: ModelConfig,
-    scan_layers: bool,
-    loss_chunks: int,
-    params: dict,
-    tokens_BxT: Int[Array, "B T"],
-    targets_BxT: Int[Array, "B T"],
-    segments_BxT: Int[Array, "B T"] | None,
-) -> Float[Array, " B"]:
+@functools.lru_cache(maxsize=8)
+def _compiled_mean_losses(config: ModelConfig, scan_layers: bool, loss_chunks: int) -> Callable[..., Float[Array, " B"]]:
     from plasticity_jax.model.loss import vocabulary_losses
     from plasticity_jax.model.transformer import hidden_states, output_kernel
 
-    x_BxTxD, _ = hidden_states(config, params, tokens_BxT, segment_ids=segments_BxT, scan_layers=scan_layers)
-    losses_BxT, _ = vocabulary_losses(x_BxTxD, output_kernel(config, params), targets_BxT, compute_dtype=jnp.float32, chunks=loss_chunks)
-    return losses_BxT.mean(axis=-1)
+    @jax.jit
+    def mean_losses(params, tokens_BxT, targets_BxT, segments_BxT):
+        x_BxTxD, _ = hidden_states(config, params, tokens_BxT, segment_ids=segments_BxT, scan_layers=scan_layers)
+        losses_BxT, _ = vocabulary_losses(x_BxTxD, output_kernel(config, params), targets_BxT, compute_dtype=jnp.float32, chunks=loss_chunks)
+        return losses_BxT.mean(axis=-1)
+
+    return mean_losses
 
 
 def summarise(
     losses: dict[str, np.ndarray], control: dict[str, np.ndarray], keys: dict[str, tuple[list, list]], read_at: np.ndarray, *, seed: int
 ) -> dict:
-    """The numbers of the stage, from the losses of blocks.
+    """The results of the stage, from the losses of blocks.
 
     Args:
       losses, control: per side ("seen", "held_out"), [n]: losses of the model and of the unigram model on the same blocks, in nats per token.
-      keys: per side, names of the blocks' domains and keys of the documents they begin in.
-      read_at: [n], when each seen block was last read, as a share of the reading.
+      keys: per side, names of the blocks' domains and keys of the documents in which they begin.
+      read_at: [n], when each seen block was last read, as a fraction of the training stream.
       seed: of the bootstrap.
     Returns:
       seen, held_out, gap, interval, domains, seen_early, seen_late, control, adjusted; see `measure_gap`.

@@ -1,4 +1,4 @@
-"""Linear probes: how well a linear classifier reads a label from the state of a text's last token, layer by layer."""
+"""Linear probes: how well a linear classifier predicts a label from the state of a text's last token, layer by layer."""
 
 import functools
 from collections.abc import Sequence
@@ -13,34 +13,35 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from plasticity_jax.config import ModelConfig
+from plasticity_jax.data.batching import padded_batches, power_of_two_buckets
 
 if TYPE_CHECKING:
     from plasticity_jax.data.tokenizer import Tokenizer
     from plasticity_jax.model.load import LoadedModel
 
-VALIDATION_SHARE = 0.2
+VALIDATION_FRACTION = 0.2
 MAX_ITERATIONS = 500
-# Largest entry of the gradient; float32 resolves little less. Without a penalty, separable classes have no minimum and end at the stall rule.
+# Largest entry of the gradient; float32 resolves little less. Without a penalty, separable classes have no minimum and stop when they stall.
 GRADIENT_TOLERANCE = 2e-6
 STALLED_ITERATIONS = 8
 
-SMALLEST_BUCKET = 16
+SHORTEST_BUCKET = 16
 TOKENS_PER_BATCH = 8192
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeResult:
-    """A fitted probe and how it does on the test rows.
+    """A fitted probe and its accuracy on the test rows.
 
     Attributes:
-      accuracy: share of the test rows that it labels right.
+      accuracy: fraction of the test rows that it labels correctly.
       per_class: the same for the test rows of each label.
-      l2: the penalty that was chosen.
+      l2: the chosen penalty.
       correct: which test rows are right, [n_test].
       classes: the labels in ascending order; axis C below.
-      weights, bias: [D, C] and [C], for features standardised by `mean` and `scale`, [D] each (zeros and ones without standardising).
-      validation_loss: mean cross-entropy on the validation rows in nats, per penalty; empty when there was nothing to choose.
-      converged: the final fit reached the gradient tolerance.
+      weights, bias: [D, C] and [C], for features standardized by `mean` and `scale`, [D] each (zeros and ones if not standardized).
+      validation_loss: penalty → mean cross-entropy on the validation rows, in nats; empty with a single penalty.
+      converged: whether the final fit reached the gradient tolerance.
     """
 
     accuracy: float
@@ -68,18 +69,18 @@ def fit_probe(
 ) -> ProbeResult:
     """Multinomial logistic regression on frozen features.
 
-    Minimises mean cross-entropy (nats) + 0.5 · l2 · ||W||², the bias free of penalty, by L-BFGS in float32. The penalty with the lowest
-    cross-entropy on a validation split (a fifth of each class's training rows) is chosen, and the probe is fitted again to all training rows.
+    Minimizes mean cross-entropy (nats) + 0.5 · l2 · ||W||² by L-BFGS in float32; the bias is not penalized. Chooses the penalty with the lowest
+    cross-entropy on a validation split (a fifth of each class's training rows), then fits the probe again to all training rows.
 
     Args:
       x_train, x_test: features.
       y_train, y_test: labels, integers or strings.
       l2: candidate penalties.
       seed: of the validation split.
-      standardize: bring every feature to mean 0 and variance 1 by the statistics of the rows that are fitted.
+      standardize: scale every feature to mean 0 and variance 1, by the statistics of the rows that are fitted.
     Raises:
-      ValueError: no rows, numbers of rows or features that differ, features that are not finite, fewer than two classes, a test label that no
-        training row has, no or negative penalties, or too few rows per class to choose a penalty.
+      ValueError: no rows, different numbers of rows or features, features that are not finite, fewer than two classes, a test label without training
+        rows, no or negative penalties, or too few rows per class to choose a penalty.
     """
     x_train, x_test = np.asarray(x_train, np.float64), np.asarray(x_test, np.float64)
     labels_train, labels_test = np.asarray(y_train), np.asarray(y_test)
@@ -93,11 +94,11 @@ def fit_probe(
     if len(penalties) > 1:
         held_n = _validation_rows(y_n, seed)
         validation_loss = _validation_losses(x_train, y_n, held_n, penalties, len(classes), standardize)
-        # Of equal losses the larger penalty, which comes first.
+        # Ties go to the larger penalty, which comes first.
         chosen = min(validation_loss, key=validation_loss.__getitem__)
     mean, scale = _statistics(x_train, standardize)
     start = _zeros(x_train.shape[1], len(classes))
-    (weights, bias), converged = _minimise((x_train - mean) / scale, y_n, np.ones(len(y_n)), chosen, start)
+    (weights, bias), converged = _minimize((x_train - mean) / scale, y_n, np.ones(len(y_n)), chosen, start)
     predicted = classes[np.argmax((x_test - mean) / scale @ weights + bias, axis=-1)]
     correct = predicted == labels_test
     return ProbeResult(
@@ -120,39 +121,39 @@ def _check_rows(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_
         if x.ndim != 2 or y.ndim != 1 or len(x) != len(y) or len(x) == 0:
             raise ValueError(f"x_{side} has shape {x.shape} and y_{side} {y.shape}; they must be [n, d] and [n] with n at least 1.")
         if not np.isfinite(x).all():
-            raise ValueError(f"x_{side} holds values that are not finite; leave out the model that gave them.")
+            raise ValueError(f"x_{side} has values that are not finite; leave out the model that gave them.")
     if x_train.shape[1] != x_test.shape[1]:
         raise ValueError(f"x_train has {x_train.shape[1]} features and x_test {x_test.shape[1]}; take both from the same layer.")
     classes = np.unique(y_train)
     if len(classes) < 2:
-        raise ValueError(f"y_train holds the single class {classes[0]!s}; a probe needs at least two.")
+        raise ValueError(f"y_train has the single class {classes[0]!s}; a probe needs at least two.")
     unseen = sorted(set(y_test.tolist()) - set(y_train.tolist()))
     if unseen:
         raise ValueError(f"label {unseen[0]!r} is in y_test but not in y_train; give training rows of every class.")
 
 
 def _validation_rows(y_n: np.ndarray, seed: int) -> np.ndarray:
-    """Bool [n]: a fifth of each class, rounded down, so that every class is left to fit."""
+    """Bool [n]: a fifth of each class, rounded down, so that every class keeps rows to fit."""
     rng = np.random.default_rng(seed)
     held_n = np.zeros(len(y_n), bool)
     for label in range(y_n.max() + 1):
         rows = rng.permutation(np.flatnonzero(y_n == label))
-        held_n[rows[: int(len(rows) * VALIDATION_SHARE)]] = True
+        held_n[rows[: int(len(rows) * VALIDATION_FRACTION)]] = True
     if not held_n.any():
-        raise ValueError(f"{len(y_n)} training rows leave none to choose l2 by; give 5 rows of a class, or a single l2.")
+        raise ValueError(f"{len(y_n)} training rows leave none to choose l2 with; give at least 5 rows of a class, or a single l2.")
     return held_n
 
 
 def _validation_losses(
     x: np.ndarray, y_n: np.ndarray, held_n: np.ndarray, penalties: list[float], n_classes: int, standardize: bool
 ) -> dict[float, float]:
-    """Cross-entropy on the held rows for each penalty, from the largest down, each fit starting where the last one ended."""
+    """Cross-entropy on the held-out rows for each penalty, from the largest down. Each fit starts from the previous one."""
     mean, scale = _statistics(x[~held_n], standardize)
     x = (x - mean) / scale
     losses, fitted = {}, _zeros(x.shape[1], n_classes)
     for penalty in penalties:
-        # Held rows get weight 0 instead of being cut out: every fit to a set has the same shape, and compiles once.
-        fitted, _ = _minimise(x, y_n, ~held_n, penalty, fitted)
+        # Held-out rows get weight 0 instead of being removed: all fits to a data set have one shape and compile once.
+        fitted, _ = _minimize(x, y_n, ~held_n, penalty, fitted)
         logits = x[held_n] @ fitted[0] + fitted[1]
         largest = logits.max(axis=-1, keepdims=True)
         log_sum = largest[:, 0] + np.log(np.exp(logits - largest).sum(axis=-1))
@@ -164,7 +165,7 @@ def _statistics(x: np.ndarray, standardize: bool) -> tuple[np.ndarray, np.ndarra
     if not standardize:
         return np.zeros(x.shape[1]), np.ones(x.shape[1])
     mean, scale = x.mean(axis=0), x.std(axis=0)
-    # A constant feature keeps the rounding of its mean as its deviation; dividing by that would make it noise.
+    # The deviation of a constant feature is the rounding error of its mean; dividing by it would turn the feature into noise.
     return mean, np.where(scale > 1e-9 * np.maximum(np.abs(mean), 1e-30), scale, 1.0)
 
 
@@ -172,8 +173,8 @@ def _zeros(d: int, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros((d, n_classes)), np.zeros(n_classes)
 
 
-def _minimise(x: np.ndarray, y_n: np.ndarray, rows_n: np.ndarray, l2: float, start: tuple) -> tuple[tuple[np.ndarray, np.ndarray], bool]:
-    """((weights, bias) in float64, whether the gradient tolerance was reached)."""
+def _minimize(x: np.ndarray, y_n: np.ndarray, rows_n: np.ndarray, l2: float, start: tuple) -> tuple[tuple[np.ndarray, np.ndarray], bool]:
+    """((weights, bias) in float64, whether the fit reached the gradient tolerance)."""
     as_float32 = functools.partial(np.asarray, dtype=np.float32)
     params, gradient = _lbfgs(as_float32(x), y_n.astype(np.int32), as_float32(rows_n), as_float32(l2), tuple(map(as_float32, start)))
     weights, bias = (np.asarray(p, np.float64) for p in params)
@@ -214,17 +215,17 @@ def _largest(tree) -> Float[Array, ""]:
 
 
 def features(model: "LoadedModel", texts: Sequence[str], tokenizer: "Tokenizer", max_length: int) -> Float[np.ndarray, "layers n d"]:
-    """States at the last token of each raw text: after the embedding, then after each block.
+    """States at the last token of each text: after the embedding, then after each block.
 
     Args:
       model: what `load_model` returns (its `config` and `params` are read).
-      texts: raw texts; no template, no special tokens.
+      texts: raw texts, without template or special tokens.
       tokenizer: the model's.
-      max_length: tokens; a longer text loses its end.
+      max_length: in tokens; a longer text loses its end.
     Returns:
       float32 [n_layers + 1, len(texts), d_model].
     Raises:
-      ValueError: no texts, or a text without a token.
+      ValueError: there are no texts, or a text has no token.
     """
     from plasticity_jax.progress import Progress
 
@@ -233,29 +234,15 @@ def features(model: "LoadedModel", texts: Sequence[str], tokenizer: "Tokenizer",
     rows = [ids[:max_length] for ids in tokenizer.encode_batch(texts)]
     empty = [i for i, ids in enumerate(rows) if not ids]
     if empty:
-        raise ValueError(f"texts[{empty[0]}]={texts[empty[0]]!r} gives no token; leave such texts out.")
+        raise ValueError(f"texts[{empty[0]}]={texts[empty[0]]!r} has no token; leave such texts out.")
     states_LxNxD = np.empty((model.config.n_layers + 1, len(rows), model.config.d_model), np.float32)
     with Progress("read states", total=len(rows), unit="texts") as progress:
-        for length, indices in _length_buckets([len(ids) for ids in rows]):
-            per_batch = max(1, TOKENS_PER_BATCH // length)
-            for start in range(0, len(indices), per_batch):
-                chosen = indices[start : start + per_batch]
-                # A short batch is filled with rows of padding: one compiled program per length.
-                tokens_BxT = np.full((per_batch, length), tokenizer.pad_id, np.int32)
-                lengths_B = np.zeros(per_batch, np.int32)
-                for row, index in enumerate(chosen):
-                    tokens_BxT[row, : len(rows[index])] = rows[index]
-                    lengths_B[row] = len(rows[index])
-                states_LxBxD = _last_states(model.config, model.params, tokens_BxT, lengths_B)
-                states_LxNxD[:, chosen] = np.asarray(states_LxBxD)[:, : len(chosen)]
-                progress.update(len(chosen))
+        buckets = power_of_two_buckets(rows, SHORTEST_BUCKET)
+        for indices, tokens_BxT, lengths_B in padded_batches(rows, buckets=buckets, tokens_per_batch=TOKENS_PER_BATCH, pad_id=tokenizer.pad_id):
+            states_LxBxD = _last_states(model.config, model.params, tokens_BxT, lengths_B)
+            states_LxNxD[:, indices] = np.asarray(states_LxBxD)[:, : len(indices)]
+            progress.update(len(indices))
     return states_LxNxD
-
-
-def _length_buckets(lengths: list[int]) -> list[tuple[int, np.ndarray]]:
-    """(padded length, indices of the rows in it); lengths double from bucket to bucket."""
-    padded = np.asarray([max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()) for length in lengths])
-    return [(int(length), np.flatnonzero(padded == length)) for length in np.unique(padded)]
 
 
 @functools.partial(jax.jit, static_argnames="config")

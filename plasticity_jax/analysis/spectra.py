@@ -1,4 +1,4 @@
-"""Singular values of the attention products W_QK and W_VO of every head, and what is read from them."""
+"""Singular values of W_QK and W_VO for every attention head, and statistics of them."""
 
 import functools
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 def attention_spectra(model: "LoadedModel | tuple[ModelConfig, dict]", fold_norms: bool = False) -> dict[str, Float[np.ndarray, "layer head rank"]]:
     """Singular values of W_Q[h] W_K[g]^T and W_V[g] W_O[h] for every query head h with its key-value head g.
 
-    A product of two factors has the singular values of R_A R_B^T, where R_A and R_B come from QR of the factors: nothing of size
-    d_model x d_model is formed. Rotary embedding, which differs from position to position, is left out.
+    A B^T has the singular values of R_A R_B^T, where R_A and R_B come from QR decompositions of A and B, so no d_model x d_model matrix is formed. The
+    rotary embedding, which depends on the position, is left out.
 
     Args:
       model: what `load_model` returns, or (config, params).
-      fold_norms: multiply the gains of the norms beside the factors into them: of the input norm (both sides of W_QK, the value side of W_VO) or,
-        where norms follow their layers, of the output norm (the output side of W_VO); and of the norms of queries and keys.
+      fold_norms: multiply the gains of adjacent norms into the factors: the input norm (both sides of W_QK, the value side of W_VO) or, with
+        post-norm, the output norm (the output side of W_VO); and the norms of queries and keys.
     Returns:
       "W_QK" and "W_VO", float32 [n_layers, n_heads, head_dim] each, descending along the last axis.
     Source: Kobayashi et al. 2024 (arXiv 2410.23819).
@@ -37,7 +37,7 @@ def attention_spectra(model: "LoadedModel | tuple[ModelConfig, dict]", fold_norm
 @functools.partial(jax.jit, static_argnames=("config", "fold_norms"))
 @jax.default_matmul_precision("highest")
 def _spectra(config: ModelConfig, blocks: dict, fold_norms: bool) -> dict[str, Float[Array, "layer head rank"]]:
-    # The output side is read transposed: its head index lies on the rows.
+    # W_O is transposed, because its head index is on the rows.
     factors = {name: jnp.asarray(blocks["attn"][name]["kernel"], jnp.float32) for name in ("q", "k", "v", "o")}
     factors["o"] = jnp.swapaxes(factors["o"], 1, 2)
     if fold_norms:
@@ -61,17 +61,17 @@ def _triangles(kernel_LxDxHR: Float[Array, "layer d_model features"], n_heads: i
 
 
 def pseudo_rank(s: Float[ArrayLike, "*batch r"] | Sequence, mass: float = 0.95, power: int = 1) -> Float[np.ndarray, "*batch"]:
-    """Share of the singular values that is needed to hold `mass` of their sum.
+    """Fraction of the singular values needed to reach `mass` of their sum.
 
     Args:
-      s: singular values, not negative, in descending order along the last axis.
-      mass: share of the sum to hold, in (0, 1].
+      s: non-negative singular values, in descending order along the last axis.
+      mass: fraction of the sum, in (0, 1].
       power: 1 sums the values, 2 their squares.
     Returns:
-      Number of leading values needed, at least one, divided by r. In (0, 1]; 1/r for a rank-one matrix and for the zero matrix; NaN where a
-      value is not finite.
+      Number of leading values needed, at least one, divided by r. In (0, 1]; 1/r for a rank-one matrix and for the zero matrix; NaN if a value is not
+      finite.
     Raises:
-      ValueError: `mass` or `power` out of range, no values, negative values, or values not in descending order.
+      ValueError: `mass` or `power` is out of range, or the values are empty, negative or not in descending order.
     Source: Kobayashi et al. 2024 (arXiv 2410.23819), section on attention rank; threshold unverified.
     """
     if not 0 < mass <= 1:
@@ -81,7 +81,7 @@ def pseudo_rank(s: Float[ArrayLike, "*batch r"] | Sequence, mass: float = 0.95, 
     s, finite = _checked(s)
     r = s.shape[-1]
     held = np.cumsum(_relative(s) ** power, axis=-1)
-    # r equal values hold exactly k/r with k of them; the slack covers the rounding of the sums, and nothing else.
+    # k of r equal values have exactly k/r of the sum; the slack covers the rounding of the sums only.
     needed = held[..., -1:] * mass * (1 - r * np.finfo(np.float64).eps)
     # Index of the first value that reaches the mass; 0 for the zero matrix.
     leading = np.argmax(held >= needed, axis=-1) + 1
@@ -95,8 +95,8 @@ def spectra_summary(s: Float[ArrayLike, "*batch r"] | Sequence) -> dict[str, Flo
       s: as in `pseudo_rank`.
     Returns:
       "nuclear_norm" (sum), "frobenius_norm", "stable_rank" (squared Frobenius norm over squared spectral norm) and "effective_rank" (exponential of
-      the entropy of the values as shares of their sum; Roy & Vetterli 2007). Both ranks lie in [1, r], and are 0 for the zero matrix.
-      NaN where a value is not finite.
+      the entropy of the values normalized by their sum; Roy & Vetterli 2007). Both ranks lie in [1, r], or are 0 for the zero matrix. NaN if a value is
+      not finite.
     Raises:
       ValueError: as in `pseudo_rank`.
     """
@@ -114,7 +114,7 @@ def spectra_summary(s: Float[ArrayLike, "*batch r"] | Sequence) -> dict[str, Flo
 
 
 def _checked(s: ArrayLike | Sequence) -> tuple[np.ndarray, np.ndarray | np.bool_]:
-    """(float64 spectra with those that are not finite set to zero, which ones are finite)."""
+    """(float64 spectra, with non-finite spectra set to zero; which spectra are finite)."""
     s = np.asarray(s, np.float64)
     if s.ndim == 0 or s.shape[-1] == 0:
         raise ValueError(f"singular values have shape {s.shape}; the last axis must hold at least one.")
@@ -128,6 +128,6 @@ def _checked(s: ArrayLike | Sequence) -> tuple[np.ndarray, np.ndarray | np.bool_
 
 
 def _relative(s: np.ndarray) -> np.ndarray:
-    """Values over the largest one, so that squares neither overflow nor vanish; zeros for the zero matrix."""
+    """Values divided by the largest, so that squares neither overflow nor underflow; zeros for the zero matrix."""
     largest = s[..., :1]
     return np.divide(s, largest, out=np.zeros_like(s), where=largest > 0)

@@ -1,7 +1,7 @@
-"""Intervals and correlations, in NumPy alone. Every interval is a 95% one, and a seed gives the same one again."""
+"""Intervals and correlations. Every interval is a 95% interval; the same seed gives the same interval."""
 
-import statistics
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,15 +9,15 @@ from jaxtyping import Float
 
 LEVEL = 0.95
 
-# Numbers in one dimension; any other shape is refused with a ValueError, so it is not part of the type.
+# One-dimensional numbers. Other shapes raise a ValueError, so the shape is not part of the type.
 Series = Sequence | np.ndarray
 
-# Indices drawn at once; bounds the memory of a bootstrap over many rows.
+# Indices drawn at once; limits the memory of a bootstrap over many rows.
 _DRAWS_AT_ONCE = 4_000_000
 
 
 class Estimate(NamedTuple):
-    """A number with the ends of its 95% interval; unpacks as (value, low, high)."""
+    """A value with its 95% interval; unpacks as (value, low, high)."""
 
     value: float
     low: float
@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Losses of blocks of text, [n] each: nats per token, name of the domain, key of the document that the block begins in."""
+    """Blocks of text, [n] each: loss in nats per token, name of the domain, key of the document in which the block begins."""
 
     loss: Series
     domain: Sequence | np.ndarray
@@ -48,7 +48,7 @@ def bootstrap_mean(x: Series, *, samples: int, seed: int) -> Estimate:
 
 
 def paired_bootstrap(a: Series, b: Series, *, samples: int, seed: int) -> Estimate:
-    """Mean of `a - b` with its percentile bootstrap interval; both are resampled at the same problems.
+    """Mean of `a - b` with its percentile bootstrap interval; both are resampled with the same problems.
 
     Args:
       a, b: one value per problem, [n] each, the same problems in the same order.
@@ -61,11 +61,11 @@ def paired_bootstrap(a: Series, b: Series, *, samples: int, seed: int) -> Estima
 
 
 def cluster_bootstrap_gap(seen: Blocks, held_out: Blocks, *, samples: int, seed: int) -> Estimate:
-    """Mean held-out loss minus mean seen loss, domains weighted alike on both sides, with a bootstrap over documents.
+    """Mean held-out loss minus mean seen loss, with the same domain weights on both sides and a bootstrap over documents.
 
-    Within each domain and side, whole documents are drawn: blocks of one long document resemble each other, and drawing blocks would make the
-    interval too narrow. Of m documents, m - 1 are drawn with replacement, which makes the bootstrap variance of a mean unbiased also for few
-    documents (Rao & Wu 1988). A domain side with a single document has nothing to draw from; there the blocks are drawn.
+    Within each domain and side, whole documents are drawn: blocks of one long document are similar, and drawing blocks would make the interval too
+    narrow. m - 1 of m documents are drawn with replacement, which makes the bootstrap variance of a mean unbiased also for few documents (Rao & Wu
+    1988). If a side of a domain has a single document, its blocks are drawn instead.
 
     Args:
       seen, held_out: the blocks of each side; every domain has the same number of blocks on both.
@@ -93,47 +93,51 @@ def cluster_bootstrap_gap(seen: Blocks, held_out: Blocks, *, samples: int, seed:
 
 
 def wilson_interval(successes: int, n: int, *, level: float = LEVEL) -> tuple[float, float]:
-    """(low, high) of Wilson's two-sided score interval of a proportion of `successes` in `n` trials.
+    """(low, high) of Wilson's two-sided score interval for the proportion of `successes` in `n` trials.
 
     Raises:
       ValueError: `n` is below 1, `successes` lies outside 0..n, or `level` outside (0, 1).
     Source: Wilson 1927, JASA 22.
     """
+    from scipy.stats import binomtest  # scipy.stats takes a second to import
+
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"successes={successes} of n={n}: n must be at least 1 and successes between 0 and n.")
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie in (0, 1).")
-    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    # At 0 and n the formula gives 0 and 1 only up to rounding.
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+    interval = binomtest(successes, n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def pearson(x: Series, y: Series) -> float:
-    """Pearson's correlation; NaN for fewer than two points, or where one side is constant.
+    """Pearson's correlation; NaN for fewer than two points or a constant series.
 
     Raises:
-      ValueError: the two differ in length or are empty.
+      ValueError: the series are empty or differ in length.
     """
-    x_n, y_n = _pair(x, y, "x", "y")
-    x_n, y_n = x_n - x_n.mean(), y_n - y_n.mean()
-    scale = np.linalg.norm(x_n) * np.linalg.norm(y_n)
-    # A constant series leaves rounding of its mean behind, which must not pass for variation.
-    if len(x_n) < 2 or _is_constant(x) or _is_constant(y) or scale == 0:
-        return float("nan")
-    return float(np.clip(x_n @ y_n / scale, -1.0, 1.0))
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, x, y)
 
 
 def spearman(x: Series, y: Series) -> float:
-    """Spearman's rank correlation, equal values sharing their mean rank; NaN and errors as in `pearson`."""
+    """Spearman's rank correlation, with mean ranks for ties; NaN and errors as in `pearson`."""
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, x, y)
+
+
+def _correlation(test: Callable, x: Series, y: Series) -> float:
     x_n, y_n = _pair(x, y, "x", "y")
-    return pearson(_mean_ranks(x_n), _mean_ranks(y_n))
+    if np.all(x_n == x_n[0]) or np.all(y_n == y_n[0]):
+        return float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a nearly constant series, whose correlation is nevertheless the best estimate there is
+        return float(test(x_n, y_n).statistic)
 
 
 def leave_one_out_pearson(x: Series, y: Series) -> Float[np.ndarray, " n"]:
-    """Pearson's correlation without point i, for every i: [n]. How much a single point carries. NaN and errors as in `pearson`."""
+    """Pearson's correlation without point i, for every i: [n]. Shows how much depends on a single point. NaN and errors as in `pearson`."""
     x_n, y_n = _pair(x, y, "x", "y")
     if len(x_n) == 1:
         return np.full(1, np.nan)
@@ -154,17 +158,6 @@ def _pair(a: Series, b: Series, name_a: str, name_b: str) -> tuple[np.ndarray, n
     return a_n, b_n
 
 
-def _is_constant(x: Series) -> bool:
-    x_n = np.asarray(x, np.float64)
-    return bool(np.all(x_n == x_n[0]))
-
-
-def _mean_ranks(x_n: np.ndarray) -> np.ndarray:
-    _, group_n, size_g = np.unique(x_n, return_inverse=True, return_counts=True)
-    last_g = np.cumsum(size_g)
-    return (last_g - (size_g - 1) / 2)[group_n]
-
-
 def _blocks_per_domain(side: Blocks) -> dict:
     if not len(side.loss) == len(side.domain) == len(side.document):
         raise ValueError(f"{len(side.loss)} losses, {len(side.domain)} domains and {len(side.document)} documents; give one of each per block.")
@@ -177,7 +170,7 @@ def _blocks_per_domain(side: Blocks) -> dict:
 
 
 def _cluster_sums(loss_n: np.ndarray, document_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of losses and number of blocks per document; per block where there is one document only."""
+    """Sum of losses and number of blocks, per document, or per block if there is only one document."""
     documents_m, member_n = np.unique(document_n, return_inverse=True)
     if len(documents_m) == 1:
         return loss_n, np.ones_like(loss_n)
@@ -185,7 +178,7 @@ def _cluster_sums(loss_n: np.ndarray, document_n: np.ndarray) -> tuple[np.ndarra
 
 
 def _resampled_ratio(sums_m: np.ndarray, sizes_m: np.ndarray, draws: int, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """[samples]: sum of drawn sums over sum of drawn sizes, `draws` clusters drawn with replacement each time."""
+    """[samples]: ratio of the sum of drawn sums to the sum of drawn sizes, for `draws` clusters drawn with replacement."""
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1.")
     at_once = max(1, _DRAWS_AT_ONCE // draws)

@@ -1,29 +1,19 @@
-"""How good a model is: generation, answer extraction, grading. Names load when they are first used.
+"""How good a model is: generation, answer extraction, grading. Names are imported on first use.
 
-`generate` is taken from its module, `plasticity_jax.evaluate.generate`.
+`generate` shares its name with its module: import it from `plasticity_jax.evaluate.generate`.
 """
 
-import importlib
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "Grading": "grading",
-    "extract_answer": "answers",
-    "judge": "answers",
-    "majority_answer": "answers",
-    "majority_index": "answers",
-    "pass_at_k": "metrics",
-}
+from plasticity_jax._lazy import attach
 
-__all__ = sorted(_HOMES)
+if TYPE_CHECKING:
+    from plasticity_jax.evaluate.answers import extract_answer, judge, majority_answer, majority_index
+    from plasticity_jax.evaluate.grading import Grading
+    from plasticity_jax.evaluate.metrics import pass_at_k
 
+__all__ = ["Grading", "extract_answer", "judge", "majority_answer", "majority_index", "pass_at_k"]
 
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = attach(
+    __name__, {"answers": ["extract_answer", "judge", "majority_answer", "majority_index"], "grading": ["Grading"], "metrics": ["pass_at_k"]}
+)

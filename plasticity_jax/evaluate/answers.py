@@ -1,4 +1,4 @@
-"""Which answer a completion gives, whether it is right, and which answer most of several completions give."""
+"""Which answer a completion gives, whether it is right, and which answer is the majority's."""
 
 import re
 import string
@@ -12,9 +12,9 @@ MAJORITY_WINDOW = 128  # characters at the end of a completion that the majority
 GRADERS = ("exact", "number", "letter")  # "math" is `grading.Grading`'s
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)", re.ASCII)
-# What may stand before a letter: "(B)", "**B**", "\\text{(B)}". Possessive, so that a hostile text takes linear time.
+# What may precede a letter: "(B)", "**B**", "\\text{(B)}". Possessive quantifiers keep the time linear on hostile texts.
 _OPENING = r"[\s(\[{\"'`*$]*+(?:\\(?:text|textbf|textrm|mathrm|mathbf)\s*+\{)?+[\s(\[{\"'`*]*+"
-# A letter is an answer alone, or set off from what follows by more than a space: "A dog" begins with an article, "A and B" names two.
+# A letter is an answer by itself, or if more than a space separates it from what follows: "A dog" begins with an article, "A and B" names two.
 _SET_OFF = r"(?:[\s)\]}\"'`*$.:;,!?]*+$|[)\]}\"'`*$]*[.:)\]}](?!\w)|[)\]}\"'`*$.:;,]*+[ \t]*+\n|\s++[-–—]++\s)"
 _LETTER = re.compile(_OPENING + "([A-Ja-j])" + _SET_OFF)
 _TWO_LETTERS = re.compile(_OPENING + r"[A-J]\W*+(?:and|or)\W++[A-J](?!\w)", re.IGNORECASE)
@@ -24,11 +24,11 @@ _AROUND_NUMBERS = string.punctuation.replace("-", "").replace("+", "").replace("
 def extract_answer(text: str) -> str | None:
     """The answer that a completion states.
 
-    The content of the last `\\boxed{...}` with balanced braces; if there is none, what follows the last "answer is", and if that has a colon,
-    what follows its last colon. Time is linear in the text's length.
+    The content of the last `\\boxed{...}` with balanced braces; without one, the text after the last "answer is", or after its last colon if it has
+    one. Time is linear in the text's length.
 
     Returns:
-      The answer stripped of surrounding white space; None where there is no such text or nothing in it.
+      The answer, stripped of surrounding white space; None if there is none or it is empty.
     Source: paper section 5.2.
     """
     answer = last_boxed(text)
@@ -47,12 +47,12 @@ def judge(answer: str | None, gold: str, grader: str, *, faithful: bool = False)
       answer: what `extract_answer` found; None is wrong.
       gold: the right answer.
       grader: "exact" compares the first words without surrounding punctuation, ignoring case; "number" compares exact decimal values after
-        stripping punctuation around them and the commas inside, and what is no number is wrong; "letter" compares the options' letters, A to J in
-        either case, that the texts begin with ("B", "(c)", "D. Paris", but neither "A dog" nor "A and B"), and without one the texts, stripped of
+        stripping punctuation around them and commas inside, and a text that is not a number is wrong; "letter" compares the options' letters, A to J in
+        either case, with which the texts begin ("B", "(c)", "D. Paris", but neither "A dog" nor "A and B"), and otherwise the texts, stripped of
         punctuation around them.
-      faithful: the "letter" of E to J is none, as in the original, so that only "E" itself equals the gold "E".
+      faithful: "letter" knows A to D only, as in the original, so that only "E" itself equals the gold "E".
     Raises:
-      ValueError: another grader.
+      ValueError: an unknown grader.
     Source: paper section 5.3.
     """
     _check_grader(grader)
@@ -68,13 +68,13 @@ def judge(answer: str | None, gold: str, grader: str, *, faithful: bool = False)
 def majority_index(completions: Sequence[str], grader: str | None = None, *, faithful: bool = False) -> int:
     """Position of the first completion of the largest cluster of equivalent answers.
 
-    Answers are read from the last 128 characters of each completion. One without an answer is a cluster of its own. Ties go to the cluster that
-    comes first.
+    Answers are read from the last 128 characters of each completion. A completion without an answer is a cluster of its own. Ties go to the
+    cluster that comes first.
 
     Args:
       completions: at least one.
-      grader: the grader whose sense of "the same answer" counts; None takes equal numbers, and otherwise equal texts apart from case, white
-        space and surrounding punctuation, as the same. Of "math", see `grading.Grading.majority`.
+      grader: defines which answers are equivalent. None compares numbers by value and other texts up to case, white space and surrounding
+        punctuation. For "math", see `grading.Grading.majority`.
       faithful: see `judge`.
     Raises:
       ValueError: no completions, or an unknown grader.
@@ -95,7 +95,7 @@ def majority_index(completions: Sequence[str], grader: str | None = None, *, fai
 
 
 def majority_answer(completions: Sequence[str], grader: str | None = None, *, faithful: bool = False) -> str | None:
-    """The answer of the completion that `majority_index` names; None where it gives none."""
+    """The answer of the completion at `majority_index`; None if it has none."""
     return extract_answer(completions[majority_index(completions, grader, faithful=faithful)][-MAJORITY_WINDOW:])
 
 
@@ -115,13 +115,13 @@ def _cluster(answer: str, grader: str | None, faithful: bool) -> tuple:
 
 
 def _first_word(text: str) -> str | None:
-    """The first word that is more than punctuation, in folded case."""
+    """The first word that is not only punctuation, case-folded."""
     stripped = (word.strip(string.punctuation) for word in text.split())
     return next((word.casefold() for word in stripped if word), None)
 
 
 def _option(text: str, faithful: bool) -> tuple[str, str]:
-    """("letter", the option's letter), or ("text", the whole without punctuation around it)."""
+    """("letter", the option's letter), or ("text", the text without surrounding punctuation)."""
     match = _LETTER.match(text)
     letter = match[1].upper() if match and not _TWO_LETTERS.match(text) else None
     if letter is not None and not (faithful and letter > "D"):
@@ -130,7 +130,7 @@ def _option(text: str, faithful: bool) -> tuple[str, str]:
 
 
 def _number(text: str) -> Decimal | None:
-    """The value of a text that is one number; "1,234.", "$5" and "(-0.5)" are, "3 apples" is not."""
+    """The value of a text that is one number, such as "1,234.", "$5" or "(-0.5)", but not "3 apples"."""
     bare = text.strip(_AROUND_NUMBERS).rstrip(string.punctuation + string.whitespace).replace(",", "")
     return Decimal(bare) if _NUMBER.fullmatch(bare) else None
 

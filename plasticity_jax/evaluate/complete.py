@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.evaluate.sampling import Sampling, draw, keep_top_k, keep_top_p, penalise, tokens_seen
+from plasticity_jax.evaluate.sampling import Sampling, draw, keep_top_k, keep_top_p, penalize, tokens_seen
 from plasticity_jax.model.cache import PromptCache, RowCache, decode, read_prompts
 
 
 class Plan(NamedTuple):
-    """What a program is compiled for, shapes aside; the switches leave out of it what is off."""
+    """Static settings of a compiled program, besides shapes. What is switched off is left out of the program."""
 
     config: ModelConfig
     max_new_tokens: int
@@ -26,8 +26,8 @@ class Plan(NamedTuple):
     compute_dtype: Any
 
 
-class Numbers(NamedTuple):
-    """Settings that one compiled program takes in any size."""
+class TracedSettings(NamedTuple):
+    """Settings that are traced: one compiled program serves all their values."""
 
     temperature: Any
     top_p: Any
@@ -41,8 +41,8 @@ class Batch(NamedTuple):
 
     Attributes:
       valid_PxS: False on padding.
-      uniform_NxB: what each token is drawn with.
-      filled_P: False for a place without a prompt; its rows end at once.
+      uniform_NxB: uniform random numbers, one per token to draw.
+      filled_P: False for an empty place; its rows end at once.
     """
 
     tokens_PxS: Int[Array | np.ndarray, "p s"]
@@ -52,11 +52,11 @@ class Batch(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """How far a batch has come.
+    """Tokens decoded so far.
 
     Attributes:
-      step: tokens that every row has, `pad_id` after the end-of-text token among them.
-      token_B: the last of them.
+      step: number of tokens per row, including `pad_id` after the end-of-text token.
+      token_B: the last token of each row.
     """
 
     step: Int[Array, ""]
@@ -66,14 +66,14 @@ class Decoded(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What decoding remembers of the rows: their cache and, where repetition is penalised, the tokens of prompt and completion."""
+    """State of the rows: their cache and, with a repetition penalty, which tokens are in the prompt or the completion."""
 
     rows: RowCache
     seen_BxV: Bool[Array, "b v"] | None
 
 
 def plan_of(config: ModelConfig, sampling: Sampling, max_new_tokens: int, compute_dtype: Any) -> Plan:
-    """The plan of a call; settings that change nothing are off in it, so that they cost nothing."""
+    """The plan of a call. Settings that change nothing are switched off, so that they cost nothing."""
     samples = sampling.n_samples > 0
     return Plan(
         config,
@@ -88,45 +88,45 @@ def plan_of(config: ModelConfig, sampling: Sampling, max_new_tokens: int, comput
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def complete(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> Decoded:
-    """A whole batch. The parameters are an argument, so one compiled program serves every model of the same shape."""
-    decoded, prompt, memory = _read(plan, params, batch, numbers)
-    return _decode(plan, params, batch, numbers, decoded, prompt, memory, plan.max_new_tokens)[0]
+def complete(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> Decoded:
+    """Decodes a whole batch. The parameters are an argument, so one compiled program serves every model of the same shape."""
+    decoded, prompt, memory = _read(plan, params, batch, traced)
+    return _decode(plan, params, batch, traced, decoded, prompt, memory, plan.max_new_tokens)[0]
 
 
-def begin(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Decoded, PromptCache, Memory]:
-    """The first token of every row, and what `go_on` needs for more."""
-    made = _begin(plan, params, batch, numbers)
-    # Bound to where they lie, as the results of `go_on` are: its first call is then the same program as its second.
+def start_decoding(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> tuple[Decoded, PromptCache, Memory]:
+    """Decodes the first token of every row; returns what `continue_decoding` needs."""
+    made = _start_decoding(plan, params, batch, traced)
+    # Committed to their shardings, as the results of `continue_decoding` are, so that its first call runs the same program as its second.
     return jax.device_put(made, jax.tree.map(lambda x: x.sharding, made))
 
 
-def go_on(
-    plan: Plan, params: Any, batch: Batch, numbers: Numbers, decoded: Decoded, prompt: PromptCache, memory: Memory, until: np.int32
+def continue_decoding(
+    plan: Plan, params: Any, batch: Batch, traced: TracedSettings, decoded: Decoded, prompt: PromptCache, memory: Memory, until: np.int32
 ) -> tuple[Decoded, Memory]:
-    """The tokens of every row up to `until` of them; the memory given is used up."""
-    # What comes out goes in again: left to the compiler, it could lie differently on the mesh, and the next call would be another program.
+    """Decodes every row up to `until` tokens. Donates `memory`."""
+    # The outputs are the next inputs. If the compiler chose their shardings, the next call could need another program.
     leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, (decoded, memory)))
     key = (tuple(leaves), tree)
     if key not in _PROGRAMS:
         _PROGRAMS[key] = jax.jit(_decode, static_argnums=0, donate_argnums=6, out_shardings=jax.tree.unflatten(tree, leaves))
-    return _PROGRAMS[key](plan, params, batch, numbers, decoded, prompt, memory, until)
+    return _PROGRAMS[key](plan, params, batch, traced, decoded, prompt, memory, until)
 
 
-_PROGRAMS: dict[Any, Any] = {}  # where (Decoded, Memory) lie → the compiled programs of `go_on`
+_PROGRAMS: dict[Any, Any] = {}  # shardings of (Decoded, Memory) → the compiled programs of `continue_decoding`
 
 
 def count_programs() -> int:
-    """How many programs that decode have been compiled in this process."""
+    """Number of decoding programs compiled in this process."""
     return complete._cache_size() + sum(program._cache_size() for program in _PROGRAMS.values())
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _begin(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Decoded, PromptCache, Memory]:
-    return _read(plan, params, batch, numbers)
+def _start_decoding(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> tuple[Decoded, PromptCache, Memory]:
+    return _read(plan, params, batch, traced)
 
 
-def _read(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Decoded, PromptCache, Memory]:
+def _read(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> tuple[Decoded, PromptCache, Memory]:
     n_prompts, n_rows = batch.tokens_PxS.shape[0], plan.n_samples + plan.greedy
     logits_PxV, prompt, cache = read_prompts(
         plan.config, params, batch.tokens_PxS, batch.valid_PxS, rows_per_prompt=n_rows, slots=plan.max_new_tokens, compute_dtype=plan.compute_dtype
@@ -135,14 +135,14 @@ def _read(plan: Plan, params: Any, batch: Batch, numbers: Numbers) -> tuple[Deco
     if plan.penalty:
         seen_PxV = tokens_seen(jnp.asarray(batch.tokens_PxS), jnp.asarray(batch.valid_PxS), plan.config.vocab_size)
         seen_BxV = jnp.repeat(seen_PxV, n_rows, axis=0)
-    token_B, seen_BxV = _choose(plan, batch, numbers, 0, jnp.repeat(logits_PxV, n_rows, axis=0), seen_BxV)
-    out_NxB = jnp.full((plan.max_new_tokens, n_prompts * n_rows), numbers.pad_id, jnp.int32).at[0].set(token_B)
-    ended_B = (token_B == numbers.eos_id) | ~jnp.repeat(batch.filled_P, n_rows)
+    token_B, seen_BxV = _choose(plan, batch, traced, 0, jnp.repeat(logits_PxV, n_rows, axis=0), seen_BxV)
+    out_NxB = jnp.full((plan.max_new_tokens, n_prompts * n_rows), traced.pad_id, jnp.int32).at[0].set(token_B)
+    ended_B = (token_B == traced.eos_id) | ~jnp.repeat(batch.filled_P, n_rows)
     return Decoded(jnp.int32(1), token_B, ended_B, out_NxB), prompt, Memory(cache, seen_BxV)
 
 
 def _decode(
-    plan: Plan, params: Any, batch: Batch, numbers: Numbers, decoded: Decoded, prompt: PromptCache, memory: Memory, until: Any
+    plan: Plan, params: Any, batch: Batch, traced: TracedSettings, decoded: Decoded, prompt: PromptCache, memory: Memory, until: Any
 ) -> tuple[Decoded, Memory]:
     def unfinished(state):
         (step, _, ended_B, _), _ = state
@@ -151,26 +151,26 @@ def _decode(
     def advance(state):
         (step, token_B, ended_B, out_NxB), (cache, seen_BxV) = state
         logits_BxV, cache = decode(plan.config, params, token_B, step - 1, prompt, cache, compute_dtype=plan.compute_dtype)
-        token_B, seen_BxV = _choose(plan, batch, numbers, step, logits_BxV, seen_BxV)
-        token_B = jnp.where(ended_B, numbers.pad_id, token_B)
-        decoded = Decoded(step + 1, token_B, ended_B | (token_B == numbers.eos_id), out_NxB.at[step].set(token_B))
+        token_B, seen_BxV = _choose(plan, batch, traced, step, logits_BxV, seen_BxV)
+        token_B = jnp.where(ended_B, traced.pad_id, token_B)
+        decoded = Decoded(step + 1, token_B, ended_B | (token_B == traced.eos_id), out_NxB.at[step].set(token_B))
         return decoded, Memory(cache, seen_BxV)
 
     return jax.lax.while_loop(unfinished, advance, (decoded, memory))
 
 
 def _choose(
-    plan: Plan, batch: Batch, numbers: Numbers, step: Any, logits_BxV: Float[Array, "b v"], seen_BxV: Bool[Array, "b v"] | None
+    plan: Plan, batch: Batch, traced: TracedSettings, step: Any, logits_BxV: Float[Array, "b v"], seen_BxV: Bool[Array, "b v"] | None
 ) -> tuple[Int[Array, " b"], Bool[Array, "b v"] | None]:
-    """The next token of every row, and the tokens seen with it."""
+    """The next token of every row, and the tokens seen including it."""
     n_rows = logits_BxV.shape[0]
     if seen_BxV is not None:
-        logits_BxV = penalise(logits_BxV, seen_BxV, numbers.repetition_penalty)
+        logits_BxV = penalize(logits_BxV, seen_BxV, traced.repetition_penalty)
     token_B = jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
     if plan.n_samples:
-        kept_BxV = logits_BxV / numbers.temperature
+        kept_BxV = logits_BxV / traced.temperature
         kept_BxV = keep_top_k(kept_BxV, plan.top_k) if plan.top_k else kept_BxV
-        kept_BxV = keep_top_p(kept_BxV, numbers.top_p) if plan.top_p else kept_BxV
+        kept_BxV = keep_top_p(kept_BxV, traced.top_p) if plan.top_p else kept_BxV
         is_greedy_B = jnp.arange(n_rows) % (plan.n_samples + plan.greedy) < plan.greedy
         token_B = jnp.where(is_greedy_B, token_B, draw(kept_BxV, jnp.asarray(batch.uniform_NxB)[step]))
     if seen_BxV is not None:

@@ -180,7 +180,7 @@ def _generate(
 def graded(
     problems: Sequence[Example], texts: Sequence[Sequence[str]], ended: Sequence[Sequence[bool]], task: Task, faithful: bool, workers: int
 ) -> list[dict[str, Any]]:
-    """The rows of completions.jsonl from each problem's completions, the greedy one first."""
+    """Grades each problem's completions, the greedy one first; returns the rows of completions.jsonl."""
     flat = [(extract_answer(text), problem.answer) for problem, of_problem in zip(problems, texts) for text in of_problem]
     with Grading(task.grader, faithful=faithful, workers=workers) as grading:
         verdicts = iter(grading.judge(flat))
@@ -205,7 +205,7 @@ def graded(
 
 
 def summarized(problems: Sequence[Example], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What follows from the rows of completions.jsonl alone, of problems with equally many samples."""
+    """The results that follow from the rows of completions.jsonl. All problems have the same number of samples."""
     width = len(rows) // len(problems)
     correct = np.array([row["correct"] for row in rows]).reshape(-1, width)
     chosen = np.array([row["majority"] for row in rows]).reshape(-1, width)
@@ -287,7 +287,7 @@ def _option_row(problem: Example, choice: Choice, right: int, by_length: bool) -
 
 
 def _by_subset(problems: Sequence[Example], scores_of: Any) -> dict[str, Any]:
-    """Metrics of each test set, and their mean over the sets; nothing where a task has one test set."""
+    """Metrics of each test set, and their mean over the sets; {} for a task with one test set."""
     names = np.array([problem.subset for problem in problems])
     found = {name: scores_of(names == name) for name in sorted(set(names.tolist())) if name}
     return (

@@ -1,4 +1,4 @@
-"""Completions of many prompts: batches of equal shape, made ready and read on the host while the device decodes."""
+"""Completions of many prompts, in batches of fixed shape. The host prepares and reads batches while the device decodes."""
 
 import bisect
 import collections
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from plasticity_jax.data.batching import IN_FLIGHT, padded_batches
 from plasticity_jax.errors import UserError
-from plasticity_jax.evaluate.complete import Batch, Memory, Numbers, Plan, begin, complete, count_programs, go_on, plan_of
+from plasticity_jax.evaluate.complete import Batch, Memory, Plan, TracedSettings, complete, continue_decoding, count_programs, plan_of, start_decoding
 from plasticity_jax.evaluate.sampling import Sampling
 from plasticity_jax.evaluate.stops import cut_at_stop, stop_check
 from plasticity_jax.parallel import arrays
@@ -25,10 +26,9 @@ __all__ = ["Completion", "Sampling", "completions", "continue_text", "count_cut"
 
 log = logging.getLogger("plasticity_jax")
 
-SEGMENT = 64  # tokens between two looks of the host for completions that have ended by their text
-TAIL = 64  # tokens before a segment that are looked at again with it: a stop string lies in no more
-IN_FLIGHT = 2  # batches that the device works on at once; on a CPU they share its cores, elsewhere the second hides the host's part
-_SPECS = Batch(PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec(None, ROWS), PartitionSpec(ROWS))
+SEGMENT = 64  # tokens between two checks on the host for completions that have ended by their text
+TAIL = 64  # tokens before a segment that are checked again with it; a stop string spans no more
+_SPECS = (PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec(None, ROWS), PartitionSpec(ROWS))  # of the fields of Batch
 
 IsEnd = Callable[[list[int]], bool]
 
@@ -37,8 +37,8 @@ class Completion(NamedTuple):
     """What follows a prompt.
 
     Attributes:
-      tokens: ids without the end-of-text token, up to the one with which the text has ended.
-      ended: by the end-of-text token or by its text, and not by the number of tokens.
+      tokens: ids up to the token that ended the text, without the end-of-text token.
+      ended: whether the end-of-text token or the text itself ended it, rather than the limit on tokens.
     """
 
     tokens: list[int]
@@ -63,59 +63,68 @@ def completions(
 ) -> Iterator[tuple[list[int], list[list[Completion]]]]:
     """Completes every prompt, greedily or by sampling, batch by batch.
 
-    A completion's random stream depends on the seed, the prompt's tokens, the sample's number and the position in the completion, and batches have
-    a fixed shape: the same prompt gives the same tokens whatever else is in the call.
+    The same prompt gives the same tokens whatever else is in the call: a completion's random stream depends on the seed, the prompt's tokens, the
+    sample's number and the position in the completion, and batches have a fixed shape.
 
     Args:
       model: a loaded model (with `.config` and `.params`), or the pair (config, params).
       prompts: token ids, at least one per prompt. A prompt longer than the last bucket loses its beginning (`count_cut` counts them).
       sampling: which completions each prompt gets.
-      max_new_tokens: tokens per completion at most.
-      buckets: prompt lengths in tokens, ascending; a prompt is padded on the left to the first that holds it, and one program is compiled for each.
+      max_new_tokens: maximum number of tokens per completion.
+      buckets: prompt lengths in tokens, ascending; a prompt is padded on the left to the first that holds it. One program is compiled per bucket.
       batch_size: sequences decoded at once; short batches are filled up.
       eos_id: ends a completion.
-      pad_id: fills what is empty; never read.
-      compute_dtype: of the matrix products and the cache.
-      what: name of the wait in the progress display.
-      mesh: where the parameters are sharded (`sharding.inference_shardings`): prompts lie over data and fsdp. Of several processes, all call this
-        with the same arguments and get the same tokens. None for one device.
-      skip: indices of prompts that are left out, such as those that an earlier call has completed.
-      is_end: whether a completion's tokens so far end it by their text (`stop_check`); what has ended stays so with more tokens.
+      pad_id: fills empty places; never read.
+      compute_dtype: dtype of the matmuls and the cache.
+      what: label of the progress display.
+      mesh: where the parameters are sharded (`sharding.inference_shardings`); prompts are sharded over data and fsdp. With several processes, all
+        call this with the same arguments and get the same tokens. None for one device.
+      skip: indices of prompts to leave out, such as those completed by an earlier call.
+      is_end: whether the tokens so far end the completion by their text (`stop_check`). It must stay true when tokens are added.
     Yields:
-      Indices of the prompts of a batch, and per prompt its completions, the greedy one first.
+      Indices of the prompts in a batch, and for each its completions, the greedy one first.
     Raises:
       ValueError: an empty prompt or a number out of range.
     """
     _check(prompts, max_new_tokens, buckets, batch_size)
     config, params = model if isinstance(model, tuple) else (model.config, model.params)
     plan = plan_of(config, sampling, max_new_tokens, compute_dtype)
-    numbers = Numbers(*map(np.float32, (sampling.temperature, sampling.top_p, sampling.repetition_penalty)), np.int32(eos_id), np.int32(pad_id))
+    traced = TracedSettings(
+        np.float32(sampling.temperature),
+        np.float32(sampling.top_p),
+        np.float32(sampling.repetition_penalty),
+        np.int32(eos_id),
+        np.int32(pad_id),
+    )
     shards = 1 if mesh is None else row_shards(mesh)
     rows = max(1, batch_size // sampling.n_completions // shards) * shards
     left_out = frozenset(skip)
     waiting: collections.deque[_Work] = collections.deque()
     compiled = 0
-    skipped = sum(index in left_out for index in range(len(prompts)))
-    with Progress(what, total=len(prompts) * sampling.n_completions, unit="completions", initial=skipped * sampling.n_completions) as progress:
+    kept = [index for index in range(len(prompts)) if index not in left_out]
+    skipped = (len(prompts) - len(kept)) * sampling.n_completions
+    with Progress(what, total=len(prompts) * sampling.n_completions, unit="completions", initial=skipped) as progress:
 
         def finished() -> tuple[list[int], list[list[Completion]]]:
-            """Of the batch that is ready first; the others go on meanwhile."""
+            """The next batch that is complete; the others continue meanwhile."""
             while True:
                 work = waiting.popleft()
                 if work.read():
                     progress.update(len(work.indices) * sampling.n_completions)
                     return work.indices, work.completions()
                 progress.update(0)
-                work.go_on()
+                work.send_next_segment()
                 waiting.append(work)
 
-        for bucket, indices in _batches(prompts, buckets, rows, left_out):
-            held = [prompts[index] for index in indices]
-            batch = Batch(*_padded(held, bucket, rows, pad_id), _uniforms(held, rows, sampling, max_new_tokens), np.arange(rows) < len(indices))
+        ends = [prompts[index][-buckets[-1] :] for index in kept]
+        for places, tokens, lengths in padded_batches(ends, buckets=buckets, batch_size=rows, pad_id=pad_id, left=True):
+            indices, bucket = [kept[place] for place in places], tokens.shape[1]
+            uniforms = _uniforms([prompts[index] for index in indices], rows, sampling, max_new_tokens)
+            batch = Batch(tokens, np.arange(bucket) >= bucket - lengths[:, None], uniforms, lengths > 0)
             if mesh is not None:
                 batch = Batch(*(arrays.put(x, NamedSharding(mesh, spec)) for x, spec in zip(batch, _SPECS, strict=True)))
             before, start = count_programs(), time.monotonic()
-            waiting.append(_Work(plan, params, batch, numbers, indices, is_end))
+            waiting.append(_Work(plan, params, batch, traced, indices, is_end))
             if count_programs() > before:
                 compiled += 1
                 log.info(
@@ -132,7 +141,7 @@ def completions(
 
 
 def generate(model: Any, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[list[int]]]:
-    """The tokens of all completions at once: per prompt, per completion, the greedy one first. Takes the arguments of `completions`.
+    """Tokens of all completions, by prompt and completion, the greedy one first. Takes the arguments of `completions`.
 
     Raises:
       ValueError: an empty prompt or a number out of range.
@@ -145,12 +154,12 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], **settings: Any) -> l
 
 
 def continue_text(model: Any, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, **options: Any) -> str:
-    """The continuation of a text, without template and stop strings, in float32.
+    """Continues a text, without template or stop strings, in float32.
 
     Args:
       model: a LoadedModel.
-      temperature: 0 takes the likeliest token every time.
-      seed: of the random stream; the same gives the same text.
+      temperature: 0 decodes greedily.
+      seed: of the random stream; the same seed gives the same text.
       options: top_k, top_p and repetition_penalty of `Sampling`.
     Raises:
       UserError: the model has no tokenizer, or the prompt no token.
@@ -175,7 +184,7 @@ def continue_text(model: Any, prompt: str, *, max_new_tokens: int, temperature: 
 
 
 def count_cut(prompts: Sequence[Sequence[int]], buckets: tuple[int, ...]) -> int:
-    """How many prompts are longer than the last bucket and so lose their beginning."""
+    """Number of prompts longer than the last bucket, which lose their beginning."""
     return sum(len(prompt) > buckets[-1] for prompt in prompts)
 
 
@@ -183,43 +192,43 @@ def count_cut(prompts: Sequence[Sequence[int]], buckets: tuple[int, ...]) -> int
 
 
 class _Work:
-    """A batch on the device: in one go, or in segments where a completion's text may end long before its last token."""
+    """A batch on the device. It is decoded in segments if the text of a completion can end it, and otherwise in one call."""
 
-    def __init__(self, plan: Plan, params: Any, batch: Batch, numbers: Numbers, indices: list[int], is_end: IsEnd | None):
+    def __init__(self, plan: Plan, params: Any, batch: Batch, traced: TracedSettings, indices: list[int], is_end: IsEnd | None):
         self.indices = indices
-        self._plan, self._eos_id, self._is_end = plan, int(numbers.eos_id), is_end
-        self._arguments = (plan, params, batch, numbers)
-        self._seen = 0  # tokens per row that the host has looked at
+        self._plan, self._eos_id, self._is_end = plan, int(traced.eos_id), is_end
+        self._arguments = (plan, params, batch, traced)
+        self._seen = 0  # tokens per row that the host has checked
         self._memory: Memory | None = None
         if is_end is None or plan.max_new_tokens <= SEGMENT:
             self._sent = plan.max_new_tokens
             self._decoded = complete(*self._arguments)
         else:
             self._sent = 0
-            self._decoded, self._prompt, self._memory = begin(*self._arguments)
-            self.go_on()
+            self._decoded, self._prompt, self._memory = start_decoding(*self._arguments)
+            self.send_next_segment()
 
-    def go_on(self) -> None:
+    def send_next_segment(self) -> None:
         """Sends the next segment to the device."""
         self._sent = min(self._sent + SEGMENT, self._plan.max_new_tokens)
-        self._decoded, self._memory = go_on(*self._arguments, self._decoded, self._prompt, self._memory, np.int32(self._sent))
+        self._decoded, self._memory = continue_decoding(*self._arguments, self._decoded, self._prompt, self._memory, np.int32(self._sent))
 
     def read(self) -> bool:
-        """Waits for what has been sent. Whether the batch is complete; if not, rows whose text has ended go no further."""
+        """Waits for the segments sent so far. Returns whether the batch is complete; if not, stops the rows whose text has ended."""
         self._tokens_BxN = arrays.to_host(self._decoded.out_NxB).T
         if self._sent == self._plan.max_new_tokens:
             return True
         ended_B = arrays.to_host(self._decoded.ended_B).copy()
         for row in np.flatnonzero(~ended_B):
             tokens = self._tokens_BxN[row, : self._sent].tolist()
-            # A look at the last tokens is cheap and almost always says no.
+            # Checking the last tokens is cheap and almost always enough.
             ended_B[row] = self._is_end(tokens[max(0, self._seen - TAIL) :]) and self._is_end(tokens)
         self._seen = self._sent
         self._decoded = self._decoded._replace(ended_B=arrays.put(ended_B, self._decoded.ended_B.sharding))
         return bool(np.all(ended_B))
 
     def completions(self) -> list[list[Completion]]:
-        """Of each prompt, after `read` has said that the batch is complete."""
+        """The completions of each prompt, once `read` has returned True."""
         n_rows = self._plan.n_samples + self._plan.greedy
         rows = [self._completion(tokens) for tokens in self._tokens_BxN[: len(self.indices) * n_rows, : self._sent].tolist()]
         return [rows[start : start + n_rows] for start in range(0, len(rows), n_rows)]
@@ -228,7 +237,7 @@ class _Work:
         ended = self._eos_id in tokens
         tokens = tokens[: tokens.index(self._eos_id)] if ended else tokens
         if self._is_end is not None and self._is_end(tokens):
-            # The fewest tokens that end the text: what was decoded beyond them depends on where segments end.
+            # The fewest tokens that end the text; how many more were decoded depends on where segments end.
             shortest = bisect.bisect_left(range(len(tokens)), True, lo=1, key=lambda n: self._is_end(tokens[:n]))
             return Completion(tokens[:shortest], True)
         return Completion(tokens, ended)
@@ -237,30 +246,10 @@ class _Work:
 # -------------------------------------------------------------------------------------------------------------------------- on the host
 
 
-def _batches(prompts: Sequence[Sequence[int]], buckets: tuple[int, ...], rows: int, skip: Collection[int]) -> list[tuple[int, list[int]]]:
-    """(bucket, indices of at most `rows` prompts) pairs that together hold every prompt once, but those to skip."""
-    by_bucket: dict[int, list[int]] = {bucket: [] for bucket in buckets}
-    for index, prompt in enumerate(prompts):
-        if index not in skip:
-            by_bucket[next((bucket for bucket in buckets if len(prompt) <= bucket), buckets[-1])].append(index)
-    return [(bucket, held[start : start + rows]) for bucket, held in by_bucket.items() for start in range(0, len(held), rows)]
-
-
-def _padded(prompts: list[Sequence[int]], bucket: int, rows: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [rows, bucket] padded on the left, and which of them are real."""
-    tokens = np.full((rows, bucket), pad_id, np.int32)
-    valid = np.zeros((rows, bucket), bool)
-    for row, prompt in enumerate(prompts):
-        kept = prompt[-bucket:]
-        tokens[row, -len(kept) :] = kept
-        valid[row, -len(kept) :] = True
-    return tokens, valid
-
-
 def _uniforms(prompts: list[Sequence[int]], rows: int, sampling: Sampling, max_new_tokens: int) -> np.ndarray:
-    """[N, B] in [0, 1), float32: the n-th number of a sample's stream depends on seed, prompt, sample and n alone.
+    """[N, B] in [0, 1), float32. The n-th value of a sample's stream depends on seed, prompt, sample and n only.
 
-    Raw Philox words, whose sequence NumPy promises to keep. Drawn here because the same on the device costs seconds of compilation.
+    Raw Philox words, whose sequence NumPy guarantees. Drawn on the host, because drawing on the device takes seconds to compile.
     """
     uniforms = np.zeros((rows, sampling.n_completions, max_new_tokens), np.float32)
     for row, prompt in enumerate(prompts):
@@ -276,7 +265,7 @@ def _uniforms(prompts: list[Sequence[int]], rows: int, sampling: Sampling, max_n
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, buckets: tuple[int, ...], batch_size: int) -> None:
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"prompt {index} is empty; a prompt needs at least one token to predict from.")
+            raise ValueError(f"prompt {index} is empty; a prompt needs at least one token.")
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value} is below 1; set it to 1 or more.")

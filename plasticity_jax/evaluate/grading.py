@@ -1,28 +1,26 @@
-"""Grading of many completions: verdicts and majorities, mathematics in processes that may hang, explode or die without harm."""
+"""Grading of many completions: verdicts and majorities. Mathematics runs in processes that may hang, run out of memory or die without harm."""
 
 import enum
 import importlib.util
-import json
 import os
-import selectors
+import queue
 import signal
-import subprocess
 import sys
-import time
-from collections import deque
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
+from typing import Any
 
+import pebble
+
+from plasticity_jax.data.pool import available_cores
 from plasticity_jax.errors import UserError
+from plasticity_jax.evaluate import grading_worker
 from plasticity_jax.evaluate.answers import GRADERS, MAJORITY_WINDOW, extract_answer, judge, majority_index
 from plasticity_jax.progress import Progress
 
-SECONDS = 4.0  # that a comparison may take; paper section 5.3
+SECONDS = 4.0  # limit of a comparison; paper section 5.3
 MEMORY_BYTES = 1 << 30
-START_SECONDS = 120.0  # for a worker's imports on a busy machine
-FAILED_STARTS = 3  # in a row, after which it is no accident
-
-_WORKER = Path(__file__).with_name("grading_worker.py")
+MAX_BROKEN_POOLS = 3  # in a row, before giving up
 
 Pair = tuple[str, str]
 
@@ -30,7 +28,7 @@ Pair = tuple[str, str]
 class Verdict(enum.StrEnum):
     """What became of a completion; only RIGHT counts.
 
-    TIMED_OUT: the comparison took longer than its limit, or broke two processes in a row (out of memory, a crash of the interpreter).
+    TIMED_OUT: the comparison took longer than its limit, or killed two processes in a row (out of memory, a crash of the interpreter).
     """
 
     RIGHT = "right"
@@ -40,15 +38,15 @@ class Verdict(enum.StrEnum):
 
 
 class Grading:
-    """Judges answers with one grader; a context manager, since "math" may have processes running.
+    """Judges answers with one grader. A context manager, because "math" keeps processes running.
 
     Args:
-      grader: "exact", "number", "letter" (see `answers.judge`), or "math": equal by math-verify in either order, or equal as texts without the white
-        space around them. Only "math" starts processes, and only once there is something to compare.
+      grader: "exact", "number", "letter" (see `answers.judge`), or "math": equal according to math-verify in either order, or equal as texts up to
+        surrounding white space. Only "math" starts processes, when the first comparison needs them.
       faithful: see `answers.judge`.
-      workers: processes at most; 0 takes one per core that this process may use.
-      seconds: wall time of one comparison, after which its process is killed and another takes its place.
-      memory_bytes: address space of a process. Beyond it, an answer is wrong where the parser survives and "timed out" where it does not.
+      workers: number of processes; 0 takes one per core available to this process.
+      seconds: wall time of one comparison, after which its process is killed and replaced.
+      memory_bytes: address space of a process. Beyond it, an answer is wrong if the parser survives and "timed out" if it does not.
     Raises:
       ValueError: an unknown grader, or limits that are not positive.
       UserError: "math" without the package math-verify.
@@ -61,19 +59,20 @@ class Grading:
         if workers < 0 or not seconds > 0 or memory_bytes < 1:
             raise ValueError(f"workers={workers} must not be negative, and seconds={seconds} and memory_bytes={memory_bytes} must be positive.")
         if grader == "math" and importlib.util.find_spec("math_verify") is None:
-            raise UserError("mathematical answers are compared by the package math-verify, which is not installed; pip install math-verify.")
+            raise UserError("the grader 'math' needs the package math-verify, which is not installed; pip install math-verify.")
         self.grader, self.faithful = grader, faithful
-        self._pool = _Pool(workers or _cores(), seconds, memory_bytes)
+        self.workers, self.seconds, self.memory_bytes = workers or available_cores(), seconds, memory_bytes
+        self._pool: pebble.ProcessPool | None = None
         self._known: dict[Pair, Verdict] = {}
 
     def __enter__(self) -> "Grading":
         return self
 
     def __exit__(self, *exception) -> None:
-        self._pool.close()
+        self._stop_pool()
 
     def judge(self, pairs: Sequence[tuple[str | None, str]]) -> list[Verdict]:
-        """Verdicts on (answer, gold), in order; an answer is what `extract_answer` found, None where it found nothing."""
+        """Verdicts on (answer, gold), in order. An answer is what `extract_answer` returned, None included."""
         if self.grader == "math":
             self._compare(((answer, gold) for answer, gold in pairs if answer is not None), "grade answers")
             return [Verdict.NO_ANSWER if answer is None else self._verdict(answer, gold) for answer, gold in pairs]
@@ -85,7 +84,7 @@ class Grading:
     def majority(self, completions: Sequence[Sequence[str]]) -> list[int]:
         """Per problem, the position of the first completion of its largest cluster, as in `answers.majority_index`.
 
-        With "math", an answer joins the first cluster whose first answer it is equal to. One whose comparison times out joins only its own text.
+        With "math", an answer joins the first cluster whose first answer equals it. An answer whose comparison times out joins only its own text.
 
         Raises:
           ValueError: a problem without completions.
@@ -96,7 +95,7 @@ class Grading:
             raise ValueError("a problem has no completions; a majority needs at least one.")
         answers = [[extract_answer(text[-MAJORITY_WINDOW:]) for text in of_problem] for of_problem in completions]
         distinct = [list(dict.fromkeys(answer for answer in of_problem if answer is not None)) for of_problem in answers]
-        # An answer that cannot even be compared with itself in time would cost the limit again beside every other.
+        # An answer that cannot even be compared with itself in time would reach the limit again with every other answer.
         contested = [of_problem for of_problem in distinct if len(of_problem) > 1]
         self._compare(((answer, answer) for of_problem in contested for answer in of_problem), "read answers", equal_texts=True)
         cluster: list[dict[str, str]] = [{} for _ in distinct]  # of each problem: answer → first answer of its cluster
@@ -121,12 +120,86 @@ class Grading:
         return Verdict.RIGHT if answer.strip() == gold.strip() else self._known[answer, gold]
 
     def _compare(self, pairs: Iterable[Pair], what: str, equal_texts: bool = False) -> None:
-        """Makes the verdict of each pair known; equal texts need none, unless asked for."""
+        """Looks up or computes the verdict of each pair. Equal texts are skipped unless `equal_texts`."""
         unknown = [pair for pair in dict.fromkeys(pairs) if pair not in self._known and (equal_texts or pair[0].strip() != pair[1].strip())]
         if unknown:
             with Progress(what, total=len(unknown), unit="comparisons") as progress:
-                for pair, verdict in self._pool.compare(unknown, progress):
-                    self._known[pair] = verdict
+                self._known.update(self._compare_in_processes(unknown, progress))
+
+    def _compare_in_processes(self, pairs: Sequence[Pair], progress: Progress) -> Iterator[tuple[Pair, Verdict]]:
+        """Yields each pair with its verdict, in the order of completion."""
+        waiting = dict.fromkeys(pairs, False)  # pair → whether it has already killed a process
+        broken_pools = 0
+        try:
+            while waiting:
+                try:
+                    for pair, verdict in self._compare_until_broken(waiting, progress):
+                        broken_pools = 0
+                        yield pair, verdict
+                except RuntimeError as error:  # from pebble: a process ended while it was not comparing anything
+                    self._stop_pool()
+                    broken_pools += 1
+                    if broken_pools == MAX_BROKEN_POOLS:
+                        raise UserError(
+                            f"the processes that compare mathematical answers end before they are ready (memory limit {self.memory_bytes:,} bytes); "
+                            f"check that `{sys.executable} -c 'import math_verify'` works."
+                        ) from error
+        finally:
+            if waiting:  # interrupted: the processes work on pairs that nobody waits for
+                self._stop_pool()
+
+    def _compare_until_broken(self, waiting: dict[Pair, bool], progress: Progress) -> Iterator[tuple[Pair, Verdict]]:
+        pool, futures = self._running_pool(), {}
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def schedule(pair: Pair) -> None:
+            future = pool.schedule(grading_worker.compare, args=pair, timeout=self.seconds)
+            futures[future] = pair
+            future.add_done_callback(done.put)
+
+        for pair in waiting:
+            schedule(pair)
+        while waiting:
+            try:
+                future = done.get(timeout=1.0)
+            except queue.Empty:
+                progress.update(0)  # shows that nothing arrives while everything hangs
+                continue
+            pair, error = futures.pop(future), future.exception()
+            if isinstance(error, pebble.ProcessExpired) and not waiting[pair]:
+                waiting[pair] = True  # the first time may be an accident, such as a system short of memory
+                schedule(pair)
+                continue
+            if error is not None and not isinstance(error, (TimeoutError, pebble.ProcessExpired)):
+                raise error
+            del waiting[pair]
+            progress.update(1)
+            yield pair, Verdict.TIMED_OUT if error is not None else Verdict.RIGHT if future.result() else Verdict.WRONG
+
+    def _running_pool(self) -> pebble.ProcessPool:
+        if self._pool is not None and not self._pool.active:
+            self._stop_pool()
+        if self._pool is None:
+            self._pool = pebble.ProcessPool(
+                self.workers,
+                initializer=grading_worker.start,
+                initargs=(os.getpid(), self.memory_bytes),
+                context=grading_worker.SpawnContext(),
+            )
+            # Ctrl-C is for this process to handle. Threads and processes inherit the blocked signal, so no worker prints a trace while it starts.
+            resource_tracker.ensure_running()  # unblocks the signal when it starts
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                self._pool.schedule(os.getpid)  # starts the pool
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return self._pool
+
+    def _stop_pool(self) -> None:
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
 
 
 def _largest(answers: Sequence[str | None], cluster: dict[str, str]) -> int:
@@ -135,142 +208,3 @@ def _largest(answers: Sequence[str | None], cluster: dict[str, str]) -> int:
     for position, answer in enumerate(answers):
         members.setdefault(position if answer is None else cluster[answer], []).append(position)
     return max(members.values(), key=len)[0]
-
-
-# -------------------------------------------------------------------------------------------------------------------------- processes
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _Worker:
-    """A process, and the pair that it is at."""
-
-    def __init__(self, memory_bytes: int):
-        self.process = subprocess.Popen(
-            # -P: the script's folder, full of modules with common names, stays off its path.
-            [sys.executable, "-P", str(_WORKER), str(os.getpid()), str(memory_bytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            process_group=0,  # the terminal's Ctrl-C is the parent's to handle
-        )
-        self.pair: Pair | None = None
-        self.is_ready = False
-        self.deadline = time.monotonic() + START_SECONDS
-
-    @property
-    def is_busy(self) -> bool:
-        return self.pair is not None or not self.is_ready
-
-    def give(self, pair: Pair, seconds: float) -> None:
-        self.pair = pair
-        self.deadline = time.monotonic() + seconds
-        try:
-            self.process.stdin.write(json.dumps(pair).encode("ascii") + b"\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is dead, which its output will tell
-
-    def reply(self) -> bool | str | None:
-        """Its next line; None where it has died."""
-        line = self.process.stdout.readline()
-        return json.loads(line) if line.endswith(b"\n") else None
-
-    def end(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            try:
-                pipe.close()
-            except BrokenPipeError:
-                pass  # what it was given and never read
-
-
-class _Pool:
-    """Workers that are started when there is work, and replaced when they die or are killed."""
-
-    def __init__(self, limit: int, seconds: float, memory_bytes: int):
-        self.limit, self.seconds, self.memory_bytes = limit, seconds, memory_bytes
-        self.workers: list[_Worker] = []
-        self.waiting: deque[Pair] = deque()
-        self.broken: set[Pair] = set()  # pairs that a worker died of, or during
-        self.failed_starts = 0
-        self.selector: selectors.BaseSelector | None = None
-
-    def compare(self, pairs: Sequence[Pair], progress: Progress) -> Iterable[tuple[Pair, Verdict]]:
-        """Yields each pair with its verdict, as they come."""
-        self.waiting, self.broken = deque(pairs), set()
-        left = len(pairs)
-        try:
-            while len(self.workers) < min(self.limit, len(pairs)):
-                self._start()
-            for worker in self.workers:
-                self._feed(worker)
-            while left:
-                for pair, verdict in [*self._replies(), *self._overdue()]:
-                    yield pair, verdict
-                    left -= 1
-                    progress.update(1)
-                progress.update(0)  # shows that nothing comes, while everything hangs
-        finally:
-            if left:  # cut off: the workers are at pairs that nobody waits for
-                self.close()
-
-    def _replies(self) -> Iterable[tuple[Pair, Verdict]]:
-        next_deadline = min(worker.deadline for worker in self.workers if worker.is_busy)
-        for key, _ in self.selector.select(min(max(0.0, next_deadline - time.monotonic()), 1.0)):
-            worker, pair = key.data, key.data.pair
-            reply = worker.reply()
-            if reply is None:
-                self._replace(worker)
-                if pair in self.broken:
-                    yield pair, Verdict.TIMED_OUT
-                elif pair is not None:  # it may have been killed for what it had nothing to do with, as by the system short of memory
-                    self.broken.add(pair)
-                    self.waiting.appendleft(pair)
-                continue
-            worker.pair, worker.is_ready = None, True
-            self.failed_starts = 0
-            self._feed(worker)
-            if pair is not None:
-                yield pair, Verdict.RIGHT if reply is True else Verdict.WRONG
-
-    def _overdue(self) -> Iterable[tuple[Pair, Verdict]]:
-        now = time.monotonic()
-        for worker in [worker for worker in self.workers if worker.is_busy and now > worker.deadline]:
-            pair = worker.pair
-            self._replace(worker)
-            if pair is not None:
-                yield pair, Verdict.TIMED_OUT
-
-    def _feed(self, worker: _Worker) -> None:
-        if worker.is_ready and self.waiting:
-            worker.give(self.waiting.popleft(), self.seconds)
-
-    def close(self) -> None:
-        for worker in self.workers:
-            worker.end()
-        self.workers.clear()
-        if self.selector is not None:
-            self.selector.close()
-            self.selector = None
-
-    def _start(self) -> None:
-        self.selector = self.selector or selectors.DefaultSelector()
-        worker = _Worker(self.memory_bytes)
-        self.workers.append(worker)
-        self.selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-
-    def _replace(self, worker: _Worker) -> None:
-        self.selector.unregister(worker.process.stdout)
-        self.workers.remove(worker)
-        worker.end()
-        self.failed_starts += not worker.is_ready
-        if self.failed_starts == FAILED_STARTS:
-            raise UserError(
-                f"a process that compares mathematical answers ended before it was ready (status {worker.process.returncode}, "
-                f"memory limit {self.memory_bytes:,} bytes); see whether `{sys.executable} -c 'import math_verify'` works."
-            )
-        self._start()

@@ -1,22 +1,22 @@
-"""A process that compares mathematical answers, one pair at a time: run as a script by `grading.Grading`, of which it is the expendable half.
+"""What a process of `grading.Grading` runs: it compares mathematical answers, one pair at a time, and may be killed at any moment.
 
-It imports nothing of this package, so that it starts in under a second and no jax comes with it. JSON lines go in ([answer, gold]) and out (true or
-false), after a first line that says it is ready. It sets no time limit: whoever feeds it does, and kills it.
+The module imports neither jax nor NumPy, so that a process starts in about a second. It sets no time limit on comparisons; the pool does.
 """
 
 import contextlib
 import ctypes
-import json
 import logging
+import multiprocessing.context
 import os
 import re
 import resource
 import signal
 import sys
+import types
 
-READY = "ready"
+START_SECONDS = 120  # limit of a process's imports on a busy machine
 
-# Parsing takes about a millisecond per character, and no answer of a benchmark comes near: what is longer is rambling.
+# Parsing takes about a millisecond per character. No benchmark has an answer nearly this long.
 MAX_CHARACTERS = 2000
 
 _PR_SET_PDEATHSIG = 1
@@ -28,11 +28,57 @@ _MATHEMATICAL = frozenset(
 )
 
 
-def equivalent(answer: str, gold: str) -> bool:
-    """Whether math-verify takes two answers as equal, in either order: its `verify` is not symmetric.
+class Process(multiprocessing.context.SpawnProcess):
+    """A spawned process that does not import the parent's `__main__`, which may be a script that imports jax or has no `__name__` guard."""
 
-    Each is read as LaTeX; one with words, such as "12 dollars", as prose in which the last number or formula counts. A text beyond `MAX_CHARACTERS` equals
-    none.
+    def start(self) -> None:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")  # without a file or a spec, there is nothing to import
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+
+
+class SpawnContext(multiprocessing.context.SpawnContext):
+    """The start method of the pool's processes: not "fork", because jax has threads."""
+
+    Process = Process
+
+
+def start(parent: int, memory_bytes: int) -> None:
+    """Prepares a new process: it dies with its parent, is silent, and has limits.
+
+    Args:
+      parent: process id of the parent.
+      memory_bytes: limit of the address space.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler would wait for the end of an arithmetic operation
+    if sys.platform == "linux":
+        # The end of input reaches an idle process only; a busy one would outlive its parent.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+    # Parsers print.
+    devnull = os.open(os.devnull, os.O_RDWR)
+    os.dup2(devnull, 1)
+    os.dup2(devnull, 2)
+    logging.disable(logging.CRITICAL)
+    # macOS does not support a limit of the address space.
+    for kind, amount in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(kind, (amount, amount))
+    signal.alarm(START_SECONDS)
+    import math_verify  # noqa: F401  slow, so it comes before the first comparison's clock starts
+
+    signal.alarm(0)
+
+
+def compare(answer: str, gold: str) -> bool:
+    """Whether math-verify considers two answers equal, in either order: its `verify` is not symmetric.
+
+    Each is read as LaTeX. One with words, such as "12 dollars", is read as prose whose last number or formula counts. A text longer than
+    `MAX_CHARACTERS`, or one that breaks the parser, equals nothing.
 
     Source: paper section 5.3.
     """
@@ -40,8 +86,11 @@ def equivalent(answer: str, gold: str) -> bool:
 
     if max(len(answer), len(gold)) > MAX_CHARACTERS:
         return False
-    first, second = _parsed(answer), _parsed(gold)
-    return verify(second, first, timeout_seconds=None) or verify(first, second, timeout_seconds=None)
+    try:
+        first, second = _parsed(answer), _parsed(gold)
+        return bool(verify(second, first, timeout_seconds=None) or verify(first, second, timeout_seconds=None))
+    except Exception:
+        return False
 
 
 def _parsed(text: str) -> list:
@@ -50,46 +99,7 @@ def _parsed(text: str) -> list:
     text = " ".join(text.split()).rstrip(".,;:! ")
     if _DELIMITED.search(text):
         return parse(text, parsing_timeout=None)
-    # Bare answers need dollars to be read as LaTeX at all. Words within them would be read as products of variables.
+    # Bare answers are read as LaTeX only between dollars, and there words would be products of variables.
     words = [word for word in _WORD.findall(text) if word.lower() not in _MATHEMATICAL]
     found = parse(text, parsing_timeout=None) if words and "\\" not in text else []
     return found or parse(f"${text}$", parsing_timeout=None)
-
-
-def _limit(memory_bytes: int) -> None:
-    # Where the system knows a limit it holds; macOS refuses to bound the address space.
-    for kind, amount in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(kind, (amount, amount))
-
-
-def _die_with(parent: int) -> None:
-    """The end of input tells an idle worker that its parent is gone; one that computes for ever would not read it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-
-def main(parent: int, memory_bytes: int) -> None:
-    """Answers until its input ends."""
-    _die_with(parent)
-    _limit(memory_bytes)
-    # Parsers print to standard output, which carries the verdicts.
-    replies = os.fdopen(os.dup(1), "w", encoding="ascii", buffering=1)
-    os.dup2(2, 1)
-    logging.disable(logging.CRITICAL)
-    import math_verify  # noqa: F401  the slow part of the start, before "ready" starts the first pair's clock
-
-    print(json.dumps(READY), file=replies)
-    for line in sys.stdin.buffer:
-        try:
-            verdict = bool(equivalent(*json.loads(line)))
-        except Exception:  # whatever a hostile answer breaks inside the parser, it is not equal to anything
-            verdict = False
-        print(json.dumps(verdict), file=replies)
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Our models behind the interface of lm-evaluation-harness. Needs the extra `harness`, and neither torch nor transformers."""
+"""Our models behind the interface of lm-evaluation-harness. Needs the extra `harness`, but neither torch nor transformers."""
 
 import collections
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from plasticity_jax.data.batching import length_buckets
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.generate import Sampling, cut_at_stop, generate, stop_check
 from plasticity_jax.evaluate.likelihood import MIN_LENGTH, log_likelihoods
@@ -22,31 +23,31 @@ except ImportError as error:
 
 Pair = tuple[list[int], list[int]]
 
-MAX_NEW_TOKENS = 256  # where a task names none, as in the harness' own models
+MAX_NEW_TOKENS = 256  # default for tasks that set no limit, as in the harness' own models
 _SAMPLING = ("top_k", "top_p", "repetition_penalty")
-_IGNORED = ("max_length",)  # of prompt and completion together; our contexts are cut to leave room for the completion anyway
+_IGNORED = ("max_length",)  # of prompt and completion together; contexts are cut to leave room for the completion anyway
 
 
 class HarnessModel(TemplateLM):
-    """A model that `lm_eval.evaluate` and `lm_eval.simple_evaluate` take.
+    """A model for `lm_eval.evaluate` and `lm_eval.simple_evaluate`.
 
-    Texts become tokens as in the harness' Hugging Face backend (`HFLM`): context and continuation are encoded together and then split, after the
-    spaces at the context's end have moved to the continuation; the beginning of text, or where there is none the end of text, stands before a
-    continuation without context and before a text whose whole likelihood is asked for. Unlike there, text that spells out a special token stays text.
+    Texts become tokens as in the harness' Hugging Face backend (`HFLM`): spaces at the context's end move to the continuation, then both are encoded
+    together and split. The beginning-of-text token, or else the end-of-text token, precedes a continuation without context, and a text whose whole
+    likelihood is requested. Unlike there, text that spells out a special token stays text.
 
     Args:
       model: with a tokenizer.
       batch_size: sequences computed at once.
-      max_length: tokens that the model reads; of longer texts the beginning is lost, and the whole likelihood of a text is computed in windows.
-      compute_dtype: of the matrix products.
-      add_bos_token: whether the beginning of text stands before every text, as the tokenizers of some models put it there.
+      max_length: maximum number of tokens that the model reads. Longer texts lose their beginning; whole likelihoods are computed in windows.
+      compute_dtype: dtype of the matmuls.
+      add_bos_token: put the beginning-of-text token before every text, as the tokenizers of some models do.
       seed: of sampled completions.
       params: the model's parameters, already sharded over `mesh` (`sharding.inference_shardings`); None takes them from the model.
-      what: name of the waits in the progress display.
+      what: label of the progress displays.
     Attributes:
-      n_cut: texts that were too long and lost their beginning, since the start.
+      n_cut: number of texts so far that were too long and lost their beginning.
     Raises:
-      UserError: a model without a tokenizer, or add_bos_token where the tokenizer has no beginning of text.
+      UserError: the model has no tokenizer, or `add_bos_token` is set and the tokenizer has no beginning-of-text token.
     """
 
     def __init__(
@@ -75,21 +76,21 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end of text."""
+        """The end-of-text token."""
         return self.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token before a text without context."""
         return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model reads."""
+        """Maximum number of tokens that the model reads."""
         return self._max_length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of a text, after the beginning of text where `add_special_tokens`, or `add_bos_token` where that is None, says so."""
+        """Token ids of a text, with the beginning-of-text token first if `add_special_tokens`; None stands for `add_bos_token`."""
         tokens = self.tokenizer.encode(string)
         with_bos = self._add_bos_token if add_special_tokens is None else add_special_tokens
         return [self.tokenizer.bos_id, *tokens] if with_bos and self.tokenizer.bos_id is not None else tokens
@@ -97,10 +98,10 @@ class HarnessModel(TemplateLM):
     # ------------------------------------------------------------------------------------------------------------------- likelihoods
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether it is what greedy generation gives) of each request's (context, continuation).
+        """(log-likelihood in nats, whether greedy decoding gives it) of each request's (context, continuation).
 
-        An empty continuation has the likelihood 1. Where the joint encoding leaves no token to a continuation, because it merges the continuation's
-        beginning with the context's end, the two are encoded apart.
+        An empty continuation has likelihood 1. Context and continuation are encoded separately if the joint encoding merges them and leaves the
+        continuation no token.
         """
         encoded = []
         with Progress(f"{self._what}: encode", total=len(requests), unit="continuations") as progress:
@@ -110,7 +111,7 @@ class HarnessModel(TemplateLM):
         return self._loglikelihood_tokens(encoded)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each request's text, in nats, every token predicted once and from as many tokens before it as its window holds."""
+        """The log-likelihood of each request's text, in nats. Every token is predicted once, from the tokens before it in its window."""
         owners: list[int] = []
         windows: list[tuple[None, list[int], list[int]]] = []
         with Progress(f"{self._what}: encode", total=len(requests), unit="texts") as progress:
@@ -136,7 +137,7 @@ class HarnessModel(TemplateLM):
             return after[:1], after[1:]
         return [self.prefix_token_id], after
 
-    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **unused: Any) -> list[tuple[float, bool]]:
         scored = [index for index, (_, _, continuation) in enumerate(requests) if continuation]
         likelihoods = log_likelihoods(
             self._model,
@@ -152,20 +153,20 @@ class HarnessModel(TemplateLM):
         for index, likelihood in zip(scored, likelihoods, strict=True):
             answers[index] = (likelihood.total, likelihood.greedy)
         for (key, _, _), answer in zip(requests, answers, strict=True):
-            if key is not None:  # None: a window of a text, which is kept as a whole
+            if key is not None:  # None: a window of a text, which is cached as a whole
                 self.cache_hook.add_partial("loglikelihood", key, answer)
         return answers
 
     # -------------------------------------------------------------------------------------------------------------------- completions
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The completion of each request's context, up to the first of its stop strings or the end of text.
+        """The completion of each request's context, up to its first stop string or the end of text.
 
         Settings of a request: until, max_gen_toks (or max_new_tokens, max_tokens), do_sample, temperature, top_k, top_p, repetition_penalty. Requests
-        for several samples of one context get different ones.
+        for several samples of one context get different samples.
 
         Raises:
-          UserError: another setting, or one out of range.
+          UserError: a setting is unknown or out of range.
         """
         groups: dict[str, list[int]] = collections.defaultdict(list)
         for index, request in enumerate(requests):
@@ -180,7 +181,7 @@ class HarnessModel(TemplateLM):
 
     def _complete(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
         settings = dict(normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
-        # The end of text is a token here; a text that spells it out must end a completion as well.
+        # The end of text is a token. A completion that spells it out must end too.
         end_of_text = self.tokenizer.decode([self.eot_token_id], skip_special=False)
         stop = [text for text in handle_stop_sequences(settings.pop("until", None), eos=end_of_text) if text]
         max_new_tokens, sampled = settings.pop("max_gen_toks"), settings.pop("do_sample")
@@ -189,7 +190,7 @@ class HarnessModel(TemplateLM):
         unknown = sorted(set(settings) - set(_IGNORED))
         if unknown:
             raise UserError(
-                f"generation setting {unknown[0]!r} is not known here; known: until, max_gen_toks, do_sample, temperature, {', '.join(_SAMPLING)}."
+                f"generation setting {unknown[0]!r} is unknown; known: until, max_gen_toks, do_sample, temperature, {', '.join(_SAMPLING)}."
             )
         if max_new_tokens >= self.max_length:
             raise UserError(f"max_gen_toks={max_new_tokens} leaves no room for a prompt in max_length={self.max_length}; ask for fewer tokens.")
@@ -207,7 +208,7 @@ class HarnessModel(TemplateLM):
             prompts,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
-            buckets=_buckets(longest),
+            buckets=length_buckets(longest, (MIN_LENGTH,)),
             batch_size=self._batch_size,
             eos_id=self.tokenizer.eos_id,
             pad_id=self.tokenizer.pad_id,
@@ -223,9 +224,3 @@ class HarnessModel(TemplateLM):
             texts.append(cut_at_stop(self.tokenizer.decode(of_context[context][taken[context]]), stop))
             taken[context] += repeats > 0
         return texts
-
-
-def _buckets(longest: int) -> tuple[int, ...]:
-    """Prompt lengths: powers of two, and the longest that fits."""
-    powers = (MIN_LENGTH << i for i in range(longest.bit_length()))
-    return (*(power for power in powers if power < longest), longest)

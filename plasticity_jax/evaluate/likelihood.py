@@ -1,9 +1,7 @@
-"""Log-likelihoods of continuations: how probable a model finds a text after another one."""
+"""Log-likelihoods of continuations: how probable a model finds one text after another."""
 
-import collections
 import functools
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
+from plasticity_jax.data.batching import keep_in_flight, length_buckets, padded_batches, power_of_two_buckets
 from plasticity_jax.model.layers import project
 from plasticity_jax.model.loss import chunks_that_fit
 from plasticity_jax.model.transformer import hidden_states, output_kernel
@@ -21,20 +20,16 @@ from plasticity_jax.parallel.batches import row_shards
 from plasticity_jax.parallel.sharding import ROWS
 from plasticity_jax.progress import Progress
 
-log = logging.getLogger("plasticity_jax")
-
-MIN_LENGTH = 32  # shortest bucket, in tokens: below it a batch costs its overhead
-IN_FLIGHT = 2  # batches given to the device before the first is read
-_SPECS = (PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec(ROWS))  # of tokens, places, targets
+MIN_LENGTH = 32  # shortest bucket, in tokens; shorter batches are dominated by overhead
 
 
 class Likelihood(NamedTuple):
-    """What a model says of one continuation.
+    """How probable a model finds one continuation.
 
     Attributes:
       total: sum of the log-probabilities of its tokens, in nats.
-      greedy: whether every token is the likeliest one in its place.
-      n_tokens: tokens that `total` counts.
+      greedy: whether every token is the most likely one at its position.
+      n_tokens: number of tokens in `total`.
       cut: whether the pair was too long and lost its beginning.
     """
 
@@ -56,20 +51,19 @@ def log_likelihoods(
 ) -> list[Likelihood]:
     """The log-likelihood of each continuation after its context.
 
-    A pair is padded on the right to a length that follows from it alone, and batches have fixed shapes: for the same `batch_size` a pair's result
-    does not depend on the others, and at most two programs are compiled for each length.
+    A pair is padded on the right to a length that depends on this pair only, and batches have fixed shapes. So for the same `batch_size` a pair's
+    result does not depend on the others, and at most two programs are compiled per length.
 
     Args:
       model: a loaded model (with `.config` and `.params`), or the pair (config, params).
       pairs: (context, continuation) as token ids, at least one token each.
-      batch_size: pairs computed at once; short batches are filled up.
-      compute_dtype: of the matrix products; the softmax is float32.
-      max_length: tokens that the model reads at most; the last token of a pair is only predicted. A pair that is longer loses its beginning: of its
-        context, or, where that does not suffice, the context and the beginning of the continuation, which then does not count. None: no
-        limit.
-      what: name of the wait in the progress display.
-      mesh: where the parameters are sharded (`sharding.inference_shardings`); rows lie over data and fsdp. Of several processes, all call this with
-        the same arguments and get the same results. None for one device.
+      batch_size: pairs per batch; short batches are filled up.
+      compute_dtype: dtype of the matmuls; the softmax is float32.
+      max_length: maximum number of tokens that the model reads; the last token of a pair is predicted, not read. A longer pair loses tokens from its
+        beginning: from the context first, then from the continuation, whose lost tokens do not count. None for no limit.
+      what: label of the progress display.
+      mesh: where the parameters are sharded (`sharding.inference_shardings`); rows are sharded over data and fsdp. With several processes, all call
+        this with the same arguments and get the same results. None for one device.
     Returns:
       One for each pair, in order.
     Raises:
@@ -80,31 +74,23 @@ def log_likelihoods(
     shards = 1 if mesh is None else row_shards(mesh)
     rows = -(-batch_size // shards) * shards
     kept = [_last(context, continuation, max_length) for context, continuation in pairs]
-    results: list[Likelihood | None] = [None] * len(pairs)
-    waiting: collections.deque[tuple[list[int], Any]] = collections.deque()
-    programs = _score._cache_size()
+    dtype = jnp.dtype(compute_dtype)
+
+    def dispatched() -> Iterator[tuple[list[int], Any]]:
+        for indices, batch in _batches(kept, rows, max_length):
+            placed = batch if mesh is None else tuple(arrays.put(x, NamedSharding(mesh, PartitionSpec(ROWS))) for x in batch)
+            chunks = chunks_that_fit(0, rows=rows // shards, seq_len=batch[1].shape[1], vocab_size=config.vocab_size)
+            yield indices, _score(config, chunks, dtype, params, *placed)
+
+    results: dict[int, Likelihood] = {}
     with Progress(what, total=len(pairs), unit="continuations") as progress:
-
-        def collect() -> None:
-            indices, out = waiting.popleft()
-            for index, of_tokens, is_top in zip(indices, *arrays.to_host(out)):
+        for indices, out in keep_in_flight(dispatched()):
+            for index, log_probs, is_top in zip(indices, *arrays.to_host(out)):
                 tokens, n = kept[index]
-                cut = len(tokens) < len(pairs[index][0]) + len(pairs[index][1])
-                results[index] = Likelihood(float(np.sum(of_tokens[:n], dtype=np.float64)), bool(is_top[:n].all()), n, cut)
+                cut = len(tokens) < sum(map(len, pairs[index]))
+                results[index] = Likelihood(float(np.sum(log_probs[:n], dtype=np.float64)), bool(is_top[:n].all()), n, cut)
             progress.update(len(indices))
-
-        for (length, width), indices in _batches(kept, rows, max_length):
-            batch = _arrays([kept[index] for index in indices], rows, length, width)
-            if mesh is not None:
-                batch = tuple(arrays.put(x, NamedSharding(mesh, spec)) for x, spec in zip(batch, _SPECS, strict=True))
-            chunks = chunks_that_fit(0, rows=rows // shards, seq_len=width, vocab_size=config.vocab_size)
-            waiting.append((indices, _score(config, chunks, jnp.dtype(compute_dtype), params, *batch)))
-            if len(waiting) == IN_FLIGHT:
-                collect()
-        while waiting:
-            collect()
-    log.debug("%s: %d new programs compiled", what, _score._cache_size() - programs)
-    return results
+    return [results[index] for index in range(len(pairs))]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -117,7 +103,7 @@ def _score(
     places_BxC: Int[Array, "b c"],
     targets_BxC: Int[Array, "b c"],
 ) -> tuple[Float[Array, "b c"], Bool[Array, "b c"]]:
-    """Log-probability of each target after the token at its place, and whether it is the likeliest; logits exist at the places alone."""
+    """Log-probability of each target after the token at its place, and whether it is the most likely. Logits exist at the places only."""
     x_BxTxD, _ = hidden_states(config, params, tokens_BxT, compute_dtype=compute_dtype)
     x_BxCxD = jnp.take_along_axis(x_BxTxD, places_BxC[..., None], axis=1)
     kernel_DxV = output_kernel(config, params)
@@ -131,47 +117,45 @@ def _score(
     if chunks == 1:
         return of_part((x_BxCxD, targets_BxC))
     parts = tuple(jnp.stack(jnp.split(x, chunks, axis=1)) for x in (x_BxCxD, targets_BxC))
-    return tuple(jnp.concatenate(list(of_parts), axis=1) for of_parts in jax.lax.map(of_part, parts))
+    log_probs, is_top = (jnp.concatenate(list(of_parts), axis=1) for of_parts in jax.lax.map(of_part, parts))
+    return log_probs, is_top
 
 
 # -------------------------------------------------------------------------------------------------------------------------- on the host
 
 
 def _last(context: Sequence[int], continuation: Sequence[int], max_length: int | None) -> tuple[list[int], int]:
-    """The tokens that are kept of a pair, and how many of them, at their end, are scored."""
+    """The tokens kept of a pair, and the number of tokens at their end that are scored."""
     tokens = [*context, *continuation]
     if max_length is not None:
         tokens = tokens[-(max_length + 1) :]  # the last token is predicted and not read
     return tokens, min(len(continuation), len(tokens) - 1)
 
 
-def _batches(kept: Sequence[tuple[list[int], int]], rows: int, max_length: int | None) -> list[tuple[tuple[int, int], list[int]]]:
-    """((length, continuation's width), indices of at most `rows` pairs), which together hold every pair once; the longest first."""
-    by_shape: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
-    for index, (tokens, n) in enumerate(kept):
-        length = max(MIN_LENGTH, 1 << (len(tokens) - 2).bit_length())
-        if max_length is not None:
-            length = min(length, max_length)
-        by_shape[length, min(length, MIN_LENGTH) if n <= MIN_LENGTH else length].append(index)
-    return [(shape, held[i : i + rows]) for shape, held in sorted(by_shape.items(), reverse=True) for i in range(0, len(held), rows)]
-
-
-def _arrays(kept: Sequence[tuple[list[int], int]], rows: int, length: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [rows, length] padded on the right, where the causal mask hides what follows; places and targets [rows, width]."""
-    tokens, places, targets = (np.zeros(shape, np.int32) for shape in ((rows, length), (rows, width), (rows, width)))
-    for row, (of_pair, n) in enumerate(kept):
-        inputs = len(of_pair) - 1
-        tokens[row, :inputs] = of_pair[:-1]
-        places[row, :n] = np.arange(inputs - n, inputs)
-        targets[row, :n] = of_pair[-n:]
-    return tokens, places, targets
+def _batches(
+    kept: Sequence[tuple[list[int], int]], rows: int, max_length: int | None
+) -> Iterator[tuple[list[int], tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Indices of the pairs of a batch; its tokens [rows, length], and places and targets [rows, width]. The last token of a pair is not read."""
+    for short in (False, True):  # whether the continuation fits the narrow width
+        group = [index for index, (_, n) in enumerate(kept) if (n <= MIN_LENGTH) == short]
+        inputs = [kept[index][0][:-1] for index in group]
+        buckets = power_of_two_buckets(inputs, MIN_LENGTH) if max_length is None else length_buckets(max_length, (MIN_LENGTH,))
+        for places_in_group, tokens, lengths in padded_batches(inputs, buckets=buckets, batch_size=rows):
+            indices = [group[place] for place in places_in_group]
+            width = min(tokens.shape[1], MIN_LENGTH) if short else tokens.shape[1]
+            places, targets = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
+            for row, index in enumerate(indices):
+                of_pair, n = kept[index]
+                places[row, :n] = np.arange(lengths[row] - n, lengths[row])
+                targets[row, :n] = of_pair[-n:]
+            yield indices, (tokens, places, targets)
 
 
 def _check(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int, max_length: int | None) -> None:
     for index, pair in enumerate(pairs):
         for name, tokens in zip(("context", "continuation"), pair, strict=True):
             if len(tokens) == 0:
-                raise ValueError(f"the {name} of pair {index} is empty; give it at least one token, such as the end of text in front.")
+                raise ValueError(f"the {name} of pair {index} is empty; give it at least one token, such as the end-of-text token.")
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} is below 1; set it to 1 or more.")

@@ -1,4 +1,4 @@
-"""Scores over problems: greedy accuracy, majority, Pass@k, Correct Ratio, rewards. How sure they are follows when a study is read."""
+"""Scores over problems: greedy accuracy, majority, Pass@k, Correct Ratio, rewards. Their intervals are computed in the report."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ FAILURES = ("wrong", "no answer", "timed out")  # verdicts other than "right"; s
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that at least one of `k` completions, drawn without replacement from `n` of which `c` are right, is right.
+    """Probability that at least one of `k` completions is right, drawn without replacement from `n` of which `c` are right.
 
-    Averaged over problems it is the unbiased estimate of Pass@k.
+    Its mean over problems is the unbiased estimate of Pass@k.
 
     Raises:
       ValueError: not 1 <= k <= n or not 0 <= c <= n.
@@ -21,9 +21,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if n < 1:
         raise ValueError(f"n={n} must be at least 1: without completions there is nothing to score.")
     if not 0 <= c <= n:
-        raise ValueError(f"c={c} must lie in 0..{n}: no more completions can be right than there are (n={n}).")
+        raise ValueError(f"c={c} must lie in 0..{n}: at most all n={n} completions can be right.")
     if not 1 <= k <= n:
-        raise ValueError(f"k={k} must lie in 1..{n}: draw at least one and at most all n={n} completions.")
+        raise ValueError(f"k={k} must lie in 1..{n}: draw between one and all n={n} completions.")
     total = math.comb(n, k)
     return (total - math.comb(n - c, k)) / total
 
@@ -35,14 +35,14 @@ def metrics(
 
     Args:
       greedy_correct: [P] whether the greedy completion is right.
-      sampled_correct: [P, n] the same of each sampled completion, n at least 1.
-      majority_correct: [P] the same of the first completion of the largest cluster.
+      sampled_correct: [P, n] the same for each sampled completion, n at least 1.
+      majority_correct: [P] the same for the first completion of the largest cluster.
     Returns:
-      "pass@1" (greedy), "maj@n", "pass@n" (at least one of n), "correct_ratio@n" (share of right completions over the problems with at least one
-      right; 0 where there is no such problem), "mean@n" (share of right sampled completions over all problems), with n as a number, and
-      "unbiased_pass@k" (the mean of `pass_at_k`) for k = 2, 4, 8, ... below n. With n = 1, "pass@1" is the greedy one all the same.
+      "pass@1" (greedy), "maj@n", "pass@n" (at least one of n), "correct_ratio@n" (fraction of right completions over the problems with at least
+      one right; 0 if there is no such problem), "mean@n" (fraction of right sampled completions over all problems), with n as a number, and
+      "unbiased_pass@k" (the mean of `pass_at_k`) for k = 2, 4, 8, ... below n. "pass@1" is the greedy score also for n = 1.
     Raises:
-      ValueError: shapes that do not fit, or no problem or no sample.
+      ValueError: the shapes do not match, or there is no problem or no sample.
     Source: paper section 5.4.
     """
     greedy_P, sampled_Pxn, majority_P = (np.asarray(x, bool) for x in (greedy_correct, sampled_correct, majority_correct))
@@ -64,16 +64,16 @@ def metrics(
 
 
 def reward_metrics(sampled_correct: Bool[np.ndarray, "..."], rewards: Float[np.ndarray, "..."]) -> dict[str, float]:
-    """Scores that come from the rewards of the sampled completions.
+    """Scores from the rewards of the sampled completions.
 
     Args:
       sampled_correct: [P, n] whether each sampled completion is right.
-      rewards: [P, n] what a scorer gave it, finite, in the scorer's own unit.
+      rewards: [P, n] the reward of each, finite, in the scorer's unit.
     Returns:
-      "rm@n" (share of problems whose completion with the highest reward is right, the first of several) with n as a number, in [0, 1], and
+      "rm@n" (fraction of problems whose completion with the highest reward is right; ties go to the first) with n as a number, in [0, 1], and
       "orm_score" (mean over problems of the mean reward), in the scorer's unit.
     Raises:
-      ValueError: shapes that do not fit, no problem or no sample, or a reward that is not finite.
+      ValueError: the shapes do not match, there is no problem or no sample, or a reward is not finite.
     Source: paper section 5.4.
     """
     sampled_Pxn, rewards_Pxn = np.asarray(sampled_correct, bool), np.asarray(rewards, np.float64)
@@ -86,11 +86,11 @@ def reward_metrics(sampled_correct: Bool[np.ndarray, "..."], rewards: Float[np.n
 
 
 def macro_average(per_task: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Mean over tasks (or test sets), each counting alike, of the metrics that all of them have; {} without tasks."""
+    """Unweighted mean over tasks (or test sets) of the metrics that all of them have; {} without tasks."""
     tasks = list(per_task.values())
     return {name: math.fsum(task[name] for task in tasks) / len(tasks) for name in (tasks[0] if tasks else ()) if all(name in task for task in tasks)}
 
 
 def failures(verdicts: Sequence[str]) -> dict[str, float]:
-    """Shares of "wrong", "no answer" and "timed out" among all verdicts; with that of "right" they add up to 1. All 0 without verdicts."""
+    """Fractions of "wrong", "no answer" and "timed out" among all verdicts. With that of "right" they sum to 1. All 0 without verdicts."""
     return {name: sum(verdict == name for verdict in verdicts) / max(len(verdicts), 1) for name in FAILURES}

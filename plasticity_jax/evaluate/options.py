@@ -1,4 +1,4 @@
-"""Multiple choice without generation: the option that a model finds likeliest after the prompt."""
+"""Multiple choice without generation: the option that the model finds most likely after the prompt."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,8 +17,8 @@ class Choice(NamedTuple):
     Attributes:
       log_likelihoods: of each option after the prompt, in nats.
       lengths: of each option, in bytes of UTF-8.
-      best: place of the option with the highest log-likelihood; the first of equals.
-      best_by_length: the same after division by the lengths.
+      best: index of the option with the highest log-likelihood; ties go to the first.
+      best_by_length: the same with log-likelihoods divided by the lengths.
       cut: whether an option's prompt was too long and lost its beginning.
     """
 
@@ -42,21 +42,21 @@ def choose(
 ) -> list[Choice]:
     """Rates the options of each example in the study's template.
 
-    Prompt and option are tokenised apart, as in fine-tuning (`data.sft`), whose responses the options are; no end of text follows.
+    Prompt and option are tokenized separately, as prompt and response are in fine-tuning (`data.sft`). No end of text follows.
 
     Args:
       model: a loaded model, or the pair (config, params).
       examples: with at least one option each.
       batch_size, compute_dtype, what, max_length, mesh: of `log_likelihoods`.
     Returns:
-      One for each example, in order.
+      One per example, in order.
     Raises:
       UserError: an example without options, or an option without text.
     Source: acc and acc_norm of lm-evaluation-harness, which counts bytes as `len(choice.encode())` without the space before a choice.
     """
     for example in examples:
         if not example.options or not all(example.options):
-            raise UserError(f"example {example.id} has options {example.options}, but each needs text to compare; correct or drop the row.")
+            raise UserError(f"example {example.id} has options {example.options}, and each option needs text; correct or drop the row.")
     texts = [pair for example in examples for pair in _pairs(example)]
     pairs = list(zip(tokenizer.encode_batch([prompt for prompt, _ in texts]), tokenizer.encode_batch([scored for _, scored in texts]), strict=True))
     scores = iter(log_likelihoods(model, pairs, batch_size=batch_size, compute_dtype=compute_dtype, max_length=max_length, what=what, mesh=mesh))

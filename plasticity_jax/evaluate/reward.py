@@ -29,21 +29,21 @@ REWARDS = "rewards.jsonl"
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Something that rates completions; the higher, the better.
+    """Rates completions; higher is better.
 
     Attributes:
-      name: what the report calls it, in one line.
+      name: its name in the report, on one line.
     """
 
     name: str
 
     def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
-        """float32 rewards of the completions, and how many were longer than `reward.max_length` and lost their beginning. Of several processes, all call it."""
+        """float32 rewards, and the number of completions longer than `reward.max_length`, which lost their beginning. All processes call it."""
         ...
 
 
 class LogProbability:
-    """The mean log-probability of a completion's tokens, in nats, under a language model; the end of text counts where the completion ended by itself.
+    """The mean log-probability of a completion's tokens under a language model, in nats. The end of text counts if the completion ended by itself.
 
     An empty completion is one token, the end of text.
     """
@@ -53,7 +53,7 @@ class LogProbability:
         if self._model.tokenizer is None:
             raise UserError(f"{path} holds no tokenizer.json, so no text can be given to its model; put its tokenizer there.")
         under = "the model that wrote the completion" if config.reward.model is None else _called(self._model)
-        self.name = f"length-normalised log-probability under {under}"
+        self.name = f"length-normalized log-probability under {under}"
 
     def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
         tokenizer, reward = self._model.tokenizer, self._config.reward

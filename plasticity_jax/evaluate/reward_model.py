@@ -1,4 +1,7 @@
-"""Hugging Face reward models: Llama with a scalar head, which read a problem and its answer as a chat (paper section 5.4: Skywork-Reward-Llama-3.1-8B-v0.2)."""
+"""Hugging Face reward models: Llama with a scalar head, which reads a problem and its answer as a chat.
+
+Source: paper section 5.4, which uses Skywork-Reward-Llama-3.1-8B-v0.2.
+"""
 
 import json
 from collections.abc import Sequence
@@ -23,20 +26,20 @@ from plasticity_jax.runs.storage import AnyPath, is_local
 
 HEAD = "score.weight"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-_FAMILY = replace(FAMILIES[0], architecture="LlamaForSequenceClassification")  # of Llama's tensors; the output matrix is the head's place
+_FAMILY = replace(FAMILIES[0], architecture="LlamaForSequenceClassification")  # Llama's tensors, with a score head in place of the output matrix
 
 
 @dataclass(frozen=True)
 class Chat:
-    """How a reward model's folder writes a problem and its answer.
+    """How a reward model reads a problem and its answer.
 
     Attributes:
-      template: of the conversation, compiled.
-      specials: the texts of the special tokens, by name, which a template may use.
-      backend: the tokenizer, which knows special tokens where a text spells them.
-      place: the file that the template comes from, for messages.
-      size: tokens that the model knows.
-      pad_id: what the model takes for padding: a row is read at the last token that is another; None takes the last.
+      template: the compiled chat template.
+      specials: name → text of the special tokens, for the template.
+      backend: the tokenizer; it recognizes special tokens spelled out in a text.
+      place: the template's file, for messages.
+      size: vocabulary size of the model.
+      pad_id: the model's padding token; the reward is read at the last other token. None: at the last token.
     """
 
     template: jinja2.Template
@@ -50,22 +53,20 @@ class Chat:
         """The conversation [user = problem, assistant = completion] as transformers' `apply_chat_template` writes it.
 
         Raises:
-          UserError: the template cannot be carried out, or refuses the conversation.
+          UserError: the template fails or rejects the conversation.
         """
         messages = [{"role": "user", "content": problem}, {"role": "assistant", "content": completion}]
         try:
             return self.template.render(messages=messages, tools=None, documents=None, add_generation_prompt=False, **self.specials)
-        except Exception as error:  # a template is a program that others wrote
-            raise UserError(
-                f"{self.place}: the chat template cannot be carried out ({reason(error)}); bring the folder's own template again."
-            ) from error
+        except Exception as error:  # a template is third-party code
+            raise UserError(f"{self.place}: the chat template fails ({reason(error)}); restore the model's own template.") from error
 
     def rows(self, pairs: Sequence[tuple[str, str]], max_length: int) -> tuple[list[list[int]], int]:
-        """Token ids of each (problem, completion), up to the token that the reward is read at; and how many lost their beginning.
+        """Token ids of each (problem, completion), up to the token where the reward is read, and the number of rows that lost their beginning.
 
-        The template writes the special tokens, so none is added; a beginning of text that is there twice is taken once. Of a row that is too long
-        the beginning is lost, but for the beginning of text, without which the model was never used.
-        Source: the model card of Skywork-Reward-Llama-3.1-8B-v0.2; transformers' `LlamaForSequenceClassification` for the place.
+        The template writes the special tokens, so none is added. A doubled beginning-of-text token is reduced to one. A row that is too long loses
+        its beginning, but keeps the beginning-of-text token, without which the model was never used.
+        Source: the model card of Skywork-Reward-Llama-3.1-8B-v0.2; transformers' `LlamaForSequenceClassification` for the position.
         """
         texts = [self.text(problem, completion) for problem, completion in pairs]
         rows = [list(encoding.ids) for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -81,24 +82,26 @@ class Chat:
                 begin = row[:1] if row[0] == bos and max_length > 1 else []
                 row = [*begin, *row[len(row) - max_length + len(begin) :]]
             if not row or max(row) >= self.size:
-                raise UserError(f"{self.place.parent}: its tokenizer gives {'no token' if not row else f'the token {max(row)}'}, and its model knows {self.size}; "
-                                "bring model and tokenizer of one folder.")  # fmt: skip
+                given = f"the token {max(row)}" if row else "no token"
+                raise UserError(
+                    f"{self.place.parent}: its tokenizer gives {given}, and its model knows {self.size}; use the model and the tokenizer of one folder."
+                )
             rows[i] = row
         return rows, n_cut
 
 
 def check_folder(folder: AnyPath) -> None:
-    """Refuses a folder that holds no reward model, by its headers alone.
+    """Checks that a folder holds a reward model, from its headers only.
 
     Raises:
-      UserError: no such folder, another architecture, no score head or more than one number, no tokenizer, no chat template, tensors that do not fit.
+      UserError: no such folder, another architecture, no score head or several outputs, no tokenizer, no chat template, or tensors of wrong shapes.
     """
     description, _ = _open(folder)
     _open_chat(folder, description)
 
 
 def open_reward_model(folder: AnyPath) -> tuple[ScalarModel, Chat]:
-    """The model of a folder, and how it reads a chat. Raises UserError as `check_folder`."""
+    """The model of a folder, and its chat format. Raises UserError as `check_folder` does."""
     description, weights = _open(folder)
     chat = _open_chat(folder, description)
     params = read_params(description, weights, folder.name)
@@ -106,14 +109,14 @@ def open_reward_model(folder: AnyPath) -> tuple[ScalarModel, Chat]:
 
 
 def fingerprint(folder: AnyPath) -> dict[str, str]:
-    """Name → sha256 of every file that the rewards follow from."""
+    """Name → sha256 of every file that determines the rewards."""
     beside = [folder / name for name in (TOKENIZER_FILE, CONFIG_FILE, *TEMPLATE_FILES)]
     return file_hashes([folder / "config.json", *Weights(folder).files, *(file for file in beside if file.is_file())], folder.name)
 
 
 def _open(folder: AnyPath) -> tuple[Description, Weights]:
     if not is_local(folder):
-        raise UserError(f"{folder} lies on a store, and a reward model's weights are read from a disk alone; copy the folder to one first.")
+        raise UserError(f"{folder} is on an object store, and a reward model's weights are read from a local disk; copy the folder to one first.")
     if not folder.is_dir():
         raise UserError(f"reward.model={folder}: no such directory; give the folder of a Hugging Face reward model.")
     path = folder / "config.json"
@@ -146,7 +149,7 @@ def _open_chat(folder: AnyPath, description: Description) -> Chat:
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception for every kind of bad file
-        raise UserError(f"{path} is no tokenizer ({reason(error)}); bring the file again.") from error
+        raise UserError(f"{path} is not a valid tokenizer ({reason(error)}); restore the file.") from error
     backend.no_truncation()
     backend.no_padding()
     settings = read_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
@@ -166,7 +169,7 @@ def _special_texts(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _template(folder: AnyPath, settings: dict[str, Any]) -> tuple[str, AnyPath]:
-    """The chat template, and its file. A file of its own goes before the tokenizer's configuration, as in transformers."""
+    """The chat template, and its file. A separate template file takes precedence over the tokenizer's configuration, as in transformers."""
     plain, wrapped = (folder / name for name in TEMPLATE_FILES)
     if plain.is_file():
         return plain.read_text(encoding="utf-8"), plain
@@ -183,18 +186,18 @@ def _template(folder: AnyPath, settings: dict[str, Any]) -> tuple[str, AnyPath]:
 
 
 def _compiled(source: str, place: AnyPath) -> jinja2.Template:
-    """The template in the surroundings that transformers gives it, apart from the date of today, which would change the rewards from day to day."""
+    """The template in the environment that transformers gives it, without the current date, which would change the rewards from day to day."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _as_json
     environment.globals["raise_exception"] = _refuse
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
-        raise UserError(f"{place}: the chat template is not valid ({reason(error)}); bring the folder's own template again.") from error
+        raise UserError(f"{place}: the chat template is not valid ({reason(error)}); restore the model's own template.") from error
 
 
 def _as_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-    # Jinja's own filter escapes what HTML would.
+    # Jinja's own filter escapes HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

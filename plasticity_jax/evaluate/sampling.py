@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: what the settings do to the logits, and the draw from what is left."""
+"""How the next token is chosen from logits: filters on the logits, and the draw."""
 
 from dataclasses import dataclass
 
@@ -7,25 +7,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 VOCAB_BLOCK = 32  # entries per block of the two-level draw from the vocabulary
-_ONE = 0x3F800000  # bits of the float32 1.0; those of non-negative numbers have the numbers' order
-_HALVINGS = 30  # until an interval of that many bit patterns holds one
+_ONE = 0x3F800000  # bits of the float32 1.0; bit patterns of non-negative floats are ordered as the floats are
+_HALVINGS = 30  # bisections that narrow [0, _ONE] down to one bit pattern
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Which completions each prompt gets.
 
-    The settings work in this order, as in vLLM and transformers: the penalty, the temperature, `top_k`, `top_p`. A greedy completion takes the
-    highest logit after the penalty.
+    The settings apply in this order, as in vLLM and transformers: penalty, temperature, `top_k`, `top_p`. A greedy completion takes the highest logit
+    after the penalty.
 
     Attributes:
       n_samples: sampled completions per prompt; 0 gives the single greedy one.
-      temperature: the logits are divided by it; greater than 0.
-      top_k: samples come from the k highest logits and what ties with the last of them; 0 for all.
-      top_p: samples come from the fewest tokens whose probabilities add up to this, and what ties with the last of them; 1 for all.
-      repetition_penalty: of every token in the prompt or the completion, a positive logit is divided by it, another multiplied; 1 for none.
+      temperature: divides the logits; greater than 0.
+      top_k: sample from the k highest logits and ties with the lowest of them; 0 for all.
+      top_p: sample from the fewest tokens whose probabilities sum to this, and ties with the least likely of them; 1 for all.
+      repetition_penalty: for tokens in the prompt or the completion, positive logits are divided by it and others multiplied; 1 for none.
       seed: of the random streams.
-      greedy_first: with samples, puts the greedy completion before them, from the same reading of the prompt.
+      greedy_first: put the greedy completion before the samples; both share the prompt's cache.
     Raises:
       ValueError: a number out of range.
     """
@@ -61,27 +61,27 @@ class Sampling:
 
 
 def tokens_seen(tokens_PxS: Int[Array, "p s"], valid_PxS: Bool[Array, "p s"], vocab_size: int) -> Bool[Array, "p v"]:
-    """Which tokens of the vocabulary each prompt holds, padding aside."""
+    """Which tokens of the vocabulary each prompt contains, without its padding."""
     rows_Px1 = jnp.arange(tokens_PxS.shape[0])[:, None]
     seen_PxV = jnp.zeros((tokens_PxS.shape[0], vocab_size), bool)
     return seen_PxV.at[rows_Px1, jnp.where(valid_PxS, tokens_PxS, vocab_size)].set(True, mode="drop")
 
 
-def penalise(logits_BxV: Float[Array, "b v"], seen_BxV: Bool[Array, "b v"], penalty: Float[Array, ""]) -> Float[Array, "b v"]:
-    """Positive logits of tokens seen divided by the penalty, other logits of theirs multiplied. Source: Keskar et al. 2019 (arXiv 1909.05858)."""
+def penalize(logits_BxV: Float[Array, "b v"], seen_BxV: Bool[Array, "b v"], penalty: Float[Array, ""]) -> Float[Array, "b v"]:
+    """Divides positive logits of seen tokens by the penalty and multiplies their other logits. Source: Keskar et al. 2019 (arXiv 1909.05858)."""
     return jnp.where(seen_BxV, jnp.where(logits_BxV > 0, logits_BxV / penalty, logits_BxV * penalty), logits_BxV)
 
 
 def keep_top_k(logits_BxV: Float[Array, "b v"], k: int) -> Float[Array, "b v"]:
-    """-inf for all but the k highest logits of a row; what equals the k-th stays too."""
+    """Sets all but the k highest logits of a row to -inf; ties with the k-th stay."""
     lowest_Bx1 = jax.lax.top_k(logits_BxV, k)[0][:, -1:]
     return jnp.where(logits_BxV < lowest_Bx1, -jnp.inf, logits_BxV)
 
 
 def keep_top_p(logits_BxV: Float[Array, "b v"], p: Float[Array, ""]) -> Float[Array, "b v"]:
-    """-inf for every token for which the likelier ones already have the probability `p`; what equals the last that stays, stays too.
+    """Sets a token's logit to -inf if more likely tokens already have probability `p`; ties with the last token kept stay.
 
-    Without a sort: the lowest probability that stays is found by halving the interval of its bit patterns, one sum over the vocabulary each.
+    Does not sort: bisects the bit patterns of the lowest probability kept, with one sum over the vocabulary per step.
     """
     weights_BxV = jnp.exp(logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True))  # in [0, 1]
     bits_BxV = jax.lax.bitcast_convert_type(weights_BxV, jnp.int32)
@@ -102,8 +102,8 @@ def keep_top_p(logits_BxV: Float[Array, "b v"], p: Float[Array, ""]) -> Float[Ar
 def draw(logits_BxV: Float[Array, "b v"], uniform_B: Float[Array, " b"]) -> Int[Array, " b"]:
     """One token per row from softmax(logits), by inverting the cumulative distribution at `uniform_B`, each in [0, 1).
 
-    Two levels, first a block of the vocabulary and then an entry in it: one random number per row instead of one per entry (Gumbel), and no
-    cumulative sum over the whole vocabulary.
+    Draws a block of the vocabulary, then an entry in it. Needs one random number per row instead of one per entry (Gumbel), and no cumulative sum over
+    the whole vocabulary.
     """
     n_rows, vocab = logits_BxV.shape
     weights_BxV = jnp.exp(logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True))
@@ -119,7 +119,7 @@ def draw(logits_BxV: Float[Array, "b v"], uniform_B: Float[Array, " b"]) -> Int[
 def _first_above(weights_BxK: Float[Array, "b k"], target_B: Float[Array, " b"]) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
     """First index whose cumulative weight exceeds the target, and the cumulative weight before it."""
     cumulative_BxK = jnp.cumsum(weights_BxK, axis=-1)
-    # Rounding may leave the target at or above the last sum: then the last entry of any weight is meant, not one without.
+    # If rounding leaves the target at or above the last sum, choose the last entry with a nonzero weight.
     last_B = weights_BxK.shape[-1] - 1 - jnp.argmax(weights_BxK[:, ::-1] > 0, axis=-1)
     index_B = jnp.minimum(jnp.sum(cumulative_BxK <= target_B[:, None], axis=-1), last_B)
     before_BxK = cumulative_BxK - weights_BxK

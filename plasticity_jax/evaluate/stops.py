@@ -11,12 +11,12 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
 
 def stop_check(tokenizer: Tokenizer, stop: Sequence[str]) -> Callable[[list[int]], bool] | None:
-    """Tells of token ids whether no further token can change where `cut_at_stop` cuts their text; None without stop strings."""
+    """A function of token ids: whether no further token can change where `cut_at_stop` cuts their text. None without stop strings."""
     return (lambda tokens: has_stopped(tokenizer.decode(tokens), stop)) if stop else None
 
 
 def has_stopped(text: str, stop: Sequence[str]) -> bool:
-    """Whether the text holds a stop string, and no other one that begins before it can still be completed by what follows."""
+    """Whether the text contains a stop string, and further text cannot complete one that begins earlier."""
     first = _first(text, stop)
     longest = max(map(len, stop), default=0)
     unfinished = (text[start:] for start in range(max(0, len(text) - longest + 1), first))

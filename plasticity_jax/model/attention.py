@@ -9,12 +9,12 @@ from jaxtyping import Array, Bool, Float, Int
 from plasticity_jax.config import ModelConfig, RopeScaling
 from plasticity_jax.model.layers import Initializer, Linear, RMSNorm, at_least_float32
 
-# Cosines and sines; the batch axis may be 1, for positions that all rows share.
+# Cosines and sines; the batch axis is 1 if all rows share their positions.
 Rope = tuple[Float[Array, "r T half"], Float[Array, "r T half"]]
 
 
 def rope_tables(positions_BxT: Int[Array, "b T"], head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rope:
-    """Cosines and sines of position · frequency in the default float type, where frequency i < head_dim/2 is theta^(-2i/head_dim), changed by `scaling`.
+    """Cosines and sines of position · frequency in the default float dtype. Frequency i < head_dim/2 is theta^(-2i/head_dim), changed by `scaling`.
 
     Source: Su et al. 2021 (arXiv 2104.09864), in the half-split layout of Llama.
     """
@@ -28,14 +28,14 @@ def rope_tables(positions_BxT: Int[Array, "b T"], head_dim: int, theta: float, s
 
 
 def apply_rope(x_BxTxHxD: Float[Array, "B T H D"], rope: Rope) -> Float[Array, "B T H D"]:
-    """Rotates the pairs (i, i + head_dim/2) of every head, in at least float32; returned in the input's type."""
+    """Rotates the pairs (i, i + head_dim/2) of every head, in at least float32; returns the input's dtype."""
     cos, sin = (table[..., None, :] for table in rope)
     first, second = jnp.split(x_BxTxHxD.astype(at_least_float32(x_BxTxHxD.dtype)), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxHxD.dtype)
 
 
 def attention_mask(length: int, segment_ids_BxT: Int[Array, "B T"] | None) -> Bool[Array, "m T T"]:
-    """True where query i may read key j: j <= i, and the same segment where segments are given. The first axis is 1 without segments."""
+    """True where query i may attend to key j: j <= i, and both in the same segment if segments are given. Without segments the first axis is 1."""
     causal_1xTxT = jnp.tril(jnp.ones((1, length, length), bool))
     if segment_ids_BxT is None:
         return causal_1xTxT
@@ -50,12 +50,12 @@ def attend(
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T S"]]:
     """Softmax attention with scale 1/sqrt(D); query head h reads key-value head h // (H/K). Scores and softmax in at least float32.
 
-    Returns the output in the type of q and the probabilities in that of the softmax. A query that may read nothing reads everything evenly.
+    Returns the output in q's dtype and the probabilities in the softmax's. A query with no visible key attends to all keys uniformly.
     """
     batch, queries, n_heads, head_dim = q_BxTxHxD.shape
     keys, n_kv_heads = k_BxSxKxD.shape[1:3]
     group = n_heads // n_kv_heads
-    # The heads of a group lie side by side as rows of one product, so keys and values are never repeated.
+    # The heads of a group are rows of one matmul, so keys and values are never repeated.
     q_BxKxGTxD = q_BxTxHxD.reshape(batch, queries, n_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q_BxKxGTxD = q_BxKxGTxD.reshape(batch, n_kv_heads, group * queries, head_dim)
     scores = jnp.einsum("bkrd,bskd->bkrs", q_BxKxGTxD, k_BxSxKxD, preferred_element_type=at_least_float32(q_BxTxHxD.dtype))
@@ -69,7 +69,7 @@ def attend(
 
 
 class Attention(nnx.Module):
-    """The four projections of grouped-query attention, and the norms of queries and keys. What lies between them, `attend`, has no parameters."""
+    """The four projections of grouped-query attention, and the norms of queries and keys. `attend`, between them, has no parameters."""
 
     def __init__(self, config: ModelConfig, init: Initializer, out_init: Initializer, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
@@ -84,9 +84,9 @@ class Attention(nnx.Module):
     def qkv(
         self, x_BxTxD: Float[Array, "B T D"], rope: Rope, dtype: DTypeLike
     ) -> tuple[Float[Array, "B T H Dh"], Float[Array, "B T K Dh"], Float[Array, "B T K Dh"]]:
-        """Queries and keys, both normed where the network does so, then rotated, and values."""
+        """Queries and keys, normalized with `qk_norm` and rotated, and values."""
         q, k, v = (linear(x_BxTxD, dtype) for linear in (self.q, self.k, self.v))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in (q, k, v))
         return apply_rope(q, rope), apply_rope(k, rope), v

@@ -1,7 +1,7 @@
 """Generation with a key-value cache: read left-padded prompts once, then one token of every row at a time.
 
-The R completions of a prompt read one copy of its keys and values, as the rows of one product, and only what they generate is stored per row: a
-step costs a fraction of the memory traffic that a cache per row would.
+The R completions of a prompt share one copy of its keys and values, as the rows of one matmul. Only what they generate is stored per row, so a step
+takes a fraction of the memory traffic of a cache per row.
 """
 
 from typing import NamedTuple
@@ -14,14 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.model.attention import attend, attention_mask
-from plasticity_jax.model.transformer import Params, graphs, logits_of, rope_of, unstack
+from plasticity_jax.model.transformer import Block, Decoder, Params, graphs, logits_of, rope_of, unstack
 
 
 class PromptCache(NamedTuple):
-    """Rotated keys and values of P prompts, padded on the left to S tokens, K key-value heads of D features; never written again.
+    """Rotated keys and values of P prompts, padded on the left to S tokens; K key-value heads of D features. Read-only.
 
     Attributes:
-      k, v: one array [P, K, D, S] and [P, K, S, D] per layer, laid out as the right operands of the products that read them.
+      k, v: one array [P, K, D, S] and [P, K, S, D] per layer, laid out as the right operands of the matmuls that read them.
       valid_PxS: which slots hold a real token.
     """
 
@@ -31,7 +31,7 @@ class PromptCache(NamedTuple):
 
 
 class RowCache(NamedTuple):
-    """Keys and values of what B rows have generated, per layer, N slots.
+    """Keys and values of the tokens that B rows have generated, in N slots.
 
     Attributes:
       k, v: one array [B, K, N, D] per layer.
@@ -57,20 +57,18 @@ def read_prompts(
 
     Args:
       valid_PxS: False on the padding, which comes first in a row and is never attended to.
-      rows_per_prompt: completions that each prompt will have.
-      slots: tokens that a completion may have.
+      rows_per_prompt: completions per prompt.
+      slots: maximum number of tokens per completion.
     Returns:
       float32 logits of the token after each prompt, the prompts' cache, and empty caches for the rows.
     """
     positions_PxS = jnp.maximum(jnp.cumsum(valid_PxS, axis=1) - 1, 0)
     rope = rope_of(config, positions_PxS)
     mask = attention_mask(tokens_PxS.shape[1], valid_PxS.astype(jnp.int32))
-    decoder_graph, block_graph = graphs(config)
-    decoder = nnx.merge(decoder_graph, params)
+    decoder, blocks = _modules(config, params)
     x_PxSxD = decoder.embed(tokens_PxS, compute_dtype)
     keys, values = [], []
-    for layer in unstack(config, params["blocks"]):
-        block = nnx.merge(block_graph, layer)
+    for block in blocks:
         q, k_PxSxKxD, v_PxSxKxD = block.qkv(x_PxSxD, rope, compute_dtype)
         keys.append(k_PxSxKxD.transpose(0, 2, 3, 1))
         values.append(v_PxSxKxD.transpose(0, 2, 1, 3))
@@ -95,17 +93,15 @@ def decode(
     """Reads one token of every row; rows p·R ... p·R + R − 1 belong to prompt p.
 
     Args:
-      slot: how many tokens the rows have generated and read before this one; may be traced.
+      slot: number of tokens that the rows have generated and read before this one; may be traced.
     Returns:
-      float32 logits of the token after it, and the rows' cache that holds it.
+      float32 logits of the next token, and the rows' cache with this token added.
     """
     rope = rope_of(config, rows.position_B[:, None])
-    decoder_graph, block_graph = graphs(config)
-    decoder = nnx.merge(decoder_graph, params)
+    decoder, blocks = _modules(config, params)
     x_Bx1xD = decoder.embed(token_B[:, None], compute_dtype)
     keys, values = [], []
-    for index, layer in enumerate(unstack(config, params["blocks"])):
-        block = nnx.merge(block_graph, layer)
+    for index, block in enumerate(blocks):
         q_Bx1xHxD, k_Bx1xKxD, v_Bx1xKxD = block.qkv(x_Bx1xD, rope, compute_dtype)
         keys.append(jax.lax.dynamic_update_slice(rows.k[index], k_Bx1xKxD.swapaxes(1, 2).astype(rows.k[index].dtype), (0, 0, slot, 0)))
         values.append(jax.lax.dynamic_update_slice(rows.v[index], v_Bx1xKxD.swapaxes(1, 2).astype(rows.v[index].dtype), (0, 0, slot, 0)))
@@ -113,6 +109,12 @@ def decode(
         x_Bx1xD, _ = block.add(x_Bx1xD, out_Bx1xHxD, compute_dtype)
     logits_BxV = logits_of(config, params, decoder.final_norm(x_Bx1xD[:, 0]), compute_dtype)
     return logits_BxV, RowCache(tuple(keys), tuple(values), rows.position_B + 1)
+
+
+def _modules(config: ModelConfig, params: Params) -> tuple[Decoder, list[Block]]:
+    """The decoder and each of its blocks, bound to their parameters."""
+    decoder_graph, block_graph = graphs(config)
+    return nnx.merge(decoder_graph, params), [nnx.merge(block_graph, layer) for layer in unstack(config, params["blocks"])]
 
 
 def _attend(

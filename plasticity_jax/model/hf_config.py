@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face folder: read as transformers 4 and 5 write it, written so that both read it."""
+"""config.json of a Hugging Face folder: reads what transformers 4 and 5 write, and writes what both read."""
 
 import json
 import logging
@@ -13,10 +13,10 @@ from plasticity_jax.runs.storage import AnyPath
 
 log = logging.getLogger("plasticity_jax")
 
-# Said about the use of a model and not about its network: carried from a source to what is made of it.
+# Settings of how a model is used, not of its network. They are copied from a source to its exports.
 CARRIED = ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
 
-# Settings that change the network, and the one value of each that the decoder has.
+# Settings that change the network, with the values that the decoder supports.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -32,7 +32,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
 }
 
-# The network's own, and what says nothing about it.
+# Settings that define the network, and settings that do not affect it.
 _READ = {"architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
          "layer_types", *_FIXED, *CARRIED}  # fmt: skip
@@ -59,12 +59,12 @@ _ROPE_SCALING = {
 
 @dataclass(frozen=True)
 class Description:
-    """What a config.json says.
+    """The contents of a config.json.
 
     Attributes:
       model: the network.
       family: its architecture.
-      carried: the settings of CARRIED that it has, as they are.
+      carried: its settings among CARRIED, unchanged.
     """
 
     model: ModelConfig
@@ -76,10 +76,10 @@ def read_description(folder: AnyPath, families: Sequence[Family] = FAMILIES) -> 
     """Reads the config.json of a folder.
 
     Args:
-      families: the architectures that it may be of.
+      families: accepted architectures.
     Raises:
-      UserError: it is missing or no JSON object, the architecture is unknown, a number is missing or not fit, or a setting changes the network in
-        a way that the decoder does not have.
+      UserError: it is missing or not a JSON object, the architecture is unknown, a number is missing or invalid, or a setting changes the network in a
+        way that the decoder does not support.
     """
     path = folder / "config.json"
     tree = read_object(path)
@@ -92,7 +92,7 @@ def read_description(folder: AnyPath, families: Sequence[Family] = FAMILIES) -> 
         raise UserError(f"{path}: layer_types={str(kinds)[:100]} changes the network, and only 'full_attention' is supported; give another model.")
     unknown = sorted(set(tree) - _READ - _SAYS_NOTHING)
     if unknown:
-        log.info("%s: not read, as %s does not: %s", path, family.architecture, ", ".join(unknown))
+        log.info("%s: ignored, as in %s: %s", path, family.architecture, ", ".join(unknown))
     heads, width = _number(path, tree, "num_attention_heads", int), _number(path, tree, "hidden_size", int)
     d_head = _number(path, tree, "head_dim", int, None)
     theta, scaling = _rope(path, tree)
@@ -117,22 +117,22 @@ def read_description(folder: AnyPath, families: Sequence[Family] = FAMILIES) -> 
             f"{path}: hidden_size={width} is not divisible by num_attention_heads={heads}, and head_dim is not given; add head_dim to it."
         )
     if heads % model.n_kv_heads:
-        raise UserError(f"{path}: num_attention_heads={heads} is not divisible by num_key_value_heads={model.n_kv_heads}; bring the file again.")
+        raise UserError(f"{path}: num_attention_heads={heads} is not divisible by num_key_value_heads={model.n_kv_heads}; download the file again.")
     if model.head_dim % 2:
         raise UserError(f"{path}: the head size {model.head_dim} is odd, and rotary positions need an even one; give another model.")
     return Description(model, family, {name: tree[name] for name in CARRIED if name in tree})
 
 
 def read_object(path: AnyPath) -> dict[str, Any]:
-    """A JSON object from a file that others wrote. Raises UserError if there is none."""
+    """A JSON object from a third-party file. Raises UserError if the file is missing or holds something else."""
     if not path.is_file():
         raise UserError(f"{path} is missing; give the folder that save_pretrained wrote, with its {path.name}.")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); bring the file again.") from error
+        raise UserError(f"{path} is not valid JSON ({error}); download the file again.") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path} holds a {type(tree).__name__} where a JSON object is expected; bring the file again.")
+        raise UserError(f"{path} holds a {type(tree).__name__} where a JSON object is expected; download the file again.")
     return tree
 
 
@@ -143,9 +143,7 @@ def _family(path: AnyPath, tree: dict[str, Any], families: Sequence[Family]) -> 
         if family.architecture in named or (not named and tree.get("model_type") == family.model_type):
             return family
     found = named[0] if named else tree.get("model_type")
-    raise UserError(
-        f"{path}: the architecture {found!r} is not known; known are {', '.join(f.architecture for f in families)}: give a model of one of them."
-    )
+    raise UserError(f"{path}: the architecture {found!r} is unknown; give a model of one of {', '.join(f.architecture for f in families)}.")
 
 
 _REQUIRED = object()
@@ -155,22 +153,22 @@ def _number(path: AnyPath, tree: dict[str, Any], name: str, kind: type, default:
     value = tree.get(name)
     if value is None:
         if default is _REQUIRED:
-            raise UserError(f"{path} has no {name}, which is needed; bring the file again, or add it.")
+            raise UserError(f"{path} has no {name}, which is required; download the file again, or add it.")
         return default
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)) or not 0 < value < float("inf"):
-        raise UserError(f"{path}: {name}={value!r} must be a positive {'whole ' if kind is int else ''}number; bring the file again.")
+        raise UserError(f"{path}: {name}={value!r} must be a positive {'whole ' if kind is int else ''}number; download the file again.")
     return kind(value)
 
 
 def _flag(path: AnyPath, tree: dict[str, Any], name: str) -> bool:
     value = tree.get(name, False)
     if not isinstance(value, bool):
-        raise UserError(f"{path}: {name}={value!r} must be true or false; bring the file again.")
+        raise UserError(f"{path}: {name}={value!r} must be true or false; download the file again.")
     return value
 
 
 def _rope(path: AnyPath, tree: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling: transformers 5 has both in rope_parameters, 4 has rope_theta and rope_scaling."""
+    """The base and the scaling. transformers 5 writes both to rope_parameters, 4 writes rope_theta and rope_scaling."""
     theta = _number(path, tree, "rope_theta", float, None)
     found = []
     for key in ("rope_parameters", "rope_scaling"):
@@ -178,14 +176,14 @@ def _rope(path: AnyPath, tree: dict[str, Any]) -> tuple[float, RopeScaling | Non
         if rope is None:
             continue
         if not isinstance(rope, dict):
-            raise UserError(f"{path}: {key}={rope!r} must be an object or null; bring the file again.")
+            raise UserError(f"{path}: {key}={rope!r} must be an object or null; download the file again.")
         own = _number(path, rope, "rope_theta", float, None)
         if own is not None and theta not in (None, own):
-            raise UserError(f"{path}: {key} has rope_theta={own:g} and the file {theta:g}; leave the right one alone.")
+            raise UserError(f"{path}: {key} has rope_theta={own:g} and the file {theta:g}; remove the wrong one.")
         theta = own or theta
         found.append(_scaling(path, key, rope))
     if len(set(found)) > 1:
-        raise UserError(f"{path}: rope_parameters and rope_scaling differ; leave the right one alone.")
+        raise UserError(f"{path}: rope_parameters and rope_scaling differ; remove the wrong one.")
     return 10000.0 if theta is None else theta, found[0] if found else None
 
 
@@ -197,11 +195,11 @@ def _scaling(path: AnyPath, key: str, rope: dict[str, Any]) -> RopeScaling | Non
             f"{path}: {key}.partial_rotary_factor={rope['partial_rotary_factor']!r} changes the network, and only 1 is supported; give another model."
         )
     if kind not in ("default", "llama3"):
-        raise UserError(f"{path}: {key}.rope_type={kind!r} is not supported; supported are default and llama3: give another model.")
+        raise UserError(f"{path}: {key}.rope_type={kind!r} is not supported, only default and llama3; give another model.")
     expected = _ROPE_SCALING if kind == "llama3" else {}
     for name in settings:
         if name not in expected:
-            raise UserError(f"{path}: {key}.{name}={settings[name]!r} is not known with rope_type={kind!r}; remove it if it changes nothing.")
+            raise UserError(f"{path}: {key}.{name}={settings[name]!r} is unknown for rope_type={kind!r}; remove it if it has no effect.")
     if kind == "default":
         return None
     values = {
@@ -218,8 +216,8 @@ def describe(model: ModelConfig, family: Family, dtype: str, carried: dict[str, 
     """A config.json that transformers 4 and 5 read as the same network.
 
     Args:
-      dtype: of most tensors, as torch calls it.
-      carried: values for CARRIED, all of them.
+      dtype: of most tensors, by its name in torch.
+      carried: values for all of CARRIED.
     """
     rope: dict[str, Any] = {"rope_type": "default"}
     if model.rope_scaling is not None:

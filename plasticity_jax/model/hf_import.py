@@ -29,33 +29,32 @@ from plasticity_jax.runs.storage import AnyPath, is_local, joined, remove_tree, 
 
 log = logging.getLogger("plasticity_jax")
 
-# What lies beside the weights and belongs to the tokenizer or to how text is generated; carried as it is.
+# Files beside the weights, of the tokenizer or of text generation; copied unchanged.
 SENTENCEPIECE_FILE = "tokenizer.model"
 COMPANIONS = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", SENTENCEPIECE_FILE,
               "vocab.json", "merges.txt", "generation_config.json")  # fmt: skip
 
-# Old checkpoints hold the rotary frequencies, which follow from config.json.
+# Old checkpoints store the rotary frequencies, which follow from config.json.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 _ROWS_COMPARED = 4096
 
 
 def is_hugging_face(path: AnyPath) -> bool:
-    """Whether a folder holds a model of Hugging Face's form, whole or not, rather than a run."""
+    """Whether a folder holds a Hugging Face model, complete or not, rather than a run."""
     if (path / "config.json").is_file():
         return "run" not in read_object(path / "config.json")
     return path.is_dir() and any(file.suffix in (".safetensors", ".bin", ".pt", ".pth") for file in path.iterdir())
 
 
 def open_folder(folder: AnyPath) -> tuple[Description, Weights]:
-    """What a folder's config.json and the headers of its weights say; no weight is read.
+    """Reads a folder's config.json and the headers of its weights, but no weights.
 
     Raises:
-      UserError: a folder on a store, anything in either that is not supported, or tensors that are not those of the network: missing, surplus, of
-        another shape.
+      UserError: the folder is on an object store, something is not supported, or a tensor is missing, surplus or of the wrong shape.
     """
     if not is_local(folder):
-        raise UserError(f"{folder} is a Hugging Face folder on a store, and weights are read from a disk alone; copy it to one first.")
+        raise UserError(f"{folder} is a Hugging Face folder on a store, and weights are read from a local disk; copy it to one first.")
     description = read_description(folder)
     weights = Weights(folder)
     expected = {part.name: part.shape for part in parts(description.model, description.family)}
@@ -64,18 +63,18 @@ def open_folder(folder: AnyPath) -> tuple[Description, Weights]:
 
 
 def check_tensors(folder: AnyPath, weights: Weights, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
-    """Refuses tensors that are not those of a network.
+    """Checks that the tensors are those of a network.
 
     Args:
-      expected: name → shape of each.
-      tied: the output matrix is the embedding, and may be stored a second time.
+      expected: name → shape.
+      tied: the output matrix is the embedding and may be stored twice.
     Raises:
-      UserError: a tensor is missing, surplus or of another shape.
+      UserError: a tensor is missing, surplus or of the wrong shape.
     """
     missing = [name for name in expected if name not in weights.tensors]
     if missing:
         raise UserError(
-            f"{folder} lacks the tensor {missing[0]} {list(expected[missing[0]])}{_and_more(missing)}; save the model whole, or correct config.json."
+            f"{folder} lacks the tensor {missing[0]} {list(expected[missing[0]])}{_and_more(missing)}; save the complete model, or correct config.json."
         )
     surplus = [name for name in weights.tensors if name not in expected and not _DERIVED.fullmatch(name)]
     if tied and HEAD in surplus:
@@ -97,7 +96,7 @@ def _and_more(names: Sequence[str]) -> str:
 
 
 def _check_tied(folder: AnyPath, weights: Weights) -> None:
-    """Some writers store the tied output matrix a second time; another one than the embedding would be lost."""
+    """Checks that a stored output matrix equals the embedding: some writers store it twice, and a different one would be lost."""
     head, embedding = weights.tensors[HEAD], weights.tensors[EMBEDDING]
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     for start in range(0, head.shape[0] if same else 0, _ROWS_COMPARED):
@@ -110,10 +109,10 @@ def _check_tied(folder: AnyPath, weights: Weights) -> None:
 
 
 def read_params(description: Description, weights: Weights, what: str) -> Params:
-    """The parameters in float32, read tensor by tensor: beside them, one tensor is in memory.
+    """The parameters in float32, read tensor by tensor, so that memory holds at most one tensor besides them.
 
     Args:
-      what: of what the progress is told.
+      what: label of the progress display.
     """
     tree: Params = {}
     by_leaf = itertools.groupby(parts(description.model, description.family), key=lambda part: part.path)
@@ -138,7 +137,7 @@ def _leaf(weights: Weights, of_leaf: list[Part], progress: Progress) -> jax.Arra
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Memory that jax takes over on a CPU instead of copying it, which it does from 64-byte boundaries."""
+    """Memory aligned to 64 bytes, which jax on a CPU uses without a copy."""
     n_bytes = 4 * int(np.prod(shape, dtype=np.int64))
     raw = np.empty(n_bytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -146,7 +145,7 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def read_tokenizer(folder: AnyPath, model: ModelConfig) -> Tokenizer | None:
-    """The tokenizer beside a model, or None where there is none. Raises UserError if it has more tokens than the model."""
+    """The tokenizer beside a model, if there is one. Raises UserError if it has more tokens than the model."""
     if (folder / TOKENIZER_FILE).is_file():
         tokenizer = Tokenizer.load(folder)
     elif (folder / SENTENCEPIECE_FILE).is_file():
@@ -157,7 +156,7 @@ def read_tokenizer(folder: AnyPath, model: ModelConfig) -> Tokenizer | None:
         return None
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens and its model {model.vocab_size}; put the tokenizer there that the model was trained with."
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens and its model {model.vocab_size}; use the tokenizer of the model's training."
         )
     return tokenizer
 
@@ -166,17 +165,17 @@ def read_tokenizer(folder: AnyPath, model: ModelConfig) -> Tokenizer | None:
 
 
 def import_folder(folder: AnyPath, out: AnyPath) -> None:
-    """Makes `out` a finished run of stage "import" that belongs to no study; one that was cut off is done again, a finished one is left as it is.
+    """Makes `out` a finished run of stage "import" outside of any study. Repeats an interrupted import and keeps a finished one.
 
     Args:
-      out: is missing, an empty folder, or an import of the same files.
+      out: a missing or empty folder, or an import of the same files.
     Raises:
-      UserError: `out` holds something else, or as `import_run` and `import_model`.
+      UserError: `out` holds something else, or as `import_run` and `import_model` raise.
     """
     if not folder.is_dir():
         raise UserError(f"--hf={folder}: no such directory; give the folder that save_pretrained wrote.")
     if (folder / "config.json").is_file() and not is_hugging_face(folder):
-        raise UserError(f"--hf={folder} is the directory of a run; give it to --model or --base as it is.")
+        raise UserError(f"--hf={folder} is the directory of a run; give it to --model or --base directly.")
     earlier = None
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         with contextlib.suppress(UserError, OSError, KeyError, TypeError):
@@ -187,20 +186,20 @@ def import_folder(folder: AnyPath, out: AnyPath) -> None:
     if earlier is not None and earlier.id != run.id:
         raise UserError(f"--out={out} is an import of other files, {earlier.id.removeprefix('import/')}; give another, or remove it.")
     if RunDirectory(out).done:
-        log.info("%s is this import already", out)
+        log.info("%s already holds this import", out)
     else:
         import_model(folder, out, run, config)
 
 
 def import_run(folder: AnyPath, config: StudyConfig) -> tuple[Run, StudyConfig]:
-    """The run that an import of a folder is: named after the folder, defined by the bytes of its files.
+    """The run that imports a folder: named after the folder, defined by the bytes of its files.
 
     Args:
-      config: of the study that the run belongs to; the folder's network takes the place of its own.
+      config: of the run's study; the folder's network replaces its own.
     Returns:
       The run and its config.
     Raises:
-      UserError: as `open_folder`, and a tokenizer that does not fit.
+      UserError: as `open_folder` raises, or the tokenizer does not match the model.
     """
     description, weights = open_folder(folder)
     read_tokenizer(folder, description.model)
@@ -213,7 +212,7 @@ def import_run(folder: AnyPath, config: StudyConfig) -> tuple[Run, StudyConfig]:
 
 
 def with_network(config: StudyConfig, model: ModelConfig) -> StudyConfig:
-    """A study's config for runs on an imported model. Its corpus, and the tokenizer named for it, are not this model's."""
+    """A study's config for runs on an imported model, without the tokenizer of the study's corpus."""
     return replace(config, model=model, data=replace(config.data, tokenizer=DataConfig().tokenizer))
 
 
@@ -221,7 +220,7 @@ def file_hashes(files: Sequence[AnyPath], what: str) -> dict[str, str]:
     """Name → sha256 of each file.
 
     Args:
-      what: of what the progress is told.
+      what: label of the progress display.
     """
     with Progress(f"hash {what}", total=sum(file.stat().st_size for file in files), unit="bytes") as progress:
         return {file.name: _sha256(file, progress) for file in files}
@@ -237,13 +236,13 @@ def _sha256(path: AnyPath, progress: Progress) -> str:
 
 
 def import_model(folder: AnyPath, target: AnyPath, run: Run, config: StudyConfig) -> None:
-    """Makes `target` the finished directory of an import run, as `import_run` described it; one that was cut off is done again.
+    """Makes `target` the finished directory of an import run from `import_run`. Repeats an interrupted import.
 
-    Its results.json holds `parameters` (their number), `architecture`, `dtype` (of most of the source's tensors), `other_dtypes` (tensor name →
-    type of the rest) and `carried` (settings of the source's config.json that are not the network's).
+    Its results.json has `parameters` (their number), `architecture`, `dtype` (of most of the source's tensors), `other_dtypes` (tensor name → dtype of
+    the others) and `carried` (settings of the source's config.json that are not the network's).
 
     Raises:
-      UserError: the folder changed meanwhile so that it no longer fits, or another process works on the same run.
+      UserError: the folder has changed and is no longer valid, or another process works on the same run.
     """
     with RunDirectory(target).work(run, config) as directory:
         description, weights = open_folder(folder)
@@ -278,7 +277,7 @@ def import_model(folder: AnyPath, target: AnyPath, run: Run, config: StudyConfig
 
 
 def imported_from(directory: RunDirectory) -> dict[str, Any] | None:
-    """The results of the import that a run's model comes from, itself or through fine-tuning; None where it was made here or the import is gone."""
+    """The results of the import from which a run's model comes, directly or through fine-tuning; None if there is none or it is gone."""
     while directory.run().stage == "finetune":
         base = read_json(directory.path / "provenance.json").get("parent_paths", {}).get("base")
         if base is None or not (joined(directory.path, base) / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""Which Hugging Face tensor is which parameter: one table for each family, the same for both directions."""
+"""Which Hugging Face tensor is which parameter: one table per family, for both directions."""
 
 import math
 from dataclasses import dataclass
@@ -41,12 +41,12 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Family:
-    """A Hugging Face architecture that the decoder can be.
+    """A Hugging Face architecture that the decoder implements.
 
     Attributes:
       architecture, model_type: its names in config.json.
-      norm_position, qk_norm: the fields of ModelConfig that make it.
-      norm_eps: what config.json means where it does not say.
+      norm_position, qk_norm: its fields of ModelConfig.
+      norm_eps: the default if config.json does not give it.
       names: rows (parameter path, tensor name, transposed).
     """
 
@@ -66,12 +66,12 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Part:
-    """One Hugging Face tensor and the place of its numbers in the parameters.
+    """One Hugging Face tensor and its place in the parameters.
 
     Attributes:
       name, shape: of the tensor.
       path: of the parameter.
-      layer: the index on the parameter's first axis; None where the tensor is the whole parameter.
+      layer: index on the parameter's first axis; None if the tensor is the whole parameter.
       transposed: the tensor is [out, in] and the parameter [in, out].
     """
 
@@ -87,7 +87,7 @@ class Part:
 
 
 def family_of(config: ModelConfig) -> Family | None:
-    """The family that a network belongs to; None where Hugging Face has none with this combination of norms."""
+    """The family of a network; None if Hugging Face has none with this combination of norms."""
     found = [f for f in FAMILIES if (f.norm_position, f.qk_norm) == (config.norm_position, config.qk_norm)]
     return found[0] if found else None
 

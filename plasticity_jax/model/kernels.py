@@ -1,7 +1,7 @@
 """Fused attention: which kernel runs where, and the kernels behind one signature.
 
-"xla" is `attention.attend`, which holds every head's scores of all pairs of tokens; "cudnn" (NVIDIA) and "splash" (TPU) never do. With segment
-ids cuDNN still holds a mask [B, 1, T, T] in 16 bits, one for all heads.
+"xla" is `attention.attend`, which materializes the scores of every head; "cudnn" (NVIDIA) and "splash" (TPU) do not. With segment ids, cuDNN still
+materializes a 16-bit mask [B, 1, T, T] shared by all heads.
 """
 
 import functools
@@ -20,9 +20,9 @@ from plasticity_jax.errors import UserError
 KERNELS = ("xla", "cudnn", "splash")
 
 AMPERE, HOPPER = (8, 0), (9, 0)  # compute capabilities of NVIDIA GPUs
-LANES = 128  # tokens that a TPU works on side by side: splash's blocks are multiples of it
+LANES = 128  # width of a TPU's vector unit; splash's blocks are multiples of it
 LARGEST_BLOCK = 512  # tokens; a block of scores in float32 is then 1 MiB of the TPU's 16 MiB of fast memory
-SPLASH_HEAD_DIM = 256  # the largest that was compiled
+SPLASH_HEAD_DIM = 256  # the largest that has been compiled
 
 
 def choose_kernel(name: str, *, platform: str, head_dim: int, compute_dtype: str, seq_len: int | None = None) -> str:
@@ -31,13 +31,13 @@ def choose_kernel(name: str, *, platform: str, head_dim: int, compute_dtype: str
     "auto" is splash on a TPU, if its blocks divide the sequences; cuDNN's on an NVIDIA GPU that has it, in 16-bit formats; else "xla".
 
     Args:
-      name: "auto", or a kernel that has to run.
+      name: "auto" or a kernel.
       platform: "cpu", "gpu" (or "cuda") or "tpu".
       head_dim: features per head.
       compute_dtype: "float32", "bfloat16" or "float16", of queries, keys and values.
-      seq_len: tokens per sequence; None if it varies. The kernels take every length, but splash computes those up to the next multiple of 128.
+      seq_len: tokens per sequence; None if it varies. The kernels take every length, but splash pads to the next multiple of 128.
     Raises:
-      UserError: a kernel asked for by name that cannot run there.
+      UserError: the named kernel cannot run there.
     """
     refusals = {
         "xla": None,
@@ -71,7 +71,7 @@ def _cudnn_refusal(platform: str, head_dim: int, compute_dtype: str) -> str | No
 
 
 def _compute_capability() -> str | None:
-    """Of the first GPU here, such as "9.0" (AMD's begin with "gfx"); None where there is none, as when compiling for another machine."""
+    """Compute capability of the first local GPU, such as "9.0" (AMD's begin with "gfx"); None without a GPU."""
     try:
         return str(jax.local_devices(backend="gpu")[0].compute_capability)
     except RuntimeError:
@@ -103,11 +103,11 @@ def kernel_attention(
 
     Args:
       kernel: "cudnn" or "splash".
-      segment_ids_BxT: when given, a token reads within its own id only.
+      segment_ids_BxT: if given, a token attends only within its own id.
       mesh: where the arrays are sharded, rows over data and fsdp and heads over tensor; None for one device.
-      interpret: run splash without a TPU, as plain operations (slowly).
+      interpret: run splash without a TPU, as plain operations (slow).
     Returns:
-      The output, in the type of q.
+      The output, in q's dtype.
     """
     attend = _cudnn if kernel == "cudnn" else functools.partial(_splash, interpret=interpret)
     if mesh is None or mesh.size == 1:
@@ -116,7 +116,7 @@ def kernel_attention(
 
 
 def _sharded(attend: Callable, mesh: Mesh, q: Array, k: Array, v: Array, segments: Array | None) -> Array:
-    """`attend` on every device's own rows and heads. The compiler cannot look into a kernel, so it cannot split one by itself."""
+    """`attend` on every device's own rows and heads, because the compiler cannot partition a kernel."""
     n_heads, n_kv_heads = q.shape[2], k.shape[2]
     tensor = mesh.shape["tensor"]
     rows = ("data", "fsdp") if q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
@@ -130,20 +130,20 @@ def _sharded(attend: Callable, mesh: Mesh, q: Array, k: Array, v: Array, segment
             k, v = jnp.take(k, index, axis=2), jnp.take(v, index, axis=2)
         return attend(q, k, v, segments)
 
-    # A kernel does not say over which axes its output varies, so that is not checked.
+    # A kernel does not declare over which axes its output varies, so this is not checked.
     specs = (of_q, of_kv, of_kv, PartitionSpec(rows, None))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=of_q, check_vma=False)(q, k, v, segments)
 
 
 def _kv_heads_of_shard(n_heads: int, n_kv_heads: int, shards: int, shard: Array) -> Array:
-    """The key-value heads that a shard's query heads read, each for the same number of query heads, in their order."""
+    """The key-value heads of a shard's query heads, in order, each for the same number of query heads."""
     local, group = n_heads // shards, n_heads // n_kv_heads
-    run = math.gcd(local, group)  # query heads side by side that read one key-value head, in every shard
+    run = math.gcd(local, group)  # adjacent query heads of a shard with the same key-value head
     return (shard * local + run * jnp.arange(local // run)) // group
 
 
 def _pad(x: Array, multiple: int) -> Array:
-    """Zeros after the last token, up to a multiple. No token before them reads them, so under a causal mask they change nothing."""
+    """Pads with zeros at the end, up to a multiple. Under a causal mask no earlier token attends to them, so they change nothing."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
 
 
@@ -162,7 +162,7 @@ def _splash(q: Array, k: Array, v: Array, segments: Array | None, *, interpret: 
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    # Made anew in every trace, because it holds arrays of that trace.
+    # Created in every trace, because it holds arrays of that trace.
     attend = splash.make_splash_mha_single_device(MultiHeadMask([_causal_mask(padded)] * n_heads), block_sizes=sizes, interpret=interpret)
     if segments is None:
         out = jax.vmap(attend)(q, k, v)
@@ -174,7 +174,7 @@ def _splash(q: Array, k: Array, v: Array, segments: Array | None, *, interpret: 
 
 @functools.lru_cache(maxsize=32)
 def _causal_mask(length: int) -> Any:
-    """One object for all layers: the kernel is compiled once per mask object."""
+    """One object for all layers, because the kernel is compiled once per mask object."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import CausalMask
 
     return CausalMask((length, length))
@@ -185,23 +185,23 @@ def _causal_mask(length: int) -> Any:
 
 def _cudnn(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
     length = q.shape[1]
-    q, k, v = (_pad(x, 2) for x in (q, k, v))  # its backward pass takes even lengths only
+    q, k, v = (_pad(x, 2) for x in (q, k, v))  # its backward pass supports even lengths only
     if segments is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")[:, :length]
     return _cudnn_within_segments(q, k, v, _pad(segments, 2))[:, :length]
 
 
 def _merge_mapped_axis(function: Callable) -> Callable:
-    """`function` of arrays that lead with a batch axis, under `jax.vmap` with the mapped axis merged into the batch.
+    """A function of arrays with a leading batch axis; under `jax.vmap`, the mapped axis is merged into the batch.
 
-    jax's own rule for cuDNN under vmap fails where a mask has one head or is not mapped as the queries are.
+    jax's own vmap rule for cuDNN fails if a mask has one head or is not mapped as the queries are.
     """
     merged = jax.custom_batching.custom_vmap(function)
 
     @merged.def_vmap
     def rule(size: int, mapped: list[bool], *arrays: Array) -> tuple[Any, Any]:
-        arrays = [x if is_mapped else jnp.broadcast_to(x, (size, *x.shape)) for x, is_mapped in zip(arrays, mapped)]
-        out = merged(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
+        stacked = [x if is_mapped else jnp.broadcast_to(x, (size, *x.shape)) for x, is_mapped in zip(arrays, mapped)]
+        out = merged(*(x.reshape(-1, *x.shape[2:]) for x in stacked))
         return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out), jax.tree.map(lambda _: True, out)
 
     return merged
@@ -219,7 +219,7 @@ def _masked_gradients(q: Array, k: Array, v: Array, segments: Array, out_gradien
 _merged_masked, _merged_masked_gradients = _merge_mapped_axis(_masked), _merge_mapped_axis(_masked_gradients)
 
 
-# jax cannot differentiate through a rule for vmap, so the two passes are given one by one; the second computes the first again.
+# jax cannot differentiate through a custom vmap rule, so both passes are given; the backward pass recomputes the forward pass.
 @jax.custom_vjp
 def _cudnn_within_segments(q: Array, k: Array, v: Array, segments: Array) -> Array:
     return _merged_masked(q, k, v, segments)

@@ -1,4 +1,4 @@
-"""The parts of a block that know nothing of time: linear maps, the embedding, RMSNorm, the SwiGLU MLP."""
+"""Layers that act on each token separately: linear maps, the embedding, RMSNorm, the SwiGLU MLP."""
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,18 @@ Initializer = nnx.Initializer  # (key, shape, dtype) → array
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype of norms, softmax, and sums: float32 for narrower types. float64 stays, so that the whole program can run as its own reference."""
+    """The dtype of norms, softmax and sums: float32 for narrower dtypes. float64 stays, so that the program can run as its own reference."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def project(
     x: Float[Array, "*batch d_in"], kernel: Float[Array, "d_in d_out"], dtype: DTypeLike, out_dtype: DTypeLike | None = None
 ) -> Float[Array, "*batch d_out"]:
-    """The product x · kernel in `dtype`; with `out_dtype`, accumulated and returned in that type."""
+    """The matmul x · kernel in `dtype`; with `out_dtype`, accumulated and returned in that dtype."""
     # Two-dimensional operands: contracting batch and time at once, as the weight gradient would, is slow on CPUs.
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    product = jnp.matmul(rows, kernel.astype(dtype), preferred_element_type=out_dtype or dtype)
-    return product.reshape(*x.shape[:-1], kernel.shape[-1])
+    out = jnp.matmul(rows, kernel.astype(dtype), preferred_element_type=out_dtype or dtype)
+    return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Linear(nnx.Module):
@@ -47,7 +47,7 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · scale, computed in at least float32, returned in the input's type."""
+    """x / rms(x) · scale, computed in at least float32, returned in the input's dtype."""
 
     def __init__(self, width: int, eps: float):
         self.eps = eps
@@ -68,6 +68,6 @@ class MLP(nnx.Module):
         self.down = Linear(config.d_ff, config.d_model, out_init, rngs)
 
     def __call__(self, x_BxTxD: Float[Array, "B T D"], dtype: DTypeLike) -> tuple[Float[Array, "B T D"], Float[Array, "B T F"]]:
-        """Returns the output and the activation that enters the down projection."""
+        """Returns the output and the input of the down projection."""
         act_BxTxF = jax.nn.silu(self.gate(x_BxTxD, dtype)) * self.up(x_BxTxD, dtype)
         return self.down(act_BxTxF, dtype), act_BxTxF

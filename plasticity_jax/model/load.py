@@ -28,9 +28,9 @@ class LoadedModel:
     """A model read from a run or a Hugging Face folder; never written back.
 
     Attributes:
-      config: the network's shape.
+      config: the model's shape.
       params: its parameters, float32.
-      tokenizer: the tokenizer beside it, or None where there is none.
+      tokenizer: its tokenizer, if there is one.
       path: the directory.
       run: the run that made it; None for a Hugging Face folder.
     """
@@ -54,7 +54,7 @@ class LoadedModel:
         Args:
           tokens, segment_ids, positions: integers [B, T], as arrays or nested lists of equal lengths.
         Raises:
-          ValueError: another rank, a token outside the vocabulary, no integers, an unknown capture.
+          ValueError: wrong rank, a token outside the vocabulary, non-integers, or an unknown capture.
         """
         tokens_BxT = _integers("tokens", tokens, None)
         outside = tokens_BxT[(tokens_BxT < 0) | (tokens_BxT >= self.config.vocab_size)]
@@ -80,9 +80,9 @@ def _integers(name: str, values: Any, shape: tuple[int, ...] | None) -> np.ndarr
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{name} has shape {list(array.shape)}; it must be a non-empty [B, T], such as tokens[None] for one sequence.")
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} is of type {array.dtype}; it must hold integers.")
+        raise ValueError(f"{name} has dtype {array.dtype}; it must hold integers.")
     if shape is not None and array.shape != shape:
-        raise ValueError(f"{name} has shape {list(array.shape)}; it must be that of tokens, {list(shape)}.")
+        raise ValueError(f"{name} has shape {list(array.shape)}; it must have the shape of tokens, {list(shape)}.")
     return array.astype(np.int32)
 
 
@@ -90,7 +90,7 @@ def load_model(path: str | AnyPath) -> LoadedModel:
     """Opens a Hugging Face folder, or the directory of a finished init, import, pretrain or finetune run and reads its last checkpoint.
 
     Raises:
-      UserError: no finished run of such a stage, a damaged checkpoint, or a folder that cannot be imported.
+      UserError: not a finished run of such a stage, a damaged checkpoint, or a folder that cannot be imported.
     """
     path = location(path)
     if is_hugging_face(path):
@@ -103,7 +103,7 @@ def load_model(path: str | AnyPath) -> LoadedModel:
 
 
 def open_model_run(path: AnyPath) -> RunDirectory:
-    """The directory of a finished run that holds a model. Raises UserError if it is none."""
+    """The directory of a finished run that holds a model. Raises UserError for any other path."""
     directory = open_run(path)
     stage = directory.run().stage
     if stage not in MODEL_STAGES:

@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token, as sums with counts, so that accumulation and padding change nothing."""
+"""Cross-entropy of the next token, as sums and counts, so that gradient accumulation and padding change nothing."""
 
 import math
 
@@ -11,12 +11,12 @@ from jaxtyping import Array, Bool, Float, Int
 from plasticity_jax.model.layers import at_least_float32, project
 from plasticity_jax.parallel.sharding import ROWS, constrain
 
-LOGIT_BYTES = 256 << 20  # a share of any accelerator's memory that nothing else misses
+LOGIT_BYTES = 256 << 20  # a small fraction of any accelerator's memory
 
 
 @jax.custom_vjp
 def token_losses(logits_BxTxV: Float[Array, "*batch V"], targets_BxT: Int[Array, "*batch"]) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-    """Cross-entropy of every target in nats, and the log of the softmax's normaliser; at least float32, of the shape of the targets."""
+    """Cross-entropy of every target in nats, and the log of the softmax's normalizer; at least float32, in the shape of the targets."""
     return _forward(logits_BxTxV, targets_BxT)[0]
 
 
@@ -28,7 +28,7 @@ def _forward(logits_BxTxV, targets_BxT):
 
 
 def _backward(saved, cotangents_BxT):
-    # One fused pass over the logits. The automatic gradient scatters into a second array of their size, which is slow on CPUs.
+    # One fused pass over the logits. Autodiff would scatter into a second array of their size, which is slow on CPUs.
     logits_BxTxV, log_sum_BxT, targets_BxT = saved
     of_loss_BxT, of_log_sum_BxT = cotangents_BxT
     is_target_BxTxV = jax.lax.broadcasted_iota(jnp.int32, logits_BxTxV.shape, logits_BxTxV.ndim - 1) == targets_BxT[..., None]
@@ -40,7 +40,7 @@ token_losses.defvjp(_forward, _backward)
 
 
 def chunks_that_fit(chunks: int, *, rows: int, seq_len: int, vocab_size: int) -> int:
-    """`chunks` as it is, or for 0 the smallest divisor of `seq_len` that leaves at most LOGIT_BYTES of float32 logits at a time.
+    """`chunks` itself, or for 0 the smallest divisor of `seq_len` with at most LOGIT_BYTES of float32 logits per chunk.
 
     Args:
       rows, vocab_size: of the logits, on one device.
@@ -63,11 +63,11 @@ def vocabulary_losses(
     """`token_losses` of the logits x · kernel.
 
     Args:
-      x_BxTxD: normed states.
-      compute_dtype: of the product; its sums, and the losses, are at least float32.
-      chunks: parts of the T tokens; only one part's logits exist at a time, forward and backward, so that [B, T, V] is never held. Lowered to its
-        greatest common divisor with T.
-      mesh: where the arrays are sharded; the logits lie with their rows and, over tensor, their vocabulary split. None for one device.
+      x_BxTxD: normalized states.
+      compute_dtype: dtype of the matmul's inputs; its accumulation and the losses are at least float32.
+      chunks: parts into which the T tokens are split. Only one part's logits exist at a time, forward and backward, so [B, T, V] is
+        never materialized. Lowered to its greatest common divisor with T.
+      mesh: where the arrays are sharded; rows of the logits are sharded, and their vocabulary over the tensor axis. None for one device.
     """
     chunks = math.gcd(chunks, targets_BxT.shape[1])
 
@@ -79,16 +79,17 @@ def vocabulary_losses(
         return losses(x_BxTxD, targets_BxT)
     parts = [jnp.stack(jnp.split(array, chunks, axis=1)) for array in (x_BxTxD, targets_BxT)]  # [chunks, B, T/chunks, ...]: rows stay where they are
     of_parts = jax.lax.map(jax.checkpoint(lambda part: losses(*part), prevent_cse=False), tuple(parts))
-    return tuple(jnp.concatenate(list(part), axis=1) for part in of_parts)
+    losses_BxT, log_sums_BxT = (jnp.concatenate(list(part), axis=1) for part in of_parts)
+    return losses_BxT, log_sums_BxT
 
 
 def masked_sum(
     losses_BxT: Float[Array, "*batch"], loss_mask_BxT: Bool[Array, "*batch"] | Int[Array, "*batch"] | Float[Array, "*batch"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of the losses of the counted targets, in nats, and their number; both scalars.
+    """Sum of the losses where the mask is 1, in nats, and the number of these targets; both scalars.
 
     Args:
-      loss_mask_BxT: 1 where the target counts, else 0.
+      loss_mask_BxT: 1 if the target counts, else 0.
     """
     mask_BxT = loss_mask_BxT.astype(jnp.float32)
     return jnp.sum(losses_BxT * mask_BxT), jnp.sum(mask_BxT)

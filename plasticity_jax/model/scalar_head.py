@@ -1,11 +1,10 @@
-"""A decoder that gives a text one number: a linear map of the last token's normed state, in the place of the logits.
+"""A decoder with a scalar head: a score per text, as a linear map of the last token's normalized state.
 
-Its parameters are the decoder's, of a config whose embeddings are tied so that there is no output matrix, and the head [D], without bias.
+Its parameters are those of a decoder without an output matrix (tied embeddings) and the head [D], without bias.
 """
 
-import collections
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from plasticity_jax.config import ModelConfig, StudyConfig
+from plasticity_jax.data.batching import keep_in_flight, padded_batches
+from plasticity_jax.data.batching import length_buckets as length_buckets
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.hf_import import read_tokenizer
@@ -31,17 +32,14 @@ from plasticity_jax.progress import Progress
 from plasticity_jax.runs.directory import open_run
 from plasticity_jax.runs.storage import AnyPath
 
-SHORTEST_BUCKET = 64  # tokens
-IN_FLIGHT = 2  # batches at once: while one is read, the device works on the next
-
 
 @dataclass(frozen=True)
 class ScalarModel:
     """A decoder with a scalar head.
 
     Attributes:
-      config: the network's, as `without_output` makes it.
-      params: the decoder's parameters, and the head: {"decoder": tree, "head": [D]}.
+      config: the decoder's, from `without_output`.
+      params: the decoder's parameters and the head: {"decoder": tree, "head": [D]}.
     """
 
     config: ModelConfig
@@ -50,13 +48,13 @@ class ScalarModel:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a forward pass is carried out; changes speed and rounding only, apart from the type.
+    """How to run a forward pass. Besides `compute_dtype`, it changes speed and rounding only.
 
     Attributes:
-      compute_dtype: of the products: "float32" or "bfloat16".
+      compute_dtype: dtype of the matmuls, "float32" or "bfloat16".
       attention: one of `kernels.KERNELS`.
       scan_layers: as in `transformer.hidden_states`.
-      mesh: where parameters and rows lie; None for one device.
+      mesh: where parameters and rows are sharded; None for one device.
     """
 
     compute_dtype: str
@@ -66,7 +64,7 @@ class Execution:
 
 
 def execution_of(config: StudyConfig, model: ModelConfig) -> Execution:
-    """How a study's config carries out the forward passes of a model, on all devices. Raises UserError as `make_mesh` and `choose_kernel`."""
+    """How a study runs the forward passes of a model, on all devices. Raises UserError as `make_mesh` and `choose_kernel` do."""
     mesh, dtype = make_mesh(config.mesh), config.train.compute_dtype
     attention = choose_kernel(config.train.attention, platform=mesh.devices.flat[0].platform, head_dim=model.head_dim, compute_dtype=dtype)
     return Execution(dtype, attention, config.train.scan_layers, mesh if mesh.size > 1 else None)
@@ -78,7 +76,7 @@ def without_output(config: ModelConfig) -> ModelConfig:
 
 
 def with_head(config: ModelConfig, params: Params, head_D: Float[Array | np.ndarray, " D"]) -> ScalarModel:
-    """A language model's decoder under a scalar head; its output matrix, if it has one, is left out."""
+    """A language model's decoder with a scalar head instead of its output matrix."""
     return ScalarModel(without_output(config), {"decoder": {name: part for name, part in params.items() if name != "head"}, "head": head_D})
 
 
@@ -88,7 +86,7 @@ def abstract_scalar_params(config: ModelConfig) -> Params:
 
 
 def scalar_shardings(mesh: Mesh, config: ModelConfig) -> Params:
-    """Where `ScalarModel.params` lie for training: the decoder as any decoder, the head whole on every device."""
+    """Shardings of `ScalarModel.params` for training: the decoder's as always, the head replicated."""
     return {"decoder": param_shardings(mesh, abstract_params(config)), "head": NamedSharding(mesh, PartitionSpec())}
 
 
@@ -101,13 +99,13 @@ def scores(
     compute_dtype: DTypeLike,
     **options: Any,
 ) -> Float[Array, " B"]:
-    """The score of every row, float32: the head times the final-normed state of the row's last token.
+    """The score of every row, float32: the dot product of the head and the final normalized state of the row's last token.
 
     Args:
       config, params: of a `ScalarModel`.
-      tokens_BxT: rows padded at their end, where no token that counts reads.
-      lengths_B: tokens of each row; an empty row is read at its first place.
-      compute_dtype, options: those of `transformer.hidden_states`. The head's product is float32.
+      tokens_BxT: rows padded on the right.
+      lengths_B: tokens of each row; an empty row is read at its first position.
+      compute_dtype, options: those of `transformer.hidden_states`. The head is applied in float32.
     """
     x_BxTxD, _ = hidden_states(config, params["decoder"], tokens_BxT, compute_dtype=compute_dtype, **options)
     last_Bx1x1 = jnp.maximum(jnp.asarray(lengths_B) - 1, 0)[:, None, None]
@@ -115,67 +113,37 @@ def scores(
     return jnp.einsum("bd,d->b", last_BxD, params["head"], precision=jax.lax.Precision.HIGHEST)
 
 
-def length_buckets(max_length: int, first: Sequence[int] = (SHORTEST_BUCKET,)) -> tuple[int, ...]:
-    """Lengths to pad rows to, in tokens: `first`, then twice the last again and again; none above `max_length`, which is the last."""
-    buckets = [length for length in first if length < max_length]
-    while buckets and 2 * buckets[-1] < max_length:
-        buckets.append(2 * buckets[-1])
-    return (*buckets, max_length)
-
-
-def padded(rows: Sequence[Sequence[int]], *, length: int, batch_size: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
-    """int32 tokens [batch_size, length] and lengths [batch_size]: the rows padded at their end, and empty rows after them."""
-    tokens, lengths = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)
-    for place, row in enumerate(rows):
-        tokens[place, : len(row)], lengths[place] = row, len(row)
-    return tokens, lengths
-
-
 def score_rows(
     model: ScalarModel, rows: Sequence[Sequence[int]], *, buckets: Sequence[int], batch_size: int, execution: Execution, what: str
 ) -> Float[np.ndarray, " rows"]:
-    """float32 scores of rows of tokens, in batches of like length and fixed shape, so that a bucket compiles once.
+    """float32 scores of rows of tokens, computed in batches of a few fixed shapes.
 
     Args:
       rows: token ids, at least one and at most the last bucket's length each.
       buckets: lengths to pad to, ascending.
-      batch_size: rows at once; raised to a multiple of what the mesh cuts rows into.
-      what: name of the wait in the progress display.
+      batch_size: rows per batch; rounded up to a multiple of the mesh's row shards.
+      what: label of the progress display.
     Returns:
       The scores, on every process.
     Raises:
-      ValueError: a row that is empty or too long.
+      ValueError: a row is empty or too long.
     """
-    lengths = np.array([len(row) for row in rows], np.int64)
-    if lengths.size and not 1 <= lengths.min() <= lengths.max() <= buckets[-1]:
-        raise ValueError(f"rows have {lengths.min()} to {lengths.max()} tokens; each must have 1 to {buckets[-1]}.")
     mesh, shards = execution.mesh, 1 if execution.mesh is None else row_shards(execution.mesh)
     batch_size = -(-batch_size // shards) * shards
     params, forward = model.params, _compiled_scores(model.config, execution)
     if mesh is not None:
         whole = NamedSharding(mesh, PartitionSpec())
         params = {"decoder": arrays.put(params["decoder"], inference_shardings(mesh, params["decoder"])), "head": arrays.put(params["head"], whole)}
+
+    def dispatched() -> Iterator[tuple[list[int], Array]]:
+        for indices, *batch in padded_batches(rows, buckets=buckets, batch_size=batch_size):
+            yield indices, forward(params, *(batch if mesh is None else (arrays.put(x, batch_sharding(mesh)) for x in batch)))
+
     found = np.zeros(len(rows), np.float32)
-    waiting: collections.deque[tuple[np.ndarray, Array]] = collections.deque()
     with Progress(what, total=len(rows), unit="texts") as progress:
-
-        def collect() -> None:
-            indices, of_batch = waiting.popleft()
-            found[indices] = arrays.to_host(of_batch)[: len(indices)]
+        for indices, scores_B in keep_in_flight(dispatched()):
+            found[indices] = arrays.to_host(scores_B)[: len(indices)]
             progress.update(len(indices))
-
-        bucket_of_row = np.searchsorted(buckets, lengths)
-        for bucket, length in enumerate(buckets):
-            of_bucket = np.flatnonzero(bucket_of_row == bucket)
-            for start in range(0, len(of_bucket), batch_size):
-                indices = of_bucket[start : start + batch_size]
-                batch = padded([rows[i] for i in indices], length=length, batch_size=batch_size)
-                batch = batch if mesh is None else arrays.put(batch, (batch_sharding(mesh), batch_sharding(mesh)))
-                waiting.append((indices, forward(params, *batch)))
-                if len(waiting) == IN_FLIGHT:
-                    collect()
-        while waiting:
-            collect()
     return found
 
 
@@ -189,13 +157,13 @@ def _compiled_scores(config: ModelConfig, execution: Execution):
 
 
 def encode_answers(tokenizer: Tokenizer, prompts: Sequence[str], texts: Sequence[str], *, max_length: int, bos: bool) -> tuple[list[list[int]], int]:
-    """What a verifier reads: prompt, completion, end of text; and how many of these rows lost their beginning.
+    """Inputs of a verifier (prompt, completion, end of text), and the number of rows that lost their beginning.
 
-    The two are tokenised apart, as in fine-tuning and generation.
+    Prompt and completion are tokenized separately, as in fine-tuning and generation.
 
     Args:
-      max_length: tokens per row; of longer ones the beginning is lost.
-      bos: begin with the beginning of text, if the tokenizer has one.
+      max_length: tokens per row; longer rows lose their beginning.
+      bos: put the beginning-of-text token first, if the tokenizer has one.
     """
     begin = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
     pairs = zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(texts), strict=True)
@@ -207,12 +175,12 @@ def load_verifier(path: AnyPath) -> tuple[ScalarModel, Tokenizer]:
     """The model of a finished verifier run, and its tokenizer.
 
     Raises:
-      UserError: another kind of run, one that diverged or is not finished, a damaged checkpoint, or no tokenizer.
+      UserError: the run is of another stage, diverged or is not finished, its checkpoint is damaged, or it has no tokenizer.
     """
     directory = open_run(path)
     stage = directory.run().stage
     if stage != "verifier":
-        raise UserError(f"{path} is a run of stage {stage}, which holds no outcome verifier; give one of stage verifier.")
+        raise UserError(f"{path} is a run of stage {stage}, not of stage verifier; give a verifier run.")
     state, why = directory.state()
     if state == "diverged":
         raise UserError(f"{path} diverged ({why}), so it gives no rewards; lower verifier.peak_lr, or set another reward.scorer.")
@@ -221,5 +189,5 @@ def load_verifier(path: AnyPath) -> tuple[ScalarModel, Tokenizer]:
         params = checkpoints.restore_params(checkpoints.latest(), abstract_scalar_params(config))
     tokenizer = read_tokenizer(path, config)
     if tokenizer is None:
-        raise UserError(f"{path} holds no tokenizer.json, so no text can be given to its model; put its tokenizer there.")
+        raise UserError(f"{path} has no tokenizer.json, so its model cannot read text; put its tokenizer there.")
     return ScalarModel(config, params), tokenizer

@@ -1,4 +1,4 @@
-"""The decoder: its parameters, and the one pure function that everything else transforms.
+"""The decoder: its parameters, and the pure function that everything else transforms.
 
 Parameters are a nested dict of float32 arrays in which the layers are stacked on axis 0 (L layers, D features, H query and K key-value
 heads of Dh features, F hidden features, V tokens):
@@ -27,13 +27,14 @@ from jaxtyping import Array, Float, Int
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.model.attention import Attention, Rope, attend, attention_mask, rope_tables
 from plasticity_jax.model.layers import MLP, Embedding, Initializer, Linear, RMSNorm, at_least_float32, project
+from plasticity_jax.model.param_count import count_params as count_params
 from plasticity_jax.parallel.sharding import GATHERED, ROWS, constrain, gather
 
 CAPTURES = ("embed", "block_out", "final_norm", "mlp_act", "attn_probs")
 
-# What the backward pass keeps of a block instead of computing it again; no policy at all keeps everything.
+# What the backward pass keeps of a block instead of recomputing it; without a policy it keeps everything.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the projections; attention's products have batch dimensions
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the projections; attention's matmuls have batch dimensions
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 _GATHER_AGAIN = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
@@ -42,7 +43,7 @@ Params = dict[str, Any]
 
 
 class Block(nnx.Module):
-    """x + attention, then x + MLP; each normed where it reads from x ("pre") or before it is added to x ("post")."""
+    """x + attention, then x + MLP; each normalizes its input ("pre") or its output ("post")."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         init, out_init = _initializers(config)
@@ -55,13 +56,13 @@ class Block(nnx.Module):
     def qkv(
         self, x_BxTxD: Float[Array, "B T D"], rope: Rope, dtype: DTypeLike
     ) -> tuple[Float[Array, "B T H Dh"], Float[Array, "B T K Dh"], Float[Array, "B T K Dh"]]:
-        """What attention works on: rotated queries and keys, and values."""
+        """Inputs of attention: rotated queries and keys, and values."""
         return self.attn.qkv(self._norm("pre", self.attn_norm, x_BxTxD), rope, dtype)
 
     def add(
         self, x_BxTxD: Float[Array, "B T D"], out_BxTxHxDh: Float[Array, "B T H Dh"], dtype: DTypeLike
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F"]]:
-        """The block's output, from its input and what attention read; and the MLP's hidden activation."""
+        """The block's output, from its input and the output of attention, and the MLP's hidden activation."""
         x_BxTxD = x_BxTxD + self._norm("post", self.attn_norm, self.attn.merge(out_BxTxHxDh, dtype))
         y_BxTxD, act_BxTxF = self.mlp(self._norm("pre", self.mlp_norm, x_BxTxD), dtype)
         return x_BxTxD + self._norm("post", self.mlp_norm, y_BxTxD), act_BxTxF
@@ -88,17 +89,17 @@ class Decoder(nnx.Module):
 
 
 def output_kernel(config: ModelConfig, params: Params) -> Float[Array, "D V"]:
-    """The matrix that turns normed states into logits."""
+    """The matrix that maps normalized states to logits."""
     return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
 
 
 def logits_of(config: ModelConfig, params: Params, x: Float[Array, "*batch D"], dtype: DTypeLike) -> Float[Array, "*batch V"]:
-    """float32 logits from normed states, the product in `dtype`."""
+    """float32 logits of normalized states; the matmul's inputs are in `dtype`."""
     return project(x, output_kernel(config, params), dtype, out_dtype=at_least_float32(dtype))
 
 
 def _initializers(config: ModelConfig) -> tuple[Initializer, Initializer]:
-    """Of every matrix and the embedding, and of the matrices that write into the residual stream."""
+    """Initializers of most matrices and the embedding, and of the matrices that write to the residual stream."""
     if config.init == "truncated":
         draw = nnx.initializers.truncated_normal(0.02, lower=-3.0, upper=3.0)
         return draw, draw
@@ -108,8 +109,8 @@ def _initializers(config: ModelConfig) -> tuple[Initializer, Initializer]:
 def init_params(config: ModelConfig, seed: int) -> Params:
     """Initial parameters, float32; the same for the same (config, seed).
 
-    With `init="scaled"`, matrices and the embedding are drawn from N(0, sqrt(2/(5 d_model))), the attention output and MLP-down matrices from
-    N(0, 1/(n_layers sqrt(d_model))); with "truncated", all from N(0, 0.02) cut at three standard deviations. Norm gains are 1.
+    With `init="scaled"`, matrices and the embedding are drawn from N(0, sqrt(2/(5 d_model))), and the attention output and MLP-down matrices from
+    N(0, 1/(n_layers sqrt(d_model))); with "truncated", all from N(0, 0.02) truncated at three standard deviations. Norm gains are 1.
     Source: paper sections 2.1 (TinyLlama's scheme) and 2.2 (OLMo-2's).
     """
     return _compiled_init(config)(jnp.uint32(seed))
@@ -117,7 +118,7 @@ def init_params(config: ModelConfig, seed: int) -> Params:
 
 @functools.lru_cache(maxsize=32)
 def _compiled_init(config: ModelConfig):
-    # It runs once; on CPUs the compiler's optimisations take seconds and save milliseconds.
+    # It runs once; on CPUs the compiler's optimizations take seconds and save milliseconds.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(functools.partial(_init, config), compiler_options=options)
 
@@ -128,13 +129,8 @@ def _init(config: ModelConfig, seed: Array) -> Params:
 
 @functools.lru_cache(maxsize=32)
 def abstract_params(config: ModelConfig) -> Params:
-    """The parameter tree with a `jax.ShapeDtypeStruct` in the place of each array; allocates nothing."""
+    """The parameter tree with a `jax.ShapeDtypeStruct` for each array; allocates nothing."""
     return jax.eval_shape(functools.partial(_init, config), jax.ShapeDtypeStruct((), jnp.uint32))
-
-
-def count_params(config: ModelConfig) -> int:
-    """The exact number of parameters, embeddings included, from shapes alone."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 @functools.lru_cache(maxsize=32)
@@ -146,13 +142,13 @@ def graphs(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
 
 
 def unstack(config: ModelConfig, blocks: Params) -> list[Params]:
-    """The parameters of each layer. By a split, whose gradient is one concatenation and not a sum of padded arrays per layer."""
+    """The parameters of each layer. Uses a split, whose gradient is one concatenation rather than a sum of padded arrays per layer."""
     parts = jax.tree.map(lambda x: [p[0] for p in jnp.split(x, config.n_layers)], blocks)
     return [jax.tree.map(lambda p: p[layer], parts, is_leaf=lambda p: isinstance(p, list)) for layer in range(config.n_layers)]
 
 
 def rope_of(config: ModelConfig, positions_BxT: Int[Array, "b T"]) -> Rope:
-    """The rotary tables of a network at these positions."""
+    """The rotary tables at these positions."""
     return rope_tables(positions_BxT, config.head_dim, config.rope_theta, config.rope_scaling)
 
 
@@ -170,31 +166,31 @@ def hidden_states(
     attention: str = "xla",
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
-    """The normed states that the logits are a linear map of.
+    """The final normalized states, of which the logits are a linear map.
 
     Args:
-      config: the network's shape.
+      config: the model's shape.
       params: the tree that `init_params` returns.
       tokens_BxT: token ids.
-      segment_ids: when given, attention stays within equal ids (0 marks padding); None lets every token read all before it.
+      segment_ids: if given, attention stays within equal ids (0 marks padding); None lets every token attend to all before it.
       positions: rotary positions; None counts from 0 in every row.
-      capture: names of activations to return; see Returns. What is not named is not computed.
-      compute_dtype: type of the products and of the residual stream; norms and softmax are at least float32.
-      scan_layers: run the layers as a `lax.scan` (smaller program, slower on CPUs) instead of one after the other.
-      remat: what the backward pass computes again: "none", "dots" (all but the projections' products) or "full" (all but the blocks' inputs).
+      capture: names of activations to return; see Returns. Others are not stored.
+      compute_dtype: dtype of the matmuls and the residual stream; norms and softmax are at least float32.
+      scan_layers: run the layers as a `lax.scan` (smaller program, slower on CPUs) instead of unrolled.
+      remat: what the backward pass recomputes: "none", "dots" (all but the projections' outputs) or "full" (all but the blocks' inputs).
       attention: "xla", or a kernel of `kernels.choose_kernel`.
       mesh: where the arrays are sharded, in the layouts of `parallel.sharding`; None for one device.
     Returns:
       The states in `compute_dtype`, and a dict of the captured activations: `embed` [B, T, D], `block_out` [L, B, T, D] (residual stream after
       each block), `final_norm` [B, T, D], `mlp_act` [L, B, T, F] (silu(gate)·up), `attn_probs` [L, B, H, T, T] (float32).
     Raises:
-      ValueError: an unknown capture name, or `attn_probs` from a kernel that never holds them.
+      ValueError: an unknown capture name, or `attn_probs` with a kernel that never materializes them.
     """
     unknown = [name for name in capture if name not in CAPTURES]
     if unknown:
         raise ValueError(f"capture={unknown[0]!r} is unknown; known: {', '.join(CAPTURES)}.")
     if "attn_probs" in capture and attention != "xla":
-        raise ValueError(f"capture='attn_probs' with attention={attention!r}: the kernel never holds the probabilities; use attention='xla'.")
+        raise ValueError(f"capture='attn_probs' with attention={attention!r}: the kernel never materializes the probabilities; use attention='xla'.")
     tokens_BxT = jnp.asarray(tokens_BxT)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     decoder_graph, block_graph = graphs(config)
@@ -219,9 +215,9 @@ def hidden_states(
 
     policy = REMAT_POLICIES.get(remat)
     if policy is None and mesh is not None and mesh.shape["fsdp"] > 1:
-        policy = _GATHER_AGAIN  # kept from the forward to the backward pass, all layers' gathered matrices would be the whole model on every device
+        policy = _GATHER_AGAIN  # keeping all layers' gathered matrices for the backward pass would put the whole model on every device
     if policy is not None:
-        # A scan's body is compiled once and on its own, so nothing outside can make the compiler merge the two computations.
+        # A scan's body is compiled separately, so the compiler cannot merge the two computations anyway.
         run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=not scan_layers)
     x_BxTxD = constrain(mesh, decoder.embed(tokens_BxT, compute_dtype), ROWS, None, None)
     activations = {"embed": x_BxTxD}

@@ -1,20 +1,21 @@
 """Where it runs: the device mesh, and the one by-name mechanism that places parameters on it."""
 
-import importlib
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "make_mesh": "mesh",
-    "match_rules": "rules",
-    "param_paths": "rules",
-    "SHARDING_RULES": "sharding",
-    "param_shardings": "sharding",
-    "batch_sharding": "sharding",
-}
+from plasticity_jax._lazy import attach
 
-__all__ = list(_EXPORTS)
+if TYPE_CHECKING:
+    from plasticity_jax.parallel.mesh import make_mesh
+    from plasticity_jax.parallel.rules import match_rules, param_paths
+    from plasticity_jax.parallel.sharding import SHARDING_RULES, batch_sharding, param_shardings
 
+__all__ = ["SHARDING_RULES", "batch_sharding", "make_mesh", "match_rules", "param_paths", "param_shardings"]
 
-def __getattr__(name: str):
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "mesh": ["make_mesh"],
+        "rules": ["match_rules", "param_paths"],
+        "sharding": ["SHARDING_RULES", "batch_sharding", "param_shardings"],
+    },
+)

@@ -132,9 +132,9 @@ def _bytes_needed(config: StudyConfig) -> int:
 
 
 def _parameters(config: StudyConfig) -> int:
-    model = config.model
-    attention = 2 * model.d_model * (model.n_heads + model.n_kv_heads) * model.head_dim
-    return 2 * model.vocab_size * model.d_model + model.n_layers * (attention + 3 * model.d_model * model.d_ff)
+    from plasticity_jax.model.param_count import count_params
+
+    return count_params(config.model)
 
 
 def _data_bytes(config: StudyConfig) -> float:

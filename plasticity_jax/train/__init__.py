@@ -1,17 +1,12 @@
-"""How weights change: optimizer, step, loop, pretraining, fine-tuning. Heavy parts load when they are first used."""
+"""How weights change: optimizer, step, loop, pretraining, fine-tuning. Names are imported on first use."""
 
-import importlib
+from typing import TYPE_CHECKING
 
-_HOMES = {"decay_table": "optimizer"}
+from plasticity_jax._lazy import attach
 
-__all__ = sorted(_HOMES)
+if TYPE_CHECKING:
+    from plasticity_jax.train.optimizer import decay_table
 
+__all__ = ["decay_table"]
 
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = attach(__name__, {"optimizer": ["decay_table"]})

@@ -1,4 +1,4 @@
-"""Does a config fit on a machine, and what does the whole grid take there? Compiles the real train step, for devices that need not be here."""
+"""Does a config fit on a machine, and how long does the grid take there? Compiles the real train step, also for devices that are not present."""
 
 import contextlib
 import dataclasses
@@ -17,36 +17,36 @@ import jax.numpy as jnp
 from plasticity_jax.config import ModelConfig, StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.kernels import choose_kernel
+from plasticity_jax.model.param_count import count_matmul_params
 from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel import hardware
 from plasticity_jax.parallel.batches import check_batch_size
 from plasticity_jax.parallel.collectives import collective_bytes, largest_arrays
 from plasticity_jax.parallel.deviceless import Target
 from plasticity_jax.parallel.mesh import make_mesh
-from plasticity_jax.parallel.rules import param_paths
 from plasticity_jax.train.pretrain import step_settings
 from plasticity_jax.train.step import compile_train_step, initial_state, state_shardings
 
 log = logging.getLogger("plasticity_jax")
 
 MOST_COMPILES = 6
-LARGEST = 5  # buffers that an answer of "does not fit" names
-REMAT_BY_WEIGHT = ("none", "dots", "full")  # what is computed again grows from left to right
+LARGEST = 5  # buffers to list when a config does not fit
+REMAT_BY_WEIGHT = ("none", "dots", "full")  # recomputation grows from left to right
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one compile says; bytes are per device.
+    """The result of one compilation; bytes are per device.
 
     Attributes:
       params, optimizer: bytes of the state's shards.
-      temporary: all the rest that the program holds: activations, gradients, batches.
-      total: what it holds at once.
-      limit: what a program may hold.
+      temporary: everything else: activations, gradients, batches.
+      total: peak memory of the program.
+      limit: memory available to a program.
       largest: (bytes, description) of the largest buffers.
-      collectives: kind → bytes per step; empty where the compiler refused.
-      compile_seconds: lowering and compiling.
+      collectives: kind → bytes per step; empty if the compilation failed.
+      compile_seconds: lowering and compilation.
     """
 
     config: StudyConfig
@@ -64,16 +64,10 @@ class Answer:
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """Model FLOPs of one training token, forward and backward: 6 N + 12 L H Dh T.
 
-    N counts the parameters of matrix products: all but the norms' gains and, unless it is tied to the output, the input embedding. Attention counts
-    all T x T scores, also those that the causal mask hides; recomputation does not count.
+    N is `count_matmul_params`. Attention counts all T x T scores, including those that the causal mask hides; recomputation does not count.
     Source: PaLM (arXiv 2204.02311), appendix B.
     """
-    abstract = abstract_params(model)
-    products = 0
-    for path, leaf in zip(param_paths(abstract), jax.tree.leaves(abstract), strict=True):
-        if path.endswith("/kernel") or (path == "embed/embedding" and model.tie_embeddings):
-            products += math.prod(leaf.shape)
-    return 6 * products + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
+    return 6 * count_matmul_params(model) + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
 
 
 def grid_flops(config: StudyConfig) -> float:
@@ -88,10 +82,10 @@ def grid_device_hours(config: StudyConfig, peak_flops: float) -> float:
 
 
 def refuse_over_budget(config: StudyConfig) -> None:
-    """Refuses a study whose pretraining would take more device-hours on the devices that jax sees than `max_device_hours`.
+    """Checks that pretraining the grid on the visible devices takes at most `max_device_hours`.
 
     Raises:
-      UserError: it would.
+      UserError: it would take longer.
     """
     if config.max_device_hours is None:
         return
@@ -111,16 +105,16 @@ def check(config: StudyConfig, target: Target) -> Answer:
     Args:
       config: as loaded; the hardware rules of the target's devices are applied here.
     Raises:
-      UserError: sizes that do not go with the number of devices.
+      UserError: the batch size or the mesh does not match the number of devices.
     """
     return _compile(_resolved(config, target), target)
 
 
 def search(config: StudyConfig, target: Target) -> Answer:
-    """The largest microbatch that fits with full remat, then the lightest remat policy that fits with it; at most `MOST_COMPILES` compiles.
+    """Finds the largest microbatch that fits with full remat, then the lightest remat policy that fits with it.
 
     Returns:
-      The answer of the settings found, or, where none fits, of the smallest microbatch with full remat.
+      The answer for these settings or, if none fits, for the smallest microbatch with full remat; after at most `MOST_COMPILES` compilations.
     """
     config = _resolved(config, target)
     mesh = make_mesh(config.mesh, target.devices)
@@ -145,6 +139,7 @@ def search(config: StudyConfig, target: Target) -> Answer:
         else:
             low = middle + 1
     if best is None:
+        assert last is not None  # `parts` is not empty
         return last
     for remat in REMAT_BY_WEIGHT[:-1]:
         lighter = answer(best.config.train.grad_accum_steps, remat)
@@ -171,7 +166,7 @@ def to_record(answer: Answer, target: Target) -> dict[str, Any]:
 
 
 def lines(answer: Answer, target: Target) -> list[str]:
-    """The answer for a reader."""
+    """The answer as text."""
     config, train, known = answer.config, answer.config.train, target.hardware
     mesh = make_mesh(config.mesh, target.devices).shape
     free, share = answer.limit - answer.total, answer.total / answer.limit
@@ -195,15 +190,15 @@ def lines(answer: Answer, target: Target) -> list[str]:
 
 
 def refused_bytes(message: str) -> int:
-    """From a TPU compiler's RESOURCE_EXHAUSTED message: bytes of the temporaries that the program would need; 0 if it names none."""
+    """Bytes of temporaries that the program would need, from a TPU compiler's RESOURCE_EXHAUSTED message; 0 if it names none."""
     found = re.search(r"temporaries \(([\d.]+)([BKMGT]?)\)", message)
     return int(float(found[1]) * _UNITS[found[2]]) if found else 0
 
 
 def largest_values(program: str, number: int) -> list[tuple[int, str]]:
-    """The largest different shapes in a program that is not yet split over devices: (bytes over all devices, "type[shape] over all devices").
+    """The largest distinct shapes in a program before partitioning: (bytes over all devices, "type[shape] over all devices").
 
-    The TPU compiler's refusal names no buffers, so these stand for them.
+    They stand in for buffers, which the TPU compiler's error message does not name.
 
     Args:
       program: StableHLO, `lowered.as_text()`.
@@ -259,7 +254,7 @@ def _compile(config: StudyConfig, target: Target) -> Answer:
 
 
 def _shard_bytes(state: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, int]:
-    """Bytes per device of the parameters and of the optimizer's state."""
+    """Bytes per device of the parameters and the optimizer state."""
 
     def of(name: str) -> int:
         pairs = zip(jax.tree.leaves(state[name]), jax.tree.leaves(shardings[name]), strict=True)
@@ -270,7 +265,7 @@ def _shard_bytes(state: dict[str, Any], shardings: dict[str, Any]) -> tuple[int,
 
 @contextlib.contextmanager
 def _ticking(what: str) -> Iterator[None]:
-    """Says every ten seconds that a call which says nothing by itself is at work."""
+    """Logs every ten seconds that a silent call is still running."""
     done, start = threading.Event(), time.monotonic()
     log.info("%s: begun", what)
 

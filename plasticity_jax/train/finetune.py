@@ -29,10 +29,10 @@ log = logging.getLogger("plasticity_jax")
 
 
 def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSettings:
-    """The compiled step of a recipe: the same for every base model, task, learning rate and weight decay, up to the batch's length.
+    """The settings of a recipe's compiled step: the same for every task, learning rate and weight decay, up to the batch's length.
 
-    The learning rate falls to zero, and norms are left out of the decay, as the Hugging Face Trainer does. A row alone in its sequence is padded at
-    its end, where no other token reads, so attention needs segments for packed rows only. Source: paper section 4.1.
+    The learning rate decays to zero, and norms are not decayed, as in the Hugging Face Trainer. Only packed rows need segments, because padding on the
+    right is invisible to causal attention. Source: paper section 4.1.
     """
     recipe = config.finetune
     optimizer = tuning_optimizer(recipe, decay_mask="no-norms")

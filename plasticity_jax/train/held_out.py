@@ -28,7 +28,7 @@ class HeldOutBlocks:
 
 
 def first_blocks(records: TokenRecords, *, tokens_per_domain: int) -> HeldOutBlocks:
-    """The first blocks of every domain, as many as give `tokens_per_domain` targets (at least one, at most all there are).
+    """The first blocks of every domain, with `tokens_per_domain` targets: at least one block and at most all.
 
     Args:
       records: the held-out split.
@@ -56,7 +56,7 @@ def held_out_loss(
 
     Args:
       eval_step: (params, batch) → nats of every target, see `step.compile_eval_step`.
-      token_bytes: bytes of text behind each token; 0 for the end of text, whose nats still count.
+      token_bytes: bytes of text per token; 0 for the end of text, whose nats still count.
       isolate: see `loader.as_batch`.
     Returns:
       `loss` (nats per token, all domains weighted by their tokens), `bits_per_byte` (nats / ln 2 / bytes of the targets), and the same with

@@ -17,7 +17,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def params_sha256(params: Params) -> str:
-    """sha256 (hex) over path, type, shape and bytes of every parameter, in the order of the paths."""
+    """sha256 (hex) over path, dtype, shape and bytes of every parameter, in the order of the paths."""
     digest = hashlib.sha256()
     for path, leaf in sorted(zip(param_paths(params), jax.tree.leaves(params), strict=True), key=lambda pair: pair[0]):
         array = to_host(leaf)

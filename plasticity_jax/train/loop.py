@@ -1,7 +1,7 @@
-"""The one training loop, for pretraining and fine-tuning, for one model and for the members of a grid as one program.
+"""The training loop, for pretraining and fine-tuning, for one model and for the members of a grid as one program.
 
-Every model in the loop has a `Track`: its log, its checkpoints, and how it ended. Nothing in the loop waits for the device: the numbers of a
-step are read after the next step is dispatched, except where a held-out loss or a checkpoint is due.
+Every model in the loop has a `Track`: its log, its checkpoints, and how it ended. Nothing in the loop waits for the device: the metrics of a step are
+read after the next step is dispatched, unless a held-out loss or a checkpoint is due.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.initial import CHECKPOINTS
 from plasticity_jax.train.step import Batch, Hyper, Metrics, State
 
-TAIL_STEPS = 20  # the last steps are logged one by one; their mean is the training loss of a run
+TAIL_STEPS = 20  # last steps, which are all logged; their mean is the training loss of a run
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long the loop runs and what it does when.
+    """Length of the loop, and intervals of its actions.
 
     Attributes:
-      steps: updates of the whole run.
-      log_every, checkpoint_every: steps.
+      steps: total number of updates.
+      log_every, checkpoint_every: in steps.
       eval_every: steps between held-out losses; None for none.
-      max_loss: nats per token; a model above it, or not finite, has diverged.
-      total_tokens: targets of the whole run, per model; for the progress bar.
+      max_loss: in nats per token; a model whose loss is higher, or not finite, has diverged.
+      total_tokens: total number of targets per model, for the progress bar.
     """
 
     steps: int
@@ -49,14 +49,14 @@ class LoopSettings:
 
 @dataclass
 class Track:
-    """One model's way through the loop. Of several processes, only the first keeps its log; all save its checkpoints together.
+    """Progress of one model in the loop. With several processes, the first keeps its log, and all save its checkpoints together.
 
     Attributes:
       directory: of its run.
       keep: checkpoints to keep; members of one program need 2, so that a kill between their saves leaves a common step.
       diverged: the reason, or None.
-      tokens: targets trained on.
-      seconds: of training, without held-out losses, saving and compiling, over all resumes; members of one program share its time equally.
+      tokens: number of targets trained on.
+      seconds: training time over all resumes, without held-out losses, saving and compilation; members of one program share its time equally.
     """
 
     directory: AnyPath
@@ -68,14 +68,14 @@ class Track:
     log: MetricsLog | None = field(init=False, default=None)
 
     def __post_init__(self):
-        # A diverged member saves nothing more, so its end is noted beside its checkpoints until the run is finished.
+        # A diverged member saves no more checkpoints, so a file records its end until the run is finished.
         self.diverged = processes.broadcast(self._noted)
 
     def _noted(self) -> str | None:
         return read_json(self.directory / _DIVERGED)["reason"] if (self.directory / _DIVERGED).is_file() else None
 
     def begin(self, step: int) -> None:
-        """Opens the log as it was at `step`, with what was counted until then, and the folder of the checkpoints."""
+        """Opens the log and the checkpoints as of `step`."""
         if processes.primary():
             for row in self.rows():
                 if row["step"] <= step:
@@ -84,11 +84,11 @@ class Track:
         self.checkpoints = Checkpoints(self.directory / CHECKPOINTS, keep=self.keep, asynchronous=True)
 
     def rows(self) -> list[dict]:
-        """What was logged so far."""
+        """All logged rows."""
         return read_log(self.directory / METRICS)
 
     def train_loss(self) -> float | None:
-        """Mean training loss of the last `TAIL_STEPS` steps that were logged one by one; None before the first."""
+        """Mean training loss of the last `TAIL_STEPS` logged steps; None before the first."""
         losses = [float(row["loss"]) for row in self.rows()][-TAIL_STEPS:]
         return sum(losses) / len(losses) if losses else None
 
@@ -99,7 +99,7 @@ class Track:
             write_json(self.directory / _DIVERGED, {"reason": reason})
 
     def close(self) -> None:
-        """Waits for a checkpoint that is being written."""
+        """Waits for a checkpoint in flight."""
         if self.checkpoints is not None:
             self.checkpoints.close()
         if self.log is not None:
@@ -124,16 +124,16 @@ def train(
     """Trains from the state's step to `settings.steps`, or until every model has diverged.
 
     Args:
-      what: name on the progress bar.
-      state: after `state["step"]` updates; its memory is given away.
+      what: label of the progress bar.
+      state: after `state["step"]` updates; donated.
       batches: from that step on.
-      tracks: of the models, in the order of the member axis; begun and closed here. Their `diverged`, `tokens` and `seconds` tell how it went.
-      members: the state, hyper-parameters and metrics have a leading member axis.
-      held_out: params of one model → numbers for its log, every `settings.eval_every` steps and at the end.
+      tracks: of the models, in the order of the member axis; opened and closed here. They hold `diverged`, `tokens` and `seconds` at the end.
+      members: the state, hyperparameters and metrics have a leading member axis.
+      held_out: params of one model → metrics for its log, every `settings.eval_every` steps and at the end.
     Returns:
       The last state.
     Raises:
-      KeyboardInterrupt: passed on, after checkpoints in flight are whole.
+      KeyboardInterrupt: re-raised after checkpoints in flight are complete.
     """
     start = int(np.asarray(state["step"]).reshape(-1)[0])
     with contextlib.ExitStack() as stack:
@@ -162,7 +162,7 @@ def train(
 
 
 class _Clock:
-    """Seconds since the last `lap`, without the pauses."""
+    """Seconds since the last `lap`, without pauses."""
 
     def __init__(self):
         self._last = time.perf_counter()
@@ -201,18 +201,18 @@ class _Loop:
         return step == 1 or step % self.settings.log_every == 0 or step > self.settings.steps - TAIL_STEPS
 
     def due(self, step: int) -> bool:
-        """Whether something at this step needs its state."""
+        """Whether a checkpoint or a held-out loss is due, which needs the state."""
         return self._checkpoint_due(step) or self._held_out_due(step)
 
     def settle_pending(self, state: State | None = None) -> None:
-        """Reads the numbers of the pending step: divergence, log; with the state after it, held-out loss and checkpoint."""
+        """Reads the metrics of the pending step: divergence and log, and with its state held-out loss and checkpoint."""
         if self.pending is None:
             return
         step, metrics = self.pending
         self.pending = None
         numbers = {name: np.atleast_1d(value) for name, value in arrays.to_host(metrics).items()}
         seconds = self.clock.lap() / len(self.tracks)
-        # Where something is due the device is idle; elsewhere the next step runs during the following lines.
+        # If something is due, the device is idle; otherwise the next step runs during the following lines.
         with self.clock.paused() if self.due(step) else contextlib.nullcontext():
             for i, track in enumerate(self.tracks):
                 if track.diverged:

@@ -27,12 +27,12 @@ DECAY_PRESETS: dict[str, tuple[tuple[str, bool, bool], ...]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate's course after its linear warm-up.
+    """The learning-rate schedule after the linear warmup.
 
     Attributes:
-      kind: "cosine" (to the end of the run) or "wsd" (a plateau, then a straight line).
-      final_fraction: learning rate after the last step, as a share of the peak.
-      decay_fraction: of the run's steps, at its end: the straight line of "wsd"; a cosine takes all that follows the warm-up.
+      kind: "cosine" (to the end of the run) or "wsd" (a plateau, then linear decay).
+      final_fraction: learning rate after the last step, as a fraction of the peak.
+      decay_fraction: fraction of the steps in the linear decay of "wsd"; a cosine takes all steps after the warmup.
     """
 
     kind: str
@@ -42,11 +42,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """What is fixed when the update is compiled; what varies over runs is in the hyper-parameters (see `step.hyper_parameters`).
+    """Static settings of the update. Values that vary over runs are traced hyperparameters (see `step.hyper_parameters`).
 
     Attributes:
       b1, b2, eps: of Adam.
-      clip_norm: limit of the gradient's global norm.
+      clip_norm: maximum global norm of the gradient.
       schedule: see `Schedule`.
       decay_kind: "coupled" (PyTorch: decay times learning rate) or "independent" (decay times the schedule's shape).
       decay_mask: one of DECAY_PRESETS.
@@ -61,22 +61,22 @@ class OptimizerSettings:
     decay_mask: str
 
 
-def warmup_steps(steps: int, share: float) -> int:
-    """Steps of the linear warm-up: `share` of the run, at least one."""
-    return max(1, round(share * steps))
+def warmup_steps(steps: int, fraction: float) -> int:
+    """Steps of the linear warmup: `fraction` of the run, at least one."""
+    return max(1, round(fraction * steps))
 
 
 def schedule_shape(step: Int[Array, "*steps"], *, warmup: Float[Array, ""], total: Float[Array, ""], schedule: Schedule) -> Float[Array, "*steps"]:
-    """Learning rate as a share of its peak: linear warm-up, then the schedule's course down to its final share.
+    """Learning rate as a fraction of its peak: linear warmup, then decay to the final fraction.
 
-    Steps count from 0, and the update of step s uses the value at s: 0 at the first update, 1 at s = warmup, the final share at s = total, which
-    lies just after the last update. So the first update only fills Adam's moments.
+    Steps count from 0, and the update of step s uses the value at s: 0 at the first update, 1 at s = warmup, and the final fraction at s = total, just
+    after the last update. So the first update only fills Adam's moments.
 
     Args:
-      step: number of the update, from 0.
-      warmup: steps of the warm-up, at least 1.
+      step: index of the update, from 0.
+      warmup: warmup steps, at least 1.
       total: steps of the run.
-    Source: the study's `get_lr` (paper section 3.2: lr = peak * it/warmup, evaluated before the counter advances); warm-up, stable, decay of
+    Source: the study's `get_lr` (paper section 3.2: lr = peak * it/warmup, evaluated before the counter advances); warmup, stable, decay of
       Hu et al. 2024 (arXiv 2404.06395) with a linear end.
     """
     step = jnp.asarray(step, float)
@@ -97,10 +97,10 @@ def decay_table(params: Params, preset: str) -> dict[str, bool]:
       params: nested dict of arrays or of `jax.ShapeDtypeStruct`.
       preset: one of the above.
     Returns:
-      Parameter path such as "blocks/attn/q/kernel" → decayed or not; every parameter is there.
+      Parameter path such as "blocks/attn/q/kernel" → decayed or not, for every parameter.
     Raises:
       UserError: unknown preset.
-      ValueError: a pattern of the preset matches no parameter, as for a tree that is no decoder.
+      ValueError: a pattern of the preset matches no parameter, as for a tree that is not a decoder's.
     Source: paper section 3.3.
     """
     if preset not in DECAY_PRESETS:
@@ -123,7 +123,7 @@ def _decay_and_scale(settings: OptimizerSettings) -> optax.GradientTransformatio
         table = decay_table(params, settings.decay_mask)
         leaves, tree = jax.tree.flatten(params)
         decayed = tree.unflatten([table[path] for path in param_paths(params)])
-        # The product with λ = 0 is kept: leaving it out would be another program, with other rounding.
+        # The term stays for λ = 0: without it the program would be different and round differently.
         scaled = jax.tree.map(lambda u, p, d: -rate * u - shrink * p if d else -rate * u, updates, params, decayed)
         return scaled, _DecayState(optax.safe_increment(state.count))
 
@@ -131,11 +131,11 @@ def _decay_and_scale(settings: OptimizerSettings) -> optax.GradientTransformatio
 
 
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:
-    """AdamW: clip, Adam's direction m̂/(√v̂ + ε), then decay and the learning rate.
+    """AdamW: gradient clipping, Adam's direction m̂/(√v̂ + ε), weight decay and the learning rate.
 
     With lr_t = peak · shape_t, the change of a decayed parameter θ is −lr_t m̂/(√v̂ + ε) − lr_t λ θ ("coupled", PyTorch and the study) or
-    −lr_t m̂/(√v̂ + ε) − shape_t λ θ ("independent"). `update` takes the traced numbers as `hyper=` (see `step.hyper_parameters`). The chain and
-    its state are the same for every λ.
+    −lr_t m̂/(√v̂ + ε) − shape_t λ θ ("independent"). `update` takes the traced hyperparameters as `hyper=` (see `step.hyper_parameters`). The
+    chain and its state are the same for every λ.
 
     Source: Loshchilov & Hutter, arXiv 1711.05101; paper section 1.
     """

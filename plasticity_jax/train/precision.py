@@ -1,12 +1,12 @@
-"""The dtype of the matrix products."""
+"""The compute dtype."""
 
 
 def resolve_compute_dtype(requested: str) -> str:
-    """The dtype of the products in training: "float32" or "bfloat16".
+    """The dtype of the matmuls in training: "float32" or "bfloat16".
 
     Args:
-      requested: one of the two, which is returned as it is, or "auto": bfloat16 on TPU and GPU, float32 on a CPU. The dtype is a result field, so the
-        platform decides and never a stopwatch.
+      requested: one of the two, or "auto": bfloat16 on TPU and GPU, float32 on CPU. The dtype is a result field, so it depends on the platform and
+        never on a measured speed.
     """
     if requested != "auto":
         return requested

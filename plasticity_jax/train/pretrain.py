@@ -1,4 +1,4 @@
-"""Pretraining: one member of the grid, or several that differ in traced hyperparameters only as one program."""
+"""Pretraining: one member of the grid, or several that differ only in traced hyperparameters, as one program."""
 
 import logging
 import math
@@ -30,7 +30,7 @@ log = logging.getLogger("plasticity_jax")
 
 
 def step_settings(config: StudyConfig, mesh: Mesh) -> StepSettings:
-    """The compiled step of a config; λ is not part of it."""
+    """The settings of a config's compiled step, which do not include λ."""
     train_config = config.train
     optimizer = OptimizerSettings(
         b1=train_config.b1,

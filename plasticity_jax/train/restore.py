@@ -1,4 +1,4 @@
-"""Where a run goes on: the last step that every model of a program has saved, and the state at it."""
+"""Where a run resumes: the last step that every model of a program has saved, and its state."""
 
 import functools
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ from plasticity_jax.train.step import State, StepSettings, initial_state, stack,
 
 
 def common_step(runs: Sequence[AnyPath]) -> int:
-    """The largest step that all runs have a whole checkpoint of; 0 if there is none."""
+    """The last step for which all runs have a complete checkpoint; 0 if there is none."""
     return max(set.intersection(*(finished_steps(run / CHECKPOINTS) for run in runs)), default=0)
 
 
 def starting_state(settings: StepSettings, mesh: Mesh, initial: Params, runs: Sequence[AnyPath], *, members: bool) -> tuple[State, int]:
-    """The state that training goes on from, on the mesh: the runs' last common checkpoint, or the step-0 parameters.
+    """The state from which training continues, on the mesh: the runs' last common checkpoint, or the step-0 parameters.
 
-    Checkpoints after that step are deleted: they will be written again.
+    Later checkpoints are deleted, because they will be written again.
 
     Args:
       initial: step-0 parameters of every run; copied.
@@ -40,7 +40,7 @@ def starting_state(settings: StepSettings, mesh: Mesh, initial: Params, runs: Se
     step = processes.broadcast(lambda: _prepare_step(runs))
     states = [_state_at(settings, mesh, initial, run, step) for run in runs]
     state = stack(states) if members else states[0]
-    # Always a copy: the first update takes over the memory of its state, and `initial` is needed further.
+    # Always a copy: the first update donates its state, and `initial` is still needed.
     return jax.device_put(state, state_shardings(settings, mesh, members=members), may_alias=False), step
 
 

@@ -29,14 +29,14 @@ log = logging.getLogger("plasticity_jax")
 
 @dataclass(frozen=True)
 class Execution:
-    """What changes speed, memory and rounding only.
+    """Settings that change speed, memory and rounding only.
 
     Attributes:
-      grad_accum_steps: parts a batch is worked through in; divides the batch size.
-      scan_layers: a loop over layers instead of unrolled ones.
-      remat: what the backward pass computes again; see `transformer.hidden_states`.
+      grad_accum_steps: gradient accumulation steps per batch; divides the batch size.
+      scan_layers: scan over layers instead of unrolling them.
+      remat: what the backward pass recomputes; see `transformer.hidden_states`.
       attention: "xla" or a kernel.
-      loss_chunks: parts of a sequence whose logits are held at once; see `loss.vocabulary_losses`.
+      loss_chunks: parts of a sequence, of which one at a time has logits; see `loss.vocabulary_losses`.
     """
 
     grad_accum_steps: int
@@ -48,11 +48,11 @@ class Execution:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """All that a compiled step depends on besides shapes and mesh; equal settings share one compilation.
+    """Everything that a compiled step depends on besides shapes and mesh; equal settings share one compilation.
 
     Attributes:
-      compute_dtype: "float32" or "bfloat16", of the products; parameters and loss stay in float32.
-      z_loss: weight of the squared log of the softmax's normaliser.
+      compute_dtype: dtype of the matmuls, "float32" or "bfloat16"; parameters and loss stay in float32.
+      z_loss: weight of the squared log of the softmax's normalizer.
       isolate_documents: attention stays within the batch's segments.
     """
 
@@ -68,9 +68,9 @@ def execution_of(train: TrainConfig, model: ModelConfig, mesh: Mesh, *, batch_si
     """The execution settings of a config on this mesh, with `train.attention` and `train.loss_chunks` resolved.
 
     Args:
-      batch_size, seq_len, grad_accum_steps: of the batches to train on, the longest of them.
+      batch_size, seq_len, grad_accum_steps: of the longest batches to train on.
     Raises:
-      UserError: the kernel asked for cannot run there.
+      UserError: the requested kernel cannot run there.
     """
     kernel = _kernel(train.attention, mesh.devices.flat[0].platform, model.head_dim, train.compute_dtype, train.seq_len)
     rows = -(-batch_size // (grad_accum_steps * row_shards(mesh)))
@@ -83,18 +83,18 @@ def _kernel(name: str, platform: str, head_dim: int, compute_dtype: str, seq_len
     from plasticity_jax.model.kernels import choose_kernel
 
     kernel = choose_kernel(name, platform=platform, head_dim=head_dim, compute_dtype=compute_dtype, seq_len=seq_len)
-    if name == "auto":  # once per process: the cache keeps it from being said again
+    if name == "auto":  # logged once per process, because of the cache
         log.info("train.attention auto → %s on %s", kernel, platform)
     return kernel
 
 
 def hyper_parameters(*, weight_decay: float, peak_lr: float, warmup: int, total: int) -> Hyper:
-    """The traced numbers of a run: scalars of the default float type (float32), so that another value needs no other program.
+    """The traced hyperparameters of a run: scalars of the default float dtype (float32), so that one compiled program serves all values.
 
     Args:
       weight_decay: λ.
-      peak_lr: peak of the learning rate.
-      warmup, total: steps of the warm-up and of the run.
+      peak_lr: peak learning rate.
+      warmup, total: steps of the warmup and of the run.
     """
     values = {"weight_decay": weight_decay, "peak_lr": peak_lr, "warmup_steps": warmup, "total_steps": total}
     return {name: jnp.asarray(value, float) for name, value in values.items()}
@@ -108,7 +108,7 @@ def initial_state(settings: StepSettings, params: Params) -> State:
 def make_train_step(settings: StepSettings, mesh: Mesh | None = None) -> Callable[[State, Batch, Hyper], tuple[State, Metrics]]:
     """The pure function `train_step(state, batch, hyper) -> (state, metrics)`.
 
-    The loss is a sum over the targets that count, divided once by their number, so padding and grad_accum_steps change nothing but rounding.
+    The loss is the sum over the unmasked targets, divided once by their number, so padding and gradient accumulation change only rounding.
 
     Args:
       mesh: where the arrays are sharded; None for one device.
@@ -132,7 +132,7 @@ def make_train_step(settings: StepSettings, mesh: Mesh | None = None) -> Callabl
         def add(carry, part):
             return jax.tree.map(jnp.add, carry, gradient(params, part)), None
 
-        # Every device keeps its rows: part i takes row i of each run of `grad_accum_steps` rows.
+        # Part i takes row i of every `grad_accum_steps` rows, so that rows stay on their device.
         parts = jax.tree.map(lambda x: constrain(mesh, x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), None, ROWS), batch)
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts)))
         return jax.lax.scan(add, zero, parts)[0]
@@ -156,7 +156,7 @@ def make_train_step(settings: StepSettings, mesh: Mesh | None = None) -> Callabl
 
 
 def _losses(settings: StepSettings, mesh: Mesh | None, params: Params, batch: Batch) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """Nats and log-normaliser of every target of the batch."""
+    """Loss in nats and log-normalizer of every target of the batch."""
     execution, dtype = settings.execution, jnp.dtype(settings.compute_dtype)
     x_BxTxD, _ = hidden_states(
         settings.model,
@@ -179,14 +179,14 @@ def _losses(settings: StepSettings, mesh: Mesh | None, params: Params, batch: Ba
 
 
 def stack(trees: Sequence[Any]) -> Any:
-    """Trees of the members → one tree with a leading member axis."""
+    """Stacks the members' trees along a leading member axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def state_shardings(settings: StepSettings, mesh: Mesh, *, members: bool) -> State:
-    """Where each array of the state lies on the mesh; with `members`, each has a leading axis on the mesh's member axis."""
+    """Shardings of the state; with `members`, every array has a leading axis over the mesh's member axis."""
     abstract = abstract_params(settings.model)
-    # Shapes here are those of one member: the rules check them before the member axis is put in front.
+    # The rules check the shapes of one member, before the member axis is added.
     params = param_shardings(mesh, abstract)
     if members:
         params = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec("member", *s.spec)), params)
@@ -200,21 +200,21 @@ def state_shardings(settings: StepSettings, mesh: Mesh, *, members: bool) -> Sta
 
 @functools.lru_cache(maxsize=32)
 def compile_train_step(settings: StepSettings, mesh: Mesh, *, members: bool) -> Callable[[State, Batch, Hyper], tuple[State, Metrics]]:
-    """The step under jit, with the old state's memory given to the new one. Equal arguments give the same function.
+    """The jitted step, which donates the old state. Equal arguments give the same function.
 
-    With `members`, state, hyper-parameters and metrics have a leading member axis; the batch is one, seen by all.
+    With `members`, state, hyperparameters and metrics have a leading member axis; all members share the batch.
     """
     step = make_train_step(settings, mesh)
     if members:
         step = jax.vmap(step, in_axes=(0, None, 0), spmd_axis_name="member")
     state = state_shardings(settings, mesh, members=members)
-    numbers = NamedSharding(mesh, PartitionSpec("member") if members else PartitionSpec())
-    return jax.jit(step, in_shardings=(state, batch_sharding(mesh), numbers), out_shardings=(state, numbers), donate_argnums=0)
+    scalars = NamedSharding(mesh, PartitionSpec("member") if members else PartitionSpec())
+    return jax.jit(step, in_shardings=(state, batch_sharding(mesh), scalars), out_shardings=(state, scalars), donate_argnums=0)
 
 
 @functools.lru_cache(maxsize=32)
 def compile_eval_step(settings: StepSettings, mesh: Mesh) -> Callable[[Params, Batch], Float[Array, "b t"]]:
-    """`eval_step(params, batch)` → nats of every target [B, T], 0 where the loss mask is 0. For one model, also in a grid."""
+    """`eval_step(params, batch)` → nats of every target [B, T], 0 where the loss mask is 0. For one model, without a member axis."""
 
     def eval_step(params: Params, batch: Batch) -> Float[Array, "b t"]:
         return _losses(settings, mesh, params, batch)[0] * batch["loss_mask"]

@@ -1,4 +1,4 @@
-"""What the fine-tuning of a model and the training of a verifier share: AdamW with a cosine to zero, and the numbers of a run."""
+"""What fine-tuning and verifier training share: AdamW with a cosine schedule to zero, and the traced hyperparameters."""
 
 import math
 
@@ -8,7 +8,7 @@ from plasticity_jax.train.step import Hyper, hyper_parameters
 
 
 def tuning_optimizer(recipe: FinetuneConfig, *, decay_mask: str) -> OptimizerSettings:
-    """The optimizer of a recipe; the learning rate falls to zero. Source: paper section 4.1."""
+    """The optimizer of a recipe; the learning rate decays to zero. Source: paper section 4.1."""
     return OptimizerSettings(
         b1=recipe.b1,
         b2=recipe.b2,
@@ -21,6 +21,6 @@ def tuning_optimizer(recipe: FinetuneConfig, *, decay_mask: str) -> OptimizerSet
 
 
 def tuning_numbers(recipe: FinetuneConfig | VerifierConfig, *, steps: int, weight_decay: float = 0.0) -> Hyper:
-    """The traced numbers of a run of `steps` updates; its warm-up is rounded up to whole steps, as the Hugging Face Trainer does."""
+    """The traced hyperparameters of a run of `steps` updates. Warmup is rounded up to whole steps, as in the Hugging Face Trainer."""
     warmup = max(1, math.ceil(recipe.warmup_fraction * steps))
     return hyper_parameters(weight_decay=weight_decay, peak_lr=recipe.peak_lr, warmup=warmup, total=steps)

@@ -1,4 +1,4 @@
-"""The outcome verifier: a fine-tuned model with a scalar head learns from graded samples which completions are right."""
+"""The outcome verifier: a fine-tuned model with a scalar head learns from graded samples to predict which completions are right."""
 
 import functools
 import hashlib
@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from plasticity_jax.config import ModelConfig, StudyConfig, VerifierConfig
+from plasticity_jax.data.batching import pad_rows
 from plasticity_jax.data.completions import Completion
 from plasticity_jax.data.sft import plan
 from plasticity_jax.data.tokenizer import copy_tokenizer
@@ -28,7 +29,6 @@ from plasticity_jax.model.scalar_head import (
     encode_answers,
     execution_of,
     length_buckets,
-    padded,
     scalar_shardings,
     score_rows,
     scores,
@@ -51,12 +51,12 @@ log = logging.getLogger("plasticity_jax")
 
 @dataclass(frozen=True)
 class VerifierStep:
-    """All that the compiled step depends on besides shapes; equal settings share one compilation.
+    """Everything that the compiled step depends on besides shapes; equal settings share one compilation.
 
     Attributes:
       model: the decoder, without output matrix.
       optimizer: as in fine-tuning.
-      execution, remat: how the forward and the backward pass are carried out.
+      execution, remat: how to run the forward and backward passes.
     """
 
     model: ModelConfig
@@ -150,31 +150,33 @@ def _counts(completions: Sequence[Completion], indices: np.ndarray) -> dict[str,
 
 
 def held_out_problems(ids: Sequence[str], share: float) -> set[str]:
-    """The problems that are held out: those with the smallest hashes, so that neither order nor other problems decide.
+    """The held-out problems: those with the smallest hashes, so that the choice does not depend on the order of the problems.
 
     Args:
-      share: of the different ids; at least one is held out and one is not.
+      share: fraction of the distinct ids; at least one is held out and one is not.
     Raises:
       UserError: fewer than two problems.
     """
     ordered = sorted(set(ids), key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(ordered) < 2:
-        raise UserError(f"the verifier's samples are of {len(ordered)} problem(s), and some must be held out; raise tasks.<name>.verifier_rows.")
+        raise UserError(
+            f"the verifier's samples cover {len(ordered)} problem(s), and at least one must be held out; raise tasks.<name>.verifier_rows."
+        )
     return set(ordered[: min(max(1, round(share * len(ordered))), len(ordered) - 1)])
 
 
 def area_under_curve(logits: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"]) -> float:
-    """The chance that a right completion has a higher logit than a wrong one, ties counted half: the area under the ROC curve, by Mann and Whitney's U.
+    """The area under the ROC curve: the probability that a right completion has a higher logit than a wrong one, ties counted as one half.
 
     Raises:
       ValueError: one class only.
     """
+    from scipy.stats import mannwhitneyu  # scipy.stats takes a second to import
+
     n_right, n_wrong = int(right.sum()), int((~right).sum())
     if not n_right or not n_wrong:
         raise ValueError(f"{n_right} right and {n_wrong} wrong completions; both must be at least 1.")
-    values, inverse, counts = np.unique(logits, return_inverse=True, return_counts=True)
-    ranks = np.cumsum(counts) - (counts - 1) / 2  # the mean rank of equals
-    return float((ranks[inverse][right].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
+    return float(mannwhitneyu(logits[right], logits[~right], method="asymptotic").statistic) / (n_right * n_wrong)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- training
@@ -225,7 +227,7 @@ def _train(
 
 def _batches(rows: list[list[int]], right: np.ndarray, schedule: list, recipe: VerifierConfig, mesh: Mesh) -> Iterator[Batch]:
     for length, indices in schedule:
-        tokens, lengths = padded([rows[i] for i in indices], length=length, batch_size=recipe.batch_size)
+        tokens, lengths = pad_rows([rows[i] for i in indices], length=length, batch_size=recipe.batch_size)
         labels = np.zeros(recipe.batch_size, np.float32)
         labels[: len(indices)] = right[indices]
         batch = {"tokens": tokens, "lengths": lengths, "labels": labels}
@@ -235,7 +237,7 @@ def _batches(rows: list[list[int]], right: np.ndarray, schedule: list, recipe: V
 def make_verifier_step(settings: VerifierStep) -> Callable[[State, Batch, Hyper], tuple[State, Metrics]]:
     """The pure function `step(state, batch, hyper) -> (state, metrics)`.
 
-    The batch holds tokens [B, T], lengths [B] (0 for a row that fills the batch up) and labels [B] (1 right, 0 wrong). The loss is the mean binary
+    The batch has tokens [B, T], lengths [B] (0 for rows that fill up the batch) and labels [B] (1 right, 0 wrong). The loss is the mean binary
     cross-entropy, in nats per completion.
     """
     optimizer, execution = make_optimizer(settings.optimizer), settings.execution
@@ -267,7 +269,7 @@ def make_verifier_step(settings: VerifierStep) -> Callable[[State, Batch, Hyper]
 
 @functools.lru_cache(maxsize=8)
 def compile_verifier_step(settings: VerifierStep, mesh: Mesh) -> Callable[[State, Batch, Hyper], tuple[State, Metrics]]:
-    """The step under jit, with the old state's memory given to the new one. Equal arguments give the same function."""
+    """The jitted step, which donates the old state. Equal arguments give the same function."""
     state, single = _state_shardings(settings, mesh), NamedSharding(mesh, PartitionSpec())
     return jax.jit(make_verifier_step(settings), in_shardings=(state, batch_sharding(mesh), single), out_shardings=(state, single), donate_argnums=0)
 
@@ -286,7 +288,7 @@ def _state_shardings(settings: VerifierStep, mesh: Mesh) -> State:
 
 
 def _starting_state(settings: VerifierStep, mesh: Mesh, model: ScalarModel, run: AnyPath) -> tuple[State, int]:
-    """The state of the run's last checkpoint, or that before the first update; and its step."""
+    """The state of the run's last checkpoint, or before the first update, and its step."""
     optimizer, shardings = make_optimizer(settings.optimizer), _state_shardings(settings, mesh)
     step = processes.broadcast(lambda: common_step([run]))
     if step == 0:
@@ -301,7 +303,7 @@ def _starting_state(settings: VerifierStep, mesh: Mesh, model: ScalarModel, run:
         with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
             params, moments = checkpoints.restore(step, *placed)
         state = {"params": params, "optimizer": moments, "step": jnp.int32(step)}
-    # Always a copy: the first update takes over the memory of its state.
+    # Always a copy: the first update donates its state.
     return jax.device_put(state, shardings, may_alias=False), step
 
 

@@ -41,7 +41,7 @@ def test_fit_agrees_with_scikit_learn(l2):
     (x_train, y_train), (x_test, y_test) = clouds(N, 0), clouds(300, 1)
     result = fit_probe(x_train, y_train, x_test, y_test, l2=(l2,))
     scaler = StandardScaler().fit(x_train.astype(np.float64))
-    # Scikit-learn minimises C · (sum of losses) + ||W||²/2.
+    # Scikit-learn minimizes C · (sum of losses) + ||W||²/2.
     reference = LogisticRegression(C=1 / (l2 * len(x_train)), tol=1e-10, max_iter=5000).fit(scaler.transform(x_train), y_train)
     expected = reference.predict(scaler.transform(x_test))
     assert result.converged

@@ -151,7 +151,7 @@ def test_summary_of_flat_rank_one_and_zero_spectra():
     assert all(float(value) == 0 for value in zero.values())
 
 
-# The shape that the other stage tests use, so that its initialisation compiles once.
+# The shape that the other stage tests use, so that its initialization compiles once.
 STAGE_CONFIG = ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24)
 
 

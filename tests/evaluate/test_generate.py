@@ -15,7 +15,7 @@ from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.evaluate import generate as generation
 from plasticity_jax.evaluate.complete import count_programs
 from plasticity_jax.evaluate.generate import Completion, Sampling, completions, count_cut, cut_at_stop, generate
-from plasticity_jax.evaluate.sampling import draw, keep_top_k, keep_top_p, penalise, tokens_seen
+from plasticity_jax.evaluate.sampling import draw, keep_top_k, keep_top_p, penalize, tokens_seen
 from plasticity_jax.evaluate.stops import has_stopped, stop_check
 from plasticity_jax.model.transformer import apply, init_params
 
@@ -171,7 +171,7 @@ def test_padding_never_counts_as_seen():
     seen = np.asarray(tokens_seen(jnp.asarray(tokens), jnp.asarray(valid), 6))
     assert [np.flatnonzero(row).tolist() for row in seen] == [[2, 5], [3]]
     logits = np.array([[2.0, -1.0, 4.0, 0.0, 1.0, -2.0]] * 2, np.float32)
-    np.testing.assert_array_equal(penalise(jnp.asarray(logits), jnp.asarray(seen), jnp.float32(2)), [[2, -1, 2, 0, 1, -4], [2, -1, 4, 0, 1, -2]])
+    np.testing.assert_array_equal(penalize(jnp.asarray(logits), jnp.asarray(seen), jnp.float32(2)), [[2, -1, 2, 0, 1, -4], [2, -1, 4, 0, 1, -2]])
 
 
 def test_the_k_highest_stay_with_what_ties_with_the_last():

@@ -1,6 +1,8 @@
 """Verdicts and majorities by many completions; hostile mathematics harms nothing."""
 
 import contextlib
+import importlib
+import multiprocessing
 import os
 import random
 import signal
@@ -9,8 +11,11 @@ import sys
 import threading
 import time
 
+import pebble
 import pytest
 
+from plasticity_jax.errors import UserError
+from plasticity_jax.evaluate import grading_worker
 from plasticity_jax.evaluate.answers import extract_answer
 from plasticity_jax.evaluate.grading import Grading, Verdict
 from plasticity_jax.evaluate.grading_worker import MAX_CHARACTERS
@@ -68,7 +73,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("grader", ["number", "exact", "letter"])
 def test_text_graders_start_no_process(grader, monkeypatch):
-    monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setattr(pebble, "ProcessPool", None)
     with Grading(grader, faithful=False) as grading:
         assert grading.judge([("1", "1"), (None, "1"), ("2", "1")]) == ["right", "no answer", "wrong"]
         assert grading.majority([["answer is 2", "answer is 1", "answer is 1"], ["x"]]) == [1, 0]
@@ -130,19 +135,23 @@ def test_hostile_answers_end_with_a_verdict_and_the_run_goes_on():
         assert grading.judge([("1" * (MAX_CHARACTERS + 1), "1")]) == ["wrong"]
 
 
+def _worker_pids() -> list[int]:
+    return [child.pid for child in multiprocessing.active_children()]
+
+
 def test_killed_workers_lose_nothing():
     pairs = [(str(i), str(i + i % 2) + ".0") for i in range(250)]
     with Grading("math", faithful=False, workers=2, seconds=60.0) as grading:
+        assert grading.judge([("1", "1.0")]) == ["right"]
         done = threading.Event()
         kills = []
 
         def kill_now_and_then():
-            while not done.wait(0.2) and not kills:  # a second one could meet the same pair, which then counts as timed out
-                for worker in list(grading._pool.workers)[:1]:
-                    if worker.is_ready and not done.is_set():
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(worker.process.pid, signal.SIGKILL)
-                            kills.append(worker.process.pid)
+            while not done.wait(0.05) and not kills:  # a second kill could meet the same pair, which then counts as timed out
+                for pid in _worker_pids()[:1]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                        kills.append(pid)
 
         killer = threading.Thread(target=kill_now_and_then)
         killer.start()
@@ -155,24 +164,55 @@ def test_killed_workers_lose_nothing():
     assert [verdict == "right" for verdict in found] == [i % 2 == 0 for i in range(250)]
 
 
-def test_a_pair_that_breaks_every_worker_times_out_alone(monkeypatch, tmp_path):
-    worker = tmp_path / "worker.py"
-    worker.write_text(
-        "import json, os, sys\nprint('\"ready\"', flush=True)\n"
-        'for line in sys.stdin:\n    answer, gold = json.loads(line)\n    if answer == "die":\n        os._exit(3)\n    print("true", flush=True)\n'
+def test_workers_that_die_while_idle_are_replaced():
+    with Grading("math", faithful=False, workers=2) as grading:
+        assert grading.judge([("1", "1.0")]) == ["right"]
+        for pid in _worker_pids():
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.3)
+        assert grading.judge([("2", "2.0"), ("2", "3")]) == ["right", "wrong"]
+
+
+@pytest.fixture
+def replace_in_workers(monkeypatch, tmp_path):
+    """Puts a function of a module, given as text, in the place of one that the workers run."""
+
+    def replace(name: str, text: str) -> None:
+        module = f"replacement_of_{name}"
+        (tmp_path / f"{module}.py").write_text("import os, sys\n" + text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.setattr(grading_worker, name, getattr(importlib.import_module(module), name))
+
+    return replace
+
+
+def test_a_pair_that_kills_every_worker_times_out_alone_after_a_second_try(replace_in_workers, tmp_path):
+    log = tmp_path / "log"
+    replace_in_workers("start", "def start(parent, memory_bytes):\n    pass\n")  # without its limit of the size of files
+    replace_in_workers(
+        "compare",
+        f"def compare(answer, gold):\n    print(answer, file=open({str(log)!r}, 'a'), flush=True)\n"
+        "    if answer == 'die':\n        os._exit(3)\n    return True\n",
     )
-    monkeypatch.setattr("plasticity_jax.evaluate.grading._WORKER", worker)
     with Grading("math", faithful=False, workers=2, seconds=60.0) as grading:
         assert grading.judge([("1", "2"), ("die", "2"), ("3", "2"), ("die", "3")]) == ["right", "timed out", "right", "timed out"]
+    assert sorted(log.read_text().split()) == ["1", "3", "die", "die", "die", "die"]
 
 
-def test_workers_that_cannot_start_are_named(monkeypatch, tmp_path):
-    worker = tmp_path / "worker.py"
-    worker.write_text("raise SystemExit(7)\n")
-    monkeypatch.setattr("plasticity_jax.evaluate.grading._WORKER", worker)
-    with Grading("math", faithful=False, workers=1) as grading, pytest.raises(ValueError, match=r"ended before it was ready \(status 7") as caught:
-        grading.judge([("1", "2")])
+@pytest.mark.parametrize("body", ["os._exit(7)", "raise ImportError('no math_verify')"])
+def test_workers_that_cannot_start_are_one_line(replace_in_workers, body, capfd):
+    replace_in_workers("start", f"def start(parent, memory_bytes):\n    sys.stderr = open(os.devnull, 'w')\n    {body}\n")
+    pairs = [(str(i), "-1") for i in range(2000)]
+    with Grading("math", faithful=False, workers=1) as grading, pytest.raises(UserError, match="end before they are ready") as caught:
+        grading.judge(pairs)
     assert "\n" not in str(caught.value)
+
+
+def test_too_little_memory_to_start_is_a_users_mistake(capfd):
+    with Grading("math", faithful=False, workers=1, memory_bytes=1 << 20) as grading, pytest.raises(UserError, match="1,048,576 bytes"):
+        grading.judge([("1", "2")])
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def _is_running(pid: int) -> bool:
@@ -183,45 +223,59 @@ def _is_running(pid: int) -> bool:
         return False
 
 
+def _blocks_interrupts(pid: int) -> bool:
+    """From birth, also while Python starts, when a handler of the worker's own would not yet stand."""
+    with open(f"/proc/{pid}/status") as status:
+        blocked = next(line.split()[1] for line in status if line.startswith("SigBlk:"))
+    return bool(int(blocked, 16) >> (signal.SIGINT - 1) & 1)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_worker_outlives_its_parent(number):
+@pytest.mark.parametrize("busy", [True, False])
+def test_no_worker_outlives_its_parent(number, busy):
+    """Nor prints a trace when Ctrl-C, which reaches all processes of the terminal, ends it."""
     program = (
-        "import threading, time\nfrom plasticity_jax.evaluate.grading import Grading\n"
+        "import multiprocessing, threading, time\nfrom plasticity_jax.evaluate.grading import Grading\n"
         "with Grading('math', faithful=False, workers=1, seconds=600.0) as grading:\n"
         "    def tell():\n"
-        "        while not any(worker.pair for worker in grading._pool.workers): time.sleep(0.05)\n"
-        "        print(grading._pool.workers[0].process.pid, flush=True)\n"
+        "        while not multiprocessing.active_children(): time.sleep(0.01)\n"
+        f"        time.sleep({3 * busy})\n"
+        "        print(multiprocessing.active_children()[0].pid, flush=True)\n"
         "    threading.Thread(target=tell, daemon=True).start()\n"
         "    grading.judge([('9^{9^{9^{9}}}', '1')])\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    worker = int(parent.stdout.readline())
-    time.sleep(0.2)
-    assert _is_running(worker)
-    parent.send_signal(number)
-    assert parent.wait(60) != 0
-    parent.stdout.close()
-    for _ in range(600):
-        if not _is_running(worker):
-            break
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        worker = int(parent.stdout.readline())
+        assert _is_running(worker) and _blocks_interrupts(worker)
+        if number == signal.SIGINT:
+            os.killpg(parent.pid, number)
+        else:
+            parent.send_signal(number)
+        assert parent.wait(60) != 0
+    finally:
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while _is_running(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _is_running(worker)
+    errors = parent.stderr.read()
+    assert errors.count("Traceback") == (number == signal.SIGINT) == errors.count("KeyboardInterrupt"), errors
+    parent.stdout.close()
+    parent.stderr.close()
 
 
-def test_worker_brings_no_jax():
-    """Nor the package itself, so that it starts at once."""
-    program = (
-        "import sys, runpy; sys.argv = ['worker', sys.argv[2], str(1 << 30)]; runpy.run_path(sys.orig_argv[-2], run_name='__main__');"
-        "sys.stderr.write(','.join(name for name in ('jax', 'numpy', 'plasticity_jax') if name in sys.modules) + '.')"
+def test_workers_import_neither_jax_nor_the_parents_script(tmp_path):
+    """The script has no `__name__` guard, so a worker that imported it would start workers itself."""
+    (tmp_path / "spy.py").write_text("import sys\ndef compare(answer, gold):\n    return not {'jax', 'numpy', 'tensorflow'} & set(sys.modules)\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import jax, spy\nfrom plasticity_jax.evaluate import grading, grading_worker\ngrading_worker.compare = spy.compare\n"
+        "with grading.Grading('math', faithful=False, workers=1) as g:\n    print(g.judge([('1', '2')])[0])\n"
     )
-    from plasticity_jax.evaluate import grading_worker
-
-    # A file takes standard error, which the worker makes its output too.
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program, grading_worker.__file__, str(os.getpid())], input=b"", capture_output=True, timeout=120
-    )
-    assert done.returncode == 0 and done.stderr == b"." and done.stdout == b'"ready"\n'
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("right\n", 0), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_equal_options_go_to_the_first_and_an_empty_one_is_refused(model):
     [choice] = choose(model, model.tokenizer, [example("key?", [" the mat"] * 3)], **SETTINGS)
     assert (choice.best, choice.best_by_length) == (0, 0)
     for options in ([" mat", ""], [""]):
-        with pytest.raises(UserError, match="needs text to compare"):
+        with pytest.raises(UserError, match="each option needs text"):
             choose(model, model.tokenizer, [example("key?", options)], **SETTINGS)
 
 

@@ -19,7 +19,6 @@ from plasticity_jax.evaluate import reward
 from plasticity_jax.evaluate.reward_model import check_folder, open_reward_model
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.load import load_model
-from plasticity_jax.model.scalar_head import length_buckets
 from plasticity_jax.model.transformer import hidden_states, init_params
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
@@ -102,7 +101,7 @@ def test_log_probability_is_the_mean_over_the_completions_tokens_and_its_end(wor
         expected.append(np.mean([logp[len(prompt) - 1 + k, token] for k, token in enumerate(answer)]))
     assert rewards.reshape(-1) == pytest.approx(np.array(expected), abs=1e-5)
     assert asked == [11], "a text that a problem has twice is rated once"
-    assert results["scorer"] == "length-normalised log-probability under the model that wrote the completion" and results["cut"] == 0
+    assert results["scorer"] == "length-normalized log-probability under the model that wrote the completion" and results["cut"] == 0
     assert_numbers_follow(results, rewards)
     short, _ = rated(world, "short", dataclasses.replace(CONFIG.reward, max_length=8), scorer="model")
     assert short["cut"] == 11
@@ -184,7 +183,7 @@ def test_padding_at_the_end_is_not_read_and_a_doubled_beginning_is_one(tmp_path)
     "changes, words",
     [
         ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM has no score head"),
-        ({"architectures": ["Gemma2ForSequenceClassification"]}, "'Gemma2ForSequenceClassification' is not known"),
+        ({"architectures": ["Gemma2ForSequenceClassification"]}, "'Gemma2ForSequenceClassification' is unknown"),
         ({"id2label": {"0": "a", "1": "b"}}, "gives 2 numbers"),
         ({"num_labels": 3}, "gives 3 numbers"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' changes the network"),
@@ -219,7 +218,7 @@ def test_folders_that_lack_something_are_refused_in_one_line(tmp_path):
     for template, words in (("{{ raise_exception('no\nassistant here') }}", "no assistant here"), ("{{ messages.__class__.__mro__ }}", "unsafe"),
                             ("{{ nothing.at.all }}", "undefined"), ("{{ messages.append(1) }}", "unsafe")):  # fmt: skip
         (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
-        with pytest.raises(UserError, match="cannot be carried out") as error:
+        with pytest.raises(UserError, match="the chat template fails") as error:
             open_reward_model(folder)[1].text("a", "b")
         assert words in str(error.value) and "\n" not in str(error.value)
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": [{"name": "tools", "template": "x"}]}))
@@ -227,7 +226,7 @@ def test_folders_that_lack_something_are_refused_in_one_line(tmp_path):
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     check_folder(folder)
     (folder / "tokenizer.json").write_text("{}")
-    assert_refused(folder, "is no tokenizer")
+    assert_refused(folder, "is not a valid tokenizer")
     (folder / "tokenizer.json").unlink()
     assert_refused(folder, "holds no tokenizer.json")
 
@@ -253,7 +252,7 @@ def test_a_verifier_rates_and_is_named_with_its_auc(world):
     states = np.asarray(activations["final_norm"], np.float64)
     assert rewards.reshape(-1) == pytest.approx(np.array([states[i, len(row) - 1] @ head for i, row in enumerate(rows)]), abs=1e-4)
     assert_numbers_follow(results, rewards)
-    with pytest.raises(UserError, match="holds no outcome verifier"):
+    with pytest.raises(UserError, match="not of stage verifier"):
         rated(world, "wrong", dataclasses.replace(CONFIG.reward, scorer="verifier"), scorer="model")
 
 
@@ -264,8 +263,3 @@ def test_rewards_do_not_depend_on_what_they_are_computed_with(world, tmp_path):
     _, rewards = rated(world, "four", settings)
     _, others = rated(world, "two", dataclasses.replace(settings, batch_size=2))
     assert rewards == pytest.approx(others, abs=1e-5) and rewards[0, 0] == rewards[0, 3]
-
-
-def test_buckets_double_up_to_the_longest():
-    assert length_buckets(2048) == (64, 128, 256, 512, 1024, 2048) and length_buckets(300) == (64, 128, 256, 300)
-    assert length_buckets(40) == (40,) and length_buckets(200, (16, 24)) == (16, 24, 48, 96, 192, 200) and length_buckets(24, (16, 24)) == (16, 24)

@@ -269,4 +269,4 @@ def test_a_sound_folder_is_read_although_config_json_says_more(tmp_path, caplog)
     caplog.set_level("INFO", logger="plasticity_jax")
     more = {"some_setting": 3, "sliding_window": None, "rope_scaling": None, "layer_types": ["full_attention"] * 2, "head_dim": 4}
     assert load_model(write_folder(tmp_path / "hf", **LLAMA | more)).config.d_head is None
-    assert "not read, as LlamaForCausalLM does not: some_setting" in caplog.text
+    assert "ignored, as in LlamaForCausalLM: some_setting" in caplog.text

@@ -70,7 +70,7 @@ def test_tokens_that_do_not_fit_are_refused_in_one_line(model, tokens, message):
 
 
 def test_segment_ids_of_another_shape_are_refused(model):
-    with pytest.raises(ValueError, match=r"segment_ids has shape \[1, 3\]; it must be that of tokens, \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"segment_ids has shape \[1, 3\]; it must have the shape of tokens, \[2, 3\]"):
         model(TOKENS, segment_ids=[[1, 1, 1]])
 
 

@@ -50,7 +50,7 @@ def test_large_logits_stay_finite():
     assert loss == 2e4 and np.isfinite(gradient).all()
 
 
-def test_gradient_of_the_log_normaliser():
+def test_gradient_of_the_log_normalizer():
     """d/dx of Σ w·log² Z, the z-loss, is 2 w log Z · softmax, beside a cross-entropy with weights of its own."""
     weights = GENERATOR.normal(size=(2, 3, 5))
 

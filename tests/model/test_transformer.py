@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import scipy.stats
 from plasticity_jax.config import ModelConfig, RopeScaling
 from plasticity_jax.config.presets import presets
 from plasticity_jax.model import abstract_params, count_params, init_params, transformer
+from plasticity_jax.model.param_count import count_matmul_params
 from plasticity_jax.parallel import param_paths
 
 CONFIG = ModelConfig(vocab_size=50, d_model=24, n_layers=2, n_heads=6, n_kv_heads=2, d_ff=20)
@@ -175,7 +177,7 @@ def test_captures_have_the_promised_names_and_shapes(params, tokens):
 
 
 def test_probabilities_from_a_kernel_that_never_holds_them_are_refused(params, tokens):
-    with pytest.raises(ValueError, match="attention='splash': the kernel never holds the probabilities; use attention='xla'"):
+    with pytest.raises(ValueError, match="attention='splash': the kernel never materializes the probabilities; use attention='xla'"):
         transformer.apply(CONFIG, params, tokens, capture=("attn_probs",), attention="splash")
 
 
@@ -223,6 +225,16 @@ def test_count_params_equals_the_papers_numbers():
     assert count_params(CONFIG) == sum(x.size for x in jax.tree.leaves(init_params(CONFIG, 0)))
 
 
+@pytest.mark.parametrize("change", [{}, {"tie_embeddings": True}, {"qk_norm": True}, {"d_head": 48}])
+@pytest.mark.parametrize("name", presets())
+def test_parameter_counts_equal_those_of_the_tree(name, change):
+    config = dataclasses.replace(presets()[name], **change)
+    sizes = {path: math.prod(leaf.shape) for path, leaf in zip(param_paths(abstract_params(config)), jax.tree.leaves(abstract_params(config)))}
+    assert count_params(config) == sum(sizes.values())
+    in_matmuls = [path for path in sizes if path.endswith("/kernel") or (config.tie_embeddings and path == "embed/embedding")]
+    assert count_matmul_params(config) == sum(sizes[path] for path in in_matmuls)
+
+
 def test_parameter_tree_is_the_documented_one():
     shapes = dict(zip(param_paths(abstract_params(CONFIG)), (x.shape for x in jax.tree.leaves(abstract_params(CONFIG)))))
     assert shapes == {
@@ -247,7 +259,7 @@ def test_parameter_tree_is_the_documented_one():
     assert dict(zip(param_paths(abstract_params(LLAMA3)), (x.shape for x in jax.tree.leaves(abstract_params(LLAMA3))))) == tied
 
 
-def test_initialisation_follows_the_paper_and_the_seed():
+def test_initialization_follows_the_paper_and_the_seed():
     config = ModelConfig(vocab_size=512, d_model=64, n_layers=4, n_heads=4, n_kv_heads=4, d_ff=160)
     params = init_params(config, 5)
     for path, leaf in zip(param_paths(params), jax.tree.leaves(params)):
@@ -264,7 +276,7 @@ def test_initialisation_follows_the_paper_and_the_seed():
     assert not np.array_equal(layers, init_params(config, 6)["blocks"]["attn"]["q"]["kernel"])
 
 
-def test_truncated_initialisation_is_olmo2s():
+def test_truncated_initialization_is_olmo2s():
     """N(0, 0.02) cut at three standard deviations, which takes 1.3% off its spread; against scipy's truncated normal."""
     config = dataclasses.replace(OLMO2, vocab_size=512, d_model=64, n_layers=4, n_heads=4, n_kv_heads=4, d_ff=160)
     params = init_params(config, 5)

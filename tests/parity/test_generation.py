@@ -11,7 +11,7 @@ from smollm2 import write_folder
 from test_transformers import CASES, theirs
 
 from plasticity_jax.evaluate.generate import Sampling, generate
-from plasticity_jax.evaluate.sampling import keep_top_k, keep_top_p, penalise, tokens_seen
+from plasticity_jax.evaluate.sampling import keep_top_k, keep_top_p, penalize, tokens_seen
 from plasticity_jax.model import load_model
 
 pytestmark = pytest.mark.parity
@@ -96,7 +96,7 @@ def test_logits_are_changed_as_the_processors_of_transformers_change_them(temper
         processors.append(transformers.TopPLogitsWarper(top_p))
     expected = processors(torch.tensor(tokens), torch.tensor(logits)).numpy()
 
-    ours = penalise(jnp.asarray(logits), tokens_seen(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), 500), jnp.float32(penalty)) / temperature
+    ours = penalize(jnp.asarray(logits), tokens_seen(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), 500), jnp.float32(penalty)) / temperature
     ours = keep_top_k(ours, top_k) if top_k else ours
     ours = keep_top_p(ours, jnp.float32(top_p)) if top_p < 1 else ours
     np.testing.assert_allclose(ours, expected, rtol=1e-6)

@@ -94,7 +94,7 @@ def test_it_learns_what_can_be_told_and_reports_its_held_out_auc(world: World, s
     assert trained["diverged"] is None and trained["reason"] == "" and trained["auc"] > 0.95 and trained["accuracy"] > 0.85
     held_out = verifier.held_out_problems([f"p{i}" for i in range(60)], 0.25)
     found, right = scored_again(world.root / "told", samples, held_out)
-    assert trained["auc"] == pytest.approx(roc_auc_score(right, found), abs=2e-3)  # rounding may swap neighbours
+    assert trained["auc"] == pytest.approx(roc_auc_score(right, found), abs=2e-3)  # rounding may swap neighbors
     assert trained["accuracy"] == np.mean((found > 0) == right) and trained["share_right"] == right.mean()
     counts = trained["counts"]
     assert counts["read"] == 360 and counts["held_out"] == {"problems": 15, "completions": len(right), "right": int(right.sum())}
@@ -130,7 +130,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_rows_that_count(world: World)
     head = np.random.default_rng(0).normal(size=base.config.d_model).astype(np.float32)
     model = with_head(base.config, base.params, jnp.asarray(head))
     rows, _ = encode_answers(base.tokenizer, ["the cat"] * 3, ["red", "a tree", "é"], max_length=32, bos=False)
-    tokens, lengths = verifier.padded(rows, length=32, batch_size=5)
+    tokens, lengths = verifier.pad_rows(rows, length=32, batch_size=5)
     labels = np.array([1, 0, 1, 0, 0], np.float32)
     _, activations = base(tokens, capture=("final_norm",))
     logits = [np.asarray(activations["final_norm"], np.float64)[i, len(row) - 1] @ head.astype(np.float64) for i, row in enumerate(rows)]
@@ -204,7 +204,7 @@ def test_bad_samples_are_refused_in_one_line(world: World, samples):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no graded samples"):
         verify(world, "refused", [])
-    with pytest.raises(UserError, match="some must be held out"):
+    with pytest.raises(UserError, match="at least one must be held out"):
         verify(world, "refused", [write_samples(world.root / "one", separable, n_problems=1)])
-    with pytest.raises(UserError, match="holds no outcome verifier"):
+    with pytest.raises(UserError, match="not of stage verifier"):
         load_verifier(world.root / "base")
