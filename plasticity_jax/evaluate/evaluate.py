@@ -19,8 +19,8 @@ from plasticity_jax.evaluate.options import Choice, choose
 from plasticity_jax.model.load import LoadedModel
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.sharding import inference_shardings
-from plasticity_jax.runs.append_log import AppendLog, read_log, remove_log
 from plasticity_jax.runs.jsonfiles import to_json, write_jsonl
+from plasticity_jax.runs.logs import AppendLog, read_log, remove_log
 from plasticity_jax.runs.storage import AnyPath
 
 log = logging.getLogger("plasticity_jax")

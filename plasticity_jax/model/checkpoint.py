@@ -11,11 +11,12 @@ from absl import logging as absl_logging
 from etils import epath
 
 from plasticity_jax.errors import UserError, reason
-from plasticity_jax.model.checkpoint_copies import StepCopies, committed_steps, remove_step
-from plasticity_jax.runs.storage import AnyPath, is_local, location, remove_tree
+from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, is_local, location, remove_tree
 
 # Bytes of an array that are compressed at once, and that are held before they go into a file, where memory is short.
 _PIECE, _FILE = 4 << 20, 16 << 20
+# On gs:// Orbax writes it last into a step's folder: a step without it is not whole.
+COMMITTED = "commit_success.txt"
 _BLOCK = 1 << 20  # elements summed at once
 
 
@@ -23,28 +24,22 @@ def finished_steps(directory: AnyPath) -> set[int]:
     """The steps below a directory that are whole; none where there is no such directory."""
     if is_local(directory):  # a save is renamed to its step's number when it is whole
         return {int(path.name) for path in directory.iterdir() if path.name.isdigit()} if directory.is_dir() else set()
-    return committed_steps(directory)
+    if not directory.is_dir():
+        return set()
+    return {int(path.name) for path in directory.iterdir() if path.name.isdigit() and (path / COMMITTED).is_file()}
 
 
 def delete_step(directory: AnyPath, step: int) -> None:
     """Removes a step."""
-    if is_local(directory):
-        remove_tree(directory / str(step))
-    else:
-        remove_step(directory, step)
-
-
-def _orbax_writes_to(directory: AnyPath) -> bool:
-    # On other stores Orbax, or the library of arrays below it, would take a half-written step for a whole one, or not write at all.
-    return is_local(directory) or directory.protocol in ("gs", "gcs")
+    if not is_local(directory):
+        (directory / str(step) / COMMITTED).unlink(missing_ok=True)
+    remove_tree(directory / str(step))
 
 
 class Checkpoints:
     """The steps saved under one directory, as `<directory>/<step>/{params,optimizer,checksums}`.
 
-    A step is visible only once it is whole: a process killed in the middle of a save leaves the step before it as the latest. On a store other than
-    gs:// the steps are copied to and from a local folder, in the background where `asynchronous`.
-
+    A step is visible only once it is whole: a process killed in the middle of a save leaves the step before it as the latest.
     Args:
       directory: created if missing, unless `read_only`.
       keep: how many of the latest steps to keep.
@@ -54,7 +49,7 @@ class Checkpoints:
         than the largest array has. None saves all at once.
       alone: of several processes, only this one uses the checkpoints; its arrays lie on its own devices. Otherwise all do the same at the same time.
     Raises:
-      UserError: several processes, and a store other than gs://.
+      UserError: a store other than gs://.
     """
 
     def __init__(
@@ -67,18 +62,9 @@ class Checkpoints:
         save_bytes: int | None = None,
         alone: bool = False,
     ):
-        self._place, self._copies = location(directory), None
-        if is_local(self._place):
-            self.directory = self._place.absolute()
-        elif _orbax_writes_to(self._place):
-            self.directory = epath.Path(str(self._place))
-        else:
-            if jax.process_count() > 1 and not alone:
-                raise UserError(
-                    f"{self._place}: {jax.process_count()} processes can write checkpoints to a shared disk or to gs:// alone; give one of the two."
-                )
-            self._copies = StepCopies(self._place, keep=keep)
-            self.directory = self._copies.folder
+        self._place = location(directory)
+        check_checkpoint_place(self._place)
+        self.directory = self._place.absolute() if is_local(self._place) else epath.Path(str(self._place))
         absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns about every sharding and every missing item that is meant
         together = {} if jax.process_count() == 1 else {"multiprocessing_options": _processes(self._place, alone)}
         self._only_here = bool(together) and alone
@@ -106,11 +92,7 @@ class Checkpoints:
         trees = {"params": params} if optimizer is None else {"params": params, "optimizer": optimizer}
         checksums = {name: _checksums(tree) for name, tree in trees.items()}
         items = {name: self._save_args(tree) for name, tree in trees.items()}
-        if self._copies is not None:
-            self._copies.wait()
         self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(checksums)))
-        if self._copies is not None:
-            self._copies.publish(step, self._manager.wait_until_finished)
 
     def _save_args(self, tree: Any) -> Any:
         if not self._frugal:
@@ -121,7 +103,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The largest step that is whole, or None."""
-        return self._manager.latest_step() if self._copies is None else self._copies.latest()
+        return self._manager.latest_step()
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The parameters of a step, bit for bit.
@@ -153,7 +135,6 @@ class Checkpoints:
         alone = structure.unflatten(leaves)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), alone)
         try:
-            self._fetch(step)
             handler = ocp.PyTreeCheckpointHandler(**self._together)
             tree = handler.restore(self.directory / str(step) / "params", args=ocp.args.PyTreeRestore(alone, restore_args=as_numpy))
             array = jax.tree.leaves(tree)[index]
@@ -169,16 +150,10 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when every save so far is whole."""
         self._manager.wait_until_finished()
-        if self._copies is not None:
-            self._copies.wait()
 
     def close(self) -> None:
         """Waits for the last save and releases the threads."""
-        try:
-            self._manager.close()
-        finally:
-            if self._copies is not None:
-                self._copies.close()
+        self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -189,7 +164,6 @@ class Checkpoints:
     def _restore(self, step: int, **abstract: Any) -> Any:
         items = {name: ocp.args.StandardRestore(_placed(tree)) for name, tree in abstract.items()}
         try:
-            self._fetch(step)
             restored = self._manager.restore(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonRestore()))
             for name in abstract:
                 if _checksums(restored[name]) != restored["checksums"][name]:
@@ -197,11 +171,6 @@ class Checkpoints:
             return restored
         except Exception as error:  # Orbax and tensorstore raise many types for a missing file, a bad checksum or another shape
             raise self._unreadable(step, error) from error
-
-    def _fetch(self, step: int) -> None:
-        if self._copies is not None:
-            self._copies.fetch(step)
-            self._manager.reload()
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
         said = reason(error).split(". ")[0]

@@ -22,7 +22,7 @@ from plasticity_jax.model.hf_names import EMBEDDING, HEAD, Part, parts
 from plasticity_jax.model.hf_tensors import Weights
 from plasticity_jax.model.transformer import Params, count_params
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.directory import CHECKPOINTS, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, is_local, joined, remove_tree, write_bytes
@@ -246,7 +246,7 @@ def import_model(folder: AnyPath, target: AnyPath, run: Run, config: StudyConfig
     """
     with RunDirectory(target).work(run, config) as directory:
         description, weights = open_folder(folder)
-        checkpoints = directory.path / "checkpoints"
+        checkpoints = directory.path / CHECKPOINTS
         remove_tree(checkpoints)
         for name in COMPANIONS:
             if (folder / name).is_file():

@@ -16,7 +16,7 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.hf_import import is_hugging_face, open_folder, read_params, read_tokenizer
 from plasticity_jax.model.transformer import Params, abstract_params, apply
-from plasticity_jax.runs.directory import RunDirectory, open_run
+from plasticity_jax.runs.directory import CHECKPOINTS, RunDirectory, open_run
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, location
 
@@ -119,7 +119,7 @@ def load_params(path: AnyPath, config: ModelConfig) -> Params:
 
 def open_checkpoints(path: AnyPath) -> Checkpoints:
     """The checkpoints below a run's directory, for reading. Raises UserError if there is none."""
-    folder = path / "checkpoints"
+    folder = path / CHECKPOINTS
     if not folder.is_dir():
         raise UserError(f"{path} has no checkpoints folder; delete the run's directory and run its stage again.")
     checkpoints = Checkpoints(folder, read_only=True, alone=True)

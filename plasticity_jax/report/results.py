@@ -11,10 +11,9 @@ from plasticity_jax.analysis.statistics import wilson_interval
 from plasticity_jax.config import Member, StudyConfig, grid_members, restore_config
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.evaluate.metrics import pass_at_k
-from plasticity_jax.runs.append_log import read_log
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
-from plasticity_jax.runs.records import METRICS
+from plasticity_jax.runs.logs import METRICS, read_log
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, location
 from plasticity_jax.stages import number, stages

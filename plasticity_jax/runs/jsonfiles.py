@@ -1,1 +1,60 @@
-from plasticity_jax.runs.records import read_json, read_jsonl, to_json, write_json, write_jsonl  # noqa
+"""Strict JSON, and JSON lines."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from plasticity_jax.errors import UserError
+from plasticity_jax.runs.storage import AnyPath, replacing, write_bytes
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Strict JSON: non-finite numbers become the strings "inf", "-inf", "nan"; NumPy scalars and arrays become plain values."""
+    return json.dumps(_strict(value), allow_nan=False, ensure_ascii=False, indent=indent)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(v) for v in value]
+    if hasattr(value, "tolist"):
+        return _strict(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, AnyPath):
+        return str(value)
+    return value
+
+
+def write_json(path: AnyPath, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the whole new one, never a part."""
+    write_bytes(path, (to_json(value, indent=1) + "\n").encode())
+
+
+def read_json(path: AnyPath) -> Any:
+    """Reads JSON; `float(x)` turns the strings "inf", "-inf" and "nan" back into numbers. Raises UserError if it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it and run again.") from error
+
+
+def write_jsonl(path: AnyPath, rows: Iterable[dict]) -> None:
+    """Writes one JSON object per line, atomically."""
+    with replacing(path) as file:
+        file.writelines((to_json(row) + "\n").encode() for row in rows)
+
+
+def iter_jsonl(path: AnyPath) -> Iterator[dict]:
+    """The objects of a file with one per line; a half-written last line (after a kill) is left out."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def read_jsonl(path: AnyPath) -> list[dict]:
+    """`iter_jsonl` as a list."""
+    return list(iter_jsonl(path))

@@ -1,80 +1,63 @@
-"""One holder at a time: a lock file that the system frees with its process on a disk, an object with a heartbeat on a store."""
+"""One holder at a time: a lock file that the system frees with its process on a disk, an object that is created once on a store."""
 
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import socket
-import threading
 import time
-import uuid
 from collections.abc import Iterator
 
+import filelock
+
 from plasticity_jax.errors import UserError
-from plasticity_jax.progress import Progress
-from plasticity_jax.runs.storage import AnyPath, is_local, write_bytes
-
-log = logging.getLogger("plasticity_jax")
-
-HEARTBEAT_SECONDS = 15.0
-# A holder that was not heard of for so long is taken for dead: well above a slow store, and what the restart of a killed run on another machine waits
-# at most. Clocks of holder and reader that agree to less than the difference of the two make that wait shorter, and are not needed.
-STALE_SECONDS = 120.0
-LOOK_SECONDS = 2.0
-# Longer than a store takes to write an object.
-TAKEOVER_SECONDS = 2.0
-
-_held: set[str] = set()  # tokens of the locks of this process
-
-
-class Held:
-    """A lock that this process holds."""
-
-    def __init__(self, path: AnyPath, token: str | None = None):
-        self._path, self._token = path, token
-
-    def check(self) -> None:
-        """Raises UserError if another process has taken the lock meanwhile, because nothing was heard of this one for too long."""
-        if self._token is not None and (_read(self._path) or {}).get("token") != self._token:
-            raise UserError(f"{self._path} was taken over by another process while this one was silent; let that one finish.")
+from plasticity_jax.runs.storage import AnyPath, is_local
 
 
 @contextlib.contextmanager
-def lock(path: AnyPath) -> Iterator[Held]:
-    """Holds the lock while the block runs; the file is gone after a block that did not raise, and always on a store.
+def lock(path: AnyPath) -> Iterator[None]:
+    """Holds the lock while the block runs.
 
-    Where another machine's process holds it, this waits for a sign of life, and takes the lock if none comes.
+    On a disk the system frees the lock of a process that dies. On a store its object stays; this machine sees that its own process is gone, and for one
+    of another machine the refusal says what to delete.
 
     Raises:
-      BlockingIOError: another process holds it.
+      UserError: another process holds it.
     """
     if is_local(path):
-        with open(path, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield Held(path)
-            path.unlink(missing_ok=True)
+        held = filelock.UnixFileLock(path, blocking=False)
+        try:
+            held.acquire()
+        except filelock.Timeout as error:
+            raise UserError(f"{path.parent} is being worked on by another process; wait for it or stop it.") from error
+        try:
+            yield
+        finally:
+            held.release()
         return
-    token = _acquire(path)
-    stop = threading.Event()
-    thread = threading.Thread(target=_beat, args=(path, token, stop), daemon=True)
-    thread.start()
+    content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}).encode()
+    holder = _holder(path)
+    if holder is not None and _is_gone(holder):
+        path.unlink(missing_ok=True)
     try:
-        yield Held(path, token)
+        path.fs.pipe_file(path.path, content, mode="create")
+    except FileExistsError as error:
+        found = _holder(path) or {}
+        who = f"process {found.get('pid', '?')} of {found.get('host', 'an unknown host')} since {found.get('since', 'an unknown time')}"
+        raise UserError(f"{path.parent} is being worked on by {who}; wait for it, or delete {path} if that process is gone.") from error
+    try:
+        yield
     finally:
-        stop.set()
-        thread.join()
-        _held.discard(token)
-        if (_read(path) or {}).get("token") == token:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def is_locked(path: AnyPath) -> bool:
     """Whether a process holds the lock."""
     if not is_local(path):
-        return _alive(_read(path))
+        holder = _holder(path)
+        return holder is not None and not _is_gone(holder)
     try:
-        with open(path) as file:
+        with open(path) as file:  # shared, so that those who only look do not get into each other's way
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -83,50 +66,8 @@ def is_locked(path: AnyPath) -> bool:
     return False
 
 
-def _acquire(path: AnyPath) -> str:
-    token = uuid.uuid4().hex
-    content = _content(token)
-    try:
-        path.fs.pipe_file(path.path, content, mode="create")
-    except FileExistsError:
-        if not _abandoned(path):
-            raise BlockingIOError(f"{path} is held") from None
-        write_bytes(path, content)
-        # Two processes may take over a dead one's lock at once; the last to write has it.
-        time.sleep(TAKEOVER_SECONDS)
-        if (_read(path) or {}).get("token") != token:
-            raise BlockingIOError(f"{path} is held") from None
-    _held.add(token)
-    return token
-
-
-def _abandoned(path: AnyPath) -> bool:
-    """Whether the holder is gone. Waits for it to be heard of, or to have been silent for too long."""
-    first = _read(path)
-    if not _alive(first):
-        return True
-    if first.get("host") == socket.gethostname():
-        return False
-    log.info("%s is held by process %s of %s; waiting for a sign of life", path, first.get("pid"), first.get("host"))
-    end = time.monotonic() + STALE_SECONDS
-    with Progress("wait for its holder", total=round(STALE_SECONDS), unit="seconds") as progress:
-        while time.monotonic() < end:
-            time.sleep(LOOK_SECONDS)
-            progress.update(round(LOOK_SECONDS))
-            now = _read(path)
-            if not _alive(now):
-                return True
-            if now != first:
-                return False
-    return True
-
-
-def _content(token: str) -> bytes:
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": token, "time": time.time()}).encode()
-
-
-def _read(path: AnyPath) -> dict | None:
-    """What lies in the lock; None where there is none, and {} where it cannot be read."""
+def _holder(path: AnyPath) -> dict | None:
+    """What lies in a lock on a store; None where there is none, and {} where it cannot be read."""
     try:
         found = json.loads(path.read_bytes())
         return found if isinstance(found, dict) else {}
@@ -136,29 +77,14 @@ def _read(path: AnyPath) -> dict | None:
         return {}
 
 
-def _alive(found: dict | None) -> bool:
-    """Whether the holder is taken to live: heard of lately, and not known to this machine to be gone."""
-    if not found or time.time() - found.get("time", 0.0) > STALE_SECONDS:
+def _is_gone(holder: dict) -> bool:
+    """Whether the holder was a process of this machine that has ended."""
+    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
         return False
-    if found.get("host") != socket.gethostname():
-        return True
-    if found.get("pid") == os.getpid():  # in a container that was started again, often the number of the process before
-        return found.get("token") in _held
     try:
-        os.kill(found["pid"], 0)
+        os.kill(holder["pid"], 0)
     except ProcessLookupError:
-        return False
-    except OSError:
         return True
-    return True
-
-
-def _beat(path: AnyPath, token: str, stop: threading.Event) -> None:
-    while not stop.wait(HEARTBEAT_SECONDS):
-        try:
-            if (_read(path) or {}).get("token") != token:
-                log.error("%s was taken over by another process", path)
-                return
-            write_bytes(path, _content(token))
-        except Exception as error:  # a store that does not answer now may do so at the next beat
-            log.warning("%s could not be renewed: %s", path, error)
+    except OSError:
+        return False
+    return False

@@ -141,17 +141,11 @@ def remove_tree(path: AnyPath) -> None:
             path.fs.rm(path.path, recursive=True)
 
 
-def upload(folder: Path, target: AnyPath, *, last: str | None = None) -> None:
-    """Copies the files below a local folder to a store.
-
-    Args:
-      last: the file in the folder that is copied after all others, and so stands for the whole.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() != last)
+def upload(folder: Path, target: AnyPath) -> None:
+    """Copies the files below a local folder to a store."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     with _Transfer(f"upload {target.name}", total=sum(path.stat().st_size for path in files)) as transfer:
         target.fs.put([str(path) for path in files], [f"{target.path}/{path.relative_to(folder).as_posix()}" for path in files], callback=transfer)
-    if last is not None:
-        write_bytes(target / last, (folder / last).read_bytes())
 
 
 def download(source: AnyPath, folder: Path) -> None:
@@ -270,6 +264,12 @@ def check_writable(folder: AnyPath) -> None:
         probe.unlink()
     except Exception as error:  # every driver has types of its own for a missing bucket or missing rights
         raise OSError(errno.EIO, reason(error)) from error
+
+
+def check_checkpoint_place(place: AnyPath) -> None:
+    """Refuses a store on which a half-written checkpoint could be taken for a whole one: all but gs://, where Orbax commits steps. Raises UserError."""
+    if not is_local(place) and place.protocol not in ("gs", "gcs"):
+        raise UserError(f"{place}: checkpoints are written to a local or shared disk, or to gs://; give one of these.")
 
 
 def free_bytes(folder: AnyPath) -> int | None:

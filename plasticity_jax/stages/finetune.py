@@ -74,6 +74,7 @@ STAGE = Stage(
     name="finetune",
     title="fine-tuned models",
     run=run,
+    checkpoints=True,
     record=Finetuned,
     parents={"base": "pretrain", "task": "prepare"},
     plan=_plan,

@@ -39,4 +39,4 @@ def run(context: Context) -> Initial:
     return Initial(parameters, sha256)
 
 
-STAGE = Stage(name="init", title="step-0 parameters", run=run, record=Initial, plan=_plan, job="prepare")
+STAGE = Stage(name="init", title="step-0 parameters", run=run, checkpoints=True, record=Initial, plan=_plan, job="prepare")

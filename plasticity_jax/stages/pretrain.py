@@ -198,6 +198,7 @@ STAGE = Stage(
     name="pretrain",
     title="base models",
     run=run,
+    checkpoints=True,
     record=Pretrained,
     parents={"corpus": "prepare", "init": "init"},
     plan=_plan,

@@ -165,6 +165,7 @@ class Stage:
         no accelerator either.
       batched: (key, run_batch) where several runs can be carried out by one call: runs with an equal key form a batch in `grid.mode = "vmapped"`.
       may_diverge: beginning of the roles of which some parents may have diverged, so long as one is left.
+      checkpoints: whether it writes checkpoints of a model.
       job: the cluster job that carries out all runs of the stage; "" for a stage that has a command of its own or is part of `plasticity analyze`.
       tables, figures, columns: what it adds to the report, by name.
       claims: the claims about weight decay that it holds against a study.
@@ -187,6 +188,7 @@ class Stage:
     devices: str = "first"
     batched: tuple[Callable[[Run], str], Callable[[Sequence[Context]], list[Any]]] | None = None
     may_diverge: str | None = None
+    checkpoints: bool = False
     job: str = ""
     tables: Mapping[str, Table] = field(default_factory=dict)
     figures: Mapping[str, Figure] = field(default_factory=dict)

@@ -127,6 +127,7 @@ STAGE = Stage(
     name="verifier",
     title="outcome verifiers",
     run=run,
+    checkpoints=True,
     record=Verified,
     config=VerifierConfig,
     parents={"base": "finetune", "task": "prepare", SAMPLES_ROLE: "samples"},

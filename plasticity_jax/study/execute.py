@@ -18,7 +18,7 @@ from plasticity_jax.parallel import processes
 from plasticity_jax.runs.directory import STUDY, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.run import Run
-from plasticity_jax.runs.storage import AnyPath, check_writable, free_bytes, relative
+from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, relative
 from plasticity_jax.stages import Context, Stage, stages
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
@@ -83,6 +83,8 @@ def graph_lines(config: StudyConfig, workdir: AnyPath) -> list[str]:
 def check_before_writing(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, study: StudyConfig) -> None:
     """Checks all that can be checked before anything is written. Of several processes the first decides. Raises UserError."""
     processes.broadcast(lambda: check_start(config, workdir, runs))
+    if any(stages()[run.stage].checkpoints for run in runs):
+        check_checkpoint_place(workdir)
     processes.broadcast(lambda: check_workdir(workdir, study))
     check_shared(workdir)
 

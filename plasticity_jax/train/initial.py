@@ -10,10 +10,9 @@ from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import count_params, init_params
 from plasticity_jax.parallel.arrays import to_host
 from plasticity_jax.parallel.rules import param_paths
+from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.optimizer import Params
-
-CHECKPOINTS = "checkpoints"
 
 
 def params_sha256(params: Params) -> str:

@@ -17,11 +17,10 @@ import numpy as np
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.append_log import read_log
+from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.jsonfiles import read_json, write_json
-from plasticity_jax.runs.records import METRICS, MetricsLog
+from plasticity_jax.runs.logs import METRICS, MetricsLog, read_log
 from plasticity_jax.runs.storage import AnyPath
-from plasticity_jax.train.initial import CHECKPOINTS
 from plasticity_jax.train.step import Batch, Hyper, Metrics, State
 
 TAIL_STEPS = 20  # last steps, which are all logged; their mean is the training loss of a run

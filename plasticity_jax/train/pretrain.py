@@ -18,9 +18,10 @@ from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.batches import check_batch_size, global_batches, local_rows
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import batch_sharding, format_sharding_table, param_shardings, sharding_table
+from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.held_out import HeldOutBlocks, first_blocks, held_out_loss
-from plasticity_jax.train.initial import CHECKPOINTS, params_sha256
+from plasticity_jax.train.initial import params_sha256
 from plasticity_jax.train.loop import LoopSettings, Track, train
 from plasticity_jax.train.optimizer import OptimizerSettings, Params, Schedule, decay_table, timescale_steps, warmup_steps
 from plasticity_jax.train.restore import param_norms, starting_state

@@ -13,8 +13,8 @@ from plasticity_jax.model.checkpoint import Checkpoints, delete_step, finished_s
 from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.rules import param_paths
+from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.storage import AnyPath
-from plasticity_jax.train.initial import CHECKPOINTS
 from plasticity_jax.train.optimizer import Params
 from plasticity_jax.train.step import State, StepSettings, initial_state, stack, state_shardings
 

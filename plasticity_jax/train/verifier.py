@@ -38,8 +38,8 @@ from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.batches import check_batch_size
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import batch_sharding
+from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.storage import AnyPath
-from plasticity_jax.train.initial import CHECKPOINTS
 from plasticity_jax.train.loop import LoopSettings, Track, train
 from plasticity_jax.train.optimizer import OptimizerSettings, make_optimizer, schedule_shape
 from plasticity_jax.train.restore import common_step

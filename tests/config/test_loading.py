@@ -35,7 +35,9 @@ from plasticity_jax.config import (
     to_dict,
 )
 from plasticity_jax.errors import UserError
-from plasticity_jax.runs.records import Run, RunDirectory, to_json
+from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.jsonfiles import to_json
+from plasticity_jax.runs.run import Run
 from plasticity_jax.study.graph import build_graph, read_study, save_study
 
 CONFIGS = Path(__file__).parents[2] / "configs"

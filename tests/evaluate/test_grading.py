@@ -261,7 +261,7 @@ def test_no_worker_outlives_its_parent(number, busy):
         time.sleep(0.05)
     assert not _is_running(worker)
     errors = parent.stderr.read()
-    assert errors.count("Traceback") == (number == signal.SIGINT) == errors.count("KeyboardInterrupt"), errors
+    assert errors.count("KeyboardInterrupt") == (number == signal.SIGINT), errors  # the parent's own; a worker's would be a second one
     parent.stdout.close()
     parent.stderr.close()
 

@@ -249,7 +249,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("when", ["hf_tensors.Weights.read", "__import__('plasticity_jax').runs.records.RunDirectory.finish"])
+@pytest.mark.parametrize("when", ["hf_tensors.Weights.read", "__import__('plasticity_jax').runs.directory.RunDirectory.finish"])
 def test_a_killed_import_is_no_run_and_is_done_again(when, tmp_path):
     folder, run = write_folder(tmp_path / "hf"), tmp_path / "run"
     kill(when, f"import_folder(Path({str(folder)!r}), Path({str(run)!r}))")

@@ -13,7 +13,7 @@ from plasticity_jax.config import StudyConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory, open_run
 from plasticity_jax.runs.jsonfiles import read_json, read_jsonl, to_json, write_json, write_jsonl
-from plasticity_jax.runs.records import MetricsLog
+from plasticity_jax.runs.logs import MetricsLog
 from plasticity_jax.runs.run import Run
 
 RUN = Run("s", "spectra", "wd0.1", {"mass": 0.95}, {"model": "pretrain/wd0.1-0123abcd"})

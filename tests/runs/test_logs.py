@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plasticity_jax.runs.append_log import AppendLog, read_log
+from plasticity_jax.runs.logs import AppendLog, read_log
 from plasticity_jax.runs.storage import location
 
 MEMORY = fsspec.filesystem("memory")

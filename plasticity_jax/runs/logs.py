@@ -1,14 +1,21 @@
-"""A file that rows are appended to: one file on a disk, numbered parts on a store, where nothing can be appended.
+"""Files that rows are appended to: one file on a disk, numbered parts on a store, where nothing can be appended.
 
-Parts are `metrics.00001.jsonl`, `metrics.00002.jsonl` ... beside where `metrics.jsonl` would lie. Each is one object, written when it is closed. Rows come in the
-order of their steps, so whatever is cut off, by a kill or on purpose, is cut off at the end.
+Parts are `metrics.00001.jsonl`, `metrics.00002.jsonl` ... beside where `metrics.jsonl` would lie. Each is one object, written when it is closed. Rows come
+in the order of their steps, so whatever is cut off, by a kill or on purpose, is cut off at the end.
 """
 
 import io
 import json
-from collections.abc import Callable
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-from plasticity_jax.runs.storage import AnyPath, is_local, replacing, write_bytes
+from plasticity_jax.runs.jsonfiles import to_json
+from plasticity_jax.runs.storage import AnyPath, is_local, replacing, upload, write_bytes
+
+METRICS = "metrics.jsonl"
 
 
 class AppendLog:
@@ -116,3 +123,49 @@ def _lines(content: bytes) -> list[bytes]:
 def _write(path: AnyPath, lines: list[bytes]) -> None:
     with replacing(path) as file:
         file.writelines(lines)
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard events of a run: one row of numbers per logged step. On a store both are brought there by `close_part`.
+
+    Args:
+      directory: the run's directory.
+      step: rows after this step are dropped first, so that a resumed run repeats none.
+    """
+
+    def __init__(self, directory: AnyPath, *, step: int):
+        from tensorboardX import SummaryWriter
+
+        self._rows = AppendLog(directory / METRICS, keep=lambda row: row["step"] <= step)
+        self._events_folder = directory / "tensorboard"
+        self._temporary = None if is_local(directory) else tempfile.TemporaryDirectory(prefix="plasticity-events-")
+        self._events = SummaryWriter(self._temporary.name if self._temporary else str(self._events_folder), purge_step=step + 1)
+
+    def write(self, step: int, **values: Any) -> None:
+        """Appends `values`; nested dicts become TensorBoard tags joined by slashes."""
+        self._rows.append(to_json({"step": step, **values}))
+        for tag, value in _flatten(values):
+            if isinstance(value, (int, float)) and math.isfinite(value):  # tensorboardX prints a warning for every other
+                self._events.add_scalar(tag, value, step)
+
+    def close_part(self) -> None:
+        """Makes what was written outlive this process, also on a store; call it before a checkpoint from which a later process may resume."""
+        self._rows.close_part()
+        if self._temporary is not None:
+            self._events.flush()
+            upload(Path(self._temporary.name), self._events_folder)
+
+    def close(self) -> None:
+        self._events.close()
+        self._rows.close()
+        if self._temporary is not None:
+            upload(Path(self._temporary.name), self._events_folder)
+            self._temporary.cleanup()
+
+
+def _flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
