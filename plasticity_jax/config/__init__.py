@@ -20,9 +20,11 @@ from plasticity_jax.config.schema import (
     StudyConfig,
     TaskConfig,
     TrainConfig,
+    execution,
     execution_fields,
     explain,
     extra_sections,
+    result,
     result_fields,
     to_dict,
 )

@@ -1,5 +1,6 @@
 """AdamW with a traced weight decay: one compiled update serves the whole grid, λ = 0 included."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,6 +60,12 @@ class OptimizerSettings:
     schedule: Schedule
     decay_kind: str
     decay_mask: str
+
+    @classmethod
+    def of(cls, section: Any, **settings: Any) -> "OptimizerSettings":
+        """The settings of a config section: its fields of the same names, and `settings` for the others."""
+        shared = {field.name for field in dataclasses.fields(cls)} - settings.keys()
+        return cls(**{name: getattr(section, name) for name in shared if hasattr(section, name)}, **settings)
 
 
 def warmup_steps(steps: int, fraction: float) -> int:

@@ -33,15 +33,8 @@ log = logging.getLogger("plasticity_jax")
 def step_settings(config: StudyConfig, mesh: Mesh) -> StepSettings:
     """The settings of a config's compiled step, which do not include λ."""
     train_config = config.train
-    optimizer = OptimizerSettings(
-        b1=train_config.b1,
-        b2=train_config.b2,
-        eps=train_config.eps,
-        clip_norm=train_config.clip_norm,
-        schedule=Schedule(train_config.schedule, final_fraction=train_config.final_lr_fraction, decay_fraction=train_config.decay_fraction),
-        decay_kind=config.decay.kind,
-        decay_mask=config.decay.mask,
-    )
+    schedule = Schedule(train_config.schedule, final_fraction=train_config.final_lr_fraction, decay_fraction=train_config.decay_fraction)
+    optimizer = OptimizerSettings.of(train_config, schedule=schedule, decay_kind=config.decay.kind, decay_mask=config.decay.mask)
     return StepSettings(
         config.model,
         optimizer,

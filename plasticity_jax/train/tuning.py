@@ -9,15 +9,8 @@ from plasticity_jax.train.step import Hyper, hyper_parameters
 
 def tuning_optimizer(recipe: FinetuneConfig, *, decay_mask: str) -> OptimizerSettings:
     """The optimizer of a recipe; the learning rate decays to zero. Source: paper section 4.1."""
-    return OptimizerSettings(
-        b1=recipe.b1,
-        b2=recipe.b2,
-        eps=recipe.eps,
-        clip_norm=recipe.clip_norm,
-        schedule=Schedule("cosine", final_fraction=0.0, decay_fraction=1.0),
-        decay_kind="coupled",
-        decay_mask=decay_mask,
-    )
+    schedule = Schedule("cosine", final_fraction=0.0, decay_fraction=1.0)
+    return OptimizerSettings.of(recipe, schedule=schedule, decay_kind="coupled", decay_mask=decay_mask)
 
 
 def tuning_numbers(recipe: FinetuneConfig | VerifierConfig, *, steps: int, weight_decay: float = 0.0) -> Hyper:
