@@ -1,5 +1,6 @@
 # make study         a whole study on this machine, from nothing to a report       (WORK=./work CONFIG=configs/default.py)
 # make check         formatting, lint, and the fast tests: what to run before a commit
+# make types         types of the package, by pyright
 # make test          every test that a plain machine can run
 # make test-all      plus what needs Debian packages (.ci/run installs them), several processes that train together, parity with torch and transformers,
 #                    compiling for a TPU, and a smoke list on the newest Python
@@ -14,7 +15,7 @@ PINS := plasticity_jax/data/requirements-data.txt
 VENV := .venv
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: study check test test-all test-nightly test-device bench wheels wheels-sentencepiece-32k wheels-dolma2
+.PHONY: study check types test test-all test-nightly test-device bench wheels wheels-sentencepiece-32k wheels-dolma2
 
 study: $(VENV)/.installed
 	@$(VENV)/bin/plasticity study --config $(CONFIG) --workdir $(WORK) --dry-run >/dev/null
@@ -26,6 +27,9 @@ check: $(VENV)/.installed-test wheels wheels-sentencepiece-32k
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -m '$(TESTS) and not processes and not browser and not dolma2 and not slurm and not slow'
 
+types: $(VENV)/.installed-test
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
 test: $(VENV)/.installed-test wheels wheels-sentencepiece-32k
 	$(VENV)/bin/python -m pytest
 
@@ -34,7 +38,7 @@ TESTS := not device and not parity and not tpu_compile and not nightly
 SMOKE := tests/train/test_step.py tests/model/test_transformer.py tests/model/test_kernels.py tests/model/test_checkpoint.py tests/test_cli.py tests/test_study.py
 NEWEST := tests/environment newest || { [ $$? = 3 ] && echo "LEFT OUT: the newest Python's tests, because no Python 3.12 or 3.13 besides that of $(VENV) is here"; exit; }
 
-test-all: $(VENV)/.installed-test wheels wheels-sentencepiece-32k wheels-dolma2
+test-all: $(VENV)/.installed-test wheels wheels-sentencepiece-32k wheels-dolma2 types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -m '$(TESTS)'

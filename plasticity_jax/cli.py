@@ -156,7 +156,7 @@ def _finetune(arguments) -> int:
     members = {member.name: member for member in grid_members(config)}
     if arguments.member is not None and arguments.member not in members:
         raise UserError(f"--member={arguments.member} is not in the grid; its members are {', '.join(members)}.")
-    member = members.get(arguments.member)
+    member = None if arguments.member is None else members[arguments.member]
 
     def runs(own, base):
         if member is not None and (base.stage != "pretrain" or base.member != member.base):
@@ -462,7 +462,7 @@ def is_one_of_several(arguments) -> bool:
     address, n, i = arguments.coordinator, arguments.num_processes, arguments.process_id
     if address is None and n is None and i is None:
         return processes.detected()
-    if None in (address, n, i):
+    if address is None or n is None or i is None:
         raise UserError(f"--coordinator={address}, --num-processes={n} and --process-id={i} go together; give all three, or none.")
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:

@@ -6,13 +6,21 @@ import logging
 import pkgutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from plasticity_jax.errors import reason
 
 log = logging.getLogger("plasticity_jax")
 
-T = TypeVar("T")
+
+class Named(Protocol):
+    """An extension: it has a name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T", bound=Named)
 
 
 @dataclass(frozen=True)

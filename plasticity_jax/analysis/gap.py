@@ -242,7 +242,7 @@ def measure_gap(
       UserError: no domain has a block on both sides.
     """
     training = pretraining.train
-    isolate = model.tokenizer.eos_id if pretraining.data.isolate_documents else None
+    isolate = model.text_tokenizer.eos_id if pretraining.data.isolate_documents else None
     tokens = corpus / TOKENS
     records = {"seen": TokenRecords(tokens, "train"), "held_out": TokenRecords(tokens, "held_out")}
     train = records["seen"]

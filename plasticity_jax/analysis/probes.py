@@ -207,7 +207,7 @@ def _lbfgs(
         return optax.apply_updates(params, updates), state, jnp.minimum(value, lowest), _largest(grad), stalled, iteration + 1
 
     params, _, _, gradient, _, _ = jax.lax.while_loop(unfinished, iterate, (start, solver.init(start), jnp.inf, jnp.inf, 0, 0))
-    return params, gradient
+    return params, gradient  # pyright: ignore[reportReturnType]
 
 
 def _largest(tree) -> Float[Array, ""]:
@@ -273,7 +273,7 @@ def probe_layers(model: "LoadedModel", name: str, rows: dict, *, max_length: int
     texts = [text for split in ("train", "test") for text, _ in rows[split]]
     n_train = len(rows["train"])
     y_train, y_test = ([label for _, label in rows[split]] for split in ("train", "test"))
-    states_LxNxD = features(model, texts, model.tokenizer, max_length)
+    states_LxNxD = features(model, texts, model.text_tokenizer, max_length)
     layers = ["embed"] + [f"block{i + 1}" for i in range(len(states_LxNxD) - 1)]
     fit = functools.partial(fit_probe, l2=l2, seed=seed)
     probes, norm_free = [], []

@@ -113,12 +113,12 @@ def spectra_summary(s: Float[ArrayLike, "*batch r"] | Sequence) -> dict[str, Flo
     return {name: np.where(finite, values, np.nan) for name, values in summary.items()}
 
 
-def _checked(s: ArrayLike | Sequence) -> tuple[np.ndarray, np.ndarray | np.bool_]:
+def _checked(s: ArrayLike | Sequence) -> tuple[np.ndarray, np.ndarray]:
     """(float64 spectra, with non-finite spectra set to zero; which spectra are finite)."""
     s = np.asarray(s, np.float64)
     if s.ndim == 0 or s.shape[-1] == 0:
         raise ValueError(f"singular values have shape {s.shape}; the last axis must hold at least one.")
-    finite = np.isfinite(s).all(axis=-1)
+    finite = np.asarray(np.isfinite(s).all(axis=-1))
     s = np.where(finite[..., None], s, 0.0)
     if (s < 0).any():
         raise ValueError(f"singular value {s.min()} is negative; give singular values, not eigenvalues.")

@@ -17,7 +17,7 @@ def data_set_folder(setting: str) -> Path | None:
 
     A name is looked for where TFDS keeps data: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
     """
-    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder, registered
 
     from plasticity_jax.data.documents import quiet_tfds
 
@@ -26,8 +26,8 @@ def data_set_folder(setting: str) -> Path | None:
         return folder if (folder / "dataset_info.json").is_file() else None
     try:
         with quiet_tfds():
-            return Path(tfds.core.read_only_builder.builder_from_files(setting).data_dir)
-    except (tfds.core.registered.DatasetNotFoundError, ValueError, OSError):  # a path that does not exist is no name either
+            return Path(read_only_builder.builder_from_files(setting).data_dir)
+    except (registered.DatasetNotFoundError, ValueError, OSError):  # a path that does not exist is no name either
         return None
 
 
@@ -132,11 +132,11 @@ def open_split(folder: str, split: str, *, setting: str = "data.tfds", split_set
         info = builder.info
         if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise UserError(
-                f"data set {info.full_name} is stored as {info.file_format.value}, which cannot be read by position; prepare it with "
+                f"data set {info.full_name} is stored as {getattr(info.file_format, 'value', None)}, which cannot be read by position; prepare it with "
                 "file_format='array_record'"
             )
         try:
-            return info, builder.as_data_source(split)
+            return info, builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"{split_setting}={split!r}: data set {info.full_name} has {', '.join(info.splits)} ({reason(error)}); set one of them"

@@ -40,7 +40,7 @@ class CorpusDocuments(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description=CorpusDocuments.__doc__.splitlines()[0],
+            description=(CorpusDocuments.__doc__ or "").partition("\n")[0],
             features=tfds.features.FeaturesDict({field: tfds.features.Text() for field in FIELDS}),
         )
 
@@ -107,7 +107,7 @@ def read_documents(directory: Path, split: str) -> Iterator[tuple[str, str, str]
     if split not in SPLITS:
         raise UserError(f"split {split!r} is unknown; the corpus has {' and '.join(SPLITS)}")
     with quiet_tfds():
-        examples = tfds.builder_from_directory(str(Path(directory) / manifest["directory"])).as_data_source(split)
+        examples = tfds.builder_from_directory(str(Path(directory) / manifest["directory"])).as_data_source(split)  # pyright: ignore[reportCallIssue]
     documents = [
         tuple(example[field].decode("utf-8") for field in ("id", "text", "domain")) for example in examples.__getitems__(range(len(examples)))
     ]

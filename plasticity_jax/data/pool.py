@@ -111,7 +111,9 @@ def _start_worker(tokenizer_path: Path, settings: ShardSettings, stop, documents
 
 def _end_with_parent() -> None:
     # A parent that is killed tells nobody; its workers would wait for tasks for ever.
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
     os._exit(1)
 
 

@@ -103,7 +103,7 @@ def _write(out: Path, part: Part, tokenizer: Tokenizer, settings: ShardSettings,
     packers = {split: Packer(eos_id=settings.eos_id, record_length=record_length) for split in SPLITS}
     writers = {split: SplitWriter(out, split, dtype) for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
-    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    counts: dict[str, dict[str, Any]] = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     for chunk in chunks(filter(None, part.texts(settings.text_field)), CHUNK_CHARACTERS):
         n_tokens = 0
         for text, ids in zip(chunk, tokenizer.encode_arrays(chunk)):

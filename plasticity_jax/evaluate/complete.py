@@ -116,9 +116,13 @@ def continue_decoding(
 _PROGRAMS: dict[Any, Any] = {}  # shardings of (Decoded, Memory) → the compiled programs of `continue_decoding`
 
 
+def _cache_size(program: Any) -> int:
+    return program._cache_size()
+
+
 def count_programs() -> int:
     """Number of decoding programs compiled in this process."""
-    return complete._cache_size() + sum(program._cache_size() for program in _PROGRAMS.values())
+    return _cache_size(complete) + sum(_cache_size(program) for program in _PROGRAMS.values())
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -129,7 +133,13 @@ def _start_decoding(plan: Plan, params: Any, batch: Batch, traced: TracedSetting
 def _read(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> tuple[Decoded, PromptCache, Memory]:
     n_prompts, n_rows = batch.tokens_PxS.shape[0], plan.n_samples + plan.greedy
     logits_PxV, prompt, cache = read_prompts(
-        plan.config, params, batch.tokens_PxS, batch.valid_PxS, rows_per_prompt=n_rows, slots=plan.max_new_tokens, compute_dtype=plan.compute_dtype
+        plan.config,
+        params,
+        jnp.asarray(batch.tokens_PxS),
+        jnp.asarray(batch.valid_PxS),
+        rows_per_prompt=n_rows,
+        slots=plan.max_new_tokens,
+        compute_dtype=plan.compute_dtype,
     )
     seen_BxV = None
     if plan.penalty:

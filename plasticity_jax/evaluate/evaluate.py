@@ -103,10 +103,10 @@ def _answer(
     what: str,
 ) -> dict[str, Any]:
     prompts = [format_prompt(problem.prompt) for problem in problems]
-    tokens = model.tokenizer.encode_batch(prompts)
-    if protocol.faithful and model.tokenizer.bos_id is not None:
+    tokens = model.text_tokenizer.encode_batch(prompts)
+    if protocol.faithful and model.text_tokenizer.bos_id is not None:
         # The original's tokenizer put it before prompts here, though not before the rows of fine-tuning. Source: paper section 4.1.
-        tokens = [[model.tokenizer.bos_id, *prompt] for prompt in tokens]
+        tokens = [[model.text_tokenizer.bos_id, *prompt] for prompt in tokens]
     generated = _generate(model, params, tokens, settings, protocol, mesh, folder / GENERATED, what)
     if not processes.primary():
         return {}
@@ -153,13 +153,13 @@ def _generate(
         max_new_tokens=protocol.max_new_tokens,
         buckets=settings.prompt_buckets,
         batch_size=settings.batch_size,
-        eos_id=model.tokenizer.eos_id,
-        pad_id=model.tokenizer.pad_id,
+        eos_id=model.text_tokenizer.eos_id,
+        pad_id=model.text_tokenizer.pad_id,
         compute_dtype=protocol.compute_dtype,
         what=what,
         mesh=mesh,
         skip=frozenset(done),
-        is_end=stop_check(model.tokenizer, settings.stop),
+        is_end=stop_check(model.text_tokenizer, settings.stop),
     )
     for indices, of_batch in batches:
         if store is None:
@@ -167,7 +167,7 @@ def _generate(
         for index, of_problem in zip(indices, of_batch, strict=True):
             done[index] = {
                 "problem": index,
-                "texts": [model.tokenizer.decode(completion.tokens) for completion in of_problem],
+                "texts": [model.text_tokenizer.decode(completion.tokens) for completion in of_problem],
                 "ended": [completion.ended for completion in of_problem],
             }
             store.append(to_json(done[index]))
@@ -209,7 +209,7 @@ def summarized(problems: Sequence[Example], rows: Sequence[dict[str, Any]]) -> d
     width = len(rows) // len(problems)
     correct = np.array([row["correct"] for row in rows]).reshape(-1, width)
     chosen = np.array([row["majority"] for row in rows]).reshape(-1, width)
-    greedy, sampled, majority = correct[:, 0], correct[:, 1:], (correct & chosen).any(axis=1)
+    greedy, sampled, majority = correct[:, 0], correct[:, 1:], np.asarray((correct & chosen).any(axis=1))
     subsets = _by_subset(problems, lambda held: metrics(greedy[held], sampled[held], majority[held]))
     return {
         "metrics": metrics(greedy, sampled, majority),
@@ -241,7 +241,7 @@ def _compare_options(
 ) -> dict[str, Any]:
     choices = choose(
         (model.config, params),
-        model.tokenizer,
+        model.text_tokenizer,
         problems,
         batch_size=batch_size,
         compute_dtype=compute_dtype,

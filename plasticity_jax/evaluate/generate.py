@@ -211,6 +211,7 @@ class _Work:
     def send_next_segment(self) -> None:
         """Sends the next segment to the device."""
         self._sent = min(self._sent + SEGMENT, self._plan.max_new_tokens)
+        assert self._memory is not None
         self._decoded, self._memory = continue_decoding(*self._arguments, self._decoded, self._prompt, self._memory, np.int32(self._sent))
 
     def read(self) -> bool:
@@ -222,10 +223,13 @@ class _Work:
         for row in np.flatnonzero(~ended_B):
             tokens = self._tokens_BxN[row, : self._sent].tolist()
             # Checking the last tokens is cheap and almost always enough.
-            ended_B[row] = self._is_end(tokens[max(0, self._seen - TAIL) :]) and self._is_end(tokens)
+            ended_B[row] = self._text_ends(tokens[max(0, self._seen - TAIL) :]) and self._text_ends(tokens)
         self._seen = self._sent
         self._decoded = self._decoded._replace(ended_B=arrays.put(ended_B, self._decoded.ended_B.sharding))
         return bool(np.all(ended_B))
+
+    def _text_ends(self, tokens: list[int]) -> bool:
+        return self._is_end is not None and self._is_end(tokens)
 
     def completions(self) -> list[list[Completion]]:
         """The completions of each prompt, once `read` has returned True."""
@@ -236,9 +240,9 @@ class _Work:
     def _completion(self, tokens: list[int]) -> Completion:
         ended = self._eos_id in tokens
         tokens = tokens[: tokens.index(self._eos_id)] if ended else tokens
-        if self._is_end is not None and self._is_end(tokens):
+        if self._text_ends(tokens):
             # The fewest tokens that end the text; how many more were decoded depends on where segments end.
-            shortest = bisect.bisect_left(range(len(tokens)), True, lo=1, key=lambda n: self._is_end(tokens[:n]))
+            shortest = bisect.bisect_left(range(len(tokens)), True, lo=1, key=lambda n: self._text_ends(tokens[:n]))
             return Completion(tokens[:shortest], True)
         return Completion(tokens, ended)
 

@@ -98,8 +98,8 @@ def _parsed(text: str) -> list:
 
     text = " ".join(text.split()).rstrip(".,;:! ")
     if _DELIMITED.search(text):
-        return parse(text, parsing_timeout=None)
+        return parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     # Bare answers are read as LaTeX only between dollars, and there words would be products of variables.
     words = [word for word in _WORD.findall(text) if word.lower() not in _MATHEMATICAL]
-    found = parse(text, parsing_timeout=None) if words and "\\" not in text else []
-    return found or parse(f"${text}$", parsing_timeout=None)
+    found = parse(text, parsing_timeout=None) if words and "\\" not in text else []  # pyright: ignore[reportArgumentType]
+    return found or parse(f"${text}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]

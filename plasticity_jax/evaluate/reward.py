@@ -50,13 +50,12 @@ class LogProbability:
 
     def __init__(self, config: StudyConfig, path: AnyPath, what: str):
         self._model, self._config, self._what = load_model(path), config, what
-        if self._model.tokenizer is None:
-            raise UserError(f"{path} holds no tokenizer.json, so no text can be given to its model; put its tokenizer there.")
+        _ = self._model.text_tokenizer
         under = "the model that wrote the completion" if config.reward.model is None else _called(self._model)
         self.name = f"length-normalized log-probability under {under}"
 
     def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
-        tokenizer, reward = self._model.tokenizer, self._config.reward
+        tokenizer, reward = self._model.text_tokenizer, self._config.reward
         begin = [tokenizer.bos_id] if self._config.faithful and tokenizer.bos_id is not None else []
         prompts = tokenizer.encode_batch([completion.prompt for completion in completions])
         texts = tokenizer.encode_batch([completion.text for completion in completions])

@@ -6,6 +6,7 @@ Source: paper section 5.4, which uses Skywork-Reward-Llama-3.1-8B-v0.2.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def open_reward_model(folder: AnyPath) -> tuple[ScalarModel, Chat]:
 def fingerprint(folder: AnyPath) -> dict[str, str]:
     """Name → sha256 of every file that determines the rewards."""
     beside = [folder / name for name in (TOKENIZER_FILE, CONFIG_FILE, *TEMPLATE_FILES)]
-    return file_hashes([folder / "config.json", *Weights(folder).files, *(file for file in beside if file.is_file())], folder.name)
+    return file_hashes([folder / "config.json", *Weights(Path(folder)).files, *(file for file in beside if file.is_file())], folder.name)
 
 
 def _open(folder: AnyPath) -> tuple[Description, Weights]:

@@ -99,7 +99,7 @@ def score_set(name: str, lm: Any, wheels: Wheels, limit: int | None) -> dict[str
       lm: a model of the harness.
       limit: number of problems, from the first; None for all.
     """
-    from lm_eval.evaluator import evaluate
+    from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
 
     with _our_progress(f"zero-shot {name}"):
         task = harness_task(name, rows(name, wheels)[:limit])
@@ -119,10 +119,10 @@ def score_set(name: str, lm: Any, wheels: Wheels, limit: int | None) -> dict[str
 
 def harness_task(name: str, docs: Sequence[dict[str, Any]]) -> Any:
     """The harness' own task of that name, zero-shot, on these rows instead of those that it would download."""
-    import datasets
-    import lm_eval.tasks
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._yaml_loader import load_yaml
+    import datasets  # pyright: ignore[reportMissingImports]
+    import lm_eval.tasks  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.task import ConfigurableTask  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks._yaml_loader import load_yaml  # pyright: ignore[reportMissingImports]
 
     definition, split, _ = SETS[name]
     config = load_yaml(Path(lm_eval.tasks.__file__).parent / definition, resolve_func=True)
@@ -167,8 +167,8 @@ def _stay_offline() -> None:
 @contextlib.contextmanager
 def _our_progress(what: str) -> Iterator[None]:
     """Silences the harness' log and replaces its progress bars with ours."""
-    import datasets
-    from lm_eval.api import task
+    import datasets  # pyright: ignore[reportMissingImports]
+    from lm_eval.api import task  # pyright: ignore[reportMissingImports]
 
     def bar(iterable: Iterable[Any], *, total: int | None = None, **_: Any) -> Iterator[Any]:
         with Progress(f"{what}: requests", total=total, unit="problems") as progress:

@@ -82,7 +82,9 @@ class Checkpoints:
         self._frugal, self._together = save_bytes is not None, together
         # Of the two handlers of the one format, the plainer has all the settings that memory depends on.
         handler = (
-            functools.partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=save_bytes / 1e9) if self._frugal else ocp.StandardCheckpointHandler
+            functools.partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=save_bytes / 1e9)  # pyright: ignore[reportArgumentType]
+            if save_bytes is not None
+            else ocp.StandardCheckpointHandler
         )
         handlers = {name: handler(**together) for name in ("params", "optimizer")} | {"checksums": ocp.JsonCheckpointHandler(**together)}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers)
@@ -104,6 +106,13 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The largest step that is whole, or None."""
         return self._manager.latest_step()
+
+    def latest_step(self) -> int:
+        """The largest step that is whole. Raises UserError if there is none."""
+        step = self.latest()
+        if step is None:
+            raise UserError(f"{self._place} holds no finished checkpoint; delete the run's directory and run its stage again.")
+        return step
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The parameters of a step, bit for bit.
@@ -136,7 +145,7 @@ class Checkpoints:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), alone)
         try:
             handler = ocp.PyTreeCheckpointHandler(**self._together)
-            tree = handler.restore(self.directory / str(step) / "params", args=ocp.args.PyTreeRestore(alone, restore_args=as_numpy))
+            tree = handler.restore(self.directory / str(step) / "params", args=ocp.args.PyTreeRestore(alone, restore_args=as_numpy))  # pyright: ignore[reportArgumentType]
             array = jax.tree.leaves(tree)[index]
             if array.shape != leaves[index].shape:
                 raise ValueError(f"an array has shape {array.shape} and not {leaves[index].shape}")

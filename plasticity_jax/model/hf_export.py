@@ -55,7 +55,7 @@ def export_model(path: AnyPath, out: AnyPath, dtype: str | None) -> None:
         )
     tokenizer, source = read_tokenizer(path, model), imported_from(directory)
     usual, others = dtype or "float32", {}
-    if dtype is None and stage == "import":
+    if dtype is None and stage == "import" and source is not None:
         usual, others = source["dtype"], source["other_dtypes"]
     of_network = parts(model, family)
     with _appearing(out) as partial:
@@ -92,14 +92,15 @@ class _Leaves:
     """The parameters of a checkpoint, of which one at a time is in memory."""
 
     def __init__(self, checkpoints: Checkpoints, model: ModelConfig):
-        self._checkpoints, self._step = checkpoints, checkpoints.latest()
+        self._checkpoints, self._step = checkpoints, checkpoints.latest_step()
         self._abstract = abstract_params(model)
         self._index = {path: index for index, path in enumerate(param_paths(self._abstract))}
-        self._path, self._leaf = "", None
+        self._path = ""
+        self._leaf = np.zeros(0)
 
     def __getitem__(self, path: str) -> np.ndarray:
         if path != self._path:
-            self._leaf = None  # gone before the next is read
+            self._leaf = np.zeros(0)  # the last one is gone before the next is read
             self._leaf = self._checkpoints.restore_array(self._step, self._abstract, self._index[path])
             self._path = path
         return self._leaf

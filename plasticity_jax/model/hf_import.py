@@ -228,7 +228,7 @@ def file_hashes(files: Sequence[AnyPath], what: str) -> dict[str, str]:
 
 def _sha256(path: AnyPath, progress: Progress) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
             progress.update(len(block))

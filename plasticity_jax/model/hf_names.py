@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 
@@ -52,7 +53,7 @@ class Family:
 
     architecture: str
     model_type: str
-    norm_position: str
+    norm_position: Literal["pre", "post"]
     qk_norm: bool
     norm_eps: float
     names: tuple[tuple[str, str, bool], ...]

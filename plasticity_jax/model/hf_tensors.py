@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,16 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from plasticity_jax.errors import UserError, reason
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 2 * 10**9  # of a file, which is in memory as a whole while it is written
 
 # What safetensors calls the types whose every value float32 holds.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPES_BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -131,7 +130,7 @@ def _damaged(file: Path, error: Exception) -> UserError:
 
 @dataclass(frozen=True)
 class ToWrite:
-    """A tensor to be written; `values` makes it, in C order, when its turn comes."""
+    """A tensor to be written; `values` makes it, in C order, when its shard is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -144,7 +143,7 @@ class ToWrite:
 
 
 def write_weights(folder: Path, tensors: Sequence[ToWrite]) -> None:
-    """Writes tensors as model.safetensors, or as shards of up to 5 GB with their index, asking for one tensor after the other.
+    """Writes tensors as model.safetensors, or as shards of up to MAX_SHARD_BYTES with their index, one shard in memory at a time.
 
     Args:
       folder: exists; nobody reads it before this returns.
@@ -166,20 +165,6 @@ def write_weights(folder: Path, tensors: Sequence[ToWrite]) -> None:
 
 
 def _write_file(path: Path, tensors: Sequence[ToWrite]) -> None:
-    # The format is written here and not by its library, which wants all tensors in memory at once. Wide types first keeps all aligned.
-    tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for tensor in tensors:
-        header[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors:
-            values = tensor.values()
-            assert values.shape == tensor.shape and values.dtype == tensor.dtype and values.flags.c_contiguous, tensor.name
-            file.write(values.reshape(-1).view(np.uint8).data)
-            del values
-        file.flush()
+    save_file({tensor.name: tensor.values() for tensor in tensors}, path, metadata={"format": "pt"})
+    with path.open("rb") as file:
         os.fsync(file.fileno())

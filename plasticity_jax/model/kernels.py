@@ -169,7 +169,7 @@ def _splash(q: Array, k: Array, v: Array, segments: Array | None, *, interpret: 
     else:
         segments = _pad(segments, LANES)
         out = jax.vmap(attend)(q, k, v, splash.SegmentIds(segments, segments))
-    return out.swapaxes(1, 2)[:, :length]
+    return out.swapaxes(1, 2)[:, :length]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.lru_cache(maxsize=32)

@@ -41,6 +41,13 @@ class LoadedModel:
     path: AnyPath
     run: Run | None
 
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises UserError where there is none, so that no text can be given to the model."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.path} holds no tokenizer.json, so no text can be given to its model; put the model's tokenizer there.")
+        return self.tokenizer
+
     def __call__(
         self,
         tokens: Any,
@@ -114,7 +121,7 @@ def open_model_run(path: AnyPath) -> RunDirectory:
 def load_params(path: AnyPath, config: ModelConfig) -> Params:
     """The parameters of the last checkpoint below a run's directory. Raises UserError if there is none or it is damaged."""
     with open_checkpoints(path) as checkpoints:
-        return checkpoints.restore_params(checkpoints.latest(), abstract_params(config))
+        return checkpoints.restore_params(checkpoints.latest_step(), abstract_params(config))
 
 
 def open_checkpoints(path: AnyPath) -> Checkpoints:

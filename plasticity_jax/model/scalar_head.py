@@ -186,7 +186,7 @@ def load_verifier(path: AnyPath) -> tuple[ScalarModel, Tokenizer]:
         raise UserError(f"{path} diverged ({why}), so it gives no rewards; lower verifier.peak_lr, or set another reward.scorer.")
     config = without_output(directory.config().model)
     with open_checkpoints(path) as checkpoints:
-        params = checkpoints.restore_params(checkpoints.latest(), abstract_scalar_params(config))
+        params = checkpoints.restore_params(checkpoints.latest_step(), abstract_scalar_params(config))
     tokenizer = read_tokenizer(path, config)
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer.json, so its model cannot read text; put its tokenizer there.")

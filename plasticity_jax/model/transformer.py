@@ -203,7 +203,7 @@ def hidden_states(
         block = nnx.merge(block_graph, gather(mesh, layer, compute_dtype, prefix="blocks", of_layer=True))
         q, k, v = block.qkv(x_BxTxD, rope, compute_dtype)
         if attention == "xla":
-            out_BxTxHxDh, probs_BxHxTxT = attend(q, k, v, mask)
+            out_BxTxHxDh, probs_BxHxTxT = attend(q, k, v, mask)  # pyright: ignore[reportArgumentType]
         else:
             from plasticity_jax.model.kernels import kernel_attention  # Pallas takes a second to import
 

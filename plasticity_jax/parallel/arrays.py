@@ -34,7 +34,7 @@ def to_host(tree: Any) -> Any:
 
     def one(x):
         if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
-            everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+            everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())  # pyright: ignore[reportAttributeAccessIssue]
             x = jax.jit(lambda y: y, out_shardings=everywhere)(x)
         return np.asarray(x.addressable_data(0)) if isinstance(x, jax.Array) and not x.is_fully_addressable else np.asarray(x)
 

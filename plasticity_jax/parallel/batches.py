@@ -56,4 +56,4 @@ def global_batches(batches: Iterator[Batch], mesh: Mesh, rows: Int[np.ndarray, "
         return jax.make_array_from_callback((batch_size, *mine.shape[1:]), sharding, part)
 
     for batch in batches:
-        yield {name: whole(x) for name, x in batch.items()}
+        yield {name: whole(x) for name, x in batch.items()}  # pyright: ignore[reportReturnType]

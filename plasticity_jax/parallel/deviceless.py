@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -25,7 +26,7 @@ class Target:
 
     topology: str
     hardware: Hardware
-    devices: Sequence[jax.Device]
+    devices: Sequence[Any]
 
 
 def target(topology: str) -> Target:
@@ -45,9 +46,9 @@ def target(topology: str) -> Target:
         raise UserError(f"--topology={topology}: the shape of {kind} is {rule}, as in {EXAMPLES}.")
     if kind == "cpu":
         return _cpu(topology, int(shape))
-    sizes = tuple(int(size) for size in shape.split("x"))
-    devices = _tpu(topology, kind, sizes) if kind in TPUS else _gpu(topology, named(kind), sizes[0])
-    return Target(topology, named(kind), devices)
+    sizes, hardware = tuple(int(size) for size in shape.split("x")), named(kind)
+    assert hardware is not None
+    return Target(topology, hardware, _tpu(topology, kind, sizes) if kind in TPUS else _gpu(topology, hardware, sizes[0]))
 
 
 def _cpu(topology: str, number: int) -> Target:
@@ -63,7 +64,7 @@ def _cpu(topology: str, number: int) -> Target:
     return Target(topology, measured("cpu", number), devices[:number])
 
 
-def _tpu(topology: str, kind: str, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
+def _tpu(topology: str, kind: str, sizes: tuple[int, ...]) -> Sequence[Any]:
     from jax.experimental import topologies
 
     options = {}
@@ -79,7 +80,7 @@ def _tpu(topology: str, kind: str, sizes: tuple[int, ...]) -> Sequence[jax.Devic
         raise UserError(f"--topology={topology}: {reason(error)}; give a shape that {kind} comes in, as in {EXAMPLES}.") from error
 
 
-def _gpu(topology: str, hardware: Hardware, number: int) -> Sequence[jax.Device]:
+def _gpu(topology: str, hardware: Hardware, number: int) -> Sequence[Any]:
     from jax.experimental import topologies
 
     if number > GPUS_PER_NODE and number % GPUS_PER_NODE:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -12,7 +13,7 @@ from plasticity_jax.errors import UserError
 AXES = ("member", "data", "fsdp", "tensor")
 
 
-def make_mesh(mesh_config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of all devices, with axes member, data, fsdp and tensor; the compiler propagates shardings over it.
 
     Args:

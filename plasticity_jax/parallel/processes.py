@@ -116,7 +116,7 @@ def leave() -> None:
         log.debug("some processes did not say that they leave: %s", reason(error))
 
 
-def _client():
+def _client() -> Any:
     from jax._src.distributed import global_state  # jax has no public access to the coordination service's key-value store
 
     return global_state.client

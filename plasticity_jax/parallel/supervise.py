@@ -131,7 +131,9 @@ def _missing_folders(folder: Path | None) -> list[Path]:
 def _log_path(folder: Path | None) -> Path:
     name = f"{socket.gethostname()}-{os.getpid()}.log"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / name
-    except (AttributeError, OSError):
-        return Path(tempfile.mkdtemp(prefix="plasticity-")) / name
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder / name
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="plasticity-")) / name

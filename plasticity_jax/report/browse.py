@@ -35,7 +35,7 @@ class Filter:
     problem: str | None = None
     samples: bool = False
 
-    def takes_run(self, run: Run, decays: dict[str, float]) -> bool:
+    def takes_run(self, run: Run, decays: dict[str | None, float]) -> bool:
         of_decay = self.weight_decay is None or f"{decays.get(run.member, -1.0):.4g}" == f"{self.weight_decay:.4g}"
         wanted = ((self.member, run.member), (self.task, run.task), (self.when, run.fields.get("when")))
         return run.stage == "evaluate" and of_decay and all(asked in (None, has) for asked, has in wanted)

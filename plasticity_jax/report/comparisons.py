@@ -30,7 +30,10 @@ def score_difference(results: StudyResults, low: Any, high: Any, tasks: Sequence
 def metric_interval(score: Score, name: str, settings: ReportConfig) -> Interval | None:
     """A metric of one member on one task with the interval over problems; fine-tuning seeds share the draws and are averaged. None for a metric that is no mean."""
     draws = _metric_draws(score, name, settings)
-    return None if draws is None else (score.metrics[name], *map(float, np.quantile(draws, [0.025, 0.975])))
+    if draws is None:
+        return None
+    lower, upper = np.quantile(draws, [0.025, 0.975])
+    return score.metrics[name], float(lower), float(upper)
 
 
 def metric_difference(low: Score, high: Score, name: str, settings: ReportConfig) -> Interval | None:
@@ -38,17 +41,19 @@ def metric_difference(low: Score, high: Score, name: str, settings: ReportConfig
     lows, highs = _metric_draws(low, name, settings), _metric_draws(high, name, settings)
     if lows is None or highs is None:
         return None
-    return (high.metrics[name] - low.metrics[name], *map(float, np.quantile(highs - lows, [0.025, 0.975])))
+    lower, upper = np.quantile(highs - lows, [0.025, 0.975])
+    return high.metrics[name] - low.metrics[name], float(lower), float(upper)
 
 
 def _metric_draws(score: Score, name: str, settings: ReportConfig) -> np.ndarray | None:
     """[S] the metric on resampled problems; 0 in a draw whose problems all weigh nothing, as `correct_ratio` is defined."""
     parts = [outcome.metric(name) for outcome in score.outcomes]
-    if not parts or None in parts:
+    whole = [part for part in parts if part is not None]
+    if not parts or len(whole) < len(parts):
         return None
     times = _times_drawn(len(score.greedy), settings.bootstrap_samples, settings.seed)
     by_seed = []
-    for value, weight in parts:
+    for value, weight in whole:
         weights, sums = times @ np.asarray(weight, np.float64), times @ (value * np.asarray(weight, np.float64))
         by_seed.append(np.divide(sums, weights, out=np.zeros_like(sums), where=weights > 0))
     return np.mean(by_seed, axis=0)

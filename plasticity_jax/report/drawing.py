@@ -14,7 +14,7 @@ from plasticity_jax.report.results import MemberResults, StudyResults
 from plasticity_jax.study.sweep import DECAY, PEAK_LR
 
 WIDTH = 4.5  # inches; at 9 points the text stays readable when the page scales a figure to a phone's width
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,

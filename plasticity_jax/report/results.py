@@ -11,7 +11,7 @@ from plasticity_jax.analysis.statistics import wilson_interval
 from plasticity_jax.config import Member, StudyConfig, grid_members, restore_config
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.evaluate.metrics import pass_at_k
-from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.directory import PROVENANCE, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.logs import METRICS, read_log
 from plasticity_jax.runs.run import Run
@@ -133,7 +133,7 @@ class MemberResults:
     @property
     def loss(self) -> float | None:
         """Held-out loss at the end, nats per token over all domains."""
-        return None if self.pretrain is None else number(self.pretrain.held_out["loss"])
+        return number(self.pretrain.held_out["loss"]) if self.pretrain is not None and self.pretrain.held_out else None
 
     def record(self, stage: str, task: str = "") -> Any:
         """What a stage found out about the base model, or about the model fine-tuned on a task; None where it has not finished."""
@@ -265,7 +265,8 @@ class StudyResults:
     def task_mean(self, point: Any, value: Callable[[MemberResults, str], Any]) -> float | None:
         """Mean over the learned tasks of the mean over problems; None unless every learned task has a value."""
         means = [None if (v := self.mean(point, lambda m, t=task: value(m, t))) is None else float(np.mean(v)) for task in self.learned]
-        return float(np.mean(means)) if means and None not in means else None
+        found = [mean for mean in means if mean is not None]
+        return float(np.mean(found)) if means and len(found) == len(means) else None
 
 
 def collect(study_dir: AnyPath) -> StudyResults:
@@ -309,12 +310,12 @@ def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults
         point=point,
         state="missing" if pretrain is None else pretrain.state,
         reason="" if pretrain is None else pretrain.reason,
-        pretrain=_record(pretrain) if finished else None,
+        pretrain=_record(pretrain) if pretrain is not None and finished else None,
         curve=tuple(read_log(pretrain.path / METRICS)) if pretrain is not None else (),
         before=_scores(states, "before"),
         after=_scores(states, "after"),
         found=_found(states),
-        provenance=read_json(pretrain.path / "provenance.json") if finished and (pretrain.path / "provenance.json").is_file() else {},
+        provenance=read_json(pretrain.path / PROVENANCE) if pretrain is not None and finished and (pretrain.path / PROVENANCE).is_file() else {},
     )
 
 
@@ -342,7 +343,7 @@ def _scores(states: list[RunState], when: str) -> dict[str, Score]:
     by_task: dict[str, list[RunState]] = {}
     for s in states:
         if s.run.stage == "evaluate" and s.state == "done" and s.run.fields.get("when") == when:
-            by_task.setdefault(s.run.task, []).append(s)
+            by_task.setdefault(s.run.task_name, []).append(s)
     rewards = {s.run.parents["completions"]: _record(s) for s in states if s.run.stage == "reward" and s.state == "done"}
     return {task: _score(found, [rewards.get(s.run.id) for s in found]) for task, found in by_task.items()}
 

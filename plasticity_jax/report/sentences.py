@@ -1,6 +1,7 @@
 """What the page says in sentences: the answer at its top, and the warnings beside it. `SENTENCES` is the table; below are the facts that fill it."""
 
 import math
+from collections.abc import Sequence
 
 from plasticity_jax.report.comparisons import score_difference
 from plasticity_jax.report.results import StudyResults
@@ -112,20 +113,20 @@ def _fixed_decay(results: StudyResults) -> list[str]:
     decays = sorted({m.member.weight_decay for m in results.members})
     if len(decays) == 1:
         return [_say("fixed decay", decay=decays[0])]
-    return [_say("fixed timescale", timescale=results.config.grid.timescales[0], decays=", ".join(f"{d:.3g}" for d in decays))]
+    return [_say("fixed timescale", timescale=next(iter(results.config.grid.timescales or (None,))), decays=", ".join(f"{d:.3g}" for d in decays))]
 
 
 def _found(results: StudyResults) -> list[str]:
     sentences, equation, losses = [], results.axis.equation, results.losses
     if len(losses) > 1:
-        best, worst = min(losses, key=losses.get), max(losses, key=losses.get)
+        best, worst = min(losses, key=lambda point: losses[point]), max(losses, key=lambda point: losses[point])
         near = [results.axis.text(point) for point in losses if point != best and losses[point] <= losses[best] + LOSS_MARGIN]
         tie = f", with {results.axis.symbol} = {' and '.join(near)} within {LOSS_MARGIN} of it" if near else ""
         sentences.append(_say("loss", best=equation(best), lowest=losses[best], tie=tie, worst=equation(worst), highest=losses[worst]))
     scores = {p: s for p in results.points if (s := results.task_mean(p, lambda m, t: m.after_task(t))) is not None}
     if len(scores) > 1:
-        best, learned = max(scores, key=scores.get), results.learned
-        tasks = f"the {count(len(learned))} tasks they learned" if len(learned) > 1 else f"the one task they learned, {learned[0]}"
+        best, learned = max(scores, key=lambda point: scores[point]), results.learned
+        tasks = f"the {count(len(learned))} tasks they learned" if len(learned) > 1 else f"the one task they learned, {''.join(learned)}"
         sentences.append(_say("score", tasks=tasks, best=equation(best), score=scores[best], against=_against(results, scores, best)))
     elif any(m.after for m in results.members) and not results.learned:
         sentences.append(_say("nothing learned"))
@@ -171,7 +172,7 @@ def warnings(results: StudyResults) -> list[str]:
 
 def _tiny(results: StudyResults) -> list[str]:
     done = [m for m in results.members if m.pretrain]
-    sizes = [m.pretrain.parameters for m in done]
+    sizes = [m.pretrain.parameters for m in done if m.pretrain]
     if not done or max(sizes) >= TINY:
         return []
     kinds = sorted({str(m.provenance["device_kind"]) for m in done if "device_kind" in m.provenance})
@@ -248,6 +249,6 @@ def prepared_name(run_id: str) -> str:
     return run_id.partition("/")[2].rpartition("-")[0]
 
 
-def _range(numbers: list[float]) -> str:
+def _range(numbers: Sequence[float]) -> str:
     low, high = millions(min(numbers)), millions(max(numbers))
     return low if low == high else f"{low} to {high}"

@@ -106,15 +106,15 @@ def _downstream(results: StudyResults) -> tuple[str, str]:
         return CANNOT_TELL, "Fewer than two λ have a score on every learned task."
     losses = {d: results.losses[d] for d in scores}
     lowest = min(losses.values())
-    best = max(scores, key=scores.get)
-    words, evidence = set(), [f"Lowest loss at λ={min(losses, key=losses.get):.4g}, best score {scores[best]:.3f} at λ={best:.4g}."]
+    best = max(scores, key=lambda d: scores[d])
+    words, evidence = set(), [f"Lowest loss at λ={min(losses, key=lambda d: losses[d]):.4g}, best score {scores[best]:.3f} at λ={best:.4g}."]
     for optimum in sorted(d for d, loss in losses.items() if loss <= lowest + LOSS_MARGIN):
         below = [d for d in scores if d < optimum]
         if not below:
             words.add(CANNOT_TELL)
             evidence.append(f"No λ lies below {optimum:.4g}, so nothing could speak against the claim.")
             continue
-        low, high = max(below, key=scores.get), max((d for d in scores if d >= optimum), key=scores.get)
+        low, high = max(below, key=lambda d: scores[d]), max((d for d in scores if d >= optimum), key=lambda d: scores[d])
         difference = score_difference(results, low, high, results.learned, gain=False)
         words.add(word(difference))
         evidence.append(f"λ={high:.4g} against λ={low:.4g}: {interval_text(difference)}.")

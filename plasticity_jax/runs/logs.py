@@ -151,14 +151,14 @@ class MetricsLog:
     def close_part(self) -> None:
         """Makes what was written outlive this process, also on a store; call it before a checkpoint from which a later process may resume."""
         self._rows.close_part()
-        if self._temporary is not None:
+        if self._temporary is not None and not is_local(self._events_folder):
             self._events.flush()
             upload(Path(self._temporary.name), self._events_folder)
 
     def close(self) -> None:
         self._events.close()
         self._rows.close()
-        if self._temporary is not None:
+        if self._temporary is not None and not is_local(self._events_folder):
             upload(Path(self._temporary.name), self._events_folder)
             self._temporary.cleanup()
 

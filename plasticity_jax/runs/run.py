@@ -41,6 +41,13 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property
+    def task_name(self) -> str:
+        """The task. Raises ValueError for a run that is for none."""
+        if self.task is None:
+            raise ValueError(f"run {self.id} is for no task")
+        return self.task
+
+    @property
     def id(self) -> str:
         """`<stage>/<name>-<hash8>`, which is also the run's path below the study's folder."""
         return f"{self.stage}/{self.name}-{self.hash}"

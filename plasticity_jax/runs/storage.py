@@ -19,6 +19,7 @@ from typing import IO, Any, TypeAlias
 
 import fsspec
 from fsspec.callbacks import Callback
+from typing_extensions import TypeIs
 from upath import UPath
 
 from plasticity_jax.errors import UserError, reason
@@ -71,7 +72,7 @@ def location(place: str | os.PathLike | UPath) -> AnyPath:
     return UPath(f"{scheme}://{rest.rstrip('/')}", use_listings_cache=False)
 
 
-def is_local(path: AnyPath) -> bool:
+def is_local(path: AnyPath) -> TypeIs[Path]:
     """Whether a path lies on a disk of this machine, or one that is mounted like it."""
     return isinstance(path, Path)
 
@@ -141,14 +142,20 @@ def remove_tree(path: AnyPath) -> None:
             path.fs.rm(path.path, recursive=True)
 
 
-def upload(folder: Path, target: AnyPath) -> None:
-    """Copies the files below a local folder to a store."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def upload(folder: Path, target: UPath, *, last: str | None = None) -> None:
+    """Copies the files below a local folder to a store.
+
+    Args:
+      last: the file in the folder that is copied after all others, and so stands for the whole.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() != last)
     with _Transfer(f"upload {target.name}", total=sum(path.stat().st_size for path in files)) as transfer:
-        target.fs.put([str(path) for path in files], [f"{target.path}/{path.relative_to(folder).as_posix()}" for path in files], callback=transfer)
+        target.fs.put([str(path) for path in files], [f"{target.path}/{path.relative_to(folder).as_posix()}" for path in files], callback=transfer)  # pyright: ignore[reportArgumentType]
+    if last is not None:
+        write_bytes(target / last, (folder / last).read_bytes())
 
 
-def download(source: AnyPath, folder: Path) -> None:
+def download(source: UPath, folder: Path) -> None:
     """Copies the files below a folder of a store to a local folder, which appears whole or not at all; nothing is done if it is there.
 
     Raises:
@@ -169,8 +176,8 @@ def download(source: AnyPath, folder: Path) -> None:
             raise UserError(f"{source} holds an object whose name leads out of it; remove the object.")
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
-        with _Transfer(f"download {source.name}", total=sum(entry["size"] for entry in found.values())) as transfer:
-            source.fs.get(list(found), [str(target) for target in targets], callback=transfer)
+        with _Transfer(f"download {source.name}", total=sum(entry["size"] for entry in dict(found).values())) as transfer:
+            source.fs.get(list(found), [str(target) for target in targets], callback=transfer)  # pyright: ignore[reportArgumentType]
         try:
             os.rename(partial, folder)
         except OSError:

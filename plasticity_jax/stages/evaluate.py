@@ -56,7 +56,7 @@ def evaluate_run(config: StudyConfig, model: Run, task: str) -> Run:
 def _plan(plan: Plan) -> Iterable[Planned]:
     for task in plan.config.tasks:
         yield from ((own, evaluate_run(own, base, task)) for own, base in plan.of("pretrain"))
-    yield from ((own, evaluate_run(own, tuned, tuned.task)) for own, tuned in plan.of("finetune"))
+    yield from ((own, evaluate_run(own, tuned, tuned.task_name)) for own, tuned in plan.of("finetune"))
 
 
 def run(context: Context) -> Evaluated | None:
@@ -69,7 +69,7 @@ def run(context: Context) -> Evaluated | None:
     config, fields = context.config, context.run.fields
     results = evaluate(
         context.model(with_tokenizer=True),
-        get_task(context.run.task),
+        get_task(context.task),
         getattr(read_task(context.parents["task"]), fields["split"]),
         config.evaluate,
         Protocol(fields.get("n_samples", 0), fields.get("max_new_tokens", 0), config.faithful, config.train.compute_dtype),
@@ -226,7 +226,7 @@ def _draw_gains(results: "StudyResults") -> "Drawing":
         differences = [row for row in found if row["gain_difference"] is not None]
         if differences:
             label = f"less the gain at {results.axis.equation(differences[0][f'reference_{results.axis.field}'])}"
-            style = {"color": drawing.SERIES[4], "marker": "D", "linestyle": "none", "label": label, "shift": 0.02}
+            style: dict[str, Any] = {"color": drawing.SERIES[4], "marker": "D", "linestyle": "none", "label": label, "shift": 0.02}
             drawing.interval_line(axes, results, differences, "gain_difference", **style)
         _task_panel(axes, results, task, "gain in accuracy", last=axes is panels[-1])
     drawing.legend_above(panels[0], panels[0].get_legend_handles_labels()[0])
@@ -255,7 +255,7 @@ def _draw_correlation(results: "StudyResults") -> "Drawing":
             if (score := results.mean(point, lambda m: m.after_task(task))) is not None
         )
         if points:
-            style = {"color": drawing.SERIES[i % len(drawing.SERIES)], "marker": drawing.MARKERS[i % len(drawing.MARKERS)]}
+            style: dict[str, Any] = {"color": drawing.SERIES[i % len(drawing.SERIES)], "marker": drawing.MARKERS[i % len(drawing.MARKERS)]}
             axes.plot([p[0] for p in points], [p[1] for p in points], linewidth=0.9, alpha=0.7, label=task, **style)
     # Every task stands at the same losses, so the swept value is written once, along the top; neighbors too close for one line take two.
     span, last, raised = max(results.losses.values()) - min(results.losses.values()), -np.inf, False

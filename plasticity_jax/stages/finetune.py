@@ -62,8 +62,8 @@ def run(context: Context) -> Finetuned | None:
         base,
         read_task(task).train,
         context.config,
-        epochs=task_settings(context.config, context.run.task).epochs,
-        seed=context.run.seed,
+        epochs=task_settings(context.config, context.task).epochs,
+        seed=context.seed,
         name=context.run.name,
         path=context.directory.path,
     )

@@ -64,7 +64,7 @@ def run(context: Context) -> Gap:
         model,
         made_by.config(),
         context.parents["corpus"],
-        reading_seed=made_by.run().seed,
+        reading_seed=made_by.run().seed or 0,
         tokens_per_side=settings.tokens_per_side,
         seed=settings.seed,
     )
@@ -105,10 +105,11 @@ def _draw(results: "StudyResults") -> "Drawing":
     measured = [(m.point, m.record("gap")) for m in results.members if gap_of(m) is not None]
     model = [(found.gap, found.interval) for _, found in measured]
     control = [(found.control["gap"], found.control["interval"]) for _, found in measured]
-    for found, shift, style in (
+    sides: list[tuple[list, float, dict[str, Any]]] = [
         (model, 0.0, {"color": drawing.SERIES[0], "marker": "o", "label": "model"}),
         (control, 0.02 * width, {"color": drawing.MUTED, "marker": "s", "label": "unigram control", "alpha": 0.9}),
-    ):
+    ]
+    for found, shift, style in sides:
         y, ends = np.array([float(gap) for gap, _ in found]), np.array([[float(end) for end in interval] for _, interval in found])
         x = [places[point] + shift for point, _ in measured]
         axes.errorbar(x, y, yerr=np.maximum([y - ends[:, 0], ends[:, 1] - y], 0.0), linestyle="none", capsize=2.5, elinewidth=1.1, **style)
@@ -185,7 +186,8 @@ def gap_difference(results: "StudyResults", low: Any, high: Any) -> "Interval | 
         return None
     joined = {side: Blocks(*(sum(field, []) for field in zip(*found))) for side, found in sides.items()}
     settings = results.config.report
-    return tuple(cluster_bootstrap_gap(joined["seen"], joined["held_out"], samples=settings.bootstrap_samples, seed=settings.seed))
+    gap, low, high = cluster_bootstrap_gap(joined["seen"], joined["held_out"], samples=settings.bootstrap_samples, seed=settings.seed)
+    return gap, low, high
 
 
 def _paired_blocks(lows: list[dict], highs: list[dict], seed: int) -> "Blocks | None":

@@ -34,7 +34,7 @@ def run(context: Context) -> Initial:
     """Draws the parameters from the run's seed and saves them as checkpoint 0."""
     from plasticity_jax.train.initial import save_initial
 
-    parameters, sha256 = save_initial(context.config.model, context.run.seed, context.directory.path)
+    parameters, sha256 = save_initial(context.config.model, context.seed, context.directory.path)
     context.directory.provenance["step_0_sha256"] = sha256
     return Initial(parameters, sha256)
 

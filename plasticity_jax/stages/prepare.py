@@ -132,8 +132,8 @@ def _prepare(context: Context, out: Path) -> dict[str, Any]:
         return summary
     rows = {name: fields[name] for name in ("train_rows", "test_rows", "held_out_fraction")}
     if fields["kind"] == "task":
-        settings = config.tasks[context.run.task]
-        task = tasks.build_task(context.run.task, wheels, **rows, seed=SEED, verifier_rows=settings.verifier_rows, files=settings.files)
+        settings = config.tasks[context.task]
+        task = tasks.build_task(context.task, wheels, **rows, seed=SEED, verifier_rows=settings.verifier_rows, files=settings.files)
         return tasks.write_task(out, task)
     return probe_sets.write_probe_set(out, probe_sets.build_probe_set(fields["set"], wheels, **rows, seed=SEED))
 

@@ -76,7 +76,7 @@ def run_batch(contexts: Sequence[Context]) -> list[Pretrained | None]:
 
     members = [MemberRun(c.run.name, c.directory.path, c.config, c.run.fields["weight_decay"], c.directory.provenance) for c in contexts]
     first = contexts[0]
-    found = pretrain(members, seed=first.run.seed, corpus=first.parents["corpus"], init=first.parents["init"])
+    found = pretrain(members, seed=first.seed, corpus=first.parents["corpus"], init=first.parents["init"])
     return [Pretrained(**facts) if facts else None for facts in found]
 
 
@@ -141,7 +141,7 @@ def _held_out_rows(results: "StudyResults") -> Rows:
     rows = []
     for m in results.members:
         if m.pretrain:
-            held_out = m.pretrain.held_out
+            held_out = m.pretrain.held_out or {"domains": {}}
             for domain, found in [("all", held_out), *sorted(held_out["domains"].items())]:
                 values = {name: number(found.get(name)) for name in ("loss", "bits_per_byte", "tokens")}
                 rows.append(member_row(m, domain=domain, **values))
@@ -178,11 +178,14 @@ def _draw_held_out_loss(results: "StudyResults") -> "Drawing":
     drawn, panels = drawing.panels_below(2, 2.3)
     means = drawing.seed_means(panels[0], results, lambda m: m.loss, drawing.INK)
     drawing.line(panels[0], results, means, color=drawing.INK, marker="o", label="all domains")
-    domains = sorted({d for m in results.members if m.pretrain for d in m.pretrain.held_out["domains"]})
+    domains = sorted({d for m in results.members if m.pretrain for d in (m.pretrain.held_out or {"domains": {}})["domains"]})
     for i, domain in enumerate(domains):
         series = drawing.SERIES[i % len(drawing.SERIES)]
         means = drawing.seed_means(
-            panels[1], results, lambda m, d=domain: number(m.pretrain.held_out["domains"][d]["loss"]) if m.pretrain else None, series
+            panels[1],
+            results,
+            lambda m, d=domain: number(m.pretrain.held_out["domains"][d]["loss"]) if m.pretrain and m.pretrain.held_out else None,
+            series,
         )
         drawing.line(panels[1], results, means, color=series, marker=drawing.MARKERS[i % len(drawing.MARKERS)], label=domain)
     for axes, title in zip(panels, ("All domains", "By domain")):

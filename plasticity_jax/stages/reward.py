@@ -79,7 +79,7 @@ def _plan(plan: Plan) -> Iterable[Planned]:
         return
     verifiers = {run.task: run for _, run in plan.of("verifier")}
     for own, scored in plan.of("evaluate"):
-        if scored.fields["when"] == "after" and not by_likelihood(scored.task):
+        if scored.fields["when"] == "after" and not by_likelihood(scored.task_name):
             yield own, reward_run(own, scored, verifiers.get(scored.task))
 
 

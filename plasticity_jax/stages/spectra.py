@@ -142,9 +142,9 @@ def _rank(results: "StudyResults") -> tuple[str, str]:
     if len(means) < 2:
         return CANNOT_TELL, "Fewer than two λ have spectra."
     pairs = [results.pair(min(means), max(means), lambda m, p=product: pseudo_ranks(m, p)) for product in PRODUCTS]
-    if None in pairs:
+    if any(pair is None for pair in pairs):
         return CANNOT_TELL, "The smallest and the largest λ share no seed."
-    query_key, value_output = ((low - high).ravel() for low, high in pairs)
+    query_key, value_output = ((pair[0] - pair[1]).ravel() for pair in pairs if pair is not None)
     settings = results.config.report
     fall = paired_bootstrap(query_key, np.zeros_like(query_key), samples=settings.bootstrap_samples, seed=settings.seed)
     more = paired_bootstrap(query_key, value_output, samples=settings.bootstrap_samples, seed=settings.seed)

@@ -58,9 +58,19 @@ class Context:
         from plasticity_jax.model.load import load_model
 
         model = load_model(self.parents[role])
-        if with_tokenizer and model.tokenizer is None:
-            raise UserError(f"{model.path} holds no tokenizer.json, so no text can be given to its model; put the model's tokenizer there.")
+        if with_tokenizer:
+            _ = model.text_tokenizer
         return model
+
+    @property
+    def task(self) -> str:
+        """The task that the run is for."""
+        return self.run.task_name
+
+    @property
+    def seed(self) -> int:
+        """The run's seed; 0 where it has none."""
+        return self.run.seed or 0
 
 
 @dataclass(frozen=True)

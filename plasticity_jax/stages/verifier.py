@@ -51,7 +51,7 @@ def samples_run(config: StudyConfig, tuned: Run) -> Run:
         "split": "verifier",
         "n_samples": config.verifier.n_samples,
         "faithful": config.faithful,
-        "max_new_tokens": task_settings(config, tuned.task).max_new_tokens,
+        "max_new_tokens": task_settings(config, tuned.task_name).max_new_tokens,
         "compute_dtype": config.train.compute_dtype,
     }
     parents = {"model": tuned.id, "task": tuned.parents["task"]}
@@ -68,7 +68,7 @@ def verifier_run(config: StudyConfig, tuned: Sequence[Run], samples: Sequence[Ru
         "compute_dtype": config.train.compute_dtype,
     }
     parents = {"base": first.id, "task": first.parents["task"]} | {f"{SAMPLES_ROLE}{run.member}": run.id for run in samples}
-    return STAGE.new_run(config, first.task, fields, parents, task=first.task, seed=config.verifier.seed)
+    return STAGE.new_run(config, first.task_name, fields, parents, task=first.task, seed=config.verifier.seed)
 
 
 def _sampled(plan: Plan, task: str) -> list[Planned]:

@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
@@ -107,14 +106,14 @@ def check_workdir(workdir: AnyPath, config: StudyConfig) -> None:
     free = free_bytes(workdir)
     if free is None:
         return
-    needed = _bytes_needed(config) - _held_bytes(study_dir(workdir, config))
+    needed = _bytes_needed(config) - _held_bytes(str(study_dir(workdir, config)))
     if free < needed:
         raise UserError(
             f"--workdir={workdir} has {free / 1e6:,.0f} MB free, and this study needs about {needed / 1e6:,.0f} MB more; make room or give another --workdir."
         )
 
 
-def _held_bytes(folder: Path) -> int:
+def _held_bytes(folder: str) -> int:
     held = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -295,9 +294,11 @@ def _results(stage: Stage, contexts: Sequence[Context]) -> Sequence[Any]:
     return stage.batched[1](contexts) if stage.batched and len(contexts) > 1 else [stage.run(context) for context in contexts]
 
 
-def _as_dict(record: Any) -> dict[str, Any]:
+def _as_dict(record: Any) -> Any:
     """What results.json holds: the fields of a record. A process that does not write may return None."""
-    return dataclasses.asdict(record) if dataclasses.is_dataclass(record) and not isinstance(record, type) else record or {}
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return dataclasses.asdict(record)
+    return {} if record is None else record
 
 
 def _devices(stage: Stage, config: StudyConfig) -> dict[str, Any]:
@@ -325,7 +326,7 @@ def _refuse_storage_problems(workdir: AnyPath) -> Iterator[None]:
         raise UserError(f"--workdir={workdir}: {problem}; make room or give another --workdir, then run again: it resumes.") from error
 
 
-def storage_problem(error: BaseException) -> str | None:
+def storage_problem(error: BaseException | None) -> str | None:
     """Says in a few words that the disk is full or cannot be written, if that is what the error (or its cause) means."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:

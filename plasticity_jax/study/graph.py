@@ -21,7 +21,7 @@ def run_configs(config: StudyConfig, runs: Sequence[Run]) -> dict[str, StudyConf
     planned = Plan(config, stages().values()).configs
     grid = [(member_config(config, member), member) for member in grid_members(config)]
     members = {member.base: own for own, member in reversed(grid)} | {member.name: own for own, member in grid}
-    return {run.id: planned.get(run.id) or members.get(run.member, config) for run in runs}
+    return {run.id: planned.get(run.id) or members.get(run.member or "", config) for run in runs}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- study on disk

@@ -77,7 +77,7 @@ def study_axis(config: StudyConfig) -> Axis:
     """The field that a study compares along: weight decay where more than one is swept, otherwise the first field with more than one value."""
     decays = config.grid.weight_decay if config.grid.timescales is None else config.grid.timescales
     several = [name for name, values in config.grid.fields if len(values) > 1]
-    return Axis(DECAY, "log") if len(decays) > 1 or not several else _axis(config, several[0])
+    return Axis(DECAY, "log") if len(decays or ()) > 1 or not several else _axis(config, several[0])
 
 
 def facet_axes(config: StudyConfig) -> tuple[Axis, ...]:

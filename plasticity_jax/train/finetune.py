@@ -71,7 +71,7 @@ def finetune(
     if processes.primary():
         copy_tokenizer(base.path, path)
 
-    rows = encode_examples(examples, base.tokenizer, max_length=recipe.length_buckets[-1], too_long=recipe.too_long)
+    rows = encode_examples(examples, base.text_tokenizer, max_length=recipe.length_buckets[-1], too_long=recipe.too_long)
     if not len(rows):
         raise UserError(
             f"{name}: no training row is left, {rows.n_dropped} are longer than {recipe.length_buckets[-1]} tokens and "
@@ -93,7 +93,7 @@ def finetune(
             state,
             train_step=compile_train_step(settings, mesh, members=False),
             hyper=tuning_numbers(recipe, steps=len(schedule), weight_decay=recipe.weight_decay),
-            batches=_batches(rows, schedule[start:], recipe.batch_size, base.tokenizer.pad_id, mesh),
+            batches=_batches(rows, schedule[start:], recipe.batch_size, base.text_tokenizer.pad_id, mesh),
             tracks=[track],
             members=False,
             settings=LoopSettings(

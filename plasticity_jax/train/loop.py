@@ -194,7 +194,7 @@ class _Loop:
         return step % self.settings.checkpoint_every == 0 or step == self.settings.steps
 
     def _held_out_due(self, step: int) -> bool:
-        return self.held_out is not None and (step % self.settings.eval_every == 0 or step == self.settings.steps)
+        return self.held_out is not None and (step % (self.settings.eval_every or self.settings.steps) == 0 or step == self.settings.steps)
 
     def _log_due(self, step: int) -> bool:
         return step == 1 or step % self.settings.log_every == 0 or step > self.settings.steps - TAIL_STEPS
@@ -219,7 +219,7 @@ class _Loop:
                 track.seconds += seconds
                 track.tokens += int(numbers["tokens"][i])
                 self._settle_one(i, track, step, {name: float(values[i]) for name, values in numbers.items() if name != "tokens"}, state)
-            if self._checkpoint_due(step):
+            if state is not None and self._checkpoint_due(step):
                 self._save(step, state)
         losses = [float(loss) for loss, track in zip(numbers["loss"], self.tracks) if not track.diverged]
         if losses:
@@ -232,20 +232,20 @@ class _Loop:
         due = self.due(step)
         if due or track.diverged or self._log_due(step):
             row = {"tokens": track.tokens, **numbers, "seconds": track.seconds}
-            if self._held_out_due(step) and not track.diverged:
+            if self.held_out is not None and state is not None and self._held_out_due(step) and not track.diverged:
                 row["held_out"] = self.held_out(self._model(i, state["params"]))
             if track.log is not None:
                 track.log.write(step, **row)
 
     def _save(self, step: int, state: State) -> None:
-        alive = [(i, track) for i, track in enumerate(self.tracks) if not track.diverged]
+        alive = [(i, track, track.checkpoints) for i, track in enumerate(self.tracks) if not track.diverged and track.checkpoints is not None]
         # All members' last checkpoints are whole before any member's next one begins: so they always share a step.
-        for _, track in alive:
-            track.checkpoints.wait()
-        for i, track in alive:
+        for _, _, checkpoints in alive:
+            checkpoints.wait()
+        for i, track, checkpoints in alive:
             if track.log is not None:
                 track.log.close_part()
-            track.checkpoints.save(step, self._model(i, state["params"]), self._model(i, state["optimizer"]))
+            checkpoints.save(step, self._model(i, state["params"]), self._model(i, state["optimizer"]))
 
     def _model(self, i: int, tree: Any) -> Any:
         return jax.tree.map(lambda x: x[i], tree) if self.members else tree

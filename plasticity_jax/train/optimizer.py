@@ -132,9 +132,9 @@ def _decay_and_scale(settings: OptimizerSettings) -> optax.GradientTransformatio
         decayed = tree.unflatten([table[path] for path in param_paths(params)])
         # The term stays for λ = 0: without it the program would be different and round differently.
         scaled = jax.tree.map(lambda u, p, d: -rate * u - shrink * p if d else -rate * u, updates, params, decayed)
-        return scaled, _DecayState(optax.safe_increment(state.count))
+        return scaled, _DecayState(jnp.asarray(optax.safe_increment(state.count)))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:

@@ -92,7 +92,7 @@ def train_verifier(base: LoadedModel, samples: Sequence[Completion], config: Stu
     completions = list({(completion.id, completion.text): completion for completion in samples}.values())
     split = held_out_problems([completion.id for completion in completions], recipe.held_out_fraction)
     rows, n_cut = encode_answers(
-        base.tokenizer, [c.prompt for c in completions], [c.text for c in completions], max_length=config.reward.max_length, bos=config.faithful
+        base.text_tokenizer, [c.prompt for c in completions], [c.text for c in completions], max_length=config.reward.max_length, bos=config.faithful
     )
     right = np.array([completion.correct for completion in completions])
     is_held_out = np.array([completion.id in split for completion in completions])

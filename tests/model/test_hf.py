@@ -124,10 +124,11 @@ def test_an_import_of_an_export_is_the_run_bit_for_bit(changes, tmp_path, tokeni
     assert read_json(tmp_path / "hf" / "generation_config.json") == {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
 
 
-def test_the_type_asked_for_is_written(tmp_path):
+@pytest.mark.parametrize(("name", "dtype"), [("float32", np.float32), ("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)])
+def test_the_type_asked_for_is_written(tmp_path, name, dtype):
     import_folder(write_folder(tmp_path / "hf"), tmp_path / "run")
-    export_model(tmp_path / "run", tmp_path / "out", "bfloat16")
-    narrowed = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in llama_tensors().items()}
+    export_model(tmp_path / "run", tmp_path / "out", name)
+    narrowed = {name: tensor.astype(dtype) for name, tensor in llama_tensors().items()}
     assert_same_tensors(load_file(tmp_path / "out" / "model.safetensors"), narrowed)
 
 
@@ -293,6 +294,7 @@ MEASURED = """
     from plasticity_jax.parallel.allocator import return_freed_memory
 
     return_freed_memory()  # as the command line does
+    from plasticity_jax.model import hf_tensors
     from plasticity_jax.model.hf_export import export_model
     from plasticity_jax.model.hf_import import import_folder
     from plasticity_jax.model.load import load_model
@@ -311,6 +313,7 @@ MEASURED = """
     elif what == "import":
         import_folder(root / "hf", root / "run")
     else:
+        hf_tensors.MAX_SHARD_BYTES = 60_000_000
         export_model(root / "run", root / "out", None)
     print(peak() - before)
 """

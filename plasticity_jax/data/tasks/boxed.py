@@ -32,4 +32,7 @@ def last_boxed(text: str) -> str | None:
                 last_start, last_end = start, token.start()
     if last_start < 0:
         return None
-    return (text[last_start:last_end] if last_end >= 0 else _BARE.match(text, last_start).group()).strip()
+    if last_end >= 0:
+        return text[last_start:last_end].strip()
+    bare = _BARE.match(text, last_start)
+    return bare.group().strip() if bare else None

@@ -121,7 +121,7 @@ def read_task(directory: AnyPath) -> Rows:
     summary = read_summary(directory)
     splits = {
         split: [
-            Example(**row | {"options": tuple(row["options"])})
+            Example(**{**row, "options": tuple(row["options"])})
             for row in read_jsonl(directory / f"{split}.jsonl", FIELDS, sha256=summary["sha256"][split])
         ]
         for split in SPLITS

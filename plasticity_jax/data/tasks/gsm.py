@@ -70,7 +70,7 @@ def generated_problems(seed: int, count: int) -> Iterator[Problem]:
       UserError: reasoning-gym is not installed.
     """
     try:
-        from reasoning_gym import create_dataset
+        from reasoning_gym import create_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             "task 'gsm' generates its training rows with reasoning-gym, which is not installed; "

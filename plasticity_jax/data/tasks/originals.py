@@ -86,7 +86,7 @@ def read_rows(places: str, columns: Columns, *, what: str, otherwise: Columns | 
         raise UserError(f"{what}: no place is given; name a file or folder, or {TFDS}NAME@SPLIT")
     with Progress(f"read {what}", total=None, unit="rows") as progress:
         for index, (text, place) in enumerate(zip(split_places(places), find_places(places), strict=True)):
-            _check_place(text, place, what)
+            place = _check_place(text, place, what)
             prefix = f"{index + 1}/" if index else ""
             for number, (row_id, row) in enumerate(_rows_of(place, columns, otherwise, what), 1):
                 yield prefix + row_id, row
@@ -104,7 +104,7 @@ def check_places(places: str, *, what: str) -> None:
         _check_place(text, place, what)
 
 
-def _check_place(text: str, place: Place | None, what: str) -> None:
+def _check_place(text: str, place: Place | None, what: str) -> Place:
     if text.startswith(TFDS) and "@" not in text:
         raise UserError(f"{what}: {text} names no split; give {TFDS}NAME@SPLIT, such as {text}@train")
     if place is None and text.startswith(TFDS):
@@ -114,6 +114,7 @@ def _check_place(text: str, place: Place | None, what: str) -> None:
     known = [name for name, _ in place.names if name.endswith(FILE_SUFFIXES)]
     if place.split is None and not known:
         raise UserError(f"{what}: {text} holds no file of a known kind ({', '.join(FILE_SUFFIXES)}); give the place that the data set lies in")
+    return place
 
 
 def _rows_of(place: Place, columns: Columns, otherwise: Columns | None, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -204,9 +205,9 @@ def json_list(part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             chunks = _text_chunks(decompressed(file, part.name))
             text = next(chunks, "")
-            position = _BEGINNING.match(text).end()
+            position = _end(_BEGINNING, text, 0)
             while True:
-                position = _BETWEEN.match(text, position).end()
+                position = _end(_BETWEEN, text, position)
                 if text.startswith("]", position):
                     return
                 try:
@@ -244,13 +245,19 @@ def _at_least(chunks: Iterator[str], size: int) -> str:
     return "".join(found)
 
 
+def _end(pattern: re.Pattern[str], text: str, position: int) -> int:
+    """Where a pattern that may match nothing ends."""
+    found = pattern.match(text, position)
+    return position if found is None else found.end()
+
+
 # ------------------------------------------------------------------------------------------------------------------------------- TFDS
 
 
 def _tfds_rows(place: Place, columns: Columns, otherwise: Columns | None, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
     from plasticity_jax.data.corpus_tfds import open_split
 
-    info, source = open_split(place.folder, place.split, setting=what, split_setting=f"{what}: split")
+    info, source = open_split(place.folder, place.split or "", setting=what, split_setting=f"{what}: split")
     chosen = _choose(tuple(info.features), columns, otherwise, what, f"data set {info.full_name}")
     for first in range(0, len(source), EXAMPLES_AT_ONCE):
         numbers = range(first, min(first + EXAMPLES_AT_ONCE, len(source)))
