@@ -109,10 +109,10 @@ def open_reward_model(folder: AnyPath) -> tuple[ScalarModel, Chat]:
     return with_head(description.model, params, jnp.asarray(weights.read(HEAD)[0].astype(np.float32))), chat
 
 
-def fingerprint(folder: AnyPath) -> dict[str, str]:
+def fingerprint(folder: Path) -> dict[str, str]:
     """Name → sha256 of every file that determines the rewards."""
     beside = [folder / name for name in (TOKENIZER_FILE, CONFIG_FILE, *TEMPLATE_FILES)]
-    return file_hashes([folder / "config.json", *Weights(Path(folder)).files, *(file for file in beside if file.is_file())], folder.name)
+    return file_hashes([folder / "config.json", *Weights(folder).files, *(file for file in beside if file.is_file())], folder.name)
 
 
 def _open(folder: AnyPath) -> tuple[Description, Weights]:

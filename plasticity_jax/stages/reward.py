@@ -12,7 +12,7 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
-from plasticity_jax.runs.storage import location
+from plasticity_jax.runs.storage import is_local, location
 from plasticity_jax.stages.evaluate import by_likelihood
 from plasticity_jax.stages.stage import Context, Plan, Planned, Stage
 
@@ -107,7 +107,7 @@ def run(context: Context) -> Rewarded | None:
     start, reward = time.monotonic(), context.config.reward
     scorer_path = context.parents["scorer"] if reward.model is None else location(reward.model)
     scorer = open_scorer(context.config, scorer_path, f"reward {context.run.name}")
-    if reward.scorer == "sequence-classification":
+    if reward.scorer == "sequence-classification" and is_local(scorer_path):
         context.directory.provenance["reward_model"] = fingerprint(scorer_path)
     results = rate(scorer, read_completions(context.parents["completions"]), context.directory.path)
     return Rewarded(**results, seconds=time.monotonic() - start) if results else None
