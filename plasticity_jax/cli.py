@@ -510,7 +510,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"plasticity: {error}", file=sys.stderr)
         return REFUSED
-    except processes.Parted as error:
+    except processes.Disconnected as error:
         print(f"plasticity: {error}; run the same commands again: they resume.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

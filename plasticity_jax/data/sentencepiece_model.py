@@ -3,7 +3,7 @@
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
-from plasticity_jax.data.pieces import SPACE, sentencepiece_normalizer, sentencepiece_pre_tokenizer
+from plasticity_jax.data.pretokenize import SPACE, sentencepiece_normalizer, sentencepiece_pre_tokenizer
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.storage import AnyPath

@@ -12,7 +12,7 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from plasticity_jax.data.pieces import SPACE, cutter, own_pre_tokenizer
+from plasticity_jax.data.pretokenize import SPACE, cutter, own_pre_tokenizer
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.runs.storage import AnyPath, location, write_bytes
 

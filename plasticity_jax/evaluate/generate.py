@@ -16,7 +16,7 @@ from plasticity_jax.data.batching import IN_FLIGHT, padded_batches
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.complete import Batch, Memory, Plan, TracedSettings, complete, continue_decoding, count_programs, plan_of, start_decoding
 from plasticity_jax.evaluate.sampling import Sampling
-from plasticity_jax.evaluate.stops import cut_at_stop, stop_check
+from plasticity_jax.evaluate.stop_strings import cut_at_stop, stop_check
 from plasticity_jax.parallel import arrays
 from plasticity_jax.parallel.batches import row_shards
 from plasticity_jax.parallel.sharding import ROWS

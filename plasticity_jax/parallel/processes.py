@@ -1,4 +1,4 @@
-"""Several processes as one run: how they start, and what they tell one another. jax is imported only when it is needed."""
+"""Several processes as one run: how they start, and what they exchange. jax is imported only when it is needed."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def detected() -> bool:
             if not environment.opt_in_only_method and environment.is_env_present() and environment.get_process_count() > 1:
                 return True
         except Exception as error:  # such as a metadata server that does not answer; asking must not end a run on one machine
-            log.warning("jax could not read this machine's cluster environment (%s); going on as one process", reason(error))
+            log.warning("jax could not read this machine's cluster environment (%s); continuing as one process", reason(error))
     return False
 
 
@@ -77,7 +77,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def _meet(timeout: int) -> list[dict[str, Any]]:
-    """What every process is, in their order. Raises UserError where they were told different numbers of processes."""
+    """Host, devices and number of processes of every process, in order. Raises UserError if they disagree on the number of processes."""
     import jax
 
     mine = {
@@ -88,7 +88,7 @@ def _meet(timeout: int) -> list[dict[str, Any]]:
     }
     _client().key_value_set(f"plasticity/start/{index()}", json.dumps(mine))
     everyone = []
-    for i in range(count()):  # in order: the number that process 0 was told is seen before one is awaited that will not come
+    for i in range(count()):  # in order, so that a wrong number is seen before waiting for a process that will not come
         one = json.loads(_read(f"plasticity/start/{i}", timeout))
         if one["processes"] != count():
             raise UserError(
@@ -104,7 +104,7 @@ def _to_supervisor(line: str) -> None:
 
 
 def leave() -> None:
-    """Before a process ends in the middle of a run: the first waits until the others have read what it told them, for they read it from it."""
+    """Call before a process ends in the middle of a run: process 0 waits until the others have read its messages, which it serves."""
     if count() == 1:
         return
     try:
@@ -145,7 +145,7 @@ def primary() -> bool:
     return index() == 0
 
 
-# ------------------------------------------------------------------------------------------------------------------- what they tell
+# ------------------------------------------------------------------------------------------------------------------- messages
 
 
 def _key(name: str) -> str:
@@ -154,14 +154,14 @@ def _key(name: str) -> str:
 
 
 def _read(key: str, timeout: float | None) -> str:
-    """The value of a key, once some process has written it; waits without end if `timeout` is None. Raises Parted where process 0 is gone."""
+    """The value of a key, once some process has written it; waits without end if `timeout` is None. Raises Disconnected where process 0 is gone."""
     waited = 0
     while True:
         try:
             return _client().blocking_key_value_get(key, _POLL * 1000)
         except Exception as error:
             if any(words in str(error) for words in _NO_ANSWER):
-                raise Parted(f"process 0 of {count()} was lost") from error
+                raise Disconnected(f"process 0 of {count()} was lost") from error
             waited += _POLL
             if "DEADLINE_EXCEEDED" not in str(error) or (timeout is not None and waited >= timeout):
                 raise
@@ -171,8 +171,8 @@ class Failed(Exception):
     """What another process of the run failed with."""
 
 
-class Parted(Exception):
-    """This process cannot go on with the others, because it failed while they go on, or because the first is gone: it has to end."""
+class Disconnected(Exception):
+    """This process has to end: it failed while the others continue, or process 0 is gone."""
 
 
 def broadcast(decide: Callable[[], Any]) -> Any:
@@ -190,7 +190,7 @@ def broadcast(decide: Callable[[], Any]) -> Any:
     try:
         value = decide()
     except Exception as error:
-        _client().key_value_set(key, json.dumps(_told(error)))
+        _client().key_value_set(key, json.dumps(_as_message(error)))
         raise
     _client().key_value_set(key, json.dumps({"value": value}))
     return value
@@ -201,7 +201,7 @@ def together(work: Callable[[], Any]) -> Any:
 
     Raises:
       UserError, Failed: what the first process that failed said.
-      Parted: `work` failed here and the others do not answer, for they wait for this process in the middle of theirs.
+      Disconnected: `work` failed here and the others do not answer, for they wait for this process in the middle of theirs.
     """
     if count() == 1:
         return work()
@@ -211,28 +211,28 @@ def together(work: Callable[[], Any]) -> Any:
     except Exception as error:
         own = error
     try:
-        everyone = gather("together", {"value": None} if own is None else _told(own), timeout=None if own is None else HEARTBEAT_TIMEOUT + 15)
+        everyone = gather("together", {"value": None} if own is None else _as_message(own), timeout=None if own is None else HEARTBEAT_TIMEOUT + 15)
     except Exception as error:
-        if own is None or isinstance(error, Parted):
+        if own is None or isinstance(error, Disconnected):
             raise
-        raise Parted(f"process {index()} of {count()} failed: {reason(own)}") from own
-    for i, told in enumerate(everyone):
+        raise Disconnected(f"process {index()} of {count()} failed: {reason(own)}") from own
+    for i, message in enumerate(everyone):
         if i == index() and own is not None:
             raise own
-        _outcome(told)
+        _outcome(message)
     return value
 
 
-def _told(error: Exception) -> dict[str, str]:
+def _as_message(error: Exception) -> dict[str, str]:
     return {"refused": str(error)} if isinstance(error, UserError) else {"failed": reason(error)}
 
 
-def _outcome(told: dict[str, Any]) -> Any:
-    if "refused" in told:
-        raise UserError(told["refused"])
-    if "failed" in told:
-        raise Failed(told["failed"])
-    return told["value"]
+def _outcome(message: dict[str, Any]) -> Any:
+    if "refused" in message:
+        raise UserError(message["refused"])
+    if "failed" in message:
+        raise Failed(message["failed"])
+    return message["value"]
 
 
 def gather(name: str, value: Any, *, timeout: float | None = None) -> list[Any]:

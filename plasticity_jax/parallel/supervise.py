@@ -1,7 +1,7 @@
 """A run of several processes, supervised: the command's own process starts a worker and says in one line how it ended.
 
 When one process of a run dies, jax ends the others from C++ with a trace. So the worker's runtime writes to a log file, and its parent, which
-knows no jax, reads there who was lost.
+does not import jax, points to it.
 """
 
 import contextlib
@@ -19,8 +19,6 @@ from plasticity_jax.parallel.processes import JOINED, JOINING
 
 WORKER = "PLASTICITY_WORKER"  # set for a worker: file descriptors of its parent's standard output and error
 
-_UNHEALTHY = re.compile(r"tasks are unhealthy[^\n]*\n((?:[^\n]*\d[^\n]*\n?)+?)(?:The tasks have crashed|\n|$)")
-_NO_LEADER = ("Failed to send RPC to coordination service", "failed to connect to all addresses")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -74,46 +72,16 @@ def supervise(argv: list[str], log_dir: Path | None) -> int:
                 folder.rmdir()
     if status in (0, 2, 130) or (interrupted and status >= 0):
         return status
-    text = log_path.read_text(encoding="utf-8", errors="replace")
-    joining = re.search(rf"^{JOINING}(.+)$", text, re.MULTILINE)
-    if status == -signal.SIGABRT and joining and JOINED not in text:
+    marks = log_path.read_text(encoding="utf-8", errors="replace")
+    joining = re.search(rf"^{JOINING}(.+)$", marks, re.MULTILINE)
+    if status == -signal.SIGABRT and joining and JOINED not in marks:
         print(f"plasticity: {joining[1]}", file=sys.stderr)
         return 2
-    said = _verdict(status, text)
-    if said is not None:
-        print(f"plasticity: {said} (log: {log_path})", file=sys.stderr)
+    if status < 0:  # a worker that ends by itself has printed why
+        who = re.search(rf"^{JOINED}(\d+ of \d+)$", marks, re.MULTILINE)
+        name = f"process {who[1]}" if who else "this process"
+        print(f"plasticity: {name} ended with {_signal_name(-status)}; see {log_path}; run the same commands again: they resume", file=sys.stderr)
     return 1
-
-
-def _verdict(status: int, text: str) -> str | None:
-    """One line on why the run ended; None where the worker has said it itself."""
-    who = re.search(rf"{JOINED}(\d+) of (\d+)", text)
-    of = f" of {who[2]}" if who else ""
-    again = "run the same commands again: they resume"
-    if status < 0 and status != -signal.SIGABRT:
-        mine = f"process {who[1]}{of}" if who else "this process"
-        return f"{mine} was lost, killed by {_signal_name(-status)}; {again}"
-    lost = lost_processes(text)
-    if not lost and status == -signal.SIGABRT and "gloo::" in text and who and who[2] == "2":
-        lost = [
-            1 - int(who[1])
-        ]  # gloo ends this process where the link to another breaks in mid-message, before jax notices; of two, it is the other
-    if lost:
-        plural = "es" if len(lost) > 1 else ""
-        return f"process{plural} {', '.join(map(str, lost))}{of} {'were' if plural else 'was'} lost; {again}"
-    if status == -signal.SIGABRT:
-        return f"the runtime ended process {who[1] if who else '?'}{of}; {again}"
-    return None
-
-
-def lost_processes(text: str) -> list[int]:
-    """Numbers of the processes that jax's coordination service gave up, from what the runtime logged."""
-    lost = set()
-    for found in _UNHEALTHY.finditer(text):
-        lost |= {int(number) for number in re.findall(r"(?:task:|^)(\d+)\s*$", found[1], re.MULTILINE)}
-    if not lost and any(words in text for words in _NO_LEADER):
-        lost = {0}
-    return sorted(lost)
 
 
 def _signal_name(number: int) -> str:

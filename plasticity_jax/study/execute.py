@@ -232,7 +232,7 @@ def execute(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, exter
         try:
             _carry_out(configs, ready, path_of, _refuse_storage_problems(workdir))
             outcome.carried_out += [run.id for run in ready]
-        except (UserError, processes.Parted):
+        except (UserError, processes.Disconnected):
             raise
         except Exception as error:
             log.error("%s failed: %s (%s)", ready[0].id, reason(error), path_of(ready[0].id) / "error.log")

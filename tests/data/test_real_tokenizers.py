@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from plasticity_jax.data.named_tokenizers import NAMED, check_setting, open_tokenizer, setting_fingerprint
-from plasticity_jax.data.pieces import cutter, words
+from plasticity_jax.data.pretokenize import cutter, words
 from plasticity_jax.data.sentencepiece_model import from_sentencepiece
 from plasticity_jax.data.sources import SOURCES
 from plasticity_jax.data.tokenizer import Tokenizer, copy_tokenizer

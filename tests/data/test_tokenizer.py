@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from plasticity_jax.data.pieces import pieces
+from plasticity_jax.data.pretokenize import pieces
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError

@@ -16,7 +16,7 @@ from plasticity_jax.evaluate import generate as generation
 from plasticity_jax.evaluate.complete import count_programs
 from plasticity_jax.evaluate.generate import Completion, Sampling, completions, count_cut, cut_at_stop, generate
 from plasticity_jax.evaluate.sampling import draw, keep_top_k, keep_top_p, penalize, tokens_seen
-from plasticity_jax.evaluate.stops import has_stopped, stop_check
+from plasticity_jax.evaluate.stop_strings import has_stopped, stop_check
 from plasticity_jax.model.transformer import apply, init_params
 
 CONFIG = ModelConfig(vocab_size=45, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24)
