@@ -2,16 +2,23 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import socket
+import tempfile
 import time
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import filelock
+from upath import UPath
 
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.storage import AnyPath, is_local
+
+LOOK_SECONDS = 0.5  # for which a lock is tried: `is_locked` may hold it for an instant
 
 
 @contextlib.contextmanager
@@ -24,23 +31,29 @@ def lock(path: AnyPath) -> Iterator[None]:
     Raises:
       UserError: another process holds it.
     """
-    if is_local(path):
-        held = filelock.UnixFileLock(path, blocking=False)
-        try:
-            held.acquire()
-        except filelock.Timeout as error:
-            raise UserError(f"{path.parent} is being worked on by another process; wait for it or stop it.") from error
-        try:
+    if not is_local(path):
+        with _lease(path):
             yield
-        finally:
-            held.release()
         return
-    content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}).encode()
-    holder = _holder(path)
-    if holder is not None and _is_gone(holder):
-        path.unlink(missing_ok=True)
+    held = filelock.UnixFileLock(path, timeout=LOOK_SECONDS)
     try:
-        path.fs.pipe_file(path.path, content, mode="create")
+        held.acquire()
+    except filelock.Timeout as error:
+        raise UserError(f"{path.parent} is being worked on by another process; wait for it or stop it.") from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextlib.contextmanager
+def _lease(path: UPath) -> Iterator[None]:
+    """The lock on a store: an object that is created if there is none."""
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+    mine["since"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    _remove_left_behind(path)
+    try:
+        path.fs.pipe_file(path.path, json.dumps(mine).encode(), mode="create")
     except FileExistsError as error:
         found = _holder(path) or {}
         who = f"process {found.get('pid', '?')} of {found.get('host', 'an unknown host')} since {found.get('since', 'an unknown time')}"
@@ -48,7 +61,18 @@ def lock(path: AnyPath) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if _holder(path) == mine:  # else somebody has deleted it, and it is another's now
+            path.unlink(missing_ok=True)
+
+
+def _remove_left_behind(path: UPath) -> None:
+    """Removes the lock of a process of this machine that has ended; one process of this machine at a time, so that none removes a new lock."""
+    if not _is_gone(_holder(path)):
+        return
+    name = hashlib.sha256(str(path).encode()).hexdigest()[:32]
+    with filelock.UnixFileLock(Path(tempfile.gettempdir()) / f"plasticity-{os.getuid()}-{name}.lock"):
+        if _is_gone(_holder(path)):
+            path.unlink(missing_ok=True)
 
 
 def is_locked(path: AnyPath) -> bool:
@@ -66,7 +90,7 @@ def is_locked(path: AnyPath) -> bool:
     return False
 
 
-def _holder(path: AnyPath) -> dict | None:
+def _holder(path: UPath) -> dict | None:
     """What lies in a lock on a store; None where there is none, and {} where it cannot be read."""
     try:
         found = json.loads(path.read_bytes())
@@ -77,9 +101,9 @@ def _holder(path: AnyPath) -> dict | None:
         return {}
 
 
-def _is_gone(holder: dict) -> bool:
+def _is_gone(holder: dict | None) -> bool:
     """Whether the holder was a process of this machine that has ended."""
-    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+    if not holder or holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
         return False
     try:
         os.kill(holder["pid"], 0)

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 
@@ -14,6 +15,7 @@ import pytest
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs import locks
 from plasticity_jax.runs.locks import is_locked, lock
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import location, write_bytes
@@ -70,7 +72,8 @@ def test_one_who_opened_the_file_before_its_release_is_not_a_second_holder(tmp_p
 
 def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
     path = tmp_path / "LOCK"
-    code = "import sys, time; from pathlib import Path; from plasticity_jax.runs.locks import lock\nwith lock(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    code = "import sys, time; from pathlib import Path; from plasticity_jax.runs import locks
+from plasticity_jax.runs.locks import lock\nwith lock(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
     process.stdout.readline()
     assert is_locked(path)
@@ -103,6 +106,35 @@ def test_a_killed_process_of_this_machine_blocks_nobody_on_a_store(on_store):
     assert not is_locked(on_store)
     with lock(on_store):
         assert json.loads(on_store.read_bytes())["pid"] == os.getpid()
+
+
+def test_two_processes_that_find_a_dead_holder_do_not_both_hold_the_lock(on_store, monkeypatch):
+    """Both see the dead holder before either acts; the second must not remove the lock that the first has made since."""
+    left_by(on_store, host=socket.gethostname(), pid=gone_pid())
+    removing, read = locks._remove_left_behind, locks._holder
+    dead = read(on_store)
+    with lock(on_store):
+        stale = iter([dead])
+        monkeypatch.setattr(locks, "_holder", lambda path: next(stale, None) or read(path))
+        removing(on_store)
+        assert is_locked(on_store) and read(on_store)["pid"] == os.getpid()
+
+
+def test_a_holder_whose_lock_was_deleted_leaves_the_next_ones_alone(on_store):
+    with lock(on_store):
+        left_by(on_store)
+    assert "elsewhere" in on_store.read_text()
+
+
+def test_looking_at_a_lock_does_not_refuse_a_run(tmp_path):
+    path = tmp_path / "LOCK"
+    with lock(path):
+        pass
+    looking = open(path)
+    fcntl.flock(looking, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    threading.Timer(0.1, looking.close).start()
+    with lock(path):
+        assert looking.closed
 
 
 def test_an_unreadable_lock_on_a_store_is_refused_in_one_line(on_store):
