@@ -14,8 +14,8 @@ import pytest
 
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.errors import UserError
-from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs import locks
+from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.locks import is_locked, lock
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import location, write_bytes
@@ -72,8 +72,7 @@ def test_one_who_opened_the_file_before_its_release_is_not_a_second_holder(tmp_p
 
 def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
     path = tmp_path / "LOCK"
-    code = "import sys, time; from pathlib import Path; from plasticity_jax.runs import locks
-from plasticity_jax.runs.locks import lock\nwith lock(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    code = "import sys, time; from pathlib import Path; from plasticity_jax.runs.locks import lock\nwith lock(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
     process.stdout.readline()
     assert is_locked(path)
