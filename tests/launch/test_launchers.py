@@ -263,7 +263,7 @@ def test_local_members_end_with_their_launcher(tmp_path):
     ("script", "arguments", "says"),
     [
         ("tpu/tpu.sh", ["fly"], "'fly' is not a command"),
-        ("tpu/tpu.sh", ["--dry-run", "run"], "run needs a command"),
+        ("tpu/tpu.sh", ["--dry-run", "run"], "run needs a plasticity command"),
         ("tpu/tpu.sh", ["--dry-run", "create", "--sopt"], "create accepts only --spot"),
         ("tpu/gke.py", ["--name", "x", "--image", "i", "--topology", "v9:4x4", "--", "study"], "--topology=v9:4x4 is not a TPU slice"),
         ("tpu/gke.py", ["--name", "x", "--image", "i", "--topology", "v5e:3x2", "--", "study"], "6 chips"),

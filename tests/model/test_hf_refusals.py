@@ -112,7 +112,7 @@ def test_a_header_of_an_absurd_size_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
 def test_pickles_are_refused_with_the_reason(name, tmp_path, capsys):
     (write_folder(tmp_path / "hf") / "model.safetensors").rename(tmp_path / "hf" / name)
-    refused(tmp_path / "hf", tmp_path, capsys, name, "can run any code", "save the model as safetensors")
+    refused(tmp_path / "hf", tmp_path, capsys, name, "can run arbitrary code", "save the model as safetensors")
 
 
 @pytest.mark.parametrize(
