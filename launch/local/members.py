@@ -3,9 +3,9 @@
 
 launch/local/members.py [--dry-run] --gpus 0,1,2,3 --config C --workdir W [--config.a.b=value ...]
 
-Prepares first; then every GPU takes the next member when it is free. A member that fails leaves the others alone. The log of each is
-W/<study>/logs/<member>.log. After it, `plasticity study` with the same config does the rest of the study. Run again, it does only what is missing.
-Pays where one model fits one GPU: members never wait for one another. Run it with the Python of the environment that has plasticity_jax.
+Prepares the data first; then every free GPU takes the next member. If a member fails, the others continue. The log of each member is
+W/<study>/logs/<member>.log. Afterwards `plasticity study` with the same config runs the rest of the study. A second call runs only missing members.
+Use it if one model fits on one GPU: members never wait for each other. Run it with the Python of the environment that has plasticity_jax.
 """
 
 import argparse
@@ -40,12 +40,12 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     arguments, overrides = parser.parse_known_args(argv)
     for word in overrides:
         if not re.match(r"--config\.[^=]+=", word):
-            raise UserError(f"{word} is no option; write overrides as --config.a.b=value (see members.py --help).")
+            raise UserError(f"{word} is not an option; write overrides as --config.a.b=value (see members.py --help).")
     if not re.fullmatch(r"\d+(,\d+)*", arguments.gpus):
-        raise UserError(f"--gpus={arguments.gpus} must be numbers with commas, such as 0,1,2,3.")
+        raise UserError(f"--gpus={arguments.gpus} must be numbers separated by commas, such as 0,1,2,3.")
     arguments.workdir = location(arguments.workdir)
     if not is_local(arguments.workdir):
-        raise UserError(f"--workdir={arguments.workdir} must be a local folder: the logs of the members lie there.")
+        raise UserError(f"--workdir={arguments.workdir} must be a local folder: it holds the logs of the members.")
     return arguments, overrides
 
 
@@ -59,7 +59,7 @@ def _environment(gpu: str) -> dict[str, str]:
 
 
 def _side_by_side(commands: dict[str, list[str]], gpus: list[str], logs: Path) -> list[str]:
-    """Carries out commands, one per GPU at a time. Returns the names of those that failed; an interrupt ends all that run."""
+    """Runs the commands, one per GPU at a time. Returns the names of those that failed. An interrupt ends all running commands."""
     waiting, running, failed = list(commands), {}, []
     with Progress("pretrain", total=len(commands), unit="members") as progress:
         try:
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.dry_run:
         print(shlex.join(["env", f"CUDA_VISIBLE_DEVICES={gpus[0]}", *prepare]))
         for number, command in enumerate(members.values()):
-            print(shlex.join(["env", f"CUDA_VISIBLE_DEVICES={gpus[number] if number < len(gpus) else '<the first that is free>'}", *command]))
+            print(shlex.join(["env", f"CUDA_VISIBLE_DEVICES={gpus[number] if number < len(gpus) else '<first free GPU>'}", *command]))
         return 0
     signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One plasticity command on the GPUs of this machine: one process that drives all of them (the usual way), or several with a share each.
+# One plasticity command on the GPUs of this machine: one process that drives all of them (the default), or several that share them.
 #
 #   launch/local/processes.sh [--dry-run] [--gpus 0,1,2,3] [--processes N] [--port P] -- COMMAND ...
 #   launch/local/processes.sh -- study --config C --workdir W
 #   launch/local/processes.sh --gpus 0,1,2,3 --processes 2 -- pretrain --config C --workdir W --member wd0.1
 #
-# Several processes pay where one Python process cannot feed all GPUs, and to try out on one machine what will run on several.
-# After a failure the same command goes on from the last checkpoint.
+# Use several processes if one Python process cannot feed all GPUs, or to test a multi-host run on one machine.
+# After a failure, the same command resumes from the last checkpoint.
 set -euo pipefail
 
 fail() {
@@ -23,19 +23,19 @@ while (($#)) && [[ $1 != -- ]]; do
       declare "${1#--}=$2"
       shift
       ;;
-    *) fail "$1 is no option; usage: processes.sh [--dry-run] [--gpus 0,1] [--processes N] [--port P] -- COMMAND ..." ;;
+    *) fail "$1 is not an option; usage: processes.sh [--dry-run] [--gpus 0,1] [--processes N] [--port P] -- COMMAND ..." ;;
   esac
   shift
 done
-(($# > 1)) || fail "no command after --; give one of plasticity, such as: -- study --config C --workdir W"
+(($# > 1)) || fail "no command after --; give a plasticity command, such as: -- study --config C --workdir W"
 shift
 [[ $processes =~ ^[1-9][0-9]{0,3}$ ]] || fail "--processes=$processes must be a number of at least 1."
 [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -lt 65536 ]] || fail "--port=$port must be a port, from 1 to 65535."
-[[ -z $gpus || $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--gpus=$gpus must be numbers with commas, such as 0,1,2,3."
+[[ -z $gpus || $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--gpus=$gpus must be numbers separated by commas, such as 0,1,2,3."
 
 if [[ -z $gpus ]] && ((processes > 1)); then
   gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,) || true
-  [[ -n $gpus ]] || fail "nvidia-smi names no GPU to share out; give them: --gpus 0,1,2,3"
+  [[ -n $gpus ]] || fail "nvidia-smi lists no GPUs; give them: --gpus 0,1,2,3"
 fi
 IFS=, read -ra all <<<"$gpus"
 ((processes == 1 || ${#all[@]} % processes == 0)) || fail "${#all[@]} GPUs do not divide by --processes=$processes; give --gpus a multiple of it."
@@ -66,7 +66,7 @@ for ((i = 0; i < processes; i++)); do
   fi
 done
 
-# A process that loses another ends by itself: there is nothing to do here but wait, for all, even after a signal.
+# A process that loses its peers ends by itself, so only wait here: for all processes, even after a signal.
 status=0
 for pid in "${started[@]+"${started[@]}"}"; do
   result=0

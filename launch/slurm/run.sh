@@ -5,8 +5,8 @@
 #   launch/slurm/run.sh --nodes=4 --gpus-per-node=8 --partition=gpu --time=24:00:00 -- pretrain --config C --workdir W --member wd0.1
 #   launch/slurm/run.sh --gpus-per-node=8 -- study --config C --workdir W
 #
-# jax learns hosts, processes and the coordinator from SLURM: no --coordinator is needed. The workdir must be shared by the nodes.
-# After a failure or a preemption the same command goes on from the last checkpoint; a requeued job does so by itself.
+# jax reads hosts, processes and the coordinator from SLURM, so --coordinator is not needed. All nodes must share the workdir.
+# After a failure or a preemption, the same command resumes from the last checkpoint; a requeued job resumes by itself.
 set -euo pipefail
 
 usage="launch/slurm/run.sh [--dry-run] [SBATCH OPTIONS] -- COMMAND ..."
@@ -22,7 +22,7 @@ if (($# < 2)); then
 fi
 shift
 
-# The defaults come first, so that an option given here replaces them.
+# The defaults come first, so that the user's options override them.
 send=(sbatch --ntasks-per-node=1 --requeue --open-mode=append --job-name="plasticity-$1" "${options[@]}" "$(cd "$(dirname "$0")" && pwd)/job.sh" "$@")
 if ((dry_run)); then
   printf '%q ' "${send[@]}"

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice through a queued resource: ask for it, install on all of its hosts, run one plasticity command on all, follow it, give it back.
+# A Cloud TPU slice through a queued resource: create it, install on all hosts, run one plasticity command on all, follow it, delete it.
 #
 #   export TPU_NAME=grid TPU_ZONE=us-west4-a TPU_TYPE=v5litepod-16      # TPU_PROJECT, TPU_RUNTIME: those of gcloud and of the type otherwise
-#   launch/tpu/tpu.sh create [--spot]      then wait: prints the state until the slice is there
-#   launch/tpu/tpu.sh wait
+#   launch/tpu/tpu.sh create [--spot]      requests the slice
+#   launch/tpu/tpu.sh wait                 prints the state until the slice is ready
 #   launch/tpu/tpu.sh install              the last commit, its environment and the pinned data, on every host
 #   launch/tpu/tpu.sh run study --config configs/llama_1b_20tpp.py --workdir gs://bucket/work
-#   launch/tpu/tpu.sh attach               follows worker 0's log; Ctrl-C leaves the run alone, attach again at any time
+#   launch/tpu/tpu.sh attach               follows worker 0's log; Ctrl-C does not stop the run
 #   launch/tpu/tpu.sh logs                 the last lines of every host
 #   launch/tpu/tpu.sh stop | state | delete
-#   launch/tpu/tpu.sh --dry-run COMMAND ... prints what would be sent, and sends nothing
+#   launch/tpu/tpu.sh --dry-run COMMAND ... prints the commands and runs nothing
 #
-# jax finds hosts and coordinator by itself on Cloud TPU: the command is the same on every host and needs no flags for it.
-# The workdir must be one that all hosts see (gs://...). A spot slice can be taken at any moment (state SUSPENDED): delete, create --spot, wait,
-# install, run the same command; the study goes on from its last checkpoints.
+# On Cloud TPU, jax finds hosts and coordinator by itself: every host runs the same command without extra flags.
+# All hosts must see the workdir (gs://...). A spot slice can be preempted at any time (state SUSPENDED): delete, create --spot, wait, install,
+# and run the same command; the study resumes from its last checkpoints.
 set -euo pipefail
 
 fail() {
@@ -29,9 +29,9 @@ fi
 action=${1:-}
 case $action in
   create | wait | install | run | attach | logs | stop | state | delete) shift ;;
-  *) fail "'$action' is no command; give create, wait, install, run, attach, logs, stop, state or delete." ;;
+  *) fail "'$action' is not a command; give create, wait, install, run, attach, logs, stop, state or delete." ;;
 esac
-[[ -n ${TPU_NAME:-} ]] || fail "TPU_NAME is not set; export the name that the slice has or is to have."
+[[ -n ${TPU_NAME:-} ]] || fail "TPU_NAME is not set; export the name of the slice."
 [[ -n ${TPU_ZONE:-} ]] || fail "TPU_ZONE is not set; export a zone that has the type, such as us-west4-a."
 ((dry_run)) || command -v gcloud >/dev/null || fail "gcloud is not on the PATH; install the Google Cloud CLI and log in."
 
@@ -60,7 +60,7 @@ case $action in
       *) runtime=${TPU_RUNTIME:-} ;;
     esac
     [[ -n $runtime ]] || fail "TPU_TYPE=$TPU_TYPE has no known runtime; export TPU_RUNTIME, or give v4-*, v5litepod-*, v5p-* or v6e-*."
-    [[ $* == "" || $* == --spot ]] || fail "create takes --spot only, not '$*'."
+    [[ $* == "" || $* == --spot ]] || fail "create accepts only --spot, not '$*'."
     queued create --node-id="$TPU_NAME" --accelerator-type="$TPU_TYPE" --runtime-version="${TPU_RUNTIME:-$runtime}" "$@"
     ;;
   state) queued describe --format='value(state.state)' ;;
@@ -83,19 +83,19 @@ case $action in
     archive=$(mktemp -d)/plasticity_jax.tar.gz
     trap 'rm -rf "$(dirname "$archive")"' EXIT
     top=$(dirname "$0")/../..
-    [[ -z $(git -C "$top" status --porcelain --untracked-files=no) ]] || echo "tpu.sh: changes that are not committed are left out." >&2
+    [[ -z $(git -C "$top" status --porcelain --untracked-files=no) ]] || echo "tpu.sh: uncommitted changes are not installed." >&2
     send git -C "$top" archive --prefix=plasticity_jax/ --output="$archive" HEAD
     send gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:" "${where[@]}" --worker=all
-    # uv brings a Python of its own: that of the TPU images is 3.10. jax[tpu] holds libtpu.
+    # uv installs its own Python, because the TPU images have 3.10. jax[tpu] includes libtpu.
     on all "set -e; tar xzf plasticity_jax.tar.gz; cd plasticity_jax; python3 -m pip install --quiet --user uv
       [ -d .venv ] || ~/.local/bin/uv venv --quiet --seed --python 3.12 .venv
       .venv/bin/pip install --quiet -e '.[data,gcs,tpu]'; make wheels"
     ;;
   run)
-    (($#)) || fail "run needs a command of plasticity, such as: run study --config C --workdir gs://bucket/work"
-    # Detached from the connection, so that a lost one costs nothing; a run that is still going is not started twice.
+    (($#)) || fail "run needs a plasticity command, such as: run study --config C --workdir gs://bucket/work"
+    # Detached, so that the run survives a lost connection. Refuses to start while another run is active.
     on all "cd plasticity_jax
-      if kill -0 \$(cat ~/plasticity.pid 2>/dev/null) 2>/dev/null; then echo 'a run is still going here; stop it first' >&2; exit 2; fi
+      if kill -0 \$(cat ~/plasticity.pid 2>/dev/null) 2>/dev/null; then echo 'a run is still active here; stop it first' >&2; exit 2; fi
       setsid nohup .venv/bin/plasticity$(printf ' %q' "$@") >>~/plasticity.log 2>&1 </dev/null & echo \$! >~/plasticity.pid"
     ;;
   attach) on 0 "tail -n 100 -F --pid=\$(cat ~/plasticity.pid) ~/plasticity.log" ;;

@@ -1,4 +1,4 @@
-"""From a run directory to a Hugging Face folder that transformers loads."""
+"""Exports a run as a Hugging Face folder that transformers loads."""
 
 import contextlib
 import os
@@ -31,46 +31,46 @@ def export_model(path: AnyPath, out: AnyPath, dtype: str | None) -> None:
     """Writes the model of a finished run as config.json, safetensors, generation_config.json and the tokenizer's files.
 
     Args:
-      out: is missing or an empty folder; appears whole or not at all, on a store with config.json last.
-      dtype: of all tensors; None keeps what an imported model's source had, and is float32 for every other run, a fine-tuned import included.
+      out: a path that does not exist, or an empty folder. On a disk it appears complete or not at all; on a store config.json is written last.
+      dtype: dtype of all tensors. None keeps the source's dtypes for an import, and means float32 for every other run, fine-tuned imports included.
     Raises:
-      UserError: no finished run with a model, `out` is not empty, no Hugging Face architecture has this network, or a number is too large for `dtype`.
+      UserError: there is no finished run with a model, `out` is not empty, no Hugging Face architecture matches, or a value overflows `dtype`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} exists and is not an empty folder; give another, or remove it.")
     if is_hugging_face(path):
-        raise UserError(f"--model={path} is a Hugging Face folder already; give the directory of a run, such as plasticity import makes.")
+        raise UserError(f"--model={path} is a Hugging Face folder already; give the directory of a run, such as one that plasticity import made.")
     directory = open_model_run(path)
     model, stage = directory.config().model, directory.run().stage
     family = family_of(model)
     if family is None:
         raise UserError(
-            f"{path}: model.norm_position={model.norm_position} with model.qk_norm={model.qk_norm} is no Hugging Face architecture; "
+            f"{path}: model.norm_position={model.norm_position} with model.qk_norm={model.qk_norm} is not a Hugging Face architecture; "
             "pre without (Llama) and post with (OLMo-2) are."
         )
     if model.d_model % model.n_heads:
         raise UserError(
-            f"{path}: model.d_model={model.d_model} is not divisible by model.n_heads={model.n_heads}, which transformers demands "
-            "also where the head size is given; it cannot be exported."
+            f"{path}: model.d_model={model.d_model} is not divisible by model.n_heads={model.n_heads}, which transformers requires "
+            "even if the head size is given; it cannot be exported."
         )
     tokenizer, source = read_tokenizer(path, model), imported_from(directory)
-    usual, others = dtype or "float32", {}
+    default, others = dtype or "float32", {}
     if dtype is None and stage == "import" and source is not None:
-        usual, others = source["dtype"], source["other_dtypes"]
-    of_network = parts(model, family)
-    with _appearing(out) as partial:
-        total = sum(part.size for part in of_network)
+        default, others = source["dtype"], source["other_dtypes"]
+    tensors = parts(model, family)
+    with _atomic_folder(out) as partial:
+        total = sum(part.size for part in tensors)
         with open_checkpoints(path) as checkpoints, Progress(f"write {out.name}", total=total, unit="parameters") as progress:
             leaves = _Leaves(checkpoints, model)
-            write_weights(partial, [_to_write(leaves, part, DTYPES_BY_NAME[others.get(part.name, usual)], progress) for part in of_network])
+            write_weights(partial, [_to_write(leaves, part, DTYPES_BY_NAME[others.get(part.name, default)], progress) for part in tensors])
         settings = _settings(directory, tokenizer, source)
-        write_json(partial / "config.json", describe(model, family, usual, settings))
+        write_json(partial / "config.json", describe(model, family, default, settings))
         _write_companions(path, tokenizer, settings, partial)
 
 
 @contextlib.contextmanager
-def _appearing(out: AnyPath) -> Iterator[Path]:
-    """A local folder to write to, which becomes `out` when the block ends without an error."""
+def _atomic_folder(out: AnyPath) -> Iterator[Path]:
+    """Yields a local folder that becomes `out` if the block ends without an error."""
     if not is_local(out):
         with tempfile.TemporaryDirectory(prefix="plasticity-export-") as folder:
             yield Path(folder)
@@ -89,7 +89,7 @@ def _appearing(out: AnyPath) -> Iterator[Path]:
 
 
 class _Leaves:
-    """The parameters of a checkpoint, of which one at a time is in memory."""
+    """The parameters of a checkpoint, one in memory at a time."""
 
     def __init__(self, checkpoints: Checkpoints, model: ModelConfig):
         self._checkpoints, self._step = checkpoints, checkpoints.latest_step()
@@ -100,7 +100,7 @@ class _Leaves:
 
     def __getitem__(self, path: str) -> np.ndarray:
         if path != self._path:
-            self._leaf = np.zeros(0)  # the last one is gone before the next is read
+            self._leaf = np.zeros(0)  # frees the previous array before reading the next
             self._leaf = self._checkpoints.restore_array(self._step, self._abstract, self._index[path])
             self._path = path
         return self._leaf
@@ -114,7 +114,7 @@ def _to_write(leaves: _Leaves, part: Part, dtype: np.dtype, progress: Progress) 
             narrowed = tensor.astype(dtype, order="C", copy=False)
         if dtype == np.float16 and np.isinf(narrowed).any() and not np.isinf(tensor).any():
             raise UserError(
-                f"--dtype=float16: the tensor {part.name} holds {np.abs(tensor).max():g}, and float16 ends at 65504; use bfloat16 or float32."
+                f"--dtype=float16: the tensor {part.name} holds {np.abs(tensor).max():g}, but the largest float16 is 65504; use bfloat16 or float32."
             )
         progress.update(part.size)
         return narrowed
@@ -123,7 +123,7 @@ def _to_write(leaves: _Leaves, part: Part, dtype: np.dtype, progress: Progress) 
 
 
 def _settings(directory: RunDirectory, tokenizer: Tokenizer | None, source: dict[str, Any] | None) -> dict[str, Any]:
-    """What config.json says besides the network: the source's words for an import and what was made of it, this run's own otherwise."""
+    """Entries of config.json that do not describe the network: the source's for an import and its descendants, otherwise this run's."""
     scaling = directory.config().model.rope_scaling
     own = {
         "max_position_embeddings": max(directory.config().train.seq_len, int(scaling.factor * scaling.original_length) if scaling else 0),
@@ -142,7 +142,7 @@ def _write_companions(run: AnyPath, tokenizer: Tokenizer | None, settings: dict[
     ids = {name: value for name, value in settings.items() if name.endswith("_token_id") and value is not None}
     if ids and not (folder / "generation_config.json").exists():
         write_json(folder / "generation_config.json", ids)
-    if tokenizer is not None and not (folder / "tokenizer_config.json").exists():  # one that was trained here
+    if tokenizer is not None and not (folder / "tokenizer_config.json").exists():  # a tokenizer trained here
         write_json(
             folder / "tokenizer_config.json",
             {

@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 from plasticity_jax.errors import UserError, reason
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_SHARD_BYTES = 2 * 10**9  # of a file, which is in memory as a whole while it is written
+MAX_SHARD_BYTES = 2 * 10**9  # per file; a whole shard is in memory while it is written
 
-# What safetensors calls the types whose every value float32 holds.
+# safetensors names of the dtypes that float32 can represent exactly.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPES_BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
 
@@ -26,7 +26,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as its file's header describes it."""
+    """A tensor, as described in the header of its file."""
 
     file: Path
     shape: tuple[int, ...]
@@ -34,13 +34,13 @@ class Stored:
 
 
 class Weights:
-    """The tensors of a folder's model.safetensors, or of the shards that its index names.
+    """The tensors of a folder's model.safetensors, or of the shards listed in its index.
 
     Attributes:
-      files: the files that hold them, and the index where there is one.
-      tensors: name → where it is and what it is.
+      files: the files with the tensors, and the index if there is one.
+      tensors: file, shape and dtype of each tensor, by name.
     Raises:
-      UserError: no safetensors, an index that is wrong or points outside the folder, a missing or damaged file, a type that is not supported.
+      UserError: no safetensors file, an index that is wrong or points outside the folder, a missing or damaged file, an unsupported dtype.
     """
 
     def __init__(self, folder: Path):
@@ -59,10 +59,10 @@ class Weights:
             self._check_index(placed)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """A tensor, or some of its rows, in the type it is stored in. Raises UserError if its file cannot be read."""
+        """Reads a tensor, or some of its rows, in its stored dtype. Raises UserError if the file cannot be read."""
         file = self.tensors[name].file
         try:
-            # Not by mmap, where a file that is cut short meanwhile ends the process.
+            # Not with mmap: if the file is truncated while it is read, the process is killed.
             with safe_open(file, framework="numpy", backend="pread") as opened:
                 return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
         except (SafetensorError, OSError) as error:
@@ -72,23 +72,23 @@ class Weights:
         for name, file in placed.items():
             stored = self.tensors.get(name)
             if stored is None or stored.file.name != file:
-                raise UserError(f"{self.folder / INDEX} says that {file} holds {name}, and it does not; bring the folder again.")
+                raise UserError(f"{self.folder / INDEX} says that {file} holds {name}, but it does not; copy the folder again.")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not placed or not all(isinstance(file, str) for file in placed.values()):
-            raise ValueError("its weight_map is empty or holds something else than file names")
+            raise ValueError("its weight_map is empty or holds values that are not file names")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of safetensors files ({type(error).__name__}: {error}); bring the folder again.") from error
+        raise UserError(f"{index} is not an index of safetensors files ({type(error).__name__}: {error}); copy the folder again.") from error
     for name, file in placed.items():
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", file):
             raise UserError(
-                f"{index} places {name} in {file!r}; a file must lie in the index's own folder and end in .safetensors: bring the folder again."
+                f"{index} places {name} in {file!r}; a file must lie in the index's own folder and end in .safetensors: copy the folder again."
             )
         if not (index.parent / file).is_file():
-            raise UserError(f"{index.parent / file} is missing, and {index.name} places {name} in it; bring the file into the folder.")
+            raise UserError(f"{index.parent / file} is missing, and {index.name} places {name} in it; copy the file into the folder.")
     return placed
 
 
@@ -98,11 +98,11 @@ def _no_weights(folder: Path) -> UserError:
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if safe:
         return UserError(
-            f"{folder} holds {safe[0]}, but neither {SINGLE} nor {INDEX}; rename a single file to {SINGLE}, or bring the index of several."
+            f"{folder} holds {safe[0]}, but neither {SINGLE} nor {INDEX}; rename a single file to {SINGLE}, or add the index of several."
         )
     if pickles:
         return UserError(
-            f"{folder / pickles[0]} is a pickle, which can run any code when it is read, so it is refused; "
+            f"{folder / pickles[0]} is a pickle, which can run arbitrary code when it is read, so it is refused; "
             "save the model as safetensors (save_pretrained does) and give that folder."
         )
     return UserError(f"{folder} holds no weights (no {SINGLE}, no {INDEX}); give the folder that save_pretrained wrote.")
@@ -117,12 +117,12 @@ def _header(file: Path) -> dict[str, Stored]:
         raise _damaged(file, error) from error
     for name, (_, code) in found.items():
         if code not in DTYPES:
-            raise UserError(f"{file}: tensor {name} is of type {code}; supported are {', '.join(DTYPES)}: save the model in one of these.")
+            raise UserError(f"{file}: tensor {name} has dtype {code}; supported are {', '.join(DTYPES)}: save the model in one of these.")
     return {name: Stored(file, shape, DTYPES[code]) for name, (shape, code) in found.items()}
 
 
 def _damaged(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} cannot be read as safetensors, it may be cut short ({reason(error)}); bring the file again.")
+    return UserError(f"{file} cannot be read as safetensors and may be truncated ({reason(error)}); copy the file again.")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ writing
@@ -130,7 +130,7 @@ def _damaged(file: Path, error: Exception) -> UserError:
 
 @dataclass(frozen=True)
 class ToWrite:
-    """A tensor to be written; `values` makes it, in C order, when its shard is written."""
+    """A tensor to write. `values` returns its array, in C order, when its shard is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -146,7 +146,7 @@ def write_weights(folder: Path, tensors: Sequence[ToWrite]) -> None:
     """Writes tensors as model.safetensors, or as shards of up to MAX_SHARD_BYTES with their index, one shard in memory at a time.
 
     Args:
-      folder: exists; nobody reads it before this returns.
+      folder: an existing folder that nobody reads before this returns.
     """
     shards: list[list[ToWrite]] = [[]]
     for tensor in tensors:

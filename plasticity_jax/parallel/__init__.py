@@ -1,4 +1,4 @@
-"""Where it runs: the device mesh, and the one by-name mechanism that places parameters on it."""
+"""The device mesh, and the rules that place parameters on it by name."""
 
 from typing import TYPE_CHECKING
 

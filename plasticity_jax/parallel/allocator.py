@@ -1,4 +1,4 @@
-"""Host memory that was freed: kept, where XLA would fault it in again at every step, or given back, where memory is short."""
+"""What glibc does with freed host memory: keep it, so that XLA does not fault it in again at every step, or return it where memory is short."""
 
 import ctypes
 import sys
@@ -10,24 +10,24 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 def keep_freed_memory() -> bool:
     """Asks glibc to serve large buffers from one heap that it does not shrink.
 
-    XLA's CPU client allocates its temporary buffers anew at every call. By default glibc maps each from the kernel and unmaps it after, so a
-    training step of half a million parameters spends a third of its time on 60,000 page faults (benchmarks/allocator.py). Has effect only before
-    threads have heaps of their own, so it is called before jax is imported. Memory that was needed once stays with the process.
+    XLA's CPU client allocates new temporary buffers at every call. By default glibc maps each one and unmaps it afterwards, so a
+    training step of half a million parameters spends a third of its time on 60,000 page faults (benchmarks/allocator.py). Call it before jax is
+    imported: it has no effect once threads have their own heaps. The process keeps its peak memory.
 
     Returns:
-      whether the C library took it; False on systems without glibc.
+      Whether the C library accepted the settings; False on systems without glibc.
     """
     return _set({_M_ARENA_MAX: 1, _M_MMAP_THRESHOLD: 2**30, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 * 2**20})
 
 
 def return_freed_memory() -> bool:
-    """Asks glibc to give every buffer above 1 MB back as soon as it is freed: for work that goes once over a large model.
+    """Asks glibc to return every buffer above 1 MB as soon as it is freed, for work that passes over a large model once.
 
-    By default glibc raises that bound to 32 MB as it sees larger buffers freed, and every thread keeps a heap of its own: saving a model of 280 MB
-    then took up to 85 MB more. Has effect only before threads have heaps of their own, so it is called before jax is imported.
+    By default glibc raises this threshold to 32 MB as larger buffers are freed, and every thread keeps its own heap: saving a 280 MB model then took
+    up to 85 MB more. Call it before jax is imported: it has no effect once threads have their own heaps.
 
     Returns:
-      whether the C library took it; False on systems without glibc.
+      Whether the C library accepted the settings; False on systems without glibc.
     """
     return _set({_M_ARENA_MAX: 1, _M_MMAP_THRESHOLD: 2**20})
 

@@ -1,4 +1,4 @@
-"""Arrays whose parts lie on the devices of several processes: from host arrays, and back."""
+"""Converts host arrays to arrays sharded over the devices of several processes, and back."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from plasticity_jax.parallel import processes
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Host arrays that are equal on every process → global arrays, of which each process moves its own part to its devices."""
+    """Turns host arrays, equal on every process, into global arrays. Each process copies only its own shards to its devices."""
     if processes.count() == 1:
         return jax.device_put(tree, shardings)
 
@@ -30,7 +30,7 @@ def _like(tree: Any, shardings: Any) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays, wherever their parts lie, as whole NumPy arrays on every process. Every process must call it."""
+    """Returns the whole arrays as NumPy arrays on every process. Every process must call it."""
 
     def one(x):
         if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:

@@ -1,4 +1,4 @@
-"""Batches over several processes: which rows of a batch a process holds, and the global arrays that are made of them."""
+"""Batches over several processes: the rows that each process holds, and the global arrays made of them."""
 
 import math
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ Batch = dict[str, np.ndarray]
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Number of parts that the rows of a batch are cut into."""
+    """Number of shards that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in batch_sharding(mesh).spec[0])
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, grad_accum_steps: int, name: str) -> None:
-    """Refuses a batch whose grad_accum_steps cannot be cut into equal parts. Raises UserError.
+    """Raises UserError if the batch does not split evenly over the gradient accumulation steps and the mesh.
 
     Args:
-      name: the section that the two numbers stand in, such as "train".
+      name: config section of the two numbers, such as "train".
     """
     shards = row_shards(mesh)
     if batch_size % (grad_accum_steps * shards):
@@ -35,13 +35,13 @@ def check_batch_size(mesh: Mesh, batch_size: int, grad_accum_steps: int, name: s
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
-    """Rows of a batch that this process's devices hold, ascending: all that it needs to read."""
+    """Rows of a batch that this process's devices hold, ascending. The process needs to read no others."""
     parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts]))
 
 
 def global_batches(batches: Iterator[Batch], mesh: Mesh, rows: Int[np.ndarray, " rows"], batch_size: int) -> Iterator[Batch]:
-    """Batches of this process's `rows` → batches of `batch_size` rows over all processes; of one process, as they are."""
+    """Yields global batches of `batch_size` rows from batches of this process's `rows`. With one process, yields them unchanged."""
     if processes.count() == 1:
         yield from batches
         return

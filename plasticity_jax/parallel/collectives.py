@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices and which arrays it holds, read from its optimized HLO text."""
+"""Reads a program's communication and its largest arrays from its optimized HLO text."""
 
 import math
 import re
@@ -27,10 +27,10 @@ class _Instruction:
 
 
 def collective_bytes(hlo: str) -> dict[str, int]:
-    """Kind of collective → bytes per device and execution of the program, loops counted as often as they turn; kinds that occur only.
+    """Bytes per device and program execution, by kind of collective. Counts every iteration of a loop and omits kinds that do not occur.
 
-    The bytes of one collective are those of its operands or of its result, whichever is larger: what an all-gather makes, what a reduce-scatter
-    takes. Over n devices a ring sends (n-1)/n of it from each device, and twice that for an all-reduce.
+    A collective counts the bytes of its operands or of its result, whichever is larger: the output of an all-gather, the input of a
+    reduce-scatter. Over n devices a ring sends (n-1)/n of it from each device, and twice that for an all-reduce.
 
     Args:
       hlo: `compiled.as_text()`.
@@ -44,12 +44,12 @@ def collective_bytes(hlo: str) -> dict[str, int]:
             if kind in KINDS:
                 operands = re.findall(r"%([\w.\-]+)", _operands(instruction.rest))
                 taken = sum(shape_bytes(shapes.get(operand, "")) for operand in operands)
-                total[kind] += times * max(taken, _made(instruction))
+                total[kind] += times * max(taken, _result_bytes(instruction))
     return dict(sorted(total.items()))
 
 
 def largest_arrays(hlo: str, number: int) -> list[tuple[int, str]]:
-    """The largest different arrays that instructions outside fusions make: (bytes per device, "shape, operation in the model")."""
+    """Largest distinct arrays produced outside fusions, as (bytes per device, "shape, operation in the model")."""
     computations, entry = _parse(hlo)
     sizes = {}
     for name in _executions(computations, entry, through=("while", "conditional", "call")):
@@ -62,7 +62,7 @@ def largest_arrays(hlo: str, number: int) -> list[tuple[int, str]]:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of an HLO shape's text, without padding; of a tuple, of all its arrays."""
+    """Bytes of an HLO shape given as text, without padding. A tuple counts all its arrays."""
     bits = 0
     for kind, dims in _SHAPE.findall(shape):
         digits = re.search(r"\d+", kind)
@@ -71,15 +71,15 @@ def shape_bytes(shape: str) -> int:
     return bits // 8
 
 
-def _made(instruction: _Instruction) -> int:
-    """Bytes of the result. An asynchronous start returns its operands too, beside its result: the larger element of its tuple is meant."""
+def _result_bytes(instruction: _Instruction) -> int:
+    """Bytes of the result. An asynchronous start returns a tuple of its operands and its result; this takes the largest element."""
     if instruction.opcode.endswith("-start") and instruction.shape.startswith("("):
         return max((shape_bytes(part) for part in _elements(instruction.shape)), default=0)
     return shape_bytes(instruction.shape)
 
 
 def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """Computations by name, and the name of the entry."""
+    """Returns the computations by name, and the name of the entry computation."""
     computations: dict[str, list[_Instruction]] = {}
     current, entry = None, ""
     for line in hlo.splitlines():
@@ -97,7 +97,7 @@ def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _executions(computations: dict[str, list[_Instruction]], entry: str, through: tuple[str, ...] | None = None) -> Counter[str]:
-    """How often each computation runs; `through` limits the instructions that are followed into what they call."""
+    """How often each computation runs. If given, `through` lists the only opcodes whose called computations are visited."""
     times: Counter[str] = Counter()
 
     def visit(name: str, factor: int) -> None:
@@ -105,19 +105,19 @@ def _executions(computations: dict[str, list[_Instruction]], entry: str, through
         for instruction in computations.get(name, ()):
             if through is not None and instruction.opcode not in through or instruction.opcode in ("async-done", "async-update"):
                 continue
-            turns = _turns(instruction, computations) if instruction.opcode == "while" else 1
+            trips = _trip_count(instruction, computations) if instruction.opcode == "while" else 1
             for called in _CALLED.findall(instruction.rest):
                 for child in re.split(r", ?", called):
                     child = child.removeprefix("%")
                     if child in computations:
-                        visit(child, factor * turns)
+                        visit(child, factor * trips)
 
     visit(entry, 1)
     return times
 
 
-def _turns(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
-    """Turns of a loop: as the compiler states it, else the one constant that its condition compares with."""
+def _trip_count(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
+    """Trip count of a loop: the one the compiler states, or else the only constant in the loop's condition."""
     stated = _TRIPS.search(instruction.rest)
     if stated:
         return int(stated[1])

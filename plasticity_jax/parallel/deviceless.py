@@ -1,4 +1,4 @@
-"""Devices that are not here, for compiling: from a topology's text to jax devices that know their kind and their links."""
+"""Compile-only devices: turns a topology such as "v5e:4x4" into jax devices for ahead-of-time compilation."""
 
 import math
 import re
@@ -18,10 +18,10 @@ EXAMPLES = "v5e:4x4, v6e:4x4, v4:2x2x4, v5p:4x4x4, h100:8, h100:32, a100:8, cpu:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a program is compiled for.
+    """The devices that a program is compiled for.
 
     Attributes:
-      topology: its text, such as "v5e:4x4".
+      topology: as given, such as "v5e:4x4".
     """
 
     topology: str
@@ -30,12 +30,12 @@ class Target:
 
 
 def target(topology: str) -> Target:
-    """The devices of a topology. A TPU's dimensions are chips, and each is one device; a GPU's number is made up of nodes of eight.
+    """Returns the devices of a topology. TPU dimensions count chips, one device each. More than eight GPUs form nodes of eight.
 
     Args:
-      topology: "<kind>:<shape>"; "cpu:N" are N devices simulated on this machine.
+      topology: "<kind>:<shape>"; "cpu:N" simulates N devices on this machine.
     Raises:
-      UserError: an unknown kind, a shape that it does not come in, or the extra that compiles for it is not installed.
+      UserError: the kind is unknown, the kind does not have this shape, or the extra with its compiler is not installed.
     """
     kind, _, shape = topology.partition(":")
     if kind not in (*TPUS, *GPUS, "cpu"):
@@ -54,7 +54,7 @@ def target(topology: str) -> Target:
 def _cpu(topology: str, number: int) -> Target:
     try:
         jax.config.update("jax_num_cpu_devices", number)
-    except RuntimeError:  # jax has begun, with the devices it has
+    except RuntimeError:  # jax is already initialized, and its number of devices is fixed
         pass
     devices = jax.devices("cpu")
     if len(devices) < number:
@@ -69,7 +69,7 @@ def _tpu(topology: str, kind: str, sizes: tuple[int, ...]) -> Sequence[Any]:
 
     options = {}
     if kind == "v4":
-        options["chip_config_name"] = "megacore"  # otherwise each chip shows its two cores
+        options["chip_config_name"] = "megacore"  # otherwise each chip appears as two devices, one per core
     if math.prod(sizes) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
@@ -92,7 +92,7 @@ def _gpu(topology: str, hardware: Hardware, number: int) -> Sequence[Any]:
         raise UserError(f"--topology={topology} needs the GPU compiler; pip install 'plasticity_jax[cuda]'.") from error
 
 
-# Per card: streaming multiprocessors, FP32 lanes of each, shared memory of each and the most a block may take, L2 bytes, clock in GHz, bytes/s,
+# Per card: streaming multiprocessors (SMs), FP32 lanes per SM, shared memory per SM and its maximum per block, L2 bytes, clock in GHz, bytes/s,
 # compute capability. Sources: NVIDIA's A100 and H100 white papers, CUDA's table of compute capabilities.
 _CARDS = {
     "a100": (108, 64, 167936, 166912, 40 * 2**20, 1.41, 2039 * 10**9, (8, 0)),

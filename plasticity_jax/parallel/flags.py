@@ -1,4 +1,4 @@
-"""What is set before jax starts: compiler flags per platform, each with its reason, and where compiled programs are kept. Imports no jax."""
+"""Sets compiler flags for each platform, with a reason for each, and the compilation cache. Does not import jax."""
 
 import hashlib
 import importlib.metadata
@@ -15,7 +15,7 @@ log = logging.getLogger("plasticity_jax")
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag of the compiler, and why it is set."""
+    """A compiler flag, and the reason for setting it."""
 
     name: str
     value: str
@@ -27,9 +27,9 @@ class Platform:
     """The flags of a platform.
 
     Attributes:
-      variable: the environment variable that its runtime reads them from.
-      names: what JAX_PLATFORMS calls it.
-      packages: any of them, installed, means that the platform may be here.
+      variable: environment variable from which the runtime reads them.
+      names: its names in JAX_PLATFORMS.
+      packages: the platform may be available if any of these is installed.
     """
 
     variable: str
@@ -38,21 +38,21 @@ class Platform:
     flags: tuple[Flag, ...]
 
 
-# Every flag is one that jax 0.10 to 0.12 accept: an unknown one would end the process.
+# jax 0.10 to 0.12 accept every flag here. An unknown flag would abort the process.
 PLATFORMS = (
     Platform(
         "XLA_FLAGS",
         ("cuda", "gpu"),
         ("jax_cuda13_plugin", "jax_cuda12_plugin"),
         (
-            Flag("xla_gpu_enable_latency_hiding_scheduler", "true", "gathers of the next layer's weights run during this layer's products"),
+            Flag("xla_gpu_enable_latency_hiding_scheduler", "true", "gather the next layer's weights during this layer's matmuls"),
             Flag(
                 "xla_gpu_enable_pipelined_all_gather",
                 "true",
-                "the same for a loop over layers: a gather is begun one turn of the loop before its use",
+                "in a loop over layers, start each gather one iteration before its use",
             ),
-            Flag("xla_gpu_enable_pipelined_reduce_scatter", "true", "and gradients are still being summed while the next layer's are computed"),
-            Flag("xla_gpu_enable_while_loop_double_buffering", "true", "so that the pipelined loop needs no copies between its turns"),
+            Flag("xla_gpu_enable_pipelined_reduce_scatter", "true", "sum a layer's gradients while the next layer's are computed"),
+            Flag("xla_gpu_enable_while_loop_double_buffering", "true", "avoid copies between iterations of the pipelined loop"),
         ),
     ),
     Platform(
@@ -60,11 +60,11 @@ PLATFORMS = (
         ("tpu",),
         ("libtpu",),
         (
-            Flag("xla_enable_async_all_gather", "true", "gathers of weights do not hold up the products before them"),
-            Flag("xla_tpu_enable_async_collective_fusion", "true", "collectives run inside the fusions that compute meanwhile"),
-            Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "gathers among them: the greater part of what fsdp sends"),
-            Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", "one collective may stretch over several fusions"),
-            Flag("xla_tpu_overlap_compute_collective_tc", "true", "the tensor core goes on computing while data travels"),
+            Flag("xla_enable_async_all_gather", "true", "gather weights without blocking the preceding matmuls"),
+            Flag("xla_tpu_enable_async_collective_fusion", "true", "run collectives inside fusions that compute at the same time"),
+            Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "include all-gathers, which are most of the fsdp traffic"),
+            Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", "let one collective span several fusions"),
+            Flag("xla_tpu_overlap_compute_collective_tc", "true", "keep the tensor core computing during communication"),
         ),
     ),
 )
@@ -73,10 +73,10 @@ _CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def prepare_backend(compile_cache: str | None) -> None:
-    """Sets flags and the folder of compiled programs for this process, before jax is imported. What the user has set himself stays.
+    """Sets compiler flags and the compilation cache of this process. Call it before jax is imported. Keeps values that the user has set.
 
     Args:
-      compile_cache: folder, "~" allowed; None keeps no compiled programs. One that cannot be written to is said and left out.
+      compile_cache: folder, "~" allowed; None disables the cache. A folder that is not writable gives a warning and disables it too.
     """
     for here in PLATFORMS:
         if _may_be_here(here):
@@ -84,11 +84,11 @@ def prepare_backend(compile_cache: str | None) -> None:
     if _CACHE_VARIABLE not in os.environ and compile_cache is not None:
         _choose_cache(compile_cache)
     if _CACHE_VARIABLE in os.environ:
-        _say_damage_in_one_line()
+        _shorten_cache_warnings()
 
 
 def with_flags(text: str, flags: tuple[Flag, ...]) -> str:
-    """Flags as an environment variable holds them, after those that are there already, whose values stay."""
+    """Appends flags to the text of an environment variable. Flags that are already set keep their values."""
     given = {word.lstrip("-").partition("=")[0] for word in text.split()}
     return " ".join([text, *(f"--{flag.name}={flag.value}" for flag in flags if flag.name not in given)]).strip()
 
@@ -107,13 +107,13 @@ def _choose_cache(compile_cache: str) -> None:
         (folder / f".{os.getpid()}").touch()
         (folder / f".{os.getpid()}").unlink()
     except OSError as error:
-        log.warning("launch.compile_cache=%s cannot be written to (%s): every start compiles anew", compile_cache, error.strerror)
+        log.warning("launch.compile_cache=%s cannot be written to (%s): every start compiles again", compile_cache, error.strerror)
         return
     os.environ[_CACHE_VARIABLE] = str(folder)
 
 
 def _machine() -> str:
-    """Folder name for programs of this kind of processor and this compiler: jax's own key does not tell processors apart."""
+    """Folder name for this processor type and compiler. jax's own cache key does not distinguish processors."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -123,17 +123,17 @@ def _machine() -> str:
     return f"jaxlib-{importlib.metadata.version('jaxlib')}-{platform.machine()}-{digest}"
 
 
-def _say_damage_in_one_line() -> None:
+def _shorten_cache_warnings() -> None:
     show = warnings.showwarning
 
-    def shown(message, category, filename, lineno, file=None, line=None):
+    def show_in_one_line(message, category, filename, lineno, file=None, line=None):
         if "persistent compilation cache" in str(message):
             log.warning(
-                "a compiled program in %s cannot be used and is compiled anew: %s",
+                "a compiled program in %s cannot be used and is compiled again: %s",
                 os.environ.get(_CACHE_VARIABLE),
                 " ".join(str(message).split())[:200],
             )
         else:
             show(message, category, filename, lineno, file, line)
 
-    warnings.showwarning = shown
+    warnings.showwarning = show_in_one_line

@@ -1,4 +1,4 @@
-"""What is known of the devices that train: arithmetic, memory, and how many share a host."""
+"""Peak FLOP/s, memory and devices per host of known accelerators."""
 
 import functools
 import os
@@ -17,10 +17,10 @@ class Hardware:
     Attributes:
       name: as in a topology, such as "v5e".
       kind: jax's `device_kind`.
-      peak_flops: dense bf16 FLOP/s, as its maker states it; of an unknown device the measured speed of a matrix product.
+      peak_flops: dense bf16 FLOP/s, as its maker states it; for an unknown device, the measured speed of a matmul.
       memory: bytes.
-      reserve: bytes of it that a program cannot have: the runtime's own, and on GPUs the libraries' workspaces and the CUDA context.
-      per_host: devices of a full host.
+      reserve: bytes of memory that programs cannot use: the runtime's, and on GPUs the library workspaces and the CUDA context.
+      per_host: number of devices of a full host.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Hardware:
 
     @property
     def limit(self) -> int:
-        """Bytes that a program may take."""
+        """Bytes that a program can use."""
         return self.memory - self.reserve
 
 
@@ -50,7 +50,7 @@ KNOWN = (
     Hardware("h100", "NVIDIA H100 80GB HBM3", 989e12, 80 * GIB, _GPU_RESERVE, 8),
     Hardware("h200", "NVIDIA H200", 989e12, 141 * 10**9, _GPU_RESERVE, 8),
 )
-# (regex over jax's device_kind, name); the first that matches counts.
+# (regex over jax's device_kind, name); the first match wins.
 _KINDS = (
     (r"TPU v4$", "v4"),
     (r"TPU v5 ?(lite|e)", "v5e"),
@@ -64,21 +64,21 @@ _KINDS = (
 
 
 def named(name: str) -> Hardware | None:
-    """The hardware that a topology calls `name`; None if it is not known."""
+    """Returns the hardware with this topology name, or None if it is unknown."""
     return next((hardware for hardware in KNOWN if hardware.name == name), None)
 
 
 def of_kind(device_kind: str) -> Hardware | None:
-    """The hardware of jax's `device_kind`; None if it is not known."""
+    """Returns the hardware with this jax `device_kind`, or None if it is unknown."""
     return next((named(name) for pattern, name in _KINDS if re.search(pattern, device_kind, re.IGNORECASE)), None)
 
 
 @functools.lru_cache(maxsize=4)
 def measured(device_kind: str, sharing: int) -> Hardware:
-    """The hardware of an unknown kind that is here: the speed of a float32 matrix product on jax's first device, measured once.
+    """Describes local hardware of an unknown kind. Measures a float32 matmul on the first jax device, once.
 
     Args:
-      sharing: devices that share this host's arithmetic and memory, as simulated CPU devices do.
+      sharing: number of devices that share this host's compute and memory, as simulated CPU devices do.
     """
     import jax
     import jax.numpy as jnp

@@ -14,11 +14,11 @@ AXES = ("member", "data", "fsdp", "tensor")
 
 
 def make_mesh(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices, with axes member, data, fsdp and tensor; the compiler propagates shardings over it.
+    """Makes a mesh of all devices with axes member, data, fsdp and tensor. The compiler propagates shardings over it.
 
     Args:
-      mesh_config: sizes; one of them may be -1, which takes what the others leave.
-      devices: None takes all that jax sees.
+      mesh_config: axis sizes. One may be -1, which uses the remaining devices.
+      devices: None means all jax devices.
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
@@ -27,7 +27,7 @@ def make_mesh(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -> 
     shown = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"{shown}: every size must be at least 1, and only one may be -1 (what is left); change mesh.*.")
+        raise UserError(f"{shown}: every size must be at least 1, and only one may be -1 (the remaining devices); change mesh.*.")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if open_axes and len(devices) % fixed == 0:
         sizes[open_axes[0]] = len(devices) // fixed

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they start, and what they exchange. jax is imported only when it is needed."""
+"""Several processes as one run: how they start, and the messages they exchange. Imports jax only when needed."""
 
 import json
 import logging
@@ -12,34 +12,35 @@ from plasticity_jax.errors import UserError, reason
 
 log = logging.getLogger("plasticity_jax")
 
-HEARTBEAT_TIMEOUT = 25  # seconds without a sign of life after which jax's coordination service counts a process as lost
-JOINING, JOINED = "joining: ", "this is process "  # begin the lines for the process that supervises this one
-_POLL = 10  # seconds that one read of a value not yet written waits, so that an interrupt is noticed
+HEARTBEAT_TIMEOUT = 25  # seconds without a heartbeat after which jax's coordination service considers a process lost
+JOINING, JOINED = "joining: ", "this is process "  # prefixes of the lines for the supervising process
+_POLL = 10  # seconds that one read waits for a value, short enough to notice an interrupt
 
-_NO_ANSWER = ("Socket closed", "failed to connect to all addresses", "Connection refused", "Connection reset")  # of process 0, which keeps the values
+# Errors of reading a value from process 0, which stores the values.
+_NO_ANSWER = ("Socket closed", "failed to connect to all addresses", "Connection refused", "Connection reset")
 
-_numbers: dict[str, int] = {}  # how often each name was used, so that every value has a key of its own
+_numbers: dict[str, int] = {}  # uses of each name so far; gives every value its own key
 
 
 def detected() -> bool:
-    """Whether jax knows this environment (Cloud TPU, SLURM, MPI, Kubernetes) as one of several processes."""
-    from jax._src.clusters import ClusterEnv  # jax names no public way to ask without starting
+    """Whether jax detects a cluster of several processes (Cloud TPU, SLURM, MPI, Kubernetes)."""
+    from jax._src.clusters import ClusterEnv  # jax has no public way to ask without initializing
 
     for environment in ClusterEnv._cluster_types:
         try:
             if not environment.opt_in_only_method and environment.is_env_present() and environment.get_process_count() > 1:
                 return True
-        except Exception as error:  # such as a metadata server that does not answer; asking must not end a run on one machine
+        except Exception as error:  # such as an unreachable metadata server, which must not end a run on one machine
             log.warning("jax could not read this machine's cluster environment (%s); continuing as one process", reason(error))
     return False
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None, *, timeout: int) -> None:
-    """Joins the processes of a run, before any device is used; None leaves all three to jax.
+    """Joins the processes of a run. Call it before any device is used. If all three are None, jax detects them.
 
     Args:
       coordinator: HOST:PORT of process 0.
-      timeout: seconds that processes wait for one another.
+      timeout: seconds to wait for the other processes.
     Raises:
       UserError: the coordinator does not answer, or the processes have different numbers of devices.
     """
@@ -52,10 +53,10 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         if coordinator
         else f"the processes of this cluster did not meet within {timeout} s; start all of them with the same command, or raise launch.start_timeout."
     )
-    _to_supervisor(JOINING + refusal)  # on a time-out the runtime ends this process before Python can say it
+    _to_supervisor(JOINING + refusal)  # on a timeout the runtime aborts this process before Python can report it
     log.info("%swaiting up to %d s for the other processes%s", who, timeout, f" at {coordinator}" if coordinator else "")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would take the place of ours
+    jax.config.update("jax_enable_preemption_service", False)  # its SIGTERM handler would replace ours
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
@@ -72,12 +73,12 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     hosts = len({one["host"] for one in everyone})
     log.info("%d hosts, %d processes, %d devices each (%s); this is process %d", hosts, count(), everyone[0]["devices"], everyone[0]["kind"], index())
     if not primary():
-        log.info("process 0 shows the progress of all; this one speaks of problems only")
+        log.info("process 0 reports progress; this process reports only problems")
         log.setLevel(logging.WARNING)
 
 
 def _meet(timeout: int) -> list[dict[str, Any]]:
-    """Host, devices and number of processes of every process, in order. Raises UserError if they disagree on the number of processes."""
+    """Returns the host, devices and process count that every process reports, in order. Raises UserError if their counts disagree."""
     import jax
 
     mine = {
@@ -88,7 +89,7 @@ def _meet(timeout: int) -> list[dict[str, Any]]:
     }
     _client().key_value_set(f"plasticity/start/{index()}", json.dumps(mine))
     everyone = []
-    for i in range(count()):  # in order, so that a wrong number is seen before waiting for a process that will not come
+    for i in range(count()):  # in order, to detect a wrong count before waiting for a process that does not exist
         one = json.loads(_read(f"plasticity/start/{i}", timeout))
         if one["processes"] != count():
             raise UserError(
@@ -104,7 +105,7 @@ def _to_supervisor(line: str) -> None:
 
 
 def leave() -> None:
-    """Call before a process ends in the middle of a run: process 0 waits until the others have read its messages, which it serves."""
+    """Call before a process ends in the middle of a run. Process 0 serves the messages, so it waits until the others have read them."""
     if count() == 1:
         return
     try:
@@ -113,7 +114,7 @@ def leave() -> None:
             for i in range(count()):
                 _client().blocking_key_value_get(f"plasticity/leave/{i}", _POLL * 1000)
     except Exception as error:
-        log.debug("some processes did not say that they leave: %s", reason(error))
+        log.debug("some processes ended without notice: %s", reason(error))
 
 
 def _client() -> Any:
@@ -141,7 +142,7 @@ def index() -> int:
 
 
 def primary() -> bool:
-    """Whether this process decides and writes text files; true of the only one."""
+    """Whether this is process 0, which makes decisions and writes text files. True in a single-process run."""
     return index() == 0
 
 
@@ -154,7 +155,7 @@ def _key(name: str) -> str:
 
 
 def _read(key: str, timeout: float | None) -> str:
-    """The value of a key, once some process has written it; waits without end if `timeout` is None. Raises Disconnected where process 0 is gone."""
+    """Waits for a key and returns its value; without a limit if `timeout` is None. Raises Disconnected if process 0 is gone."""
     waited = 0
     while True:
         try:
@@ -168,19 +169,19 @@ def _read(key: str, timeout: float | None) -> str:
 
 
 class Failed(Exception):
-    """What another process of the run failed with."""
+    """Another process of the run failed, for the reason given."""
 
 
 class Disconnected(Exception):
-    """This process has to end: it failed while the others continue, or process 0 is gone."""
+    """This process must end: it failed while the others continue, or process 0 is gone."""
 
 
 def broadcast(decide: Callable[[], Any]) -> Any:
-    """What `decide()` gives on process 0, on every process: a JSON value. It may take hours: the others wait without a device.
+    """Calls `decide()` on process 0 and returns its JSON value on every process. It may take hours: the others wait without using a device.
 
     Raises:
-      UserError: raised by `decide`; on every process, with the same line.
-      Failed: on the others, where `decide` raised something else.
+      UserError: `decide` raised it; every process raises it with the same message.
+      Failed: on the other processes, if `decide` raised another exception.
     """
     if count() == 1:
         return decide()
@@ -197,11 +198,11 @@ def broadcast(decide: Callable[[], Any]) -> Any:
 
 
 def together(work: Callable[[], Any]) -> Any:
-    """`work()` on every process at once; where it fails on one, it fails on all.
+    """Calls `work()` on every process and returns its value. If it fails on one process, it fails on all.
 
     Raises:
-      UserError, Failed: what the first process that failed said.
-      Disconnected: `work` failed here and the others do not answer, for they wait for this process in the middle of theirs.
+      UserError, Failed: the error of the first process that failed.
+      Disconnected: `work` failed here, and the others do not answer because their `work` waits for this process.
     """
     if count() == 1:
         return work()
@@ -236,7 +237,7 @@ def _outcome(message: dict[str, Any]) -> Any:
 
 
 def gather(name: str, value: Any, *, timeout: float | None = None) -> list[Any]:
-    """Every process's JSON value, in their order, on every process."""
+    """Returns the JSON values of all processes, in process order, on every process."""
     if count() == 1:
         return [value]
     key = _key(name)

@@ -1,7 +1,7 @@
 """Which mesh axis holds which axis of a parameter, an activation or a batch.
 
-Storage and computation differ: parameters, moments and gradients lie split over fsdp, and a layer's matrices are gathered over it just before
-their products. Left to itself, the compiler may instead split the products and sum activations over fsdp, which are far larger.
+Storage and compute layouts differ. Parameters, moments and gradients are stored sharded over fsdp; a layer's matrices are gathered over fsdp just
+before their matmuls. Otherwise the compiler may shard the matmuls instead and sum activations over fsdp, which are far larger.
 """
 
 import functools
@@ -26,20 +26,20 @@ SHARDING_RULES = (
     (r"^blocks/mlp/(gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
     (r"^blocks/mlp/down/kernel$", PartitionSpec(None, "tensor", "fsdp")),
     (r"scale$", PartitionSpec()),
-    (r"^head/kernel$", PartitionSpec("fsdp", "tensor"), True),  # absent where the embedding is tied
+    (r"^head/kernel$", PartitionSpec("fsdp", "tensor"), True),  # absent if the embedding is tied
 )
 
-ROWS = ("data", "fsdp")  # mesh axes that the rows of a batch lie on
-GATHERED = "gathered"  # checkpoint name of what `gather` returns
+ROWS = ("data", "fsdp")  # mesh axes that shard the rows of a batch
+GATHERED = "gathered"  # checkpoint name of the arrays that `gather` returns
 
 
 def param_shardings(mesh: Mesh | AbstractMesh, abstract: Any, *, members: bool = False) -> Any:
-    """A tree of NamedSharding for a parameter tree (arrays or shapes).
+    """Returns a tree of NamedSharding for a parameter tree (arrays or shapes).
 
     Args:
-      members: the arrays carry a leading member axis, which lies on the mesh axis of that name.
+      members: the arrays have a leading member axis, which is sharded over the mesh axis `member`.
     Raises:
-      UserError: an axis of a parameter that the mesh axis on it does not divide.
+      UserError: a mesh axis does not divide the parameter axis that it shards.
     """
     table = match_rules(SHARDING_RULES, abstract)
     shardings = []
@@ -54,12 +54,12 @@ def param_shardings(mesh: Mesh | AbstractMesh, abstract: Any, *, members: bool =
 
 
 def inference_shardings(mesh: Mesh | AbstractMesh, abstract: Any) -> Any:
-    """As `param_shardings`, but whole over fsdp: what reads all parameters for every token must not gather them for every token."""
+    """Like `param_shardings`, but replicated over fsdp, because decoding would otherwise gather all parameters for every token."""
     return jax.tree.map(lambda s: NamedSharding(mesh, _without_fsdp(s.spec)), param_shardings(mesh, abstract))
 
 
 def sharding_table(mesh: Mesh | AbstractMesh, abstract: Any) -> dict[str, dict[str, Any]]:
-    """Path of each parameter → its `shape`, its `spec` (mesh axis of every axis, or None) and `per_device`, the shape that a device holds."""
+    """Maps each parameter path to its `shape`, its `spec` (mesh axis of every axis, or None) and `per_device`, the shape of its shards."""
     leaves, shardings = jax.tree.leaves(abstract), jax.tree.leaves(param_shardings(mesh, abstract))
     return {
         path: {"shape": list(leaf.shape), "spec": [*s.spec, *[None] * (leaf.ndim - len(s.spec))], "per_device": list(s.shard_shape(leaf.shape))}
@@ -68,7 +68,7 @@ def sharding_table(mesh: Mesh | AbstractMesh, abstract: Any) -> dict[str, dict[s
 
 
 def format_sharding_table(table: dict[str, dict[str, Any]]) -> Iterable[str]:
-    """One line for each parameter of a `sharding_table`."""
+    """Yields one line for each parameter of a `sharding_table`."""
     width = max(map(len, table))
     for path, row in table.items():
         shape, spec, part = (", ".join("-" if x is None else str(x) for x in row[name]) for name in ("shape", "spec", "per_device"))
@@ -76,7 +76,7 @@ def format_sharding_table(table: dict[str, dict[str, Any]]) -> Iterable[str]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of batch arrays [B, T]: rows over data and fsdp together; all members see the same batch."""
+    """Sharding of batch arrays [B, T]: rows over data and fsdp together. All members share the batch."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
@@ -84,15 +84,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def gather(mesh: Mesh | None, params: Any, dtype: DTypeLike, *, prefix: str = "", of_layer: bool = False) -> Any:
-    """Parameters in the layout of their products: matrices in `dtype`, whole over fsdp, still split over tensor. Gradients go back to the storage layout.
+    """Converts parameters to the compute layout: matrices in `dtype`, replicated over fsdp, sharded over tensor. Gradients get the storage layout.
 
-    The gather moves values of `dtype`, and each result bears the checkpoint name GATHERED, so that a policy can gather again instead of keeping it.
+    The all-gather moves values of `dtype`. Each result has the checkpoint name GATHERED, so a remat policy can gather it again instead of saving it.
 
     Args:
-      mesh: None, or one of a single device, changes nothing.
-      params: a part of the parameter tree.
-      prefix: path of that part, such as "blocks".
-      of_layer: the arrays of `blocks` are of one layer, without the layer axis.
+      mesh: None or a mesh of one device returns `params` unchanged.
+      params: a subtree of the parameters.
+      prefix: path of the subtree, such as "blocks".
+      of_layer: the arrays belong to one layer and have no layer axis.
     """
     if mesh is None or mesh.size == 1:
         return params
@@ -103,13 +103,13 @@ def gather(mesh: Mesh | None, params: Any, dtype: DTypeLike, *, prefix: str = ""
         if any(spec):
             stored = NamedSharding(mesh, PartitionSpec(*spec[1:]) if of_layer else spec)
             computed = NamedSharding(mesh, _without_fsdp(stored.spec))
-            leaf = checkpoint_name(_laid_out(leaf.astype(dtype), stored, computed), GATHERED)
+            leaf = checkpoint_name(_relayout(leaf.astype(dtype), stored, computed), GATHERED)
         leaves.append(leaf)
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def constrain(mesh: Mesh | None, x: Array, *axes: Any) -> Array:
-    """`x` with its axes on these mesh axes (None: whole). An axis that its mesh axes do not divide, or one device, is left to the compiler."""
+    """Constrains the axes of `x` to these mesh axes (None: replicated). Returns `x` unchanged on one device or if an axis does not divide."""
     if mesh is None or mesh.size == 1:
         return x
     for size, names in zip(x.shape, axes):
@@ -124,17 +124,17 @@ def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _laid_out(x: Array, stored: NamedSharding, computed: NamedSharding) -> Array:
+def _relayout(x: Array, stored: NamedSharding, computed: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(x, computed)
 
 
-def _laid_out_forward(x: Array, stored: NamedSharding, computed: NamedSharding) -> tuple[Array, None]:
-    return _laid_out(x, stored, computed), None
+def _relayout_forward(x: Array, stored: NamedSharding, computed: NamedSharding) -> tuple[Array, None]:
+    return _relayout(x, stored, computed), None
 
 
-def _laid_out_backward(stored: NamedSharding, computed: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
-    # The transpose of the constraint alone would make the whole gradient on every device: a sum in the place of a reduce-scatter.
+def _relayout_backward(stored: NamedSharding, computed: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
+    # The plain transpose of the constraint would replicate the gradient: an all-reduce instead of a reduce-scatter.
     return (jax.lax.with_sharding_constraint(gradient, stored),)
 
 
-_laid_out.defvjp(_laid_out_forward, _laid_out_backward)
+_relayout.defvjp(_relayout_forward, _relayout_backward)

@@ -1,7 +1,7 @@
-"""A run of several processes, supervised: the command's own process starts a worker and says in one line how it ended.
+"""Supervises one process of a distributed run: starts it as a worker, and reports in one line how it ended.
 
-When one process of a run dies, jax ends the others from C++ with a trace. So the worker's runtime writes to a log file, and its parent, which
-does not import jax, points to it.
+If a process of a run dies, jax aborts the others from C++ with a stack trace. The worker's runtime therefore writes to a log file, and its parent,
+which does not import jax, prints the path of that file.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from pathlib import Path
 
 from plasticity_jax.parallel.processes import JOINED, JOINING
 
-WORKER = "PLASTICITY_WORKER"  # set for a worker: file descriptors of its parent's standard output and error
+WORKER = "PLASTICITY_WORKER"  # set in a worker: file descriptors of its parent's stdout and stderr
 
 _PR_SET_PDEATHSIG = 1
 
 
 def become_worker() -> bool:
-    """In a worker: messages go to the terminal again, and True. The mark is taken off, so that programs started from here are none."""
+    """Returns whether this process is a worker. If so, sends Python's stdout and stderr to the terminal, and unsets WORKER for child processes."""
     terminal = os.environ.pop(WORKER, None)
     if terminal is None:
         return False
@@ -32,12 +32,12 @@ def become_worker() -> bool:
 
 
 def supervise(argv: list[str], log_dir: Path | None) -> int:
-    """Runs the same command line as a worker and waits for it.
+    """Runs the same command line in a worker and waits for it.
 
     Args:
-      log_dir: where the runtime's messages go, one file per process; None, or a folder that cannot be made, takes one for temporary files.
+      log_dir: folder for the runtime's messages, one file per process. If it is None or cannot be made, a temporary folder is used.
     Returns:
-      The worker's exit status; 1 where it was lost or lost another.
+      The worker's exit status if it is 0, 2 or 130, or after an interrupt; 2 if the processes did not meet in time; otherwise 1.
     """
     made = _missing_folders(log_dir)
     log_path = _log_path(log_dir)
@@ -47,13 +47,13 @@ def supervise(argv: list[str], log_dir: Path | None) -> int:
     def in_worker():
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
+        if os.getppid() != parent:  # the parent died before the line above
             os._exit(1)
 
     with open(log_path, "wb") as log_file:
         environment = os.environ | {WORKER: ",".join(map(str, terminal))}
         command = [sys.executable, "-m", "plasticity_jax", *argv]
-        worker = subprocess.Popen(  # in a group of its own: the terminal's Ctrl-C reaches it once, from here
+        worker = subprocess.Popen(  # in its own process group, so that Ctrl-C reaches it only once, from here
             command, stdout=log_file, stderr=log_file, env=environment, pass_fds=terminal, preexec_fn=in_worker, process_group=0
         )
     interrupted = []
@@ -67,7 +67,7 @@ def supervise(argv: list[str], log_dir: Path | None) -> int:
     status = worker.wait()
     if status in (0, 2):
         log_path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what was made for the log alone goes with it, and nothing that holds more
+        with contextlib.suppress(OSError):  # folders made for the log; rmdir keeps any that hold other files
             for folder in made:
                 folder.rmdir()
     if status in (0, 2, 130) or (interrupted and status >= 0):
@@ -77,22 +77,24 @@ def supervise(argv: list[str], log_dir: Path | None) -> int:
     if status == -signal.SIGABRT and joining and JOINED not in marks:
         print(f"plasticity: {joining[1]}", file=sys.stderr)
         return 2
-    if status < 0:  # a worker that ends by itself has printed why
+    if status != 1:  # main returns 1 only after it has printed why
         who = re.search(rf"^{JOINED}(\d+ of \d+)$", marks, re.MULTILINE)
         name = f"process {who[1]}" if who else "this process"
-        print(f"plasticity: {name} ended with {_signal_name(-status)}; see {log_path}; run the same commands again: they resume", file=sys.stderr)
+        print(f"plasticity: {name} ended with {_ending(status)}; see {log_path}; run the same commands again: they resume", file=sys.stderr)
     return 1
 
 
-def _signal_name(number: int) -> str:
+def _ending(status: int) -> str:
+    if status > 0:
+        return f"status {status}"
     try:
-        return f"signal {number} ({signal.Signals(number).name})"
+        return f"signal {-status} ({signal.Signals(-status).name})"
     except ValueError:
-        return f"signal {number}"
+        return f"signal {-status}"
 
 
 def _missing_folders(folder: Path | None) -> list[Path]:
-    """The folder and those above it that do not exist yet, innermost first."""
+    """Returns the folder and its parents that do not exist yet, innermost first."""
     return [] if folder is None else [path for path in (folder, *folder.parents) if not path.exists()]
 
 

@@ -95,7 +95,7 @@ def test_tpu_run_reaches_the_host_word_for_word_and_is_not_started_twice(tmp_pat
             time.sleep(0.1)
         assert (host / "plasticity.log").read_text() == "".join(f"<{word}>\n" for word in words)
         second = run("tpu/tpu.sh", "run", *words, **environment)
-        assert second.returncode == 2 and "still going" in second.stderr
+        assert second.returncode == 2 and "still active" in second.stderr
         assert "<study>" in run("tpu/tpu.sh", "logs", **environment).stdout
     finally:
         stopped = run("tpu/tpu.sh", "stop", **environment)
@@ -262,18 +262,18 @@ def test_local_members_end_with_their_launcher(tmp_path):
 @pytest.mark.parametrize(
     ("script", "arguments", "says"),
     [
-        ("tpu/tpu.sh", ["fly"], "'fly' is no command"),
-        ("tpu/tpu.sh", ["--dry-run", "run"], "run needs a command"),
-        ("tpu/tpu.sh", ["--dry-run", "create", "--sopt"], "create takes --spot only"),
-        ("tpu/gke.py", ["--name", "x", "--image", "i", "--topology", "v9:4x4", "--", "study"], "--topology=v9:4x4 is no slice"),
+        ("tpu/tpu.sh", ["fly"], "'fly' is not a command"),
+        ("tpu/tpu.sh", ["--dry-run", "run"], "run needs a plasticity command"),
+        ("tpu/tpu.sh", ["--dry-run", "create", "--sopt"], "create accepts only --spot"),
+        ("tpu/gke.py", ["--name", "x", "--image", "i", "--topology", "v9:4x4", "--", "study"], "--topology=v9:4x4 is not a TPU slice"),
         ("tpu/gke.py", ["--name", "x", "--image", "i", "--topology", "v5e:3x2", "--", "study"], "6 chips"),
         ("tpu/gke.py", ["--name", "X", "--image", "i", "--topology", "v5e:4x4", "--", "study"], "--name=X"),
         ("tpu/gke.py", ["--name", "x"], "required"),
         ("slurm/run.sh", ["--nodes=2"], "no command after --"),
         ("slurm/job.sh", [], "no command"),
         ("slurm/study.py", ["--config", TINY], "required"),
-        ("slurm/study.py", ["--config", TINY, "--workdir", "/nowhere", "--out", "x"], "is not there yet"),
-        ("slurm/study.py", ["--config", TINY, "--workdir", "/nowhere", "--out", "x", "--options=-N2"], "'-N2' is no long option"),
+        ("slurm/study.py", ["--config", TINY, "--workdir", "/nowhere", "--out", "x"], "does not exist yet"),
+        ("slurm/study.py", ["--config", TINY, "--workdir", "/nowhere", "--out", "x", "--options=-N2"], "'-N2' is not a long option"),
         ("slurm/study.py", ["--config", TINY, "--workdir", "/nowhere", "--out", "x", "--options=--array=1-3"], "--array is set"),
         ("slurm/study.py", ["--config", TINY, "--workdir", "/nowhere", "--out", "x", "--options='"], "No closing quotation"),
         ("slurm/study.py", ["--config", TINY, "--workdir", "/nowhere", "--out", "x", "--config.train.stesp=3"], "steps"),
@@ -283,7 +283,7 @@ def test_local_members_end_with_their_launcher(tmp_path):
         ("local/processes.sh", ["--port", "70000", "--", "study"], "--port=70000"),
         ("local/processes.sh", ["--gpus", "0"], "no command after --"),
         ("local/members.py", ["--gpus", "a", "--config", TINY, "--workdir", "w"], "--gpus=a"),
-        ("local/members.py", ["--gpus", "0", "--config", TINY, "--workdir", "w", "--grid"], "--grid is no option"),
+        ("local/members.py", ["--gpus", "0", "--config", TINY, "--workdir", "w", "--grid"], "--grid is not an option"),
         ("local/members.py", ["--gpus", "0", "--config", TINY, "--workdir", "memory://b/w"], "local folder"),
     ],
 )

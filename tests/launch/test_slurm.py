@@ -57,7 +57,7 @@ def test_a_study_becomes_jobs_that_wait_for_their_parents(cluster, wheels_dir, t
     submitted = cluster.run(out / "submit.sh")
     assert submitted.returncode == 0, submitted.stderr
     job_of = {name: job for job, name in (line.split("\t") for line in (out / "jobs.tsv").read_text().splitlines())}
-    assert "jobs sent before are still queued" in cluster.run(out / "submit.sh").stderr
+    assert "earlier jobs are still queued" in cluster.run(out / "submit.sh").stderr
 
     ended = cluster.wait(list(job_of.values()), seconds=500)
     logs = {path.name: path.read_text()[-1500:] for path in (out / "logs").iterdir()}

@@ -147,7 +147,7 @@ def test_slurm_study_refuses_a_study_of_another_config_and_a_folder_of_others(st
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     taken = write_jobs(study[0], tmp_path / "mine")
-    assert taken.returncode == 2 and taken.stderr.count("\n") == 1 and "holds other things" in taken.stderr
+    assert taken.returncode == 2 and taken.stderr.count("\n") == 1 and "holds other files" in taken.stderr
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 

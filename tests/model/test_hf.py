@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hf_folders import GOLDEN, LLAMA, NAMES, assert_same_tensors, golden_folder, llama_tensors, write_folder
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from plasticity_jax.cli import main
@@ -148,6 +149,20 @@ def test_shards_are_written_and_read(tmp_path, monkeypatch):
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
     for leaf, single in zip(jax.tree.leaves(load_model(tmp_path / "out").params), jax.tree.leaves(load_model(tmp_path / "hf").params)):
         np.testing.assert_array_equal(leaf, single)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_safe_open_reads_each_dtype_from_the_shard_in_the_index(tmp_path, monkeypatch, dtype):
+    arrays = {name: tensor.astype(dtype) for name, tensor in llama_tensors().items()}
+    monkeypatch.setattr(hf_tensors, "MAX_SHARD_BYTES", 10_000)
+    hf_tensors.write_weights(tmp_path, [hf_tensors.ToWrite(name, x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()])
+    index = read_json(tmp_path / "model.safetensors.index.json")
+    assert index["weight_map"].keys() == arrays.keys() and index["metadata"]["total_size"] == sum(x.nbytes for x in arrays.values())
+    assert len(set(index["weight_map"].values())) > 2
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / file, framework="numpy") as shard:
+            tensor = shard.get_tensor(name)
+        assert (tensor.shape, tensor.dtype) == (arrays[name].shape, arrays[name].dtype) and tensor.tobytes() == arrays[name].tobytes()
 
 
 def test_the_output_matrix_may_be_stored_although_it_is_tied(tmp_path):

@@ -85,9 +85,9 @@ def test_settings_that_the_decoder_does_not_have_are_refused_by_name_and_value(s
         (lambda tensors: tensors.pop(Q), [f"lacks the tensor {Q} [16, 16]"]),
         (lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(16, np.float32)}), ["q_proj.bias [16]", "no place"]),
         (lambda tensors: tensors.update({Q: np.zeros((16, 8), np.float32)}), [f"{Q} has shape [16, 8]", "makes it [16, 16]"]),
-        (lambda tensors: tensors.update({Q: np.zeros((16, 16), ml_dtypes.float8_e4m3fn)}), [f"{Q} is of type F8_E4M3", "F32, F16, BF16"]),
-        (lambda tensors: tensors.update({Q: np.zeros((16, 16), np.float64)}), [f"{Q} is of type F64"]),
-        (lambda tensors: tensors.update({Q: np.zeros((16, 16), np.int8)}), [f"{Q} is of type I8"]),
+        (lambda tensors: tensors.update({Q: np.zeros((16, 16), ml_dtypes.float8_e4m3fn)}), [f"{Q} has dtype F8_E4M3", "F32, F16, BF16"]),
+        (lambda tensors: tensors.update({Q: np.zeros((16, 16), np.float64)}), [f"{Q} has dtype F64"]),
+        (lambda tensors: tensors.update({Q: np.zeros((16, 16), np.int8)}), [f"{Q} has dtype I8"]),
     ],
 )
 def test_tensors_that_do_not_fit_are_named_with_both_shapes(change, words, tmp_path, capsys):
@@ -100,7 +100,7 @@ def test_tensors_that_do_not_fit_are_named_with_both_shapes(change, words, tmp_p
 def test_truncated_safetensors_are_refused(keep, tmp_path, capsys):
     path = write_folder(tmp_path / "hf") / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    refused(tmp_path / "hf", tmp_path, capsys, str(path), "cannot be read as safetensors", "bring the file again")
+    refused(tmp_path / "hf", tmp_path, capsys, str(path), "cannot be read as safetensors", "copy the file again")
 
 
 def test_a_header_of_an_absurd_size_is_refused(tmp_path, capsys):
@@ -112,7 +112,7 @@ def test_a_header_of_an_absurd_size_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
 def test_pickles_are_refused_with_the_reason(name, tmp_path, capsys):
     (write_folder(tmp_path / "hf") / "model.safetensors").rename(tmp_path / "hf" / name)
-    refused(tmp_path / "hf", tmp_path, capsys, name, "can run any code", "save the model as safetensors")
+    refused(tmp_path / "hf", tmp_path, capsys, name, "can run arbitrary code", "save the model as safetensors")
 
 
 @pytest.mark.parametrize(
@@ -169,11 +169,11 @@ def test_an_index_that_points_outside_its_folder_is_refused(file, tmp_path, caps
     "change, words",
     [
         (lambda index: index["weight_map"].update({Q: "model-00003-of-00002.safetensors"}), ["model-00003-of-00002.safetensors is missing", Q]),
-        (lambda index: index["weight_map"].update({Q: "model-00001-of-00002.safetensors"}), [f"holds {Q}, and it does not"]),
-        (lambda index: index["weight_map"].update({Q: 1}), ["no index of safetensors files"]),
-        (lambda index: index.pop("weight_map"), ["no index of safetensors files"]),
-        (lambda index: index.update(weight_map={}), ["no index of safetensors files"]),
-        (lambda index: index.update(weight_map=[]), ["no index of safetensors files"]),
+        (lambda index: index["weight_map"].update({Q: "model-00001-of-00002.safetensors"}), [f"holds {Q}, but it does not"]),
+        (lambda index: index["weight_map"].update({Q: 1}), ["is not an index of safetensors files"]),
+        (lambda index: index.pop("weight_map"), ["is not an index of safetensors files"]),
+        (lambda index: index.update(weight_map={}), ["is not an index of safetensors files"]),
+        (lambda index: index.update(weight_map=[]), ["is not an index of safetensors files"]),
     ],
 )
 def test_an_index_that_is_wrong_is_refused(change, words, tmp_path, capsys):
@@ -242,8 +242,8 @@ def test_numbers_beyond_float16_are_refused_by_the_tensor_s_name(tmp_path, capsy
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"norm_position": "post"}, "is no Hugging Face architecture"),
-        ({"qk_norm": True}, "is no Hugging Face architecture"),
+        ({"norm_position": "post"}, "is not a Hugging Face architecture"),
+        ({"qk_norm": True}, "is not a Hugging Face architecture"),
         ({"d_model": 18, "d_head": 4}, "not divisible by model.n_heads=4"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_warm_cache_gives_the_same_bits_and_a_damaged_one_is_compiled_anew(pre
     for path in entries:
         path.write_bytes(b"damaged")
     said = pretrain(prepared, tmp_path / "damaged", cache)
-    assert "cannot be used and is compiled anew" in said
+    assert "cannot be used and is compiled again" in said
     assert "Traceback" not in said
     assert outcome(tmp_path / "damaged") == outcome(tmp_path / "cold")
 
@@ -84,5 +84,5 @@ def test_a_cache_that_cannot_be_written_is_left_out(monkeypatch, caplog, tmp_pat
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     (tmp_path / "file").write_text("")
     prepare_backend(str(tmp_path / "file" / "cache"))
-    assert "cannot be written to (Not a directory): every start compiles anew" in caplog.text
+    assert "cannot be written to (Not a directory): every start compiles again" in caplog.text
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -298,3 +299,17 @@ def test_what_one_process_finds_wrong_all_say(tmp_path, devices, each, words):
         assert status == 2
         assert lines[-1].startswith("plasticity: ") and words in lines[-1]
     assert not list(tmp_path.glob("*/*/study.json"))
+
+
+@pytest.mark.parametrize(("ending", "shown"), [("exit 3", "status 3"), ("kill -SEGV $$", "signal 11 (SIGSEGV)")])
+def test_a_worker_that_dies_without_a_word_is_one_line_with_its_log(tmp_path, ending, shown):
+    """A stand-in for the worker, which joins, writes to its log and dies as a runtime does that ends the process from C++."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho 'this is process 1 of 2' >&2\necho 'from the runtime' >&2\n{ending}\n")
+    python.chmod(0o755)
+    code = f"import sys; sys.executable = {str(python)!r}\nfrom pathlib import Path\nfrom plasticity_jax.parallel.supervise import supervise\n"
+    code += f"sys.exit(supervise([], Path({str(tmp_path / 'logs')!r})))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    [log] = (tmp_path / "logs").iterdir()
+    assert ended.returncode == 1 and "from the runtime" in log.read_text()
+    assert ended.stderr == f"plasticity: process 1 of 2 ended with {shown}; see {log}; run the same commands again: they resume\n"

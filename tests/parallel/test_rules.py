@@ -19,7 +19,7 @@ def test_first_matching_rule_wins():
 
 
 def test_uncovered_parameter_is_named():
-    with pytest.raises(ValueError, match="parameter embed/embedding is covered by no rule"):
+    with pytest.raises(ValueError, match="parameter embed/embedding is not covered by any rule"):
         match_rules([(r"^blocks/", 1)], TREE)
 
 
