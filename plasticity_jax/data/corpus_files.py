@@ -13,7 +13,7 @@ from plasticity_jax.errors import UserError, reason
 from plasticity_jax.runs.storage import AnyPath, location
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.zstd", ".json.zst")
-# Text in one part of a Parquet file: a minute or two of tokenising, which is what a kill loses.
+# Text in one part of a Parquet file: a minute or two of tokenizing, which is what a kill loses.
 PART_BYTES = 128 * 2**20
 ROWS_AT_ONCE = 64
 READ_BYTES = 2**20  # of a column at a time: a row group may hold gigabytes

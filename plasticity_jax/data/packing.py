@@ -106,7 +106,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def write_token_records(out: Path, documents_dir: Path, tokenizer: Tokenizer, *, seq_len: int) -> dict:
-    """Tokenises the documents and writes each split as packed records, every record of one domain.
+    """Tokenizes the documents and writes each split as packed records, every record of one domain.
 
     Writes `<split>.array_record` (one record: seq_len + 1 token ids, uint16 or uint32, little endian), `<split>.domain_of.npy` (index
     into the list of domains), `<split>.document_of.npy` (position, in the order of `read_documents`, of the document that the record
@@ -121,7 +121,7 @@ def write_token_records(out: Path, documents_dir: Path, tokenizer: Tokenizer, *,
       The content of tokens.json: seq_len, vocab_size, dtype, domains, tokenizer (its fingerprint), fingerprint (sha256 over all
       records), and splits[split][domain] = {documents, tokens (ends of text included), bytes (UTF-8, of text), records, dropped_tokens}.
     """
-    from plasticity_jax.data.documents import read_documents  # which brings in TFDS; processes that tokenise files do without
+    from plasticity_jax.data.documents import read_documents  # which brings in TFDS; processes that tokenize files do without
 
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
@@ -130,7 +130,7 @@ def write_token_records(out: Path, documents_dir: Path, tokenizer: Tokenizer, *,
     domains = sorted({domain for split in SPLITS for _, _, domain in documents[split]})
     digest = hashlib.sha256()
     counts = {}
-    with Progress("tokenise and pack", total=sum(map(len, documents.values())), unit="documents") as progress:
+    with Progress("tokenize and pack", total=sum(map(len, documents.values())), unit="documents") as progress:
         for split in SPLITS:
             counts[split] = _write_split(out, split, documents[split], tokenizer, domains, dtype, seq_len + 1, digest, progress)
     manifest = {

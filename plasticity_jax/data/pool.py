@@ -91,7 +91,7 @@ class ShardPool:
             return item.result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"one of {self._workers} processes that tokenise was ended by the system, probably for want of memory; "
+                f"one of {self._workers} processes that tokenize was ended by the system, probably for want of memory; "
                 "set data.workers lower and run again: finished shards stay"
             ) from error
 

@@ -3,7 +3,7 @@
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
-from plasticity_jax.data.pieces import SPACE, sentencepiece_normalizer, sentencepiece_pre_tokenizer
+from plasticity_jax.data.pretokenize import SPACE, sentencepiece_normalizer, sentencepiece_pre_tokenizer
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.storage import AnyPath
@@ -19,7 +19,7 @@ def from_sentencepiece(content: bytes, name: str) -> Tokenizer:
       content: of the file.
       name: what the file is called in messages.
     Raises:
-      UserError: not such a file, or a model that does more than Llama's: unigram, without byte fallback, with a normalisation of characters or
+      UserError: not such a file, or a model that does more than Llama's: unigram, without byte fallback, with a normalization of characters or
         user-defined pieces.
     """
     model = _parse(content, name)
@@ -27,7 +27,7 @@ def from_sentencepiece(content: bytes, name: str) -> Tokenizer:
     for wrong, what in (
         (model.trainer_spec.model_type != model.trainer_spec.BPE, "is not a BPE model"),
         (not model.trainer_spec.byte_fallback, "has no byte fallback"),
-        (bool(model.normalizer_spec.precompiled_charsmap), f"normalises characters ({model.normalizer_spec.name})"),
+        (bool(model.normalizer_spec.precompiled_charsmap), f"normalizes characters ({model.normalizer_spec.name})"),
         (model.normalizer_spec.remove_extra_whitespaces, "removes white space"),
         (not model.normalizer_spec.escape_whitespaces, "keeps spaces as they are"),
         (model.trainer_spec.treat_whitespace_as_suffix, "puts spaces behind words"),

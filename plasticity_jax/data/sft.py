@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Batch = dict[str, np.ndarray]
 Indices = Int[np.ndarray, "_"]  # of rows
 
-CHUNK_ROWS = 4096  # rows tokenised in one call: enough to share the work among the cores
+CHUNK_ROWS = 4096  # rows tokenized in one call: enough to share the work among the cores
 
 log = logging.getLogger("plasticity_jax")
 
@@ -53,7 +53,7 @@ class SftRows:
 def encode_examples(examples: Sequence[Example], tokenizer: "Tokenizer", *, max_length: int, too_long: str = "cut") -> SftRows:
     """Encodes rows in the study's template: no token at the beginning, end of text after the response.
 
-    Prompt and response are tokenised apart, so that generation sees the very prompt tokens of training. Rows whose response holds no text are left
+    Prompt and response are tokenized apart, so that generation sees the very prompt tokens of training. Rows whose response holds no text are left
     out. What was cut or left out is logged, a line for each kind.
 
     Args:
@@ -61,13 +61,13 @@ def encode_examples(examples: Sequence[Example], tokenizer: "Tokenizer", *, max_
       too_long: what becomes of longer rows.
         "cut": the prompt loses its beginning, as in generation, where the question stands at its end; a response that does not fit beside one token
         of the prompt loses its end.
-        "cut-both": prompt and response lose their ends, in the shares of `shares_of_both`.
+        "cut-both": prompt and response lose their ends, in the shares of `split_max_length`.
         "drop": they are left out, as are the rows of "cut-both" of whose response nothing would be left.
     Source: paper section 4.1.
     """
     tokens, response_starts, n_cut, n_dropped, n_empty = [], [], 0, 0, 0
     end = np.array([tokenizer.eos_id], np.int32)
-    with Progress("tokenise rows", total=len(examples), unit="rows") as progress:
+    with Progress("tokenize rows", total=len(examples), unit="rows") as progress:
         for start in range(0, len(examples), CHUNK_ROWS):
             chunk = examples[start : start + CHUNK_ROWS]
             prompts = tokenizer.encode_arrays([format_prompt(example.prompt) for example in chunk])
@@ -101,11 +101,11 @@ def _shorten(prompt: np.ndarray, response: np.ndarray, max_length: int, too_long
     if too_long == "cut":
         response = response[: max_length - 1]
         return prompt[-(max_length - len(response)) :], response
-    n_prompt, n_response = shares_of_both(len(prompt), len(response), max_length) if too_long == "cut-both" else (0, 0)
+    n_prompt, n_response = split_max_length(len(prompt), len(response), max_length) if too_long == "cut-both" else (0, 0)
     return prompt[:n_prompt], response[:n_response]
 
 
-def shares_of_both(n_prompt: int, n_response: int, max_length: int) -> tuple[int, int]:
+def split_max_length(n_prompt: int, n_response: int, max_length: int) -> tuple[int, int]:
     """How many tokens of prompt and of response stay in a row of `max_length`.
 
     A side that takes less than half of the row stays whole, the response first; two longer sides are cut in proportion. The response's share is

@@ -65,7 +65,7 @@ def finished_shard(folder: Path, part: Part, settings: ShardSettings) -> dict | 
 
 
 def write_shard(folder: Path, part: Part, tokenizer: Tokenizer, settings: ShardSettings, *, on_chunk: Callable[[int, int], None]) -> dict:
-    """Tokenises and packs the texts of a part.
+    """Tokenizes and packs the texts of a part.
 
     The folder then holds, for both splits, `<split>.array_record` and `<split>.document_of.npy` (number of the document, within the shard's split,
     that a record begins in), and `shard.json`. Texts without a character are left out; every split is packed by itself.

@@ -145,7 +145,7 @@ def _make_shards(
     made: list[tuple[str, dict]] = []
     records = 0
     total = None if max_tokens is None else round(max_tokens / (1 - settings.held_out_fraction))
-    with Progress("tokenise and pack", total=total, unit="tokens") as progress:
+    with Progress("tokenize and pack", total=total, unit="tokens") as progress:
 
         def tasks() -> Iterator[tuple[Path, Part, dict | None]]:
             for index, part in enumerate(corpus.parts()):

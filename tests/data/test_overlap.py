@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plasticity_jax.data.tasks.apart import Question, rows_apart, split_by_hash
+from plasticity_jax.data.tasks.holdout import Question, disjoint_rows, split_by_hash
 from plasticity_jax.data.tasks.base import Example, RowSettings
 from plasticity_jax.data.tasks.overlap import drop_overlaps, overlapping
 
@@ -38,7 +38,7 @@ def test_a_training_row_goes_for_its_question_or_its_passage_whatever_is_drawn()
     train = [question("1", "how many apples has Ann", "p q r s"), question("2", "what else", "u v w x"), question("3", "why", "k l")]
     test = [question("4", "how many apples has Bob", "z"), question("5", "who", "u v w y")]
     for test_rows in (1, 2):
-        rows = rows_apart(train, test, RowSettings(9, test_rows, 0.1, 0), {"read": 5})
+        rows = disjoint_rows(train, test, RowSettings(9, test_rows, 0.1, 0), {"read": 5})
         assert [row.id for row in rows.train] == ["3"] and len(rows.test) == test_rows
         assert rows.counts == {"read": 5, "resemble a test row": 2, "train": 1, "test": 2}
 

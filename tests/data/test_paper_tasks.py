@@ -10,7 +10,7 @@ from published_files import write_published as write
 
 from plasticity_jax.data.tasks import build_task, medmcqa, metamathqa, pubmedqa, race, read_task, simplescaling, tasks, write_task
 from plasticity_jax.data.tasks import mmluprocot as mmlu
-from plasticity_jax.data.tasks.base import RowSettings, normalised, shuffled
+from plasticity_jax.data.tasks.base import RowSettings, normalized, shuffled
 from plasticity_jax.data.tasks.published import Candidate, FirstShuffled, Published, build_rows, example_of
 from plasticity_jax.data.tasks.race import clean
 from plasticity_jax.errors import UserError
@@ -398,7 +398,7 @@ def test_drawing_as_rows_come_is_shuffling_and_cutting(n, k):
 @pytest.mark.parametrize("name", SETS)
 def test_no_test_question_is_in_training(tmp_path, name):
     rows = build(name, files_of(tmp_path, name))
-    assert not {normalised(row.prompt) for row in rows.train} & {normalised(row.prompt) for row in rows.test}
+    assert not {normalized(row.prompt) for row in rows.train} & {normalized(row.prompt) for row in rows.test}
 
 
 def test_other_counts_than_the_paper_are_warned_of(caplog):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plasticity_jax.data.sft import SftRows, encode_examples, plan, plan_packed, sft_batch, shares_of_both
+from plasticity_jax.data.sft import SftRows, encode_examples, plan, plan_packed, sft_batch, split_max_length
 from plasticity_jax.data.tasks import Example, build_task, format_prompt
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
@@ -129,12 +129,12 @@ def infer_seqlen(source_len: int, target_len: int, cutoff_len: int) -> tuple[int
     ],
 )
 def test_shares_of_a_row_of_2048_tokens(lengths, expected):
-    assert shares_of_both(*lengths, 2048) == expected
+    assert split_max_length(*lengths, 2048) == expected
 
 
 @given(n_prompt=st.integers(1, 6000), n_response=st.integers(1, 6000), max_length=st.integers(2, 2048))
 def test_shares_are_those_of_the_exact_rule(n_prompt, n_response, max_length):
-    ours, exact = shares_of_both(n_prompt, n_response, max_length), infer_seqlen(n_prompt, n_response, max_length)
+    ours, exact = split_max_length(n_prompt, n_response, max_length), infer_seqlen(n_prompt, n_response, max_length)
     # Where the proportion is a whole number, floating point may come out just below it, in the original too.
     assert ours == exact or (ours == (exact[0] + 1, exact[1] - 1) and max_length * n_response % (n_prompt + n_response) == 0)
     assert ours[0] >= 1 and sum(ours) == min(n_prompt + n_response, max_length)

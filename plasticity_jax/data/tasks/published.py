@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, normalised, shuffled
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, normalized, shuffled
 from plasticity_jax.data.tasks.originals import Columns, read_rows
 from plasticity_jax.errors import UserError
 
@@ -97,11 +97,11 @@ def build_rows(task: str, settings: RowSettings, train: Iterable[Row], test: Ite
     """
     test_counts: Counter[str] = Counter()
     kept_test = list(_counted(test, test_counts))
-    asked = {normalised(question) for row in kept_test for question in row.questions}
+    asked = {normalized(question) for row in kept_test for question in row.questions}
     counts: Counter[str] = Counter()
     drawn = FirstShuffled(settings.train_rows, settings.seed)
     for row in _counted(train, counts):
-        if any(normalised(question) in asked for question in row.questions):
+        if any(normalized(question) in asked for question in row.questions):
             counts[LEAK] += 1
         else:
             drawn.add(row.example)

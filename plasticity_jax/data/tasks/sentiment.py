@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence, cut_at_word, shuffled, without_leaks
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence, truncate_at_word, shuffled, without_leaks
 from plasticity_jax.data.tasks.classify import MAX_CHARACTERS
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ PACKAGES = (VADER_PACKAGE, SST2_PACKAGE)
 MIN_VALENCE = 0.5
 
 # Penn Treebank spelling, as SST-2 has it, back to plain spelling.
-UNTOKENISE = (
+UNTOKENIZE = (
     (re.compile(r"-lrb-\s*"), "("),
     (re.compile(r"\s*-rrb-"), ")"),
     (re.compile(r"(?:``|'')\s*"), '"'),
@@ -32,7 +32,7 @@ UNTOKENISE = (
 
 @dataclass(frozen=True)
 class Sentence:
-    """One labelled sentence; `label` is "negative" or "positive"."""
+    """One labeled sentence; `label` is "negative" or "positive"."""
 
     id: str
     text: str
@@ -59,7 +59,7 @@ def plain_spelling(text: str) -> str:
     Without it the two differ in spelling all over, and a small model would be tested on that.
     """
     text = text.lower()
-    for pattern, replacement in UNTOKENISE:
+    for pattern, replacement in UNTOKENIZE:
         text = pattern.sub(replacement, text)
     return text.strip()
 
@@ -86,7 +86,7 @@ def _examples(sentences: list[Sentence], source: str, source_split: str) -> list
     return [
         Example(
             id=sentence.id,
-            prompt=f"{cut_at_word(sentence.text, MAX_CHARACTERS)}\nWhat is the sentiment?",
+            prompt=f"{truncate_at_word(sentence.text, MAX_CHARACTERS)}\nWhat is the sentiment?",
             response=answer_sentence(sentence.label),
             answer=sentence.label,
             source=source,

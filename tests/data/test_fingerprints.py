@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from plasticity_jax.config import DataConfig, StudyConfig, check_config
-from plasticity_jax.data.inputs import corpus_fields
+from plasticity_jax.data.fingerprints import corpus_fields
 from plasticity_jax.data.loader import TokenRecords
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError

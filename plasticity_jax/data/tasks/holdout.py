@@ -27,7 +27,7 @@ def split_by_hash(questions: Sequence[Question], settings: RowSettings) -> tuple
     return sides["train"], sides["held_out"]
 
 
-def rows_apart(train: Sequence[Question], test: Sequence[Question], settings: RowSettings, counts: dict[str, int] | None = None) -> Rows:
+def disjoint_rows(train: Sequence[Question], test: Sequence[Question], settings: RowSettings, counts: dict[str, int] | None = None) -> Rows:
     """Drops the training questions that resemble any test question by `drop_overlaps`, in either text, and draws as many rows as asked for.
 
     All test questions count here, however many are drawn, so `test_rows` changes no training row.
