@@ -350,7 +350,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
     summary = write_task(tmp_path / "out", rows)
     assert read_task(tmp_path / "out") == rows
     assert summary["subsets"] == {"GSM8K-Platinum": 2, "MATH-1": 2, "MATH-2": 1, "MATH-3": 1, "MATH-4": 1, "MATH-Hard": 1}
-    assert summary["licences"] == {"files": "the user's own files: their licence is not known here"}
+    assert summary["licences"] == {"files": "the user's own files, whose license is unknown"}
 
 
 def test_race_is_read_by_article_as_the_original_files_have_it(tmp_path):
@@ -412,7 +412,7 @@ def test_other_counts_than_the_paper_are_warned_of(caplog):
         assert not caplog.records
         build_rows("T", settings, candidates(4), candidates(1), Published(4, 3))
     assert [record.getMessage() for record in caplog.records] == [
-        "T: the filters keep 4 of 4 rows, and kept 3 in the paper; its data or filters differ from these"
+        "T: the filters keep 4 of 4 rows, but 3 in the paper; its data or filters differ"
     ]
 
 
@@ -430,7 +430,7 @@ def test_published_counts_are_those_of_the_paper():
 
 def test_an_answer_of_another_release_is_refused(tmp_path):
     files = files_of(tmp_path, "MedMCQA", validation=[MED_TEST[0] | {"cop": 4}])
-    with pytest.raises(UserError, match="cop=4 is no option"):
+    with pytest.raises(UserError, match="cop=4 is not an option"):
         build("MedMCQA", files)
     del files["validation"]
     with pytest.raises(UserError, match="tasks.MedMCQA.files has no 'validation'"):

@@ -369,7 +369,7 @@ def test_many_shards_may_be_open_at_once(corpus, tokenizer, tmp_path, monkeypatc
 
 def test_a_worker_that_the_system_ends_is_one_line(corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "_make_shard", end_process)
-    with pytest.raises(UserError, match="one of 2 processes that tokenize was ended by the system.*data.workers lower"):
+    with pytest.raises(UserError, match="one of 2 tokenizer processes was killed by the system.*lower data.workers"):
         prepare(tmp_path, corpus[0], tokenizer, workers=2)
 
 
