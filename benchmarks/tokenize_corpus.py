@@ -4,7 +4,7 @@
     TOKENIZERS_PARALLELISM=false python benchmarks/tokenize_corpus.py --wheels data/wheels         # one core, like a worker of a large corpus
 
 Checks that both give the same tokens, prints one table per vocabulary size and writes build/benchmarks/tokenize_corpus.json. Wall-clock is
-noisy on a busy machine, so processor seconds are printed too. data/pretokenize.py must be 1.5 times faster than the library to stay.
+noisy on a busy machine, so processor seconds are printed too. The speedup is the reason for data/pretokenize.py.
 (The file is not called tokenize.py, which would hide the standard library's module.)
 """
 

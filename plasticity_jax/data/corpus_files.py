@@ -245,6 +245,8 @@ def _needs_pyarrow(part: FilePart) -> UserError:
 def json_lines(part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the objects of a JSON-lines file as (line number from 1, object). Skips empty lines.
 
+    Not `pyarrow.dataset`, which needs one schema per file, converts strings that look like dates, and names no line in errors.
+
     Raises:
       UserError: the file is truncated or damaged, or a line is not a JSON object in UTF-8. Names the line.
     """

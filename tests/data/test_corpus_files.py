@@ -139,3 +139,10 @@ def test_a_bucket_is_read_like_a_folder(tmp_path):
 def test_an_address_that_cannot_be_read_is_one_line():
     with pytest.raises(UserError, match="data.files=s3://nowhere/x cannot be read .*check the address"):
         listing("s3://nowhere/x")
+
+
+def test_other_fields_may_change_type_and_text_is_never_converted(tmp_path):
+    """`pyarrow.dataset` refuses the first and turns the second into a datetime, so JSON lines are read with `json`."""
+    rows = [{"text": "2020-01-01T00:00:00", "meta": None}, {"text": "two", "meta": {"k": 1}}, {"text": "three", "meta": "x", "new": 2}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read(tmp_path) == ["2020-01-01T00:00:00", "two", "three"]
