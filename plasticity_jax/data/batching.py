@@ -1,4 +1,4 @@
-"""Rows of tokens as padded batches of a few fixed shapes, so that a program compiles once per shape."""
+"""Pads rows of tokens to a few fixed batch shapes, so that a program compiles once per shape."""
 
 import collections
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ class PaddedBatch(NamedTuple):
     Attributes:
       indices: the rows' positions among all rows, one per real row; the real rows come first.
       tokens: int32 [B, T].
-      lengths: int32 [B], tokens of each row; 0 for the empty rows that fill up a short batch.
+      lengths: int32 [B], tokens of each row; 0 for the empty rows that complete a short batch.
     """
 
     indices: list[int]
@@ -36,14 +36,14 @@ def padded_batches(
     pad_id: int = 0,
     left: bool = False,
 ) -> Iterator[PaddedBatch]:
-    """Batches that hold every row once, padded to the first bucket that holds it; the shortest bucket comes first.
+    """Yields batches that contain every row once, padded to the smallest bucket that fits. Shorter buckets come first.
 
     Args:
       rows: token ids, at least one and at most the last bucket's length each.
       buckets: lengths to pad to, in tokens, ascending.
       batch_size: rows per batch.
-      tokens_per_batch: instead of `batch_size`, tokens per batch including padding; a batch has at least one row.
-      pad_id: fills the empty places.
+      tokens_per_batch: tokens per batch including padding, instead of `batch_size`. A batch has at least one row.
+      pad_id: the padding token.
       left: pad on the left.
     Raises:
       ValueError: a row is empty or too long.
@@ -86,7 +86,7 @@ def power_of_two_buckets(rows: Sequence[Sequence[int]], shortest: int) -> tuple[
 
 
 def keep_in_flight(results: Iterable[T], depth: int = IN_FLIGHT) -> Iterator[T]:
-    """The same results, each delayed until `depth` have been dispatched, so that the device is busy while the host reads one."""
+    """Yields the same results, each once `depth` have been dispatched, so that the device stays busy while the host reads one."""
     waiting: collections.deque[T] = collections.deque()
     for result in results:
         waiting.append(result)

@@ -1,4 +1,4 @@
-"""The completions that an evaluate run has written, read by what rates them and by what learns to rate them."""
+"""Reads the completions of an evaluate run, for reward models and verifiers."""
 
 from typing import Any, NamedTuple
 
@@ -14,9 +14,9 @@ class Completion(NamedTuple):
       id: of its problem.
       sample: 0 for the greedy one, then 1 to n.
       problem: the task's prompt, without template.
-      prompt: the text that the model read, template included.
+      prompt: the text given to the model, template included.
       text: what the model wrote.
-      ended: by itself, and not at the limit of tokens.
+      ended: whether it ended by itself, not at the token limit.
       correct: the grader's verdict.
     """
 
@@ -33,7 +33,7 @@ def read_completions(folder: AnyPath) -> list[Completion]:
     """The completions of an evaluate run, problem by problem in their order, the greedy one first.
 
     Raises:
-      UserError: a file is missing, a line lacks a field, a problem is unknown, or the problems have different numbers of completions.
+      UserError: a file or field is missing, a problem is unknown, or problems have different numbers of completions.
     """
     problems = {row["id"]: row for row in _rows(folder / "problems.jsonl", ("id", "prompt", "problem"))}
     of_problem: dict[str, list[Completion]] = {name: [] for name in problems}

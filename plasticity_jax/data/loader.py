@@ -1,8 +1,7 @@
-"""Token records to training batches: the batch at a step is a function of the records, the seed and the step, and of nothing else."""
+"""Training batches from token records. The batch at a step depends only on the records, the seed and the step."""
 
 import contextlib
 import functools
-import json
 import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from jaxtyping import Int
 
 from plasticity_jax.data.packing import MANIFEST, index_path, records_path
 from plasticity_jax.errors import UserError
+from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.storage import AnyPath, local_copy, location
 
 # tokens, targets, loss_mask, segment_ids, positions; each [B, T].
@@ -24,7 +24,7 @@ PREFETCH_BATCHES = 8
 
 @dataclass(frozen=True)
 class _Shard:
-    """Some records of a split in a file of their own; the names of the last four are those that ArrayRecordDataSource asks for."""
+    """Records of a split in a separate file. ArrayRecordDataSource requires the names of the last four fields."""
 
     directory: Path
     documents: int  # of the split, in this shard
@@ -35,16 +35,16 @@ class _Shard:
 
 
 class TokenRecords:
-    """Random access to the packed records of a split, as `write_token_records` or `prepare_stream` left them.
+    """Random access to the packed records of a split, written by `write_token_records` or `prepare_stream`.
 
     Args:
-      directory: the folder with tokens.json; one on a store is copied to this machine first, once.
+      directory: the folder with tokens.json. A remote folder is copied to this machine once.
       split: "train" or "held_out".
     Attributes:
       domain_of: index into `domains` of each record.
-      document_of: number, within the split, of the document that each record begins in.
+      document_of: index, within the split, of the document that each record starts in.
     Raises:
-      UserError: no finished records there, or no such split.
+      UserError: there are no finished records, or no such split.
     """
 
     def __init__(self, directory: AnyPath, split: str):
@@ -53,8 +53,8 @@ class TokenRecords:
         directory = location(directory)
         if not (directory / MANIFEST).is_file():
             raise UserError(f"{directory} holds no finished token records ({MANIFEST} is missing); run `plasticity prepare` for this study")
-        directory = local_copy(directory, MANIFEST)  # the library reads local files alone
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        directory = local_copy(directory, MANIFEST)  # the library only reads local files
+        manifest = read_json(directory / MANIFEST)
         if split not in manifest["splits"]:
             raise UserError(f"split {split!r} is unknown; {directory} has {' and '.join(manifest['splits'])}")
         self.split = split
@@ -78,7 +78,7 @@ class TokenRecords:
 
     @functools.cached_property
     def domain_of(self) -> Int[np.ndarray, " n"]:
-        if self._shards:  # a streamed corpus is one domain: one number stands for all records
+        if self._shards:  # a streamed corpus has a single domain
             return np.broadcast_to(np.int32(0), (len(self),))
         return np.load(index_path(self._directory, self.split, "domain_of"), allow_pickle=False)
 
@@ -102,19 +102,19 @@ class TokenRecords:
 
 
 def _allow_open_files(n: int) -> None:
-    """Random access keeps every shard open, and both splits of a corpus are open at once."""
+    """Raises the limit on open files: random access keeps every shard of both splits open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * n + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):  # where the system forbids it, opening the file says what is wrong
+        with contextlib.suppress(ValueError, OSError):  # if this is forbidden, opening a file reports the limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def order(n_records: int, *, seed: int, batch_size: int, step: int) -> Int[np.ndarray, " batch_size"]:
     """Indices of the records in the batch at `step`.
 
-    The stream of indices is one shuffle of all records after another, each drawn anew from (seed, epoch), and is cut into batches: every
-    record comes once per epoch, and a batch may lie across two epochs.
+    Every epoch shuffles all records by (seed, epoch). The shuffles are concatenated and cut into batches, so every record comes once per
+    epoch and a batch may span two epochs.
 
     Raises:
       UserError: there are no records.
@@ -143,11 +143,10 @@ def as_batch(records_BxT1: Int[np.ndarray, "b record_length"], *, isolate: int |
     """A batch from packed records of T + 1 tokens.
 
     Args:
-      isolate: the end-of-text token, to keep attention within documents; None lets a token see the documents before its own in the record, with the
-        end-of-text token between.
+      isolate: the end-of-text token, to restrict attention to a document. None lets a token attend to earlier documents in its record.
     Returns:
-      tokens (r[:-1]) and targets (r[1:]), loss_mask (all 1: nothing is padding), segment_ids (all 1; with `isolate` 1, 2, 3 ... for the documents in
-      the record, the end of a text belonging to it) and positions (0 .. T - 1, also with `isolate`, because rotary attention sees differences alone); all
+      tokens (r[:-1]) and targets (r[1:]), loss_mask (all 1: there is no padding), segment_ids (all 1; with `isolate` 1, 2, 3, ... for the
+      documents in the record, each including its end-of-text token) and positions (0 to T - 1, also with `isolate`, because rotary attention depends only on differences); all
       [B, T], loss_mask float32, the rest int32. The first token of a document still counts as the target of the end-of-text token before it.
     """
     records_BxT1 = np.asarray(records_BxT1, np.int32)
@@ -167,7 +166,7 @@ def as_batch(records_BxT1: Int[np.ndarray, "b record_length"], *, isolate: int |
 def batch_at(
     records: TokenRecords, *, seed: int, batch_size: int, step: int, isolate: int | None = None, rows: Int[np.ndarray, " rows"] | None = None
 ) -> Batch:
-    """The batch that every run with this seed and batch size sees at `step`; `isolate` is that of `as_batch`. With `rows`, only those are read."""
+    """The batch at `step` for this seed and batch size. `isolate` is described in `as_batch`. With `rows`, reads only those rows of the batch."""
     indices = order(len(records), seed=seed, batch_size=batch_size, step=step)
     return as_batch(records.tokens(indices if rows is None else indices[rows]), isolate=isolate)
 
@@ -183,9 +182,9 @@ def batches(
     rows: Int[np.ndarray, " rows"] | None = None,
     prefetch: bool = True,
 ) -> Iterator[Batch]:
-    """The batches of `steps` steps from `start_step` on: exactly `batch_at(step)` for each. A late start costs nothing.
+    """Yields `batch_at(step)` for `steps` steps from `start_step`. Starting late costs nothing.
 
-    With `rows`, only those rows of each batch are read. With `prefetch`, threads read a few batches ahead.
+    With `rows`, reads only those rows of each batch. With `prefetch`, threads read a few batches ahead.
     """
     import grain
 

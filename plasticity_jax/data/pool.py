@@ -1,4 +1,4 @@
-"""Shards made by several processes at once, in an order and with a result that do not depend on how many there are."""
+"""Makes shards in several processes. Neither the order nor the result depends on their number."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ from plasticity_jax.errors import UserError
 
 SECONDS_BETWEEN_LOOKS = 0.5
 
-# What a worker process was started with.
+# The state of a worker process.
 _worker: dict[str, Any] = {}
 
 
@@ -29,14 +29,14 @@ def available_cores() -> int:
 
 
 class ShardPool:
-    """Processes that make shards. One worker is this process itself.
+    """A pool of processes that make shards. A single worker runs in this process.
 
     Args:
-      workers: how many.
+      workers: the number of processes.
       tokenizer_path: the tokenizer.json that every worker loads.
       settings: of the shards.
-      on_progress: called now and then, in this process, with (documents, tokens) done since the last call.
-    Leaving the `with` block calls off what is still being worked on.
+      on_progress: called from time to time in this process with (documents, tokens) done since the last call.
+    Leaving the `with` block cancels unfinished work.
     """
 
     def __init__(self, workers: int, tokenizer_path: Path, settings: ShardSettings, *, on_progress: Callable[[int, int], None]):
@@ -52,12 +52,12 @@ class ShardPool:
             self._executor.shutdown(cancel_futures=True)
 
     def shards(self, tasks: Iterator[tuple[Path, Part, dict | None]]) -> Iterator[dict]:
-        """The manifests of the shards, in the order of the tasks, which are asked for only as they are needed.
+        """Yields the manifests of the shards in the order of the tasks, which are consumed only as needed.
 
         Args:
-          tasks: (folder, part, manifest if the shard is there already).
+          tasks: (folder, part, manifest if the shard already exists).
         Raises:
-          UserError: see `write_shard`; or a worker that the system ended.
+          UserError: see `write_shard`; or the system killed a worker.
         """
         if self._workers == 1:
             tokenizer = Tokenizer.load(self._tokenizer_path)
@@ -91,8 +91,8 @@ class ShardPool:
             return item.result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"one of {self._workers} processes that tokenise was ended by the system, probably for want of memory; "
-                "set data.workers lower and run again: finished shards stay"
+                f"one of {self._workers} tokenizer processes was killed by the system, probably because memory ran out; "
+                "lower data.workers and run again: finished shards are kept"
             ) from error
 
     def _report(self) -> None:
@@ -110,7 +110,7 @@ def _start_worker(tokenizer_path: Path, settings: ShardSettings, stop, documents
 
 
 def _end_with_parent() -> None:
-    # A parent that is killed tells nobody; its workers would wait for tasks for ever.
+    # A killed parent cannot notify its workers, which would wait forever.
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

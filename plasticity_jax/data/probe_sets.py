@@ -1,4 +1,4 @@
-"""Labelled texts for linear probes: raw text without a template, training and test rows that share no text."""
+"""Labeled texts for linear probes: raw text without a template. Training and test rows share no text."""
 
 import difflib
 import hashlib
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from plasticity_jax.data.sources import SOURCES, split_of
 from plasticity_jax.data.tasks import news, sentiment
 from plasticity_jax.data.tasks.base import RowSettings, majority_share, shuffled, without_leaks
-from plasticity_jax.data.tasks.files import licences_of, read_jsonl, read_summary, write_jsonl, write_summary
+from plasticity_jax.data.tasks.files import licences_of, read_jsonl, read_summary, write_jsonl
 from plasticity_jax.errors import UserError
+from plasticity_jax.runs.jsonfiles import write_json
 from plasticity_jax.runs.storage import AnyPath
 
 if TYPE_CHECKING:
@@ -25,12 +26,12 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s")
 
 @dataclass(frozen=True)
 class ProbeRows:
-    """All rows of a probe set, (text, label) each, before a number of them is drawn.
+    """All rows of a probe set, as (text, label), before sampling.
 
     Attributes:
-      dropped_leaks: training rows dropped because their text is a test text too.
-      sources: "package==version:member", or a package's name and version where the rows come from many of its files.
-      source_splits: for "train" and "test", the split the rows had where they were published.
+      dropped_leaks: training rows dropped because their text is also a test text.
+      sources: "package==version:member", or "package==version" if the rows come from many files.
+      source_splits: the published split of the "train" and "test" rows.
     """
 
     train: Rows
@@ -46,7 +47,7 @@ class ProbeSet:
 
     Attributes:
       name: key of the set.
-      labels: every label; the position of a label here is its class number.
+      labels: every label; a label's index is its class number.
       packages: wheels the rows are read from.
       build: (wheels, held_out_fraction) -> all rows.
     """
@@ -58,7 +59,7 @@ class ProbeSet:
 
 
 def _build_sentiment(wheels: "Wheels", held_out_fraction: float) -> ProbeRows:
-    # SST-2's validation split is published apart, so no share of the training file is held out.
+    # SST-2 has a published validation split, so nothing is held out of the training file.
     del held_out_fraction
     sentences = sentiment.read_sentences(wheels)
     return ProbeRows(
@@ -71,9 +72,9 @@ def _build_sentiment(wheels: "Wheels", held_out_fraction: float) -> ProbeRows:
 
 
 def headline_and_first_sentence(text: str) -> str:
-    """A BBC article as short as an item of AG News, and ending where a sentence does.
+    """A BBC article cut to the length of an AG News item, at the end of a sentence.
 
-    The last token's state of a text that is cut in the middle says what the next word may be and little of the topic.
+    If a text is cut mid-sentence, the state of its last token encodes the next word rather than the topic.
     """
     return _SENTENCE_END.split(" ".join(text.split()), maxsplit=1)[0]
 
@@ -116,25 +117,25 @@ def get_probe_set(name: str) -> ProbeSet:
 
 
 def build_probe_set(name: str, wheels: "Wheels", *, train_rows: int, test_rows: int, held_out_fraction: float, seed: int) -> dict:
-    """Makes the rows of a probe set; the same arguments give the same rows.
+    """Makes the rows of a probe set, deterministically.
 
     Args:
       name: a key of `PROBE_SETS`.
-      wheels: where the set's packages are read from.
+      wheels: the set's packages.
       train_rows, test_rows: upper limits; a source that has fewer rows gives all it has.
-      held_out_fraction: share of the documents kept for test rows; not used where the test split was published apart.
+      held_out_fraction: fraction of documents kept for test rows; unused if there is a published test split.
       seed: the order in which rows are drawn.
     Returns:
       `name`, `labels`, `train` and `test` (lists of (text, label)), `dropped_leaks`, `sources`, `source_splits`.
     Raises:
-      UserError: unknown set, a number out of range, a missing or altered wheel, or a split without rows.
+      UserError: the set is unknown, a number is out of range, a wheel is missing or altered, or a split is empty.
     """
     probe_set = get_probe_set(name)
     settings = RowSettings(train_rows, test_rows, held_out_fraction, seed)
     rows = probe_set.build(wheels, settings.held_out_fraction)
     train, test = shuffled(rows.train, seed)[:train_rows], shuffled(rows.test, seed)[:test_rows]
     if not train or not test:
-        raise UserError(f"held_out_fraction={held_out_fraction} leaves a split of probe set {name!r} without rows; use a share such as 0.1.")
+        raise UserError(f"held_out_fraction={held_out_fraction} leaves a split of probe set {name!r} without rows; use a fraction such as 0.1.")
     return {
         "name": name,
         "labels": probe_set.labels,
@@ -147,7 +148,7 @@ def build_probe_set(name: str, wheels: "Wheels", *, train_rows: int, test_rows: 
 
 
 def write_probe_set(directory: Path, probe_rows: dict) -> dict:
-    """Writes what `build_probe_set` returned to `directory`: `train.jsonl`, `test.jsonl` and, last, `summary.json`.
+    """Writes the result of `build_probe_set` to `directory`: `train.jsonl`, `test.jsonl`, then `summary.json`.
 
     Returns:
       The summary: `name`, `labels`, `rows`, `majority_share` (accuracy of always giving the most common test label), `dropped_leaks`,
@@ -170,7 +171,7 @@ def write_probe_set(directory: Path, probe_rows: dict) -> dict:
         "sha256": hashes,
         "fingerprint": hashlib.sha256("".join(hashes.values()).encode()).hexdigest(),
     }
-    write_summary(directory, summary)
+    write_json(directory / "summary.json", summary)
     return summary
 
 
@@ -180,7 +181,7 @@ def read_probe_set(directory: AnyPath) -> dict:
     Returns:
       The summary's entries, with `labels` as a tuple, and `train` and `test` (lists of (text, label)).
     Raises:
-      UserError: no finished rows there, or rows that were altered.
+      UserError: there are no finished rows, or they were altered.
     """
     summary = read_summary(directory)
     splits = {

@@ -1,4 +1,4 @@
-"""A SentencePiece BPE model, as Llama has one, in the format of the tokenizers library: the same ids and the same decoded text."""
+"""Converts a SentencePiece BPE model, such as Llama's, to the tokenizers library, with the same ids and decoded text."""
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models
@@ -17,9 +17,9 @@ def from_sentencepiece(content: bytes, name: str) -> Tokenizer:
 
     Args:
       content: of the file.
-      name: what the file is called in messages.
+      name: of the file, for messages.
     Raises:
-      UserError: not such a file, or a model that does more than Llama's: unigram, without byte fallback, with a normalisation of characters or
+      UserError: the file is not such a model, or uses features that Llama's does not: unigram, no byte fallback, character normalization or
         user-defined pieces.
     """
     model = _parse(content, name)
@@ -27,18 +27,18 @@ def from_sentencepiece(content: bytes, name: str) -> Tokenizer:
     for wrong, what in (
         (model.trainer_spec.model_type != model.trainer_spec.BPE, "is not a BPE model"),
         (not model.trainer_spec.byte_fallback, "has no byte fallback"),
-        (bool(model.normalizer_spec.precompiled_charsmap), f"normalises characters ({model.normalizer_spec.name})"),
+        (bool(model.normalizer_spec.precompiled_charsmap), f"normalizes characters ({model.normalizer_spec.name})"),
         (model.normalizer_spec.remove_extra_whitespaces, "removes white space"),
         (not model.normalizer_spec.escape_whitespaces, "keeps spaces as they are"),
         (model.trainer_spec.treat_whitespace_as_suffix, "puts spaces behind words"),
         (not types <= {NORMAL, UNKNOWN, CONTROL, BYTE}, "has user-defined or unused pieces"),
     ):
         if wrong:
-            raise UserError(f"SentencePiece model {name} {what}, which is not read here; give the tokenizer.json that its authors publish")
+            raise UserError(f"SentencePiece model {name} {what}, which is not supported; give the tokenizer.json that its authors publish")
     backend = tokenizers.Tokenizer(_bpe(model))
     backend.normalizer = sentencepiece_normalizer(prefix=model.normalizer_spec.add_dummy_prefix)
     if not any(SPACE in piece.piece.lstrip(SPACE) for piece in model.pieces):
-        # No piece has a space behind another character, so no merge crosses such a place: cutting there changes nothing but the speed.
+        # No piece has a space after another character, so no merge crosses such a boundary: splitting there only makes it faster.
         backend.pre_tokenizer = sentencepiece_pre_tokenizer()
     ends = [decoders.Strip(" ", 1, 0)] if model.normalizer_spec.add_dummy_prefix else []
     backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends])
@@ -68,9 +68,9 @@ def _parse(content: bytes, name: str):
 
 
 def _bpe(model) -> models.BPE:
-    """SentencePiece merges the pair whose joined piece scores highest; the library wants the pairs in that order."""
+    """SentencePiece merges the pair whose joined piece scores highest; the tokenizers library expects the pairs in that order."""
     ids = {piece.piece: index for index, piece in enumerate(model.pieces)}
-    # Pieces of other types never come out of merges, however the text spells them.
+    # Merges never produce pieces of other types, even if the text spells them out.
     normal = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
     merges = []
     for piece, score in normal.items():

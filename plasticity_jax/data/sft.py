@@ -1,4 +1,4 @@
-"""From task rows to fine-tuning batches: loss on the response alone, rows of like length together, in random order, or several in one sequence."""
+"""Turns task rows into fine-tuning batches, with loss on the response only. Rows are grouped by length, in random order, or packed."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Batch = dict[str, np.ndarray]
 Indices = Int[np.ndarray, "_"]  # of rows
 
-CHUNK_ROWS = 4096  # rows tokenised in one call: enough to share the work among the cores
+CHUNK_ROWS = 4096  # rows tokenized per call: enough to use all cores
 
 log = logging.getLogger("plasticity_jax")
 
@@ -28,11 +28,11 @@ class SftRows:
     """Encoded rows.
 
     Attributes:
-      tokens: per row, prompt then response then end of text (unless cut); int32.
+      tokens: per row, int32: prompt, response and, unless cut off, end of text.
       response_starts: per row, the position of the response's first token.
-      n_cut: rows that were longer than allowed and lost a part.
-      n_dropped: rows left out because they were longer than allowed.
-      n_empty: rows left out because their response holds no text.
+      n_cut: rows that were truncated.
+      n_dropped: rows dropped because they were too long.
+      n_empty: rows dropped because their response was empty.
     """
 
     tokens: Sequence[Int[np.ndarray, "_"]]
@@ -51,23 +51,23 @@ class SftRows:
 
 
 def encode_examples(examples: Sequence[Example], tokenizer: "Tokenizer", *, max_length: int, too_long: str = "cut") -> SftRows:
-    """Encodes rows in the study's template: no token at the beginning, end of text after the response.
+    """Encodes rows in the study's template: no beginning of text, and an end of text after the response.
 
-    Prompt and response are tokenised apart, so that generation sees the very prompt tokens of training. Rows whose response holds no text are left
-    out. What was cut or left out is logged, a line for each kind.
+    Tokenizes prompt and response separately, so that generation sees the same prompt tokens as training. Drops rows with an empty response.
+    Logs how many rows were truncated or dropped.
 
     Args:
-      max_length: tokens a row may have, end of text included, at least 2: LLaMA-Factory's `cutoff_len`.
-      too_long: what becomes of longer rows.
-        "cut": the prompt loses its beginning, as in generation, where the question stands at its end; a response that does not fit beside one token
-        of the prompt loses its end.
-        "cut-both": prompt and response lose their ends, in the shares of `shares_of_both`.
-        "drop": they are left out, as are the rows of "cut-both" of whose response nothing would be left.
+      max_length: maximum tokens of a row, end of text included, at least 2 (`cutoff_len` in LLaMA-Factory).
+      too_long: what to do with longer rows.
+        "cut": truncate the prompt at its beginning, as in generation, because the question is at its end. A response that does not fit beside
+        one token of the prompt is truncated at its end.
+        "cut-both": truncate both at their ends, as in `split_max_length`. Drop rows that would have no response left.
+        "drop": drop them.
     Source: paper section 4.1.
     """
     tokens, response_starts, n_cut, n_dropped, n_empty = [], [], 0, 0, 0
     end = np.array([tokenizer.eos_id], np.int32)
-    with Progress("tokenise rows", total=len(examples), unit="rows") as progress:
+    with Progress("tokenize rows", total=len(examples), unit="rows") as progress:
         for start in range(0, len(examples), CHUNK_ROWS):
             chunk = examples[start : start + CHUNK_ROWS]
             prompts = tokenizer.encode_arrays([format_prompt(example.prompt) for example in chunk])
@@ -97,25 +97,25 @@ def encode_examples(examples: Sequence[Example], tokenizer: "Tokenizer", *, max_
 
 
 def _shorten(prompt: np.ndarray, response: np.ndarray, max_length: int, too_long: str) -> tuple[np.ndarray, np.ndarray]:
-    """What is left of a row that is too long; without a response, the row is left out."""
+    """Truncates a row. An empty response means that the row is dropped."""
     if too_long == "cut":
         response = response[: max_length - 1]
         return prompt[-(max_length - len(response)) :], response
-    n_prompt, n_response = shares_of_both(len(prompt), len(response), max_length) if too_long == "cut-both" else (0, 0)
+    n_prompt, n_response = split_max_length(len(prompt), len(response), max_length) if too_long == "cut-both" else (0, 0)
     return prompt[:n_prompt], response[:n_response]
 
 
-def shares_of_both(n_prompt: int, n_response: int, max_length: int) -> tuple[int, int]:
-    """How many tokens of prompt and of response stay in a row of `max_length`.
+def split_max_length(n_prompt: int, n_response: int, max_length: int) -> tuple[int, int]:
+    """Divides `max_length` tokens between prompt and response.
 
-    A side that takes less than half of the row stays whole, the response first; two longer sides are cut in proportion. The response's share is
-    rounded down, so beside a prompt more than `max_length` times as long nothing is left of it.
+    A side that takes less than half of the row stays whole, the response first. Two longer sides are cut in proportion. The response's part is
+    rounded down, so nothing is left of it beside a prompt more than `max_length` times as long.
 
     Args:
-      n_prompt, n_response: tokens, those of the template with the prompt and the end of text with the response.
+      n_prompt, n_response: tokens, with the template in the prompt and the end of text in the response.
     Returns:
       (tokens of the prompt, tokens of the response), at most `max_length` together.
-    Source: `infer_seqlen` of LLaMA-Factory, which the study fine-tuned with.
+    Source: `infer_seqlen` of LLaMA-Factory, with which the study fine-tuned.
     """
     if 2 * n_response < max_length:
         most = max_length
@@ -130,12 +130,11 @@ def shares_of_both(n_prompt: int, n_response: int, max_length: int) -> tuple[int
 def plan(
     lengths: Sequence[int] | np.ndarray, *, buckets: Sequence[int], batch_size: int, epochs: int, seed: int, group_by_length: bool = True
 ) -> list[tuple[int, Indices]]:
-    """Which rows make up which batch, for the whole of a fine-tuning: a pure function of its arguments.
+    """Plans the batches of a whole fine-tuning run. A pure function of its arguments.
 
-    Each epoch takes every row exactly once, in its own order. Grouped by length, a row goes to the smallest bucket that holds it; the batches of
-    all buckets come in mixed order, and the last one of a bucket may be short. Otherwise a batch is the next rows of the order, in the smallest
-    bucket that holds its longest row, and only the epoch's last one may be short, as in the Hugging Face Trainer. Every epoch has the same number
-    of batches.
+    Each epoch takes every row exactly once, in its own order, and has the same number of batches. Grouped by length, a row goes to the smallest
+    bucket that fits; the batches of all buckets are shuffled, and the last one of a bucket may be short. Otherwise a batch takes the next rows in
+    the smallest bucket that fits its longest row, and only the epoch's last batch may be short, as in the Hugging Face Trainer.
 
     Args:
       lengths: tokens of each row.
@@ -168,10 +167,10 @@ def plan(
 def plan_packed(
     lengths: Sequence[int] | np.ndarray, *, sequence_length: int, batch_size: int, epochs: int, seed: int
 ) -> list[tuple[int, list[Indices]]]:
-    """Which rows lie in which sequence of which batch, for the whole of a fine-tuning: a pure function of its arguments.
+    """Plans the packed batches of a whole fine-tuning run. A pure function of its arguments.
 
-    Each epoch takes every row exactly once, in its own random order, and puts it into the fullest of the sequences begun that still holds it (best
-    fit); the sequences then come in random order, and the epoch's last batch may be short. Epochs may differ in their number of batches.
+    Each epoch takes every row exactly once, in its own random order, and puts it into the fullest open sequence that fits it (best fit). It then
+    shuffles the sequences. The epoch's last batch may be short. Epochs may differ in their number of batches.
 
     Args:
       lengths: tokens of each row.
@@ -195,7 +194,7 @@ def plan_packed(
 def _best_fit(needed: list[int], order: list[int], sequence_length: int) -> list[list[int]]:
     sequences: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(sequence_length + 1)]  # sequences that have exactly this much room left
-    rooms = 0  # bit r is set where by_room[r] is not empty: the smallest room that is large enough is found without a search
+    rooms = 0  # bit r is set if by_room[r] is not empty, which finds the smallest sufficient room without a search
     for row in order:
         large_enough = rooms >> needed[row] << needed[row]
         if large_enough:
@@ -226,8 +225,8 @@ def sft_batch(rows: SftRows, sequences: Sequence[int | Indices] | np.ndarray, *,
     """The arrays of one batch, [batch_size, bucket_length] each.
 
     `tokens`, `targets`, `segment_ids` (0 padding, otherwise the row's number within its sequence, from 1) and `positions` (from 0 in every row) are
-    int32; `loss_mask` is float32, 1 where the *target* belongs to the response, its end of text included. No input of a row has its target in the
-    next one. Places after the last row, and sequences beyond those given, are padding and count nowhere.
+    int32; `loss_mask` is float32, 1 where the *target* belongs to the response, its end of text included. Targets never cross from
+    one row to the next. Everything after the last row is padding, with zero loss.
 
     Args:
       sequences: for each sequence the index of its row, or the indices of its rows.

@@ -1,4 +1,4 @@
-"""One part of a corpus to one shard of token records: a folder that appears whole or not at all."""
+"""Turns one part of a corpus into one shard of token records, a folder that is written atomically."""
 
 import hashlib
 import json
@@ -13,16 +13,16 @@ from plasticity_jax.data.packing import Packer, SplitWriter, chunks, token_dtype
 from plasticity_jax.data.sources import SPLITS, split_of
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
-from plasticity_jax.runs.jsonfiles import write_json
+from plasticity_jax.runs.jsonfiles import read_json, write_json
 
 MANIFEST = "shard.json"
-# Text per call of the tokenizer: its working memory is some hundred bytes per token.
+# Text per tokenizer call, which needs several hundred bytes of memory per token.
 CHUNK_CHARACTERS = 500_000
 
 
 @runtime_checkable
 class Part(Protocol):
-    """Where a shard's texts come from; a value that another process can be given."""
+    """The source of a shard's texts. Picklable, so that another process can read it."""
 
     def source(self) -> dict[str, Any]: ...
 
@@ -31,7 +31,7 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """What the records of a shard depend on, besides its texts. `tokenizer` is a fingerprint."""
+    """The settings that a shard's records depend on, besides its texts. `tokenizer` is a fingerprint."""
 
     tokenizer: str
     eos_id: int
@@ -41,40 +41,40 @@ class ShardSettings:
 
 
 class Interrupted(Exception):
-    """The work on a shard was called off."""
+    """The work on a shard was canceled."""
 
 
 def finished_shard(folder: Path, part: Part, settings: ShardSettings) -> dict | None:
-    """The manifest of a shard that lies there from an earlier run; None if there is none.
+    """The manifest of a shard from an earlier run, or None.
 
     Raises:
-      UserError: it was made of other text or with other settings.
+      UserError: it was made from different text or with different settings.
     """
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
     for name, expected in (vars(settings) | {"source": part.source()}).items():
         found = manifest["source"] if name == "source" else manifest["settings"].get(name)
         if found != expected:
             raise UserError(
                 f"shard {folder} was made with {name} {_short(found)}, and this study has {_short(expected)}; delete {folder.parent} to make "
-                "the shards anew"
+                "new shards"
             )
     return manifest
 
 
 def write_shard(folder: Path, part: Part, tokenizer: Tokenizer, settings: ShardSettings, *, on_chunk: Callable[[int, int], None]) -> dict:
-    """Tokenises and packs the texts of a part.
+    """Tokenizes and packs the texts of a part.
 
-    The folder then holds, for both splits, `<split>.array_record` and `<split>.document_of.npy` (number of the document, within the shard's split,
-    that a record begins in), and `shard.json`. Texts without a character are left out; every split is packed by itself.
+    Writes `<split>.array_record` and `<split>.document_of.npy` (index of the document, within the shard's split, that a record starts in) for
+    both splits, and `shard.json`. Skips empty texts. Packs each split separately.
 
     Args:
-      folder: of the shard. The work goes on in `<folder>.<process id>.partial`, which is renamed at the end.
-      part: what is read.
+      folder: of the shard. Written as `<folder>.<process id>.partial`, which is renamed at the end.
+      part: the texts to read.
       tokenizer: its fingerprint is `settings.tokenizer`.
-      on_chunk: called with (documents, tokens) done since the last call; what it raises calls the work off.
+      on_chunk: called with (documents, tokens) done since the last call; may raise to cancel the work.
     Returns:
       The content of shard.json: settings, source, dtype, and splits[split] = {documents, tokens (ends of text included), bytes (UTF-8, of text),
       records, dropped_tokens, sha256 (of the records)}.
@@ -90,7 +90,7 @@ def write_shard(folder: Path, part: Part, tokenizer: Tokenizer, settings: ShardS
         try:
             os.rename(partial, folder)
         except OSError:
-            if not (folder / MANIFEST).is_file():  # else another process has written the same
+            if not (folder / MANIFEST).is_file():  # otherwise another process has written the same shard
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -129,7 +129,7 @@ def _write(out: Path, part: Part, tokenizer: Tokenizer, settings: ShardSettings,
 
 
 def _to_disk(folder: Path) -> None:
-    # The rename must not reach the disk before what it names.
+    # The contents must reach the disk before the rename.
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""The pretraining text: which documents there are, what is cleaned away, and which of them are held out."""
+"""The pretraining text: its documents, how they are cleaned, and which are held out."""
 
 import csv
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from plasticity_jax.data.wheels import Wheels
 
 SPLITS = ("train", "held_out")
-# Shorter leads are stubs that say what a thing is and no more.
+# Shorter leads are stubs that only define a thing.
 WIKIPEDIA_MIN_CHARACTERS = 200
 # Below this the "article" is a placeholder: "-1", "View Comments", a lone name.
 NEWS_MIN_CHARACTERS = 50
@@ -24,7 +24,7 @@ _SOTU_DELIVERY_NOTE = re.compile(r"\A\[\s*(?:As )?[Dd]elivered[^\]]*\]\s*")
 
 @dataclass(frozen=True)
 class Document:
-    """One text with its origin. `source` is "package==version:file"; `label` is the text's own category, "" where it has none."""
+    """One text with its origin. `source` is "package==version:file"; `label` is the text's category, or ""."""
 
     id: str
     text: str
@@ -36,7 +36,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """One domain of the corpus. `read` yields its cleaned documents, without exact duplicates, in an order that never changes."""
+    """One domain of the corpus. `read` yields its cleaned documents, without exact duplicates, in a fixed order."""
 
     name: str
     domain: str
@@ -46,9 +46,9 @@ class Source:
 
 
 def split_of(text: str, held_out_fraction: float) -> str:
-    """The split of a text, "train" or "held_out": a function of its sha256 and the share alone, so equal texts never part.
+    """The split of a text, "train" or "held_out". Depends only on its sha256 and the fraction, so equal texts are in the same split.
 
-    A text held out at one share is held out at every larger one.
+    A text held out at one fraction is held out at every larger one.
     """
     position = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64
     return "held_out" if position < held_out_fraction else "train"

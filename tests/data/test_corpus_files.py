@@ -30,16 +30,16 @@ BAD = {
     "a column of numbers": ("a.parquet", parquet({"text": [1, 2]}), "column 'text' of a.parquet in {folder} holds int64, not text"),
     "a column of lists": ("a.parquet", parquet({"text": [["x"]]}), "not text; set data.text_field"),
     "a null": ("a.parquet", parquet({"text": ["x", "y", None]}, row_group_size=2), "row 3 of a.parquet in {folder} has no text (null)"),
-    "a truncated Parquet file": ("a.parquet", parquet({"text": ["x"] * 99})[:-30], "a.parquet in {folder} is no readable Parquet file"),
+    "a truncated Parquet file": ("a.parquet", parquet({"text": ["x"] * 99})[:-30], "a.parquet in {folder} is not a readable Parquet file"),
     "a Parquet file with a hole": (
         "a.parquet",
         (lambda b: b[:40] + b"\xff" * 60 + b[100:])(parquet({"text": [f"{i}" * 9 for i in range(99)]}, use_dictionary=False)),
-        "is no readable Parquet file",
+        "is not a readable Parquet file",
     ),
-    "an empty Parquet file": ("a.parquet", b"", "is no readable Parquet file"),
-    "a row that is no JSON": ("a.jsonl", GOOD + b'{"text": "thr\n', "line 3 of a.jsonl in {folder} is no JSON"),
-    "a row that is no object": ("a.jsonl", GOOD + b'["text"]\n', "line 3 of a.jsonl in {folder} is no JSON object"),
-    "a row of deep brackets": ("a.jsonl", b"[" * 100_000 + b"\n", "line 1 of a.jsonl in {folder} is no JSON"),
+    "an empty Parquet file": ("a.parquet", b"", "is not a readable Parquet file"),
+    "a row that is no JSON": ("a.jsonl", GOOD + b'{"text": "thr\n', "line 3 of a.jsonl in {folder} is not valid JSON"),
+    "a row that is no object": ("a.jsonl", GOOD + b'["text"]\n', "line 3 of a.jsonl in {folder} is not a JSON object"),
+    "a row of deep brackets": ("a.jsonl", b"[" * 100_000 + b"\n", "line 1 of a.jsonl in {folder} is not valid JSON"),
     "a row without the field": (
         "a.jsonl",
         GOOD + b'{"id": 1, "body": "x"}\n',
@@ -47,13 +47,13 @@ BAD = {
     ),
     "text that is no string": ("a.jsonl", b'\n{"text": ["x"]}\n', "line 2 of a.jsonl in {folder}: field 'text' is list, not text"),
     "text that is null": ("a.jsonl", b'{"text": null}\n', "field 'text' is NoneType, not text"),
-    "bytes that are not UTF-8": ("a.jsonl", b'{"text": "\xff"}\n', "line 1 of a.jsonl in {folder} is no JSON ('utf-8' codec"),
-    "half a surrogate pair": ("a.jsonl", b'{"text": "\\ud83d"}\n', "line 1 of a.jsonl in {folder}: the text holds half a surrogate pair"),
-    "a truncated gz": ("a.jsonl.gz", gzip.compress(MANY)[:-700], "a.jsonl.gz in {folder} is cut off or damaged after line"),
-    "a damaged gz": ("a.jsonl.gz", gzip.compress(GOOD)[:-6] + b"\x00" * 6, "a.jsonl.gz in {folder} is cut off or damaged"),
-    "a gz that is none": ("a.jsonl.gz", GOOD, "cut off or damaged after line 0 (Not a gzipped file"),
-    "a truncated zst": ("a.jsonl.zst", pyarrow.compress(MANY, "zstd", asbytes=True)[:-30], "a.jsonl.zst in {folder} is cut off or damaged"),
-    "a zst that is none": ("a.jsonl.zst", GOOD, "cut off or damaged"),
+    "bytes that are not UTF-8": ("a.jsonl", b'{"text": "\xff"}\n', "line 1 of a.jsonl in {folder} is not valid JSON ('utf-8' codec"),
+    "half a surrogate pair": ("a.jsonl", b'{"text": "\\ud83d"}\n', "line 1 of a.jsonl in {folder}: the text has half a surrogate pair"),
+    "a truncated gz": ("a.jsonl.gz", gzip.compress(MANY)[:-700], "a.jsonl.gz in {folder} is truncated or damaged after line"),
+    "a damaged gz": ("a.jsonl.gz", gzip.compress(GOOD)[:-6] + b"\x00" * 6, "a.jsonl.gz in {folder} is truncated or damaged"),
+    "a gz that is none": ("a.jsonl.gz", GOOD, "truncated or damaged after line 0 (Not a gzipped file"),
+    "a truncated zst": ("a.jsonl.zst", pyarrow.compress(MANY, "zstd", asbytes=True)[:-30], "a.jsonl.zst in {folder} is truncated or damaged"),
+    "a zst that is none": ("a.jsonl.zst", GOOD, "truncated or damaged"),
 }
 
 
@@ -139,3 +139,10 @@ def test_a_bucket_is_read_like_a_folder(tmp_path):
 def test_an_address_that_cannot_be_read_is_one_line():
     with pytest.raises(UserError, match="data.files=s3://nowhere/x cannot be read .*check the address"):
         listing("s3://nowhere/x")
+
+
+def test_other_fields_may_change_type_and_text_is_never_converted(tmp_path):
+    """`pyarrow.dataset` refuses the first and turns the second into a datetime, so JSON lines are read with `json`."""
+    rows = [{"text": "2020-01-01T00:00:00", "meta": None}, {"text": "two", "meta": {"k": 1}}, {"text": "three", "meta": "x", "new": 2}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read(tmp_path) == ["2020-01-01T00:00:00", "two", "three"]

@@ -186,7 +186,7 @@ def test_places_without_rows_are_named(tmp_path, exam):
     assert "/nowhere: no such file or folder" in refused("/nowhere", {"q": str})
     assert "holds no file of a known kind" in refused(tmp_path / "empty", {"q": str})
     assert "holds no file of a known kind" in refused(tmp_path / "notes.txt", {"q": str})
-    assert "is no readable Parquet file" in refused(tmp_path / "broken.parquet", {"q": str})
+    assert "is not a readable Parquet file" in refused(tmp_path / "broken.parquet", {"q": str})
     assert "cut.jsonl.gz" in refused(tmp_path / "cut.jsonl.gz", {"q": str})
     assert "no place is given" in refused(" , ", {"q": str})
     assert "names no split" in refused(f"tfds:{exam}", {"q": str})

@@ -10,7 +10,7 @@ from published_files import write_published as write
 
 from plasticity_jax.data.tasks import build_task, medmcqa, metamathqa, pubmedqa, race, read_task, simplescaling, tasks, write_task
 from plasticity_jax.data.tasks import mmluprocot as mmlu
-from plasticity_jax.data.tasks.base import RowSettings, normalised, shuffled
+from plasticity_jax.data.tasks.base import RowSettings, normalized, shuffled
 from plasticity_jax.data.tasks.published import Candidate, FirstShuffled, Published, build_rows, example_of
 from plasticity_jax.data.tasks.race import clean
 from plasticity_jax.errors import UserError
@@ -350,7 +350,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
     summary = write_task(tmp_path / "out", rows)
     assert read_task(tmp_path / "out") == rows
     assert summary["subsets"] == {"GSM8K-Platinum": 2, "MATH-1": 2, "MATH-2": 1, "MATH-3": 1, "MATH-4": 1, "MATH-Hard": 1}
-    assert summary["licences"] == {"files": "the user's own files: their licence is not known here"}
+    assert summary["licences"] == {"files": "the user's own files, whose license is unknown"}
 
 
 def test_race_is_read_by_article_as_the_original_files_have_it(tmp_path):
@@ -398,7 +398,7 @@ def test_drawing_as_rows_come_is_shuffling_and_cutting(n, k):
 @pytest.mark.parametrize("name", SETS)
 def test_no_test_question_is_in_training(tmp_path, name):
     rows = build(name, files_of(tmp_path, name))
-    assert not {normalised(row.prompt) for row in rows.train} & {normalised(row.prompt) for row in rows.test}
+    assert not {normalized(row.prompt) for row in rows.train} & {normalized(row.prompt) for row in rows.test}
 
 
 def test_other_counts_than_the_paper_are_warned_of(caplog):
@@ -411,9 +411,7 @@ def test_other_counts_than_the_paper_are_warned_of(caplog):
         build_rows("T", settings, candidates(5), candidates(1), Published(4, 3))
         assert not caplog.records
         build_rows("T", settings, candidates(4), candidates(1), Published(4, 3))
-    assert [record.getMessage() for record in caplog.records] == [
-        "T: the filters keep 4 of 4 rows, and kept 3 in the paper; its data or filters differ from these"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["T: the filters keep 4 of 4 rows, but 3 in the paper; its data or filters differ"]
 
 
 def test_published_counts_are_those_of_the_paper():
@@ -430,7 +428,7 @@ def test_published_counts_are_those_of_the_paper():
 
 def test_an_answer_of_another_release_is_refused(tmp_path):
     files = files_of(tmp_path, "MedMCQA", validation=[MED_TEST[0] | {"cop": 4}])
-    with pytest.raises(UserError, match="cop=4 is no option"):
+    with pytest.raises(UserError, match="cop=4 is not an option"):
         build("MedMCQA", files)
     del files["validation"]
     with pytest.raises(UserError, match="tasks.MedMCQA.files has no 'validation'"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from plasticity_jax.data.named_tokenizers import NAMED, check_setting, open_tokenizer, setting_fingerprint
-from plasticity_jax.data.pretokenize import cutter, words
+from plasticity_jax.data.pretokenize import split_olmo2, splitter
 from plasticity_jax.data.sentencepiece_model import from_sentencepiece
 from plasticity_jax.data.sources import SOURCES
 from plasticity_jax.data.tokenizer import Tokenizer, copy_tokenizer
@@ -147,8 +147,8 @@ def test_dolma2_encodes_running_text_as_the_library_does(dolma2, wheels_dir, tex
 
 @example("a ,b. c  d;\n e 's")
 @given(TEXTS)
-def test_pieces_give_the_tokens_of_the_whole(tokenizer, text):
-    assert cutter(tokenizer._backend) is not None
+def test_split_text_gives_the_tokens_of_the_whole(tokenizer, text):
+    assert splitter(tokenizer._backend) is not None
     assert tokenizer.encode_arrays([text])[0].tolist() == tokenizer.encode(text)
 
 
@@ -183,7 +183,7 @@ def test_save_and_load_keep_ids_specials_and_fingerprint(tokenizer, tmp_path):
         ]
         assert loaded.encode("  It's 1790 ½\n") == tokenizer.encode("  It's 1790 ½\n")
         assert np.array_equal(loaded.token_bytes, tokenizer.token_bytes)
-        assert cutter(loaded._backend) is cutter(tokenizer._backend)
+        assert splitter(loaded._backend) is splitter(tokenizer._backend)
     assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
 
 
@@ -247,9 +247,9 @@ def test_nothing_is_added_cut_or_filled_up_whatever_the_file_says(tmp_path):
 @pytest.mark.parametrize(
     "config, said",
     [
-        (None, 'names no end of text and has no <|endoftext|> token; put a tokenizer_config.json with {"eos_token"'),
-        ({"eos_token": "</s>"}, "eos_token '</s>' is not among the 6 tokens"),
-        ("{", "tokenizer_config.json beside it is no JSON"),
+        (None, 'defines no end of text and has no <|endoftext|> token; put a tokenizer_config.json with {"eos_token"'),
+        ({"eos_token": "</s>"}, "eos_token '</s>' is not in the tokenizer's vocabulary of 6"),
+        ("{", "tokenizer_config.json beside it is not valid JSON"),
     ],
 )
 def test_a_tokenizer_without_an_end_of_text_is_refused_in_one_line(tmp_path, config, said):
@@ -310,7 +310,7 @@ def test_the_fingerprint_of_a_path_is_that_of_its_content(tmp_path):
     [
         (lambda m: setattr(m.trainer_spec, "model_type", m.trainer_spec.UNIGRAM), "is not a BPE model"),
         (lambda m: setattr(m.trainer_spec, "byte_fallback", False), "has no byte fallback"),
-        (lambda m: setattr(m.normalizer_spec, "precompiled_charsmap", b"x"), "normalises characters"),
+        (lambda m: setattr(m.normalizer_spec, "precompiled_charsmap", b"x"), "normalizes characters"),
         (lambda m: setattr(m.normalizer_spec, "remove_extra_whitespaces", True), "removes white space"),
         (lambda m: setattr(m.pieces[300], "type", m.pieces[300].USER_DEFINED), "user-defined"),
         (lambda m: m.ClearField("pieces"), "has no pieces"),
@@ -356,4 +356,4 @@ def test_a_model_without_the_space_before_is_read_alike(model):
 
 
 def test_words_joined_are_the_text():
-    assert words("One, two; three. Four  five 6 seven") == ["One,", " two;", " three.", " Four  five 6 seven"]
+    assert split_olmo2("One, two; three. Four  five 6 seven") == ["One,", " two;", " three.", " Four  five 6 seven"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plasticity_jax.data.sft import SftRows, encode_examples, plan, plan_packed, sft_batch, shares_of_both
+from plasticity_jax.data.sft import SftRows, encode_examples, plan, plan_packed, sft_batch, split_max_length
 from plasticity_jax.data.tasks import Example, build_task, format_prompt
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
@@ -129,12 +129,12 @@ def infer_seqlen(source_len: int, target_len: int, cutoff_len: int) -> tuple[int
     ],
 )
 def test_shares_of_a_row_of_2048_tokens(lengths, expected):
-    assert shares_of_both(*lengths, 2048) == expected
+    assert split_max_length(*lengths, 2048) == expected
 
 
 @given(n_prompt=st.integers(1, 6000), n_response=st.integers(1, 6000), max_length=st.integers(2, 2048))
 def test_shares_are_those_of_the_exact_rule(n_prompt, n_response, max_length):
-    ours, exact = shares_of_both(n_prompt, n_response, max_length), infer_seqlen(n_prompt, n_response, max_length)
+    ours, exact = split_max_length(n_prompt, n_response, max_length), infer_seqlen(n_prompt, n_response, max_length)
     # Where the proportion is a whole number, floating point may come out just below it, in the original too.
     assert ours == exact or (ours == (exact[0] + 1, exact[1] - 1) and max_length * n_response % (n_prompt + n_response) == 0)
     assert ours[0] >= 1 and sum(ours) == min(n_prompt + n_response, max_length)
@@ -163,20 +163,29 @@ def test_a_row_of_whose_response_nothing_is_left_is_left_out(tokenizer):
     assert len(rows) == 0 and (rows.n_cut, rows.n_dropped) == (0, 1)
 
 
-@given(
+PLANS = given(
     lengths=st.lists(st.integers(2, 65), max_size=70),
     batch_size=st.integers(1, 9),
     epochs=st.integers(1, 3),
     seed=st.integers(0, 2**31),
     short_buckets=st.sets(st.integers(1, 63), max_size=4),
 )
+
+
+def split_epochs(batches, epochs, n_rows):
+    """The batches of each epoch, after checking that every epoch takes every row exactly once."""
+    per_epoch = len(batches) // epochs
+    parts = [batches[epoch * per_epoch : (epoch + 1) * per_epoch] for epoch in range(epochs)]
+    for part in parts:
+        assert sorted(index for _, indices in part for index in indices.tolist()) == list(range(n_rows))
+    return parts
+
+
+@PLANS
 def test_plan_takes_every_row_once_per_epoch_in_the_smallest_bucket(lengths, batch_size, epochs, seed, short_buckets):
     buckets = (*short_buckets, 64)
     batches = plan(lengths, buckets=buckets, batch_size=batch_size, epochs=epochs, seed=seed)
-    per_epoch = len(batches) // epochs
-    for epoch in range(epochs):
-        of_epoch = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
-        assert sorted(index for _, indices in of_epoch for index in indices.tolist()) == list(range(len(lengths)))
+    for of_epoch in split_epochs(batches, epochs, len(lengths)):
         for bucket_length in buckets:
             short = [len(indices) for length, indices in of_epoch if length == bucket_length and len(indices) < batch_size]
             assert len(short) <= 1
@@ -213,21 +222,13 @@ def test_plan_of_rows_of_like_length_is_the_one_that_earlier_studies_used():
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "ce2284a1afa3dbe2"
 
 
-@given(
-    lengths=st.lists(st.integers(2, 65), max_size=70),
-    batch_size=st.integers(1, 9),
-    epochs=st.integers(1, 3),
-    seed=st.integers(0, 2**31),
-    short_buckets=st.sets(st.integers(1, 63), max_size=4),
-)
+@PLANS
 def test_plan_in_random_order_takes_every_row_once_per_epoch(lengths, batch_size, epochs, seed, short_buckets):
     buckets = (*short_buckets, 64)
     batches = plan(lengths, buckets=buckets, batch_size=batch_size, epochs=epochs, seed=seed, group_by_length=False)
     per_epoch = -(-len(lengths) // batch_size)
     assert len(batches) == epochs * per_epoch
-    for epoch in range(epochs):
-        of_epoch = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
-        assert sorted(index for _, indices in of_epoch for index in indices.tolist()) == list(range(len(lengths)))
+    for of_epoch in split_epochs(batches, epochs, len(lengths)):
         assert all(len(indices) == batch_size for _, indices in of_epoch[:-1])
     for bucket_length, indices in batches:
         assert bucket_length == min(bucket for bucket in buckets if bucket >= max(lengths[index] for index in indices) - 1)

@@ -333,7 +333,7 @@ def children(pid):
 def test_memory_does_not_grow_with_the_corpus(tokenizer, tmp_path):
     """115 MB of text in one file and one shard, beside 2 MB: the peak grows by less than 25 MB."""
     peaks = {}
-    base = " ".join(some_texts(400)).replace("½", "")  # with it, no text could be cut into pieces
+    base = " ".join(some_texts(400)).replace("½", "")  # with it, no text could be split into pieces
     for name, n in (("small", 30), ("large", 2250)):
         folder = tmp_path / name
         folder.mkdir()
@@ -345,7 +345,7 @@ def test_memory_does_not_grow_with_the_corpus(tokenizer, tmp_path):
         peaks[name] = finish(start(tmp_path, tmp_path / f"out-{name}", folder, tokenizer, part_bytes=10**12, seq_len=2048))
     assert len(base) * 2250 > 115_000_000
     assert peaks["large"]["kilobytes"] - peaks["small"]["kilobytes"] < 25_000
-    assert peaks["large"]["loaded"] == []  # nor do processes that tokenise files load what they do not need
+    assert peaks["large"]["loaded"] == []  # nor do processes that tokenize files load what they do not need
 
 
 def test_many_shards_may_be_open_at_once(corpus, tokenizer, tmp_path, monkeypatch):
@@ -369,7 +369,7 @@ def test_many_shards_may_be_open_at_once(corpus, tokenizer, tmp_path, monkeypatc
 
 def test_a_worker_that_the_system_ends_is_one_line(corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "_make_shard", end_process)
-    with pytest.raises(UserError, match="one of 2 processes that tokenise was ended by the system.*data.workers lower"):
+    with pytest.raises(UserError, match="one of 2 tokenizer processes was killed by the system.*lower data.workers"):
         prepare(tmp_path, corpus[0], tokenizer, workers=2)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from plasticity_jax.data.sources import SOURCES, split_of
 from plasticity_jax.data.tasks import Example, Rows, build_task, format_prompt, get_task, read_task, tasks, write_task
 from plasticity_jax.data.tasks.addition import addition_prompt, addition_response
-from plasticity_jax.data.tasks.base import LICENCES, cut_at_word, majority_share, normalised, shuffled, without_leaks
+from plasticity_jax.data.tasks.base import LICENCES, majority_share, normalized, shuffled, truncate_at_word, without_leaks
 from plasticity_jax.data.tasks.classify import MAX_CHARACTERS
 from plasticity_jax.data.tasks.sentiment import plain_spelling
 from plasticity_jax.data.wheels import Wheels
@@ -100,7 +100,7 @@ def test_rows_are_a_function_of_the_arguments_and_row_counts_only_cut(name, whee
 @pytest.mark.parametrize("name", REAL_TASKS)
 def test_no_test_text_is_or_is_part_of_a_training_text(name, all_rows):
     train, test = all_rows[name].train, all_rows[name].test
-    train_texts, test_texts = ([normalised(text_of(row)) for row in rows] for rows in (train, test))
+    train_texts, test_texts = ([normalized(text_of(row)) for row in rows] for rows in (train, test))
     assert not set(train_texts) & set(test_texts)
     joined = "\n".join(train_texts)
     assert not [text for text in test_texts if len(text) >= 15 and text in joined]
@@ -115,7 +115,7 @@ def test_test_rows_come_from_held_out_documents_alone(name, source, all_rows, wh
     assert {split_of_id[row.id] for row in test} == {"held_out"} == {row.source_split for row in test}
 
 
-# Classes and majority shares over all labelled rows, from an independent count of the packages.
+# Classes and majority shares over all labeled rows, from an independent count of the packages.
 @pytest.mark.parametrize(
     "name, n_classes, majority, tolerance", [("topic", 11, 0.203, 0.01), ("news", 5, 0.237, 0.01), ("sentiment", 2, 0.509, 0.001)]
 )
@@ -165,7 +165,7 @@ def test_both_sentiment_files_get_one_spelling(before, after):
 @given(text=st.text(alphabet=st.sampled_from("ab \n.é"), max_size=80), limit=st.integers(1, 40))
 @example(text="a b c", limit=3)
 def test_cut_ends_with_a_whole_word(text, limit):
-    words, cut = text.split(), cut_at_word(text, limit)
+    words, cut = text.split(), truncate_at_word(text, limit)
     assert len(cut) <= limit
     assert " ".join(words).startswith(cut)
     if words and len(words[0]) <= limit:

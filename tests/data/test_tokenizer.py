@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from plasticity_jax.data.pretokenize import pieces
+from plasticity_jax.data.pretokenize import split_own
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
@@ -90,11 +90,11 @@ def test_a_batch_is_encoded_like_its_texts_one_by_one(tokenizer, texts):
 
 @given(TEXTS)
 def test_pieces_joined_are_the_text(text):
-    assert "".join(pieces(text)) == text
+    assert "".join(split_own(text)) == text
 
 
 def test_real_text_is_cut_into_pieces_and_encoded_alike(tokenizer, speeches):
-    assert min(len(pieces(speech)) for speech in speeches) > 100
+    assert min(len(split_own(speech)) for speech in speeches) > 100
     assert tokenizer.encode_batch(speeches) == [tokenizer.encode(speech) for speech in speeches]
 
 
@@ -146,7 +146,7 @@ def test_training_is_a_function_of_the_text(tokenizer, speeches):
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused():
-    with pytest.raises(UserError, match="vocab_size=400 is more than the training text gives .*set vocab_size to at most 2"):
+    with pytest.raises(UserError, match="vocab_size=400 is more than the training text supports .*set vocab_size to at most 2"):
         Tokenizer.train(["too little text"], 400)
 
 

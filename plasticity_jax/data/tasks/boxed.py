@@ -1,17 +1,17 @@
-r"""The final answer of a worked solution: what stands in its last \boxed{...}."""
+r"""The final answer of a worked solution: the content of its last \boxed{...}."""
 
 import re
 
-# Escaped characters are taken whole, so that \{ and \} do not count as braces.
+# Matches escaped characters as a whole, so that \{ and \} do not count as braces.
 _TOKEN = re.compile(r"\\boxed(?![A-Za-z])\s*(?P<brace>\{)?|\\.|[{}]", re.DOTALL)
 _BARE = re.compile(r"[^$\n]+")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete \boxed{...}, without white space around it; None where there is none.
+    r"""The content of the last complete \boxed{...}, stripped, or None.
 
-    Braces within are matched. The older \boxed 5 counts too: up to the next dollar sign or the end of the line. A box that is never closed is passed
-    over. Time is linear in the length of the text.
+    Handles nested braces. Accepts the older \boxed 5, up to the next dollar sign or the end of the line. Ignores a box that is never closed.
+    Time is linear in the length of the text.
 
     Source: paper section 5.2; the form without braces is that of a few solutions of MATH (Hendrycks et al. 2021, arXiv 2103.03874).
     """

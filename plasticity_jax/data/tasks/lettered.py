@@ -1,4 +1,4 @@
-"""Questions with lettered options, as MedMCQA and MMLU-Pro have them."""
+"""Questions with lettered options, as in MedMCQA and MMLU-Pro."""
 
 import string
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ CHANCE = "guessing the value of an open answer is right in almost no row"
 
 
 def math_test_rows(task: str, settings: RowSettings) -> Iterator[Row]:
-    r"""GSM8K-Platinum (1,209 rows; columns question and answer, which ends "#### n") and MATH (5,000: problem, solution, level).
+    r"""Yields the rows of GSM8K-Platinum (1,209 rows; columns question and answer, which ends "#### n") and MATH (5,000: problem, solution, level).
 
     The gold answer is what follows "####", and the last \boxed{...}. Subsets: "GSM8K-Platinum"; "MATH-1" to "MATH-4" (437, 894, 1,131 and 1,214
     rows) and "MATH-Hard", level 5 (1,324).

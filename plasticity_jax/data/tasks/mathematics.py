@@ -1,4 +1,4 @@
-"""MATH in its usual halves: trained on the 4,500 test problems outside MATH-500, tested on MATH-500. `math-long` keeps the long and hard ones."""
+"""MATH: trained on the 4,500 test problems outside MATH-500, tested on MATH-500. `math-long` keeps only long and hard training problems."""
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")
 VARIANT = "gold_bpb_0shot"
-# Characters: leaves out the level-5 solutions of a line or two, whose steps are left to the reader.
+# In characters. Shorter level-5 solutions leave the steps to the reader.
 MIN_LONG_SOLUTION = 300
 
 
@@ -40,7 +40,7 @@ def _read_subject(subject: str, wheels: "Wheels") -> list[Question]:
 
 def _question(doc: dict, member: str, name: str, wheels: "Wheels") -> Question:
     problem, solution = doc["problem"].strip(), doc["solution"].strip()
-    # Not doc["answer"], from which "\left" lost a part in places. Every solution has a box.
+    # Not doc["answer"], where "\left" is sometimes damaged. Every solution has a box.
     row = Example(
         id=name,
         prompt=problem,

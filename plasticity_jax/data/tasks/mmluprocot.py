@@ -23,17 +23,17 @@ from plasticity_jax.data.tasks.published import (
 NAME = "MMLUProCoT"
 PUBLISHED = Published(read=130_811, kept=123_836)
 COLUMNS = {"question": str, "options": list[str], "answer": str, "cot_content": str}
-MAX_CHARACTERS = 6_144  # of prompt and response, from which on a training row is dropped
-# Questions moved to the test set, and the seed of their choice, both as in the paper.
+MAX_CHARACTERS = 6_144  # of prompt and response; training rows with this many or more are dropped
+# Number of questions to move to the test set, and the seed that chooses them, as in the paper.
 N_MOVED, SEED = 500, 42
 
 
 def build(wheels, settings: RowSettings) -> Rows:
     """Both sets are splits of dongboklee/MMLU-Pro-Llama-3.1-70B-Instruct-CoT: "test" is for training, "validation" (67 questions) for the test.
 
-    Of 130,811 rows go those that do not end with the right letter (699), all rows of 500 questions, which move to the test set whole, and those of
-    6,144 characters and more (84): 123,836 stay. The questions are chosen as the paper chose them, by NumPy's generator with seed 42 from the
-    different questions in their order; of a set with fewer than 5,000 questions a tenth is moved. A question is known by its text alone.
+    Of 130,811 rows, drops those that do not end with the right letter (699), all rows of 500 questions, which move to the test set, and those of
+    6,144 characters or more (84); 123,836 remain. As in the paper, NumPy's generator with seed 42 chooses among the distinct questions in order.
+    With fewer than 5,000 questions, a tenth moves. Questions are identified by their text.
 
     Source: paper section 4.2; choice and answer rule are those of the authors' data notebook.
     """
@@ -42,7 +42,7 @@ def build(wheels, settings: RowSettings) -> Rows:
 
 
 def final_answer(response: str) -> str:
-    """What follows the last "answer is" and, in that, the last colon, without punctuation at its end; "" where there is none."""
+    """The text after the last "answer is", and after the last colon in it, without final punctuation; "" if there is none."""
     _, marked, answer = response.rpartition("answer is")
     return answer.rpartition(":")[2].strip().rstrip(".,;!?") if marked else ""
 

@@ -1,13 +1,13 @@
 """The topic of a BBC article, five classes."""
 
 from plasticity_jax.data.tasks.base import Task
-from plasticity_jax.data.tasks.classify import labelled_document_rows
+from plasticity_jax.data.tasks.classify import labeled_document_rows
 
 CATEGORIES = ("business", "entertainment", "politics", "sports", "tech")
 
 
 def build(wheels, settings):
-    return labelled_document_rows("bbc", "What is the section?", {category: category for category in CATEGORIES}, wheels, settings)
+    return labeled_document_rows("bbc", "What is the section?", {category: category for category in CATEGORIES}, wheels, settings)
 
 
 NEWS = Task(

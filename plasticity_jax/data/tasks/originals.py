@@ -1,4 +1,4 @@
-"""Rows of a data set as it was published: Parquet, JSON lines, a JSON list or a prepared TFDS data set, with the columns checked."""
+"""Reads the rows of a published data set: Parquet, JSON lines, a JSON list or a prepared TFDS data set. Checks the columns."""
 
 import codecs
 import json
@@ -14,7 +14,7 @@ from plasticity_jax.progress import Progress
 from plasticity_jax.runs.storage import location
 
 TFDS = "tfds:"
-# A file that is named itself may be plain .json; in folders these are descriptions of the data set as a rule.
+# A file given by name may be plain .json. In folders, .json files usually describe the data set.
 FILE_SUFFIXES = (*SUFFIXES, ".json")
 EXAMPLES_AT_ONCE = 256
 
@@ -27,10 +27,10 @@ Columns = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """One of the places that a set is given as.
+    """One location of a set's rows.
 
     Attributes:
-      text: as the user wrote it.
+      text: the location as the user wrote it.
       folder, names: of its files, and their sizes in bytes; `folder` is the data set's for TFDS.
       split: of a TFDS data set, None for files.
     """
@@ -42,12 +42,12 @@ class Place:
 
 
 def find_places(places: str) -> list[Place | None]:
-    """What lies at each of the places, given with commas between them: a file, a folder, or tfds:NAME@SPLIT; None for one that is absent."""
+    """Resolves comma-separated places: files, folders, or tfds:NAME@SPLIT. None for one that does not exist."""
     return [_find(text) for text in split_places(places)]
 
 
 def split_places(places: str) -> list[str]:
-    """The single places of a set."""
+    """The individual places of a set."""
     return [text.strip() for text in places.split(",") if text.strip()]
 
 
@@ -69,18 +69,18 @@ def _find(text: str) -> Place | None:
 
 
 def read_rows(places: str, columns: Columns, *, what: str, otherwise: Columns | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a set in the order of its places, their files by name and the rows therein, a few at a time in memory.
+    """Yields the rows of a set, in the order of its places, file names and rows, with a few in memory.
 
     Args:
-      places: files, folders or tfds:NAME@SPLIT, with commas between them.
-      columns: what the rows must have; others are left out.
-      what: name of the set in messages and progress, such as "RACE train".
-      otherwise: other columns that are taken instead where a file has all of them and not all of `columns`.
+      places: files, folders or tfds:NAME@SPLIT, separated by commas.
+      columns: the required columns; others are ignored.
+      what: the set's name in messages and progress, such as "RACE train".
+      otherwise: alternative columns, used if a file has all of them but not all of `columns`.
     Yields:
-      (id, row): the id is "name:number" of file and row or line, counted from 1 on, after "2/" for the second place, and so on; the row has
-      `columns` (or `otherwise`) alone, numbers as int, text as str ("" for null), lists as list, structs as dict.
+      (id, row): the id is "name:number" of the file and the row or line, from 1, prefixed by "2/" for the second place, and so on. The row has
+      only `columns` (or `otherwise`): numbers as int, text as str ("" for null), lists as list, structs as dict.
     Raises:
-      UserError: nothing at a place, a file that is damaged or of no known kind, a missing column, or a value of another type.
+      UserError: a place is empty, a file is damaged or of an unknown kind, a column is missing, or a value has another type.
     """
     if not split_places(places):
         raise UserError(f"{what}: no place is given; name a file or folder, or {TFDS}NAME@SPLIT")
@@ -95,7 +95,7 @@ def read_rows(places: str, columns: Columns, *, what: str, otherwise: Columns | 
 
 
 def check_places(places: str, *, what: str) -> None:
-    """Refuses places that hold nothing to read, without reading any. Raises UserError.
+    """Raises UserError if a place has nothing to read. Reads no rows.
 
     Args:
       places, what: of `read_rows`.
@@ -110,10 +110,10 @@ def _check_place(text: str, place: Place | None, what: str) -> Place:
     if place is None and text.startswith(TFDS):
         raise UserError(f"{what}: {text}: no such data set is prepared; prepare it with TFDS (file_format='array_record') or set $TFDS_DATA_DIR")
     if place is None:
-        raise UserError(f"{what}: {text}: no such file or folder; give the place that the data set was downloaded to")
+        raise UserError(f"{what}: {text}: no such file or folder; give the place where the data set was downloaded")
     known = [name for name, _ in place.names if name.endswith(FILE_SUFFIXES)]
     if place.split is None and not known:
-        raise UserError(f"{what}: {text} holds no file of a known kind ({', '.join(FILE_SUFFIXES)}); give the place that the data set lies in")
+        raise UserError(f"{what}: {text} holds no file of a known kind ({', '.join(FILE_SUFFIXES)}); give the place that contains the data set")
     return place
 
 
@@ -135,7 +135,7 @@ def _raw_rows(part: FilePart, columns: Columns, otherwise: Columns | None, what:
 
 
 def _choose(names: Any, columns: Columns, otherwise: Columns | None, what: str, where: str) -> Columns:
-    """Which of the two kinds of rows has these names."""
+    """Chooses the kind of rows that has these columns."""
     missing = [name for name in columns if name not in names]
     if not missing:
         return columns
@@ -155,7 +155,7 @@ def _checked(value: Any, kind: Any, column: str, what: str, where: str) -> Any:
 
 def _is(value: Any, kind: Any) -> bool:
     if kind is str:
-        # Half a surrogate pair is no character, and no file could take it.
+        # Half a surrogate pair is not a character and cannot be written to a file.
         return isinstance(value, str) and not _HALF_PAIR.search(value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
@@ -191,14 +191,14 @@ def _holds_list(part: FilePart) -> bool:
         with open_part(part) as file:
             return decompressed(file, part.name).read(READ_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{part.name} in {part.folder} is cut off or damaged ({reason(error)}); download it again") from error
+        raise UserError(f"{part.name} in {part.folder} is truncated or damaged ({reason(error)}); download it again") from error
 
 
 def json_list(part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file that holds one JSON list, as (number from 1 on, object), without reading the whole file at once.
+    """Yields the objects of a file with one JSON list as (number from 1, object), without reading the whole file at once.
 
     Raises:
-      UserError: a file that is cut off or damaged, an element that is no JSON in UTF-8, or no object; names the element.
+      UserError: the file is truncated or damaged, or an element is not a JSON object in UTF-8. Names the element.
     """
     decoder, number, where = json.JSONDecoder(), 0, f"{part.name} in {part.folder}"
     with open_part(part) as file:
@@ -214,20 +214,20 @@ def json_list(part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
                     row, position = decoder.raw_decode(text, position)
                 except json.JSONDecodeError as error:
                     text, position = text[position:], 0
-                    # As much again, so that an element of any length is parsed a few times alone.
+                    # Double the text, so that even a long element is parsed only a few times.
                     more = _at_least(chunks, len(text))
                     if not more:
                         raise UserError(
-                            f"element {number + 1} of {where} is no JSON ({reason(error)}); repair the file or download it again"
+                            f"element {number + 1} of {where} is not valid JSON ({reason(error)}); repair the file or download it again"
                         ) from error
                     text += more
                     continue
                 number += 1
                 if not isinstance(row, dict):
-                    raise UserError(f"element {number} of {where} is no JSON object; every element must be one, with its fields by name")
+                    raise UserError(f"element {number} of {where} is not a JSON object; every element must be an object with named fields")
                 yield number, row
         except (OSError, EOFError, zlib.error, UnicodeDecodeError, RecursionError) as error:
-            raise UserError(f"{where} is cut off or damaged after element {number} ({reason(error)}); download it again") from error
+            raise UserError(f"{where} is truncated or damaged after element {number} ({reason(error)}); download it again") from error
 
 
 def _text_chunks(file: Any) -> Iterator[str]:
@@ -238,7 +238,7 @@ def _text_chunks(file: Any) -> Iterator[str]:
 
 
 def _at_least(chunks: Iterator[str], size: int) -> str:
-    """The next chunks, of `size` characters or more together; less at the end of the file."""
+    """Joins the next chunks to at least `size` characters, or fewer at the end of the file."""
     found: list[str] = []
     while sum(map(len, found)) <= size and (chunk := next(chunks, None)) is not None:
         found.append(chunk)
@@ -265,7 +265,7 @@ def _tfds_rows(place: Place, columns: Columns, otherwise: Columns | None, what: 
             examples = source.__getitems__(numbers)
         except ImportError as error:
             raise UserError(
-                f"{what}: {info.full_name} holds lists of lists, which TFDS reads with TensorFlow alone ({reason(error)}); give it as Parquet"
+                f"{what}: {info.full_name} holds lists of lists, which TFDS can only read with TensorFlow ({reason(error)}); give it as Parquet"
             ) from error
         except (OSError, RuntimeError, IndexError) as error:
             raise UserError(f"{what}: {info.full_name} ({place.split}) in {place.folder} is damaged ({reason(error)}); prepare it again") from error
@@ -279,7 +279,7 @@ def _tfds_rows(place: Place, columns: Columns, otherwise: Columns | None, what: 
 
 
 def _of_numpy(value: Any) -> Any:
-    """A TFDS value in plain Python: text for bytes, lists for arrays (ragged ones too), int for NumPy integers."""
+    """Converts a TFDS value to plain Python: bytes to text, arrays (also ragged) to lists, NumPy integers to int."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, dict):

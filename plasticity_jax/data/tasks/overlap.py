@@ -1,4 +1,4 @@
-"""Test questions that are training questions in other words or with other numbers: found by the words they share."""
+"""Finds test questions that rephrase a training question or change its numbers, by the words that they share."""
 
 import math
 import re
@@ -8,21 +8,21 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Two different questions of the GSM8K test never passed 0.53 in a sampled check, while a question and its template do.
+# In a sample of the GSM8K test, different questions stayed below 0.53, while a question and its template exceed it.
 THRESHOLD = 0.6
 
 _WORD = re.compile(r"\w+")
 
 
 def word_set(text: str) -> frozenset[str]:
-    """The different words and numbers of a text, in folded case."""
+    """The set of case-folded words and numbers of a text."""
     return frozenset(_WORD.findall(text.casefold()))
 
 
 def drop_overlaps(rows: Sequence[T], others: Iterable[str], text_of: Callable[[T], str], *, threshold: float = THRESHOLD) -> tuple[list[T], int]:
-    """Drops the rows whose text has the Jaccard similarity `threshold`, or more, with any of the other texts.
+    """Drops rows whose text has a Jaccard similarity of at least `threshold` with any of the other texts.
 
-    The similarity is that of `word_set`: words in both over words in either. A text without words overlaps nothing.
+    Compares word sets: words in both over words in either. A text without words overlaps nothing.
 
     Args:
       rows: in any order.
@@ -30,7 +30,7 @@ def drop_overlaps(rows: Sequence[T], others: Iterable[str], text_of: Callable[[T
       text_of: a row's text.
       threshold: in (0, 1].
     Returns:
-      The rows that stay, in order, and how many were dropped.
+      The remaining rows, in order, and the number dropped.
     Source: the search is the prefix filter of Chaudhuri, Ganti and Kaushik (2006), which is exact.
     """
     found = overlapping([text_of(row) for row in rows], others, threshold=threshold)
@@ -38,10 +38,10 @@ def drop_overlaps(rows: Sequence[T], others: Iterable[str], text_of: Callable[[T
 
 
 def overlapping(texts: Sequence[str], others: Iterable[str], *, threshold: float = THRESHOLD) -> set[int]:
-    """Positions of the texts that have a Jaccard similarity of at least `threshold` with any of `others`; see `drop_overlaps`."""
+    """Indices of the texts that have a Jaccard similarity of at least `threshold` with any of `others`; see `drop_overlaps`."""
     sets, other_sets = [word_set(text) for text in texts], sorted({word_set(text) for text in others}, key=sorted)
     counts = Counter(word for words in (*sets, *other_sets) for word in words)
-    # Of two sets this similar, those parts that begin with the rarest words share a word, so the common words need no index.
+    # Two sets this similar share one of their rarest words, so common words need no index.
     holders = defaultdict(list)
     for position, words in enumerate(other_sets):
         for word in _rarest(words, counts, threshold):
@@ -50,7 +50,7 @@ def overlapping(texts: Sequence[str], others: Iterable[str], *, threshold: float
 
 
 def _rarest(words: frozenset[str], counts: Counter, threshold: float) -> list[str]:
-    # A similar set shares at least threshold * len(words) of the words: it cannot do without one of so many.
+    # A similar set shares at least threshold * len(words) words, so it has at least one of these.
     needed = math.ceil(threshold * len(words) - 1e-9)
     return sorted(words, key=lambda word: (counts[word], word))[: len(words) - needed + 1] if words else []
 
@@ -60,7 +60,7 @@ def _meets_any(words: frozenset[str], others: Sequence[frozenset[str]], holders:
     for word in _rarest(words, counts, threshold):
         for position in holders.get(word, ()):
             other = others[position]
-            # The similarity is at most the ratio of the sizes: most candidates end here.
+            # The ratio of the sizes bounds the similarity, which rules out most candidates.
             if position not in seen and min(len(words), len(other)) / max(len(words), len(other)) >= threshold:
                 seen.add(position)
                 shared = len(words & other)

@@ -1,4 +1,4 @@
-"""How the paper's tasks turn published rows into examples: filters that are counted, no test question in training, the paper's counts."""
+"""Turns published rows into examples for the paper's tasks: counts filters, drops test questions from training, checks the paper's counts."""
 
 import heapq
 import logging
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, normalised, shuffled
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, normalized, shuffled
 from plasticity_jax.data.tasks.originals import Columns, read_rows
 from plasticity_jax.errors import UserError
 
@@ -22,7 +22,7 @@ LEAK = "also a test question"
 
 @dataclass(frozen=True)
 class Published:
-    """Rows of the training set in the paper: as published, and after the task's filters."""
+    """Size of the training set in the paper, before and after the task's filters."""
 
     read: int
     kept: int
@@ -30,10 +30,10 @@ class Published:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row that the filters keep.
+    """A row that passes the filters.
 
     Attributes:
-      questions: texts by which it is known again: a training row goes if one of them is that of a test row, letters and digits compared alone.
+      questions: texts that identify the question. A training row is dropped if it shares one with a test row, comparing only letters and digits.
     """
 
     example: Example
@@ -51,11 +51,11 @@ Row = Candidate | Dropped
 
 
 class FirstShuffled:
-    """The first `n` of `shuffled(rows, seed)`, for rows that come one by one: never more than `n` of them in memory."""
+    """The first `n` of `shuffled(rows, seed)` for streamed rows, with at most `n` in memory."""
 
     def __init__(self, n: int, seed: int):
         self._n, self._draw, self._position = n, random.Random(seed).random, count()
-        self._heap: list[tuple[float, int, Example]] = []  # the last one in the order is on top
+        self._heap: list[tuple[float, int, Example]] = []  # the last in the order is on top
 
     def add(self, row: Example) -> None:
         item = (-self._draw(), -next(self._position), row)
@@ -77,38 +77,38 @@ def options_text(options: Sequence[str]) -> str:
 
 
 def is_empty(*texts: str) -> bool:
-    """Whether one of the texts has nothing but white space."""
+    """Whether one of the texts is empty or white space."""
     return not all(text.strip() for text in texts)
 
 
 def build_rows(task: str, settings: RowSettings, train: Iterable[Row], test: Iterable[Row], published: Published) -> Rows:
-    """The rows of a task from what its filters made of the published ones.
+    """Makes the rows of a task from its filtered published rows.
 
-    A training row that asks what a test row asks (`Candidate.questions`) is dropped. Containment, the rule of `without_leaks`, does not count here: a
-    short question is a part of many longer ones that ask something else. The training rows are drawn as they come, so that memory holds those
-    asked for alone.
+    Drops training rows that ask the question of a test row (`Candidate.questions`). Unlike `without_leaks`, allows one question to contain another,
+    because short questions are part of many unrelated longer ones. Training rows are sampled from the stream, so that only the requested rows are
+    in memory.
 
     Args:
-      train, test: read once, the test rows first.
-      published: where as many training rows are read as the paper had, another number of kept ones is logged as a warning.
+      train, test: each is read once, test first.
+      published: the paper's counts. Logs a warning if as many training rows are read as in the paper but another number is kept.
     Returns:
-      At most as many rows as asked for, in the order of `settings.seed`. The counts have "read" (of the training set), every filter's rows, "train"
-      and, after "test: ", the same of the test sets.
+      At most as many rows as requested, in the order of `settings.seed`. The counts are "read" (training set), the rows of every filter, "train",
+      and the same for the test sets with the prefix "test: ".
     """
     test_counts: Counter[str] = Counter()
     kept_test = list(_counted(test, test_counts))
-    asked = {normalised(question) for row in kept_test for question in row.questions}
+    asked = {normalized(question) for row in kept_test for question in row.questions}
     counts: Counter[str] = Counter()
     drawn = FirstShuffled(settings.train_rows, settings.seed)
     for row in _counted(train, counts):
-        if any(normalised(question) in asked for question in row.questions):
+        if any(normalized(question) in asked for question in row.questions):
             counts[LEAK] += 1
         else:
             drawn.add(row.example)
     kept = counts.pop("kept", 0)
     if counts["read"] == published.read and kept != published.kept:
         log.warning(
-            "%s: the filters keep %s of %s rows, and kept %s in the paper; its data or filters differ from these",
+            "%s: the filters keep %s of %s rows, but %s in the paper; its data or filters differ",
             task,
             f"{kept:,}",
             f"{published.read:,}",
@@ -136,7 +136,7 @@ def read_set(
     """`read_rows` of one of the task's sets.
 
     Raises:
-      UserError: the settings give no place for it, or what `read_rows` raises.
+      UserError: the settings give no place for the set; or see `read_rows`.
     """
     if name not in settings.files:
         raise UserError(f"tasks.{task}.files has no {name!r}, and {task} brings no rows of its own; give the file or folder that holds them.")
@@ -144,5 +144,5 @@ def read_set(
 
 
 def example_of(name: str, row_id: str, prompt: str, response: str, answer: str, *, subset: str = "") -> Example:
-    """An example of a set of the user's files; the set's name is its published split."""
+    """An example from the user's files. The set's name is its published split."""
     return Example(id=f"{name}:{row_id}", prompt=prompt, response=response, answer=answer, source=f"files:{row_id}", source_split=name, subset=subset)

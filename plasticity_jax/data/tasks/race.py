@@ -21,17 +21,17 @@ from plasticity_jax.data.tasks.published import (
 
 NAME = "RACE"
 PUBLISHED = Published(read=92_753, kept=92_737)
-MAX_CHARACTERS = 6_144  # of prompt and response, from which on a training row is dropped
+MAX_CHARACTERS = 6_144  # of prompt and response; training rows with this many or more are dropped
 N_OPTIONS = 4
 COLUMNS = {"article": str, "question": str, "options": list[str], "answer": str}
-# As the original files and TFDS have them: an article with its questions.
+# The layout of the original files and TFDS: an article with its questions.
 BY_ARTICLE = {"article": str, "questions": list[str], "options": list[list[str]], "answers": list[str]}
 
-# One training row asks nothing; it begins so.
+# The beginning of one training row that is not a question.
 NO_QUESTION = "But when you see each other, you can share something you didn't have before"
 
-# Stamps of the sites that the exams were copied from, and marks left over from their layout, at the end of questions and options.
-JUNK_CHARACTERS = 100  # a longer search would take time that grows with the square
+# Website stamps and leftover layout marks at the end of questions and options.
+JUNK_CHARACTERS = 100  # the search takes quadratic time
 _JUNK = re.compile(
     r"""(?:\s*+(?:
         (?:https?://|www\W)\S*(?:k\W*s\W*[58]|szzx100)\S*+
@@ -50,18 +50,18 @@ _JUNK = re.compile(
 def build(wheels, settings: RowSettings) -> Rows:
     """Sets "train", "validation" (both for training) and "test" (4,934 rows) of ehovy/race, middle and high school together.
 
-    Also read are files with an article per row and its questions, options and answers as lists, as TFDS has them. Of 92,753 training rows one is no
-    question, and those of 6,144 characters and more go (15): 92,737 stay. Stamps and layout marks at the end of questions and options are cut off.
-    The authors' list also cuts digits, quotes and slashes ("100" becomes "10") and mends six typing errors; this is not repeated here.
+    Also reads files with an article per row and lists of questions, options and answers, as in TFDS. Of 92,753 training rows, drops one that is not
+    a question and those of 6,144 characters or more (15); 92,737 remain. Removes website stamps and layout marks at the end of questions and
+    options. The authors' list also removes digits, quotes and slashes ("100" becomes "10") and fixes six typos, which is not done here.
 
-    Source: paper section 4.2; the words of prompt and response are those of the authors' data notebook.
+    Source: paper section 4.2; the wording of prompt and response is that of the authors' data notebook.
     """
     train = (row for name in ("train", "validation") for row in _rows(name, settings, limited=True))
     return build_rows(NAME, settings, train, _rows("test", settings, limited=False), PUBLISHED)
 
 
 def clean(text: str) -> str:
-    """`text` without junk at its end, that is in its last 100 characters."""
+    """Removes junk from the end of `text`, within its last 100 characters."""
     return text[:-JUNK_CHARACTERS] + _JUNK.sub("", text[-JUNK_CHARACTERS:])
 
 

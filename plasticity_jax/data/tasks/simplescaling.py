@@ -14,7 +14,7 @@ PUBLISHED = Published(read=58_986, kept=54_484)
 def build(wheels, settings: RowSettings) -> Rows:
     r"""Set "train" is simplescaling/data_ablation_full59K: question → attempt, where the attempt has a \boxed: 54,484 of 58,986 rows.
 
-    An attempt whose \boxed is never closed stays, as in the paper; its `answer` is "".
+    Keeps an attempt whose \boxed is never closed, as in the paper, with `answer` "".
 
     Source: paper section 4.2.
     """

