@@ -29,10 +29,12 @@ class Discovered(Generic[T]):
 
     Attributes:
       found: name → extension; ours in the order of their modules, then those of plug-ins in the order of their entry points.
+      ours: the names of our own.
       problems: one line each, on every module or plug-in that was left out.
     """
 
     found: dict[str, T]
+    ours: frozenset[str]
     problems: tuple[str, ...]
 
 
@@ -55,7 +57,7 @@ def discover(group: str, *, package: str, kind: type[T]) -> Discovered[T]:
             found |= {one.name: one for one in _extensions(importlib.import_module(f"{package}.{module.name}"), kind)}
         except Exception as error:
             problems.append(f"{package}/{module.name}.py is left out: {type(error).__name__}: {reason(error)}")
-    ours = set(found)
+    ours = frozenset(found)
     owners: dict[str, list[str]] = {}
     for point in sorted(importlib.metadata.entry_points(group=group), key=lambda point: (point.name, point.value)):
         who = f"plug-in {point.name!r} ({point.value})"
@@ -78,7 +80,7 @@ def discover(group: str, *, package: str, kind: type[T]) -> Discovered[T]:
             problems.append(f"{' and '.join(claimed)} both define {name!r}, so neither is used; uninstall one or rename it")
     for problem in problems:
         log.warning("%s", problem)
-    return Discovered(found, tuple(problems))
+    return Discovered(found, ours, tuple(problems))
 
 
 def _extensions(holder: Any, kind: type[T]) -> Iterator[T]:

@@ -85,6 +85,20 @@ def test_the_analysis_is_in_graph_status_page_and_tables(tmp_path):
     assert (refused.returncode, refused.stderr) == (2, "plasticity: config key norms.ordr is unknown; did you mean norms.order?\n")
 
 
+def test_a_plug_in_whose_report_fails_leaves_the_rest_of_the_page(tmp_path):
+    install(tmp_path, "lab_norms.py", "plasticity_jax.stages")
+    given = ("--config", TINY, "--workdir", tmp_path / "work", *SMALL)
+    plasticity(tmp_path, "study", *given, "--stages", "prepare,init,pretrain,norms")
+    code = (tmp_path / "lab_norms.py").read_text()
+    (tmp_path / "lab_norms.py").write_text(code.replace("mlp=found.mlp[-1]", "mlp=found.nothing"))
+    command = [sys.executable, "-m", "plasticity_jax", "report", "--workdir", str(tmp_path / "work")]
+    ended = subprocess.run(command, env=environment(PYTHONPATH=str(tmp_path)), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0
+    assert ended.stderr.count("table 'norms' of stage norms is left out of the report: AttributeError") == 1 and "Traceback" not in ended.stderr
+    page = (tmp_path / "work" / "tiny" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Loss curves" in page and "Norm of the input embedding." in page
+
+
 def test_the_task_is_prepared(tmp_path):
     install(tmp_path, "lab_larger.py", "plasticity_jax.tasks")
     [config] = blocks("larger.py")

@@ -1,6 +1,7 @@
 """Drawing a figure of the page by its name."""
 
 import difflib
+from dataclasses import replace
 
 import matplotlib
 from matplotlib.figure import Figure as Drawing
@@ -8,12 +9,20 @@ from matplotlib.figure import Figure as Drawing
 from plasticity_jax.errors import UserError
 from plasticity_jax.report.drawing import STYLE
 from plasticity_jax.report.results import StudyResults
-from plasticity_jax.stages import Figure, stages
+from plasticity_jax.stages import Figure, guarded, stages
 
 
 def figures() -> dict[str, Figure]:
     """Name → figure, of all stages in their order."""
-    return {name: figure for stage in stages().values() for name, figure in stage.figures.items()}
+    return {
+        name: replace(
+            figure,
+            available=guarded(stage, f"figure {name!r}", figure.available, False),
+            draw=guarded(stage, f"figure {name!r}", figure.draw, Drawing(figsize=(4.5, 1.0))),
+        )
+        for stage in stages().values()
+        for name, figure in stage.figures.items()
+    }
 
 
 def draw_figure(results: StudyResults, name: str) -> Drawing:

@@ -16,7 +16,7 @@ from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.logs import METRICS, read_log
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, location
-from plasticity_jax.stages import number, stages
+from plasticity_jax.stages import guarded, number, stages
 from plasticity_jax.study.sweep import Axis, facet_axes, study_axis, swept_values
 
 if TYPE_CHECKING:
@@ -335,7 +335,9 @@ def _found(states: list[RunState]) -> dict[str, dict[str, Any]]:
     for s in states:
         stage = stages().get(s.run.stage)
         if stage is not None and stage.plan is None and s.state == "done":
-            found.setdefault(s.run.stage, {}).setdefault(s.run.task or "", _record(s))
+            record = guarded(stage, f"results of {s.run.id}", _record, None)(s)
+            if record is not None:
+                found.setdefault(s.run.stage, {}).setdefault(s.run.task or "", record)
     return found
 
 

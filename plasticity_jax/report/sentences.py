@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from plasticity_jax.report.comparisons import score_difference
 from plasticity_jax.report.results import StudyResults
 from plasticity_jax.report.verdicts import CANNOT_TELL, CONSISTENT, INCONSISTENT, LOSS_MARGIN, Verdict
-from plasticity_jax.stages import stages
+from plasticity_jax.stages import guarded, stages
 from plasticity_jax.study.sweep import DECAY, Axis, facet_axes
 
 SENTENCES = {
@@ -166,7 +166,8 @@ def _seeds(results: StudyResults) -> str:
 
 def warnings(results: StudyResults) -> list[str]:
     """What a reader must know before believing a number; most general first."""
-    of_stages = [warning for stage in stages().values() if stage.warnings is not None for warning in stage.warnings(results)]
+    declared = [guarded(stage, "warnings", stage.warnings, []) for stage in stages().values() if stage.warnings is not None]
+    of_stages = [warning for of_stage in declared for warning in of_stage(results)]
     return [*_tiny(results), *_changes(results), *_states(results), *_single_seed(results), *_splits(results), *of_stages, *_not_learned(results)]
 
 

@@ -2,22 +2,31 @@
 
 import csv
 import io
+from dataclasses import replace
 
 from plasticity_jax.report.results import StudyResults, collect
 from plasticity_jax.runs.storage import AnyPath
-from plasticity_jax.stages import Column, Table, stages
+from plasticity_jax.stages import Column, Table, guarded, stages
 from plasticity_jax.stages.stage import Rows
 from plasticity_jax.study.sweep import swept_values
 
 
 def tables() -> dict[str, Table]:
     """Name → table, of all stages in their order."""
-    return {name: table for stage in stages().values() for name, table in stage.tables.items()}
+    return {
+        name: replace(table, rows=guarded(stage, f"table {name!r}", table.rows, []))
+        for stage in stages().values()
+        for name, table in stage.tables.items()
+    }
 
 
 def columns() -> dict[str, Column]:
     """Name → column of the summary, of all stages in their order."""
-    return {name: column for stage in stages().values() for name, column in stage.columns.items()}
+    return {
+        name: replace(column, value=guarded(stage, f"column {name!r}", column.value, None))
+        for stage in stages().values()
+        for name, column in stage.columns.items()
+    }
 
 
 def summary_table(study_dir: AnyPath) -> Rows:

@@ -215,6 +215,10 @@ class Stage:
             raise ValueError(f"stage {self.name!r} has neither a parent 'model' nor a plan; name the stages whose models it examines")
         if self.config is not None and not dataclasses.is_dataclass(self.config):
             raise ValueError(f"stage {self.name!r} has config={self.config!r}; give a frozen dataclass")
+        for kind, given in ((Table, self.tables), (Figure, self.figures), (Column, self.columns)):
+            for name, value in given.items():
+                if not isinstance(value, kind):
+                    raise ValueError(f"stage {self.name!r} gives {value!r} as {name!r}; give a {kind.__name__}")
         if self.devices not in ("all", "first", "none"):
             raise ValueError(f"stage {self.name!r} has devices={self.devices!r}; use 'all', 'first' or 'none'")
 
