@@ -54,8 +54,10 @@ def discover(group: str, *, package: str, kind: type[T]) -> Discovered[T]:
     folder = importlib.import_module(package).__path__
     for module in sorted(pkgutil.iter_modules(folder), key=lambda module: module.name):
         try:
-            found |= {one.name: one for one in _extensions(importlib.import_module(f"{package}.{module.name}"), kind)}
-        except Exception as error:
+            for one in _extensions(importlib.import_module(f"{package}.{module.name}"), kind):
+                if found.setdefault(one.name, one) is not one:
+                    problems.append(f"{package}/{module.name}.py: the name {one.name!r} is taken by another file; give its {kind.__name__} another")
+        except (Exception, SystemExit) as error:
             problems.append(f"{package}/{module.name}.py is left out: {type(error).__name__}: {reason(error)}")
     ours = frozenset(found)
     owners: dict[str, list[str]] = {}
@@ -65,10 +67,12 @@ def discover(group: str, *, package: str, kind: type[T]) -> Discovered[T]:
             extensions = list(_extensions(point.load(), kind))
             if not extensions:
                 raise TypeError(f"it holds no {kind.__name__}")
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a package may call sys.exit() on import
             problems.append(f"{who} is left out: {type(error).__name__}: {reason(error)}")
             continue
         for one in extensions:
+            if found.get(one.name) is one:  # imported from us, or behind another entry point too
+                continue
             if one.name in ours:
                 problems.append(f"{who} is left out: the name {one.name!r} is taken by plasticity_jax; give its {kind.__name__} another")
             else:
@@ -85,8 +89,15 @@ def discover(group: str, *, package: str, kind: type[T]) -> Discovered[T]:
 
 def _extensions(holder: Any, kind: type[T]) -> Iterator[T]:
     """The extensions in a module, a list, or an object that is one. Objects imported into a module from elsewhere count once, by identity."""
-    if isinstance(holder, kind):
-        yield holder
-        return
-    values: Iterable[Any] = holder if isinstance(holder, (list, tuple)) else vars(holder).values()
-    yield from {id(value): value for value in values if isinstance(value, kind)}.values()
+    if isinstance(holder, (list, tuple)):
+        values: Iterable[Any] = holder
+        for value in holder:
+            if not isinstance(value, kind):
+                raise TypeError(f"its list holds {value!r}, which is no {kind.__name__}")
+    else:
+        values = [holder] if isinstance(holder, kind) else [value for value in vars(holder).values() if isinstance(value, kind)]
+    extensions = list({id(value): value for value in values}.values())
+    for extension in extensions:
+        if not isinstance(extension.name, str) or not extension.name:
+            raise TypeError(f"the name of a {kind.__name__} must be a text, not {extension.name!r}")
+    yield from extensions

