@@ -25,7 +25,7 @@ from plasticity_jax.progress import Progress
 from plasticity_jax.runs.directory import CHECKPOINTS, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.run import Run
-from plasticity_jax.runs.storage import AnyPath, is_local, joined, remove_tree, write_bytes
+from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, is_local, joined, remove_tree, write_bytes
 
 log = logging.getLogger("plasticity_jax")
 
@@ -182,6 +182,7 @@ def import_folder(folder: AnyPath, out: AnyPath) -> None:
             earlier = RunDirectory(out).run()
         if earlier is None or earlier.stage != "import":
             raise UserError(f"--out={out} exists and is not an empty folder; give another, or remove it.")
+    check_checkpoint_place(out)
     run, config = import_run(folder, StudyConfig(name="import"))
     if earlier is not None and earlier.id != run.id:
         raise UserError(f"--out={out} is an import of other files, {earlier.id.removeprefix('import/')}; give another, or remove it.")
