@@ -22,7 +22,7 @@ from plasticity_jax.model.hf_names import EMBEDDING, HEAD, Part, parts
 from plasticity_jax.model.hf_tensors import Weights
 from plasticity_jax.model.transformer import Params, count_params
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.directory import CHECKPOINTS, RunDirectory
+from plasticity_jax.runs.directory import CHECKPOINTS, PROVENANCE, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, is_local, joined, remove_tree, write_bytes
@@ -280,7 +280,7 @@ def import_model(folder: AnyPath, target: AnyPath, run: Run, config: StudyConfig
 def imported_from(directory: RunDirectory) -> dict[str, Any] | None:
     """The results of the import from which a run's model comes, directly or through fine-tuning; None if there is none or it is gone."""
     while directory.run().stage == "finetune":
-        base = read_json(directory.path / "provenance.json").get("parent_paths", {}).get("base")
+        base = read_json(directory.path / PROVENANCE).get("parent_paths", {}).get("base")
         if base is None or not (joined(directory.path, base) / "config.json").is_file():
             return None
         directory = RunDirectory(joined(directory.path, base))
