@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from plasticity_jax.errors import UserError
+from plasticity_jax.runs.directory import COMPLETIONS, PROBLEMS
 from plasticity_jax.runs.jsonfiles import read_jsonl
 from plasticity_jax.runs.storage import AnyPath
 
@@ -35,9 +36,9 @@ def read_completions(folder: AnyPath) -> list[Completion]:
     Raises:
       UserError: a file or field is missing, a problem is unknown, or problems have different numbers of completions.
     """
-    problems = {row["id"]: row for row in _rows(folder / "problems.jsonl", ("id", "prompt", "problem"))}
+    problems = {row["id"]: row for row in _rows(folder / PROBLEMS, ("id", "prompt", "problem"))}
     of_problem: dict[str, list[Completion]] = {name: [] for name in problems}
-    path = folder / "completions.jsonl"
+    path = folder / COMPLETIONS
     for row in _rows(path, ("id", "sample", "text", "ended", "correct")):
         if row["id"] not in problems:
             raise UserError(

@@ -19,13 +19,13 @@ from plasticity_jax.evaluate.options import Choice, choose
 from plasticity_jax.model.load import LoadedModel
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.sharding import inference_shardings
+from plasticity_jax.runs.directory import COMPLETIONS, OPTIONS, PROBLEMS
 from plasticity_jax.runs.jsonfiles import to_json, write_jsonl
 from plasticity_jax.runs.logs import AppendLog, read_log, remove_log
 from plasticity_jax.runs.storage import AnyPath
 
 log = logging.getLogger("plasticity_jax")
 
-PROBLEMS, COMPLETIONS, OPTIONS = "problems.jsonl", "completions.jsonl", "options.jsonl"
 GENERATED = "generated.jsonl"  # what has been generated so far; gone once it is graded
 
 

@@ -18,13 +18,11 @@ from plasticity_jax.model.scalar_head import encode_answers, execution_of, lengt
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import inference_shardings
-from plasticity_jax.runs.directory import open_run
+from plasticity_jax.runs.directory import REWARDS, open_run
 from plasticity_jax.runs.jsonfiles import write_jsonl
 from plasticity_jax.runs.storage import AnyPath
 
 log = logging.getLogger("plasticity_jax")
-
-REWARDS = "rewards.jsonl"
 
 
 @runtime_checkable

@@ -22,10 +22,10 @@ from plasticity_jax.model.hf_names import EMBEDDING, HEAD, Part, parts
 from plasticity_jax.model.hf_tensors import Weights
 from plasticity_jax.model.transformer import Params, count_params
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.directory import CHECKPOINTS, RunDirectory
+from plasticity_jax.runs.directory import CHECKPOINTS, PROVENANCE, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.run import Run
-from plasticity_jax.runs.storage import AnyPath, is_local, joined, remove_tree, write_bytes
+from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, is_local, joined, remove_tree, write_bytes
 
 log = logging.getLogger("plasticity_jax")
 
@@ -182,6 +182,7 @@ def import_folder(folder: AnyPath, out: AnyPath) -> None:
             earlier = RunDirectory(out).run()
         if earlier is None or earlier.stage != "import":
             raise UserError(f"--out={out} exists and is not an empty folder; give another, or remove it.")
+    check_checkpoint_place(out)
     run, config = import_run(folder, StudyConfig(name="import"))
     if earlier is not None and earlier.id != run.id:
         raise UserError(f"--out={out} is an import of other files, {earlier.id.removeprefix('import/')}; give another, or remove it.")
@@ -279,7 +280,7 @@ def import_model(folder: AnyPath, target: AnyPath, run: Run, config: StudyConfig
 def imported_from(directory: RunDirectory) -> dict[str, Any] | None:
     """The results of the import from which a run's model comes, directly or through fine-tuning; None if there is none or it is gone."""
     while directory.run().stage == "finetune":
-        base = read_json(directory.path / "provenance.json").get("parent_paths", {}).get("base")
+        base = read_json(directory.path / PROVENANCE).get("parent_paths", {}).get("base")
         if base is None or not (joined(directory.path, base) / "config.json").is_file():
             return None
         directory = RunDirectory(joined(directory.path, base))

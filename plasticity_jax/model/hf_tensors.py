@@ -165,6 +165,9 @@ def write_weights(folder: Path, tensors: Sequence[ToWrite]) -> None:
 
 
 def _write_file(path: Path, tensors: Sequence[ToWrite]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # safetensors would let nobody but its owner read the file
     save_file({tensor.name: tensor.values() for tensor in tensors}, path, metadata={"format": "pt"})
+    path.chmod(mode)
     with path.open("rb") as file:
         os.fsync(file.fileno())

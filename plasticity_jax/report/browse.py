@@ -1,6 +1,5 @@
 """Completions of a study, to read: by member, task, when, and verdict."""
 
-import json
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Any
 
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import COMPLETIONS, OPTIONS, PROBLEMS, REWARDS, RunDirectory
+from plasticity_jax.runs.jsonfiles import iter_jsonl
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.study.graph import read_study, study_files
@@ -116,10 +116,7 @@ def _rows(folder: AnyPath, rewards: AnyPath | None, *, greedy: bool) -> Iterator
 
 
 def _lines(path: AnyPath) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
+    return iter_jsonl(path) if path.is_file() else iter(())
 
 
 def _check(flag: str, asked: Any, known: list[Any]) -> None:

@@ -11,7 +11,7 @@ from plasticity_jax.analysis.statistics import wilson_interval
 from plasticity_jax.config import Member, StudyConfig, grid_members, restore_config
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.evaluate.metrics import pass_at_k
-from plasticity_jax.runs.directory import PROVENANCE, RunDirectory
+from plasticity_jax.runs.directory import PROVENANCE, STUDY, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.logs import METRICS, read_log
 from plasticity_jax.runs.run import Run
@@ -278,7 +278,7 @@ def collect(study_dir: AnyPath) -> StudyResults:
       UserError: no study.json there, or one of another version.
     """
     study_dir = location(study_dir)
-    file = study_dir / "study.json"
+    file = study_dir / STUDY
     if not file.is_file():
         raise UserError(f"{study_dir} holds no study.json; run plasticity study first, or give the folder of a study.")
     tree = read_json(file)

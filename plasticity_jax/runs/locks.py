@@ -20,6 +20,8 @@ from plasticity_jax.runs.storage import AnyPath, is_local
 
 LOOK_SECONDS = 0.5  # for which a lock is tried: `is_locked` may hold it for an instant
 
+_held: set[str] = set()  # tokens of the locks on stores that this process holds or is about to
+
 
 @contextlib.contextmanager
 def lock(path: AnyPath) -> Iterator[None]:
@@ -50,9 +52,10 @@ def lock(path: AnyPath) -> Iterator[None]:
 def _lease(path: UPath) -> Iterator[None]:
     """The lock on a store: an object that is created if there is none."""
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+    _held.add(mine["token"])
     mine["since"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    _remove_left_behind(path)
     try:
+        _remove_left_behind(path)
         path.fs.pipe_file(path.path, json.dumps(mine).encode(), mode="create")
     except FileExistsError as error:
         found = _holder(path) or {}
@@ -63,6 +66,7 @@ def _lease(path: UPath) -> Iterator[None]:
     finally:
         if _holder(path) == mine:  # else somebody has deleted it, and it is another's now
             path.unlink(missing_ok=True)
+        _held.discard(mine["token"])
 
 
 def _remove_left_behind(path: UPath) -> None:
@@ -105,6 +109,8 @@ def _is_gone(holder: dict | None) -> bool:
     """Whether the holder was a process of this machine that has ended."""
     if not holder or holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
         return False
+    if holder["pid"] == os.getpid():  # a container that is started again often has the process number of the one before
+        return holder.get("token") not in _held
     try:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:

@@ -14,7 +14,7 @@ from typing import Any
 from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.parallel import processes
-from plasticity_jax.runs.directory import STUDY, RunDirectory
+from plasticity_jax.runs.directory import ERROR_LOG, STUDY, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, relative
@@ -235,7 +235,7 @@ def execute(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, exter
         except (UserError, processes.Disconnected):
             raise
         except Exception as error:
-            log.error("%s failed: %s (%s)", ready[0].id, reason(error), path_of(ready[0].id) / "error.log")
+            log.error("%s failed: %s (%s)", ready[0].id, reason(error), path_of(ready[0].id) / ERROR_LOG)
             outcome.failed += [run.id for run in ready]
     return outcome
 

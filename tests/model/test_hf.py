@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import uuid
 from pathlib import Path
 
 import jax
@@ -22,6 +23,7 @@ from plasticity_jax.model.hf_import import import_folder
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.run import Run
+from plasticity_jax.runs.storage import location
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.py"
 
@@ -131,6 +133,19 @@ def test_the_type_asked_for_is_written(tmp_path, name, dtype):
     export_model(tmp_path / "run", tmp_path / "out", name)
     narrowed = {name: tensor.astype(dtype) for name, tensor in llama_tensors().items()}
     assert_same_tensors(load_file(tmp_path / "out" / "model.safetensors"), narrowed)
+
+
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
+    import_folder(write_folder(tmp_path / "hf"), tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "out", None)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode
+
+
+def test_an_import_to_a_store_without_checkpoints_is_refused_before_anything_is_written(tmp_path, capsys):
+    store = location(f"memory://{uuid.uuid4().hex}/run")
+    assert main(["import", "--hf", str(write_folder(tmp_path / "hf")), "--out", str(store)]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"plasticity: {store}: checkpoints are written to a local or shared disk")
+    assert not store.fs.find(store.path)
 
 
 def test_shards_are_written_and_read(tmp_path, monkeypatch):

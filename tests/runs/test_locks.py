@@ -136,6 +136,14 @@ def test_looking_at_a_lock_does_not_refuse_a_run(tmp_path):
         assert looking.closed
 
 
+def test_a_container_that_started_again_takes_the_lock_of_the_process_before(on_store):
+    """It has the host name of the one before, and often its process number."""
+    left_by(on_store, host=socket.gethostname(), pid=os.getpid(), token="of the process before")
+    assert not is_locked(on_store)
+    with lock(on_store):
+        assert is_locked(on_store)
+
+
 def test_an_unreadable_lock_on_a_store_is_refused_in_one_line(on_store):
     write_bytes(on_store, b"{half")
     start = time.monotonic()
