@@ -1,4 +1,4 @@
-"""OLMo-2 1B at 140 tokens per parameter: the over-trained sweep, where the pretraining loss and what can be learnt part ways.
+"""OLMo-2 1B at 140 tokens per parameter: the over-trained sweep, where the pretraining loss and what can be learned part ways.
 
 Command:     plasticity study --config configs/olmo2_1b_140tpp.py --workdir /mnt/work --config.data.files=gs://BUCKET/olmo-mix-1124
 Devices:     TPU v5p 4x4x4, or 8 H100.

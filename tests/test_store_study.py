@@ -74,4 +74,4 @@ def test_a_place_that_is_no_store_is_refused(store, capsys):
     assert main(["status", "--workdir", str(store / "none")]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("plasticity: --workdir=memory://")
     assert main(["status", "--workdir", "nfs9://host/x"]) == 2
-    assert "no known kind of store" in capsys.readouterr().err
+    assert "not a known kind of store" in capsys.readouterr().err

@@ -101,11 +101,11 @@ def check_swept(config: StudyConfig, where: str, name: str) -> None:
     """Refuses a dotted field in which members cannot differ, whether `where`, grid.fields or grid.changes, sets it. Raises UserError."""
     if name.partition(".")[0] not in SWEPT_SECTIONS:
         raise UserError(
-            f"{where} sets {name}, but members differ in their training alone and are examined alike; "
+            f"{where} sets {name}, but members may differ only in their training and are all examined alike; "
             f"set a field of {', '.join(SWEPT_SECTIONS)}, or λ in grid.weight_decay."
         )
     if name == "finetune.seeds":
-        raise UserError(f"{where} sets finetune.seeds, but every member is fine-tuned with all of them; list the seeds in finetune.seeds alone.")
+        raise UserError(f"{where} sets finetune.seeds, but every member is fine-tuned with all of them; list the seeds in finetune.seeds only.")
     if name in execution_fields(config):
         raise UserError(f"{where} sets {name}, which changes speed, cadence or place and not the result; set {name} once, for all members.")
 

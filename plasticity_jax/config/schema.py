@@ -205,12 +205,12 @@ class GridConfig:
 
     weight_decay: Annotated[tuple[NonNegativeFloat, ...], MinLen(1)] | None = result(None, "decay coefficients λ; None where timescales are given")
     timescales: Annotated[tuple[PositiveFloat | None, ...], MinLen(1)] | None = result(
-        (None, 4.0, 0.8, 0.2), "AdamW timescales as fractions of the run; an entry None is no decay"
+        (None, 4.0, 0.8, 0.2), "AdamW timescales as fractions of the run; an entry None means no decay"
     )
     fields: tuple[tuple[str, tuple[Any, ...]], ...] = result((), 'swept besides, such as (("train.peak_lr", (2e-4, 4e-4)),)')
     changes: tuple[tuple[str, dict], ...] = result((), "(regex over members' names, {result field: value}) pairs; every match applies, in order")
     seeds: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] = result((0,), "seeds of the initial parameters and of the order of the batches")
-    mode: Literal["sequential", "vmapped"] = execution("sequential", "one by one | members that differ in traced numbers only as one program")
+    mode: Literal["sequential", "vmapped"] = execution("sequential", "one by one | members that differ in traced hyperparameters only as one program")
 
     def check(self, config: "StudyConfig") -> None:
         if (self.weight_decay is None) == (self.timescales is None):
@@ -285,7 +285,7 @@ class FinetuneConfig:
         "cut", "long rows: cut the prompt's beginning | cut-both ends (LLaMA-Factory's rule) | drop"
     )
     group_by_length: bool = result(True, "batches of rows of one bucket; otherwise of rows in random order, as in the paper")
-    packing: bool = result(False, "several rows in a sequence of the last bucket's length, each attending to itself alone, in random order")
+    packing: bool = result(False, "several rows in a sequence of the last bucket's length, each attending only to itself, in random order")
     seeds: Annotated[tuple[int, ...], MinLen(1)] = result((0,), "seeds of the order of the rows; every member is fine-tuned with each")
     log_every: PositiveInt = execution(20, "steps between log lines")
     checkpoint_every: PositiveInt = execution(500, "steps between checkpoints")

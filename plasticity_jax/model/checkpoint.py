@@ -44,8 +44,8 @@ class Checkpoints:
       directory: created if missing, unless `read_only`.
       keep: how many of the latest steps to keep.
       asynchronous: `save` returns once the arrays are copied off the device and writes in the background.
-      read_only: for reading alone; creates and deletes nothing.
-      save_bytes: for saving alone: one array after the other, in pieces, so that at most about this much memory is needed beside the arrays; more
+      read_only: only for reading; creates and deletes nothing.
+      save_bytes: only for saving: one array after the other, in pieces, so that at most about this much memory is needed beside the arrays; more
         than the largest array has. None saves all at once.
       alone: of several processes, only this one uses the checkpoints; its arrays lie on its own devices. Otherwise all do the same at the same time.
     Raises:
@@ -75,7 +75,7 @@ class Checkpoints:
             create=not read_only and not self._only_here,
             read_only=read_only,
             enable_async_checkpointing=asynchronous and not read_only,
-            # Made in the background, a folder is awaited by the number of saves so far, which differs where one process has saved alone.
+            # Made in the background, a folder is awaited by the number of saves so far, which differs where one process has saved by itself.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=not together),
             **together,
         )

@@ -1,4 +1,4 @@
-"""How many parameters a decoder has, from its config alone. Imports no jax."""
+"""How many parameters a decoder has, from its config. Does not import jax."""
 
 from plasticity_jax.config import ModelConfig
 

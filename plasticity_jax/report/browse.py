@@ -81,7 +81,7 @@ def browse(workdir: AnyPath, wanted: Filter) -> Iterator[dict[str, Any]]:
 
 
 def completions(folder: AnyPath, *, greedy: bool) -> Iterator[dict[str, Any]]:
-    """The completions of an evaluate run with prompt and gold answer, in order; the greedy ones alone, or all."""
+    """The completions of an evaluate run with prompt and gold answer, in order; only the greedy ones, or all."""
     problems = {row["id"]: row for row in _lines(folder / PROBLEMS)}
     for row in _lines(folder / COMPLETIONS):
         if not greedy or row["sample"] == 0:

@@ -28,7 +28,7 @@ def score_difference(results: StudyResults, low: Any, high: Any, tasks: Sequence
 
 
 def metric_interval(score: Score, name: str, settings: ReportConfig) -> Interval | None:
-    """A metric of one member on one task with the interval over problems; fine-tuning seeds share the draws and are averaged. None for a metric that is no mean."""
+    """A metric of one member on one task with the interval over problems; fine-tuning seeds share the draws and are averaged. None for a metric that is not a mean."""
     draws = _metric_draws(score, name, settings)
     if draws is None:
         return None

@@ -51,7 +51,7 @@ class Part:
       prefix: of the ids and file names that belong to it, such as "peak_lr0.0004-"; empty where the study is one slice.
       verdicts: the claims against it.
       drawn: figure name → inline SVG, for the figures that are available.
-      repeats: whether an earlier part has the same base models, as where the fine-tuning is swept: what is theirs alone is not shown again.
+      repeats: whether an earlier part has the same base models, as where the fine-tuning is swept: what only concerns these is not shown again.
     """
 
     results: StudyResults
@@ -118,7 +118,7 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "no members"
     tasks = [key.removesuffix(" before") for key in rows[0] if key.endswith(" before")]
-    swept = [key for key in rows[0] if "." in key]  # the swept fields alone have dotted names
+    swept = [key for key in rows[0] if "." in key]  # only swept fields have dotted names
     extra = columns()
     header = ["member", "λ", *(name.rpartition(".")[2] for name in swept), "timescale", "held-out", *(f"{task} before→after" for task in tasks)]
     lines = [[*header, *(column.heading for column in extra.values()), "state"]]

@@ -286,7 +286,7 @@ def collect(study_dir: AnyPath) -> StudyResults:
         runs = [Run.from_dict(row) for row in tree["runs"]]
         config, resolved = restore_config(tree["config"]), dict(tree["resolved"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{file} is no study of this version ({error!r} is missing); run plasticity study again.") from error
+        raise UserError(f"{file} is not a study of this version ({error!r} is missing); run plasticity study again.") from error
     states, axis = tuple(_state(study_dir, run) for run in runs), study_axis(config)
     prepared = {s.run.id: RunDirectory(s.path).results() for s in states if s.run.stage == "prepare" and s.state == "done"}
     members = tuple(

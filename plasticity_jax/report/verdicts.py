@@ -100,7 +100,7 @@ def downstream_prefers_more(results: StudyResults) -> Verdict:
 
 def _downstream(results: StudyResults) -> tuple[str, str]:
     if not results.learned:
-        return CANNOT_TELL, _nothing_learnt(results)
+        return CANNOT_TELL, _nothing_learned(results)
     scores = {d: s for d in results.losses if (s := results.task_mean(d, lambda m, t: m.after_task(t))) is not None}
     if len(scores) < 2:
         return CANNOT_TELL, "Fewer than two λ have a score on every learned task."
@@ -136,7 +136,7 @@ def gain_rises(results: StudyResults) -> Verdict:
 
 def _gain(results: StudyResults) -> tuple[str, str]:
     if not results.learned:
-        return CANNOT_TELL, _nothing_learnt(results)
+        return CANNOT_TELL, _nothing_learned(results)
     useful = [d for d in useful_range(results) if results.task_mean(d, lambda m, t: m.gain(t)) is not None]
     if len(useful) < 2:
         return CANNOT_TELL, "Fewer than two λ of the useful range have a gain on every learned task."
@@ -159,7 +159,7 @@ def optima_move(results: StudyResults) -> Verdict:
     )
 
 
-def _nothing_learnt(results: StudyResults) -> str:
+def _nothing_learned(results: StudyResults) -> str:
     return "No task was learned by any member." if any(m.after for m in results.members) else "No fine-tuned model has been scored yet."
 
 

@@ -95,7 +95,7 @@ def open_run(path: str | AnyPath) -> RunDirectory:
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give the directory of a finished run (plasticity status lists them).")
     if not (path / CONFIG).is_file():
-        raise UserError(f"{path} holds no config.json, so it is no run directory; give one that plasticity status lists as done.")
+        raise UserError(f"{path} holds no config.json, so it is not a run directory; give one that plasticity status lists as done.")
     if not directory.done:
         raise UserError(f"{path} is not finished (no DONE in it); run its stage to the end first.")
     return directory

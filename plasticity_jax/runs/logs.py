@@ -60,7 +60,7 @@ class AppendLog:
 
 
 def read_log(path: AnyPath) -> list[dict]:
-    """The rows of a log, in order; none where there is no log. A half-written last line (after a kill) is left out."""
+    """The rows of a log, in order; none if there is no log. A half-written last line (after a kill) is left out."""
     if is_local(path):
         contents = [path.read_bytes()] if path.is_file() else []
     else:

@@ -1,7 +1,7 @@
 """Where files lie: a local disk, or an object store named by a URL such as gs://bucket/folder. The one path type, and what differs between the two.
 
 A path is `pathlib.Path` on a disk and `upath.UPath` on a store; both read, list and join alike. Only what a store cannot do as a disk does is here:
-files that appear whole, trees of files, and copies for libraries that read local files alone. A store knows no folders: `make_folder` does nothing there.
+files that appear whole, trees of files, and copies for libraries that read only local files. A store knows no folders: `make_folder` does nothing there.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def location(place: str | os.PathLike | UPath) -> AnyPath:
         ) from error
     except ValueError as error:
         raise UserError(
-            f"{place} begins with {scheme}://, which is no known kind of store; give gs://bucket/folder, another store or a local path."
+            f"{place} begins with {scheme}://, which is not a known kind of store; give gs://bucket/folder, another store or a local path."
         ) from error
     if not rest.strip("/"):
         raise UserError(f"{place} names no bucket; give {scheme}://bucket/folder.")

@@ -9,7 +9,7 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.stage import Context, Plan, Planned, Stage
 
-SEED = 0  # of the choice of rows; fixed, so that a task's rows depend on its settings alone
+SEED = 0  # of the choice of rows; fixed, so that a task's rows depend only on its settings
 
 
 def corpus_run(config: StudyConfig) -> Run:

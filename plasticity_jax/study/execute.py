@@ -191,7 +191,7 @@ class Outcome:
 def execute(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, external: dict[str, AnyPath] | None = None) -> Outcome:
     """Carries out the runs that are not done, parents first.
 
-    A run that fails is recorded and the rest goes on. A diverged parent makes its children diverged: that is a result.
+    A run that fails is recorded, and the rest continues. A diverged parent makes its children diverged: that is a result.
 
     Args:
       runs: in topological order, as build_graph gives them.

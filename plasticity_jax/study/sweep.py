@@ -22,7 +22,7 @@ class Axis:
 
     Attributes:
       field: "weight_decay", or a dotted config field.
-      scale: "log" (0 stands apart), "linear", or "categories", whose order is the config's.
+      scale: "log" (with 0 set apart), "linear", or "categories", whose order is the config's.
     """
 
     field: str

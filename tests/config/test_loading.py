@@ -211,7 +211,7 @@ def test_a_section_from_outside_is_a_section_like_any_other(stub, tmp_path):
         (("stub.dept", "2"), "did you mean stub.depth?"),
         (("stub.kind", "dep"), "stub.kind='dep' must be 'wide' or 'deep'; did you mean deep?"),
         (("stub.depth", "5"), "stub.depth=5 is above model.n_layers=4"),
-        (("grid.fields", "(('stub.depth',(1,2)),)"), "training alone"),
+        (("grid.fields", "(('stub.depth',(1,2)),)"), "only in their training"),
         (("grid.fields", "(('model.n_layers',(4,2)),)"), "for the members with model.n_layers=2: stub.depth=3 is above"),
     ]:
         assert said in refusal(TINY, [*stub, override])

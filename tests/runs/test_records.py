@@ -132,7 +132,7 @@ def test_a_killed_process_leaves_no_running_run(tmp_path):
     assert state == "missing" and "resumes" in reason
 
 
-@pytest.mark.parametrize(("make", "words"), [(lambda p: None, "no such directory"), (lambda p: p.mkdir(), "no run directory")])
+@pytest.mark.parametrize(("make", "words"), [(lambda p: None, "no such directory"), (lambda p: p.mkdir(), "not a run directory")])
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, make, words):
     make(tmp_path / "x")
     with pytest.raises(UserError, match=words) as error:

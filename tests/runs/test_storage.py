@@ -58,7 +58,7 @@ def test_a_url_is_a_path_on_its_store():
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("nfs9://host/x", "nfs9://, which is no known kind"),
+        ("nfs9://host/x", "nfs9://, which is not a known kind"),
         ("memory://", "names no bucket"),
         ("az://box/x", "pip install adlfs"),
     ],
