@@ -204,13 +204,13 @@ def render_page(results: StudyResults, parts: Sequence[Part], csv_files: list[st
 
 
 def _shown_tables(results: StudyResults) -> dict[str, dict[str, Any]]:
-    """Name → the tables of stages that are shown on the page, as {"table", "columns", "rows", "count"}; rows beyond ROWS_SHOWN are in the CSV file only."""
+    """Name → the tables of stages that are shown on the page, as {"title", "table", "columns", "rows", "count"}; rows beyond ROWS_SHOWN are in the CSV file only."""
     shown = {}
     for name, table in tables().items():
-        rows = table.rows(results) if table.title else []
+        rows = table.rows(results) if table.on_page else []
         names = list(dict.fromkeys(key for row in rows for key in row))
-        if table.title:
-            shown[name] = {"table": table, "columns": names, "rows": rows[:ROWS_SHOWN], "count": len(rows)}
+        if table.on_page:
+            shown[name] = {"title": table.title or name, "table": table, "columns": names, "rows": rows[:ROWS_SHOWN], "count": len(rows)}
     return shown
 
 

@@ -293,11 +293,11 @@ STAGE = Stage(
     plan=_plan,
     devices="all",
     tables={
-        "scores": Table(_score_rows),
-        "metrics": Table(_metric_rows),
-        "macro": Table(macro_rows),
-        "gains": Table(gain_rows),
-        "correlation": Table(correlation_rows),
+        "scores": Table(_score_rows, on_page=False),
+        "metrics": Table(_metric_rows, on_page=False),
+        "macro": Table(macro_rows, on_page=False),
+        "gains": Table(gain_rows, on_page=False),
+        "correlation": Table(correlation_rows, on_page=False),
     },
     figures={
         "scores": Figure(

@@ -208,7 +208,7 @@ STAGE = Stage(
     record=Gap,
     config=GapConfig,
     parents={"model": "pretrain", "corpus": "prepare"},
-    tables={"gap": Table(_rows)},
+    tables={"gap": Table(_rows, on_page=False)},
     figures={
         "gap": Figure(
             "Seen / held-out gap",

@@ -208,7 +208,11 @@ STAGE = Stage(
     check=_check,
     devices="all",
     batched=(_program, run_batch),
-    tables={"members": Table(_member_rows), "curves": Table(_curve_rows), "held_out": Table(_held_out_rows)},
+    tables={
+        "members": Table(_member_rows, on_page=False),
+        "curves": Table(_curve_rows, on_page=False),
+        "held_out": Table(_held_out_rows, on_page=False),
+    },
     figures={
         "loss_curves": Figure(
             "Loss curves",

@@ -188,7 +188,7 @@ STAGE = Stage(
     inputs=lambda config, model: {role: run.id for role, run in _runs(config).items()},
     data=lambda config: list(_runs(config).values()),
     applies=lambda config: bool(config.probe.sets),
-    tables={"probes": Table(_rows)},
+    tables={"probes": Table(_rows, on_page=False)},
     figures={
         "probes": Figure(
             "Linear probes",

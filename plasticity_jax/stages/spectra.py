@@ -161,7 +161,7 @@ STAGE = Stage(
     record=Spectra,
     config=SpectraConfig,
     parents={"model": "pretrain"},
-    tables={"pseudo_rank": Table(_rows)},
+    tables={"pseudo_rank": Table(_rows, on_page=False)},
     figures={
         "pseudo_rank": Figure(
             "Attention pseudo-rank",

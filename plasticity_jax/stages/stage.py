@@ -79,13 +79,15 @@ class Table:
 
     Attributes:
       rows: one dict per row. Start a row about a member of the grid with `member_row(member)`, so that tables can be joined.
-      title: heading on the page; without one the table is a CSV file only.
+      title: heading on the page; by default the table's name.
       caption: one or two sentences below the heading: what a row is, units.
+      on_page: False for a table that is a CSV file only.
     """
 
     rows: "Callable[[StudyResults], Rows]"
     title: str = ""
     caption: str = ""
+    on_page: bool = True
 
 
 @dataclass(frozen=True)

@@ -103,5 +103,5 @@ STAGE = Stage(
     check=_check,
     devices="all",
     job="zero_shot",
-    tables={"forgetting": Table(forgetting_rows)},
+    tables={"forgetting": Table(forgetting_rows, on_page=False)},
 )
