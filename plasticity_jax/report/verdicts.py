@@ -12,7 +12,7 @@ import numpy as np
 
 from plasticity_jax.report.comparisons import score_difference
 from plasticity_jax.report.results import StudyResults
-from plasticity_jax.stages import stages
+from plasticity_jax.stages import guarded, stages
 from plasticity_jax.study.sweep import DECAY
 
 CONSISTENT, INCONSISTENT, CANNOT_TELL = "consistent with", "inconsistent with", "cannot tell"
@@ -45,12 +45,12 @@ def verdicts(results: StudyResults) -> list[Verdict]:
     """Every claim's verdict, in the order of the page; none for a study that does not compare weight decays."""
     if results.axis.field != DECAY:
         return []
-    return [rule(results) for rule in rules()]
+    return [verdict for rule in rules() if (verdict := rule(results)) is not None]
 
 
-def rules() -> list[Callable[[StudyResults], Verdict]]:
+def rules() -> list[Callable[[StudyResults], Verdict | None]]:
     """The rules of the claims: those across stages, and those that a stage declares."""
-    of_stages = [rule for stage in stages().values() for rule in stage.claims]
+    of_stages = [guarded(stage, "a claim", rule, None) for stage in stages().values() for rule in stage.claims]
     return [loss_is_u_shaped, downstream_prefers_more, *of_stages, gain_rises, optima_move]
 
 
