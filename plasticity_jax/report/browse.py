@@ -12,8 +12,6 @@ from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.study.graph import read_study, study_files
 
-VERDICTS = ("right", "wrong", "no answer", "timed out")
-
 
 @dataclass(frozen=True)
 class Filter:
@@ -23,7 +21,7 @@ class Filter:
       member, task, problem: a member's name, a task, the id of a problem.
       weight_decay: λ of the member, to four digits.
       when: "before" or "after" fine-tuning.
-      verdict: one of VERDICTS.
+      verdict: "right", "wrong", "no answer" or "timed out".
       samples: the sampled completions besides the greedy one.
     """
 
