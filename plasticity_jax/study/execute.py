@@ -274,7 +274,7 @@ def _carry_out(
             if diverged:
                 results = [{"diverged": f"its {diverged[0]} diverged"} for _ in contexts]
             else:
-                results = [_as_dict(found) for found in _results(stage, contexts)]
+                results = [_as_dict(stage, found) for found in _results(stage, contexts)]
             if processes.primary():
                 for context, result in zip(contexts, results, strict=True):
                     context.directory.provenance |= _devices(stage, context.config)
@@ -294,11 +294,13 @@ def _results(stage: Stage, contexts: Sequence[Context]) -> Sequence[Any]:
     return stage.batched[1](contexts) if stage.batched and len(contexts) > 1 else [stage.run(context) for context in contexts]
 
 
-def _as_dict(record: Any) -> Any:
+def _as_dict(stage: Stage, record: Any) -> dict[str, Any]:
     """What results.json holds: the fields of a record. A process that does not write may return None."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         return dataclasses.asdict(record)
-    return {} if record is None else record
+    if record is not None and not isinstance(record, dict):
+        raise TypeError(f"stage {stage.name} returned {record!r}; return a dataclass or a dict")
+    return record or {}
 
 
 def _devices(stage: Stage, config: StudyConfig) -> dict[str, Any]:

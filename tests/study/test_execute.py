@@ -174,3 +174,12 @@ def test_a_workdir_that_cannot_hold_the_study_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="1 MB free"):
         check_workdir(tmp_path / "fine", CONFIG)
+
+
+def test_a_stage_that_returns_no_record_fails_with_its_name(tmp_path, stages, monkeypatch):
+    odd = {name: replace(stage, run=lambda context: 1.5) if name == "spectra" else stage for name, stage in execution.stages().items()}
+    monkeypatch.setattr(execution, "stages", lambda: odd)
+    outcome = execute(CONFIG, tmp_path, RUNS)
+    assert {run.split("/")[0] for run in outcome.failed} == {"spectra"}
+    reason = RunDirectory(tmp_path / CONFIG.name / outcome.failed[0]).state()[1]
+    assert reason == "TypeError: stage spectra returned 1.5; return a dataclass or a dict"
