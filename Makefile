@@ -28,7 +28,7 @@ check: $(VENV)/.installed-test wheels wheels-sentencepiece-32k
 	$(VENV)/bin/python -m pytest -m '$(TESTS) and not processes and not browser and not dolma2 and not slurm and not slow'
 
 types: $(VENV)/.installed-test
-	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/pyright --project . --pythonpath $(VENV)/bin/python
 
 test: $(VENV)/.installed-test wheels wheels-sentencepiece-32k
 	$(VENV)/bin/python -m pytest
