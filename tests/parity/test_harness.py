@@ -28,6 +28,7 @@ from plasticity_jax.model import Checkpoints, init_params, load_model
 from plasticity_jax.model.hf_export import export_model
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
+from plasticity_jax.stages import zero_shot as stage
 from plasticity_jax.stages.stage import Context
 
 pytestmark = pytest.mark.parity
@@ -177,15 +178,15 @@ def test_a_local_task_of_each_kind_gives_the_same_numbers(models, tmp_path):
 def test_the_zero_shot_stage_equals_the_hugging_face_backend_on_all_six_sets(models, tmp_path):
     run, _, theirs = models
     context = Context(STUDY, Run("study", "zero_shot", "wd0", {}, member="wd0"), RunDirectory(tmp_path / "zero"), {"model": run})
-    found = zero_shot.run(context)
-    assert list(found["sets"]) == list(SIZES) and found["versions"]["lm_eval"] and found["diverged"] is None
-    for name, scores in found["sets"].items():
+    found = stage.run(context)
+    assert list(found.sets) == list(SIZES) and found.versions["lm_eval"]
+    for name, scores in found.sets.items():
         wanted = zero_shot.score_set(name, theirs, WHEELS, LIMIT)
         assert len(scores["correct"]) == scores["n"] == LIMIT and scores["acc"] == np.mean(scores["correct"])
         assert scores | {"cut": 0} == wanted | {"cut": 0}, name  # equal to the last problem
         assert (scores["acc_norm"] is None) == (name == "winogrande")
         assert scores["stderr"] == pytest.approx(np.std(scores["correct"], ddof=1) / LIMIT**0.5)
-    assert 0 < sum(scores["acc"] for scores in found["sets"].values()) < 6
+    assert 0 < sum(scores["acc"] for scores in found.sets.values()) < 6
 
 
 def test_the_rows_have_the_published_sizes_and_the_harness_reads_them():
