@@ -1,28 +1,24 @@
 """The gap between the losses on held-out text and on text seen in training, with a unigram model as the control."""
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from plasticity_jax.analysis.statistics import Blocks, Estimate, cluster_bootstrap_gap
-from plasticity_jax.config import ModelConfig, StudyConfig
-from plasticity_jax.data.loader import TokenRecords, as_batch, order
+from plasticity_jax.config import StudyConfig
+from plasticity_jax.data.loader import TokenRecords, order
 from plasticity_jax.data.prepare import TOKENS
 from plasticity_jax.errors import UserError
+from plasticity_jax.model.forward import Forward, record_nats
+from plasticity_jax.model.load import LoadedModel
+from plasticity_jax.parallel import processes
 from plasticity_jax.progress import Progress
 from plasticity_jax.runs.storage import AnyPath
 
-if TYPE_CHECKING:
-    from plasticity_jax.model.load import LoadedModel
-
 BOOTSTRAP_SAMPLES = 2000
-BLOCKS_PER_BATCH = 32
+BLOCKS_PER_BATCH = 32  # rounded up for the mesh
 RECORDS_PER_READ = 4096
 EARLY, LATE = 0.25, 0.75  # first and last quarter of the reading
 
@@ -126,52 +122,6 @@ def unigram_log_probabilities(records: TokenRecords, left_out: Int[np.ndarray, "
     return np.log(counts / counts.sum())
 
 
-def block_losses(
-    config: ModelConfig,
-    params: dict,
-    records: TokenRecords,
-    indices: Int[np.ndarray, " n"],
-    *,
-    isolate: int | None,
-    scan_layers: bool,
-    loss_chunks: int,
-) -> Float[np.ndarray, " n"]:
-    """Mean cross-entropy of the model on each record, in nats per token, float64 [n].
-
-    Args:
-      isolate: the end-of-text token if the model was trained with isolated documents; else None.
-      scan_layers, loss_chunks: as in training; they change memory, compile time and rounding only.
-    """
-    from plasticity_jax.model.loss import chunks_that_fit
-
-    loss_chunks = chunks_that_fit(loss_chunks, rows=BLOCKS_PER_BATCH, seq_len=records.seq_len, vocab_size=config.vocab_size)
-    mean_losses = _compiled_mean_losses(config, scan_layers, loss_chunks)
-    losses_n = np.empty(len(indices))
-    with Progress(f"loss on {records.split} blocks", total=len(indices) * records.seq_len, unit="tokens") as progress:
-        for start in range(0, len(indices), BLOCKS_PER_BATCH):
-            chosen = indices[start : start + BLOCKS_PER_BATCH]
-            full = np.pad(chosen, (0, BLOCKS_PER_BATCH - len(chosen)), mode="edge")  # one compiled program, also for a short batch
-            batch = as_batch(records.tokens(full), isolate=isolate)
-            means = mean_losses(params, batch["tokens"], batch["targets"], None if isolate is None else batch["segment_ids"])
-            losses_n[start : start + len(chosen)] = np.asarray(means)[: len(chosen)]
-            progress.update(len(chosen) * records.seq_len)
-    return losses_n
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled_mean_losses(config: ModelConfig, scan_layers: bool, loss_chunks: int) -> Callable[..., Float[Array, " B"]]:
-    from plasticity_jax.model.loss import vocabulary_losses
-    from plasticity_jax.model.transformer import hidden_states, output_kernel
-
-    @jax.jit
-    def mean_losses(params, tokens_BxT, targets_BxT, segments_BxT):
-        x_BxTxD, _ = hidden_states(config, params, tokens_BxT, segment_ids=segments_BxT, scan_layers=scan_layers)
-        losses_BxT, _ = vocabulary_losses(x_BxTxD, output_kernel(config, params), targets_BxT, compute_dtype=jnp.float32, chunks=loss_chunks)
-        return losses_BxT.mean(axis=-1)
-
-    return mean_losses
-
-
 def summarise(
     losses: dict[str, np.ndarray], control: dict[str, np.ndarray], keys: dict[str, tuple[list, list]], read_at: np.ndarray, *, seed: int
 ) -> dict:
@@ -221,7 +171,7 @@ def _mean_or_none(values: np.ndarray) -> float | None:
 
 
 def measure_gap(
-    model: "LoadedModel", pretraining: StudyConfig, corpus: AnyPath, *, reading_seed: int, tokens_per_side: int, seed: int
+    model: LoadedModel, pretraining: StudyConfig, corpus: AnyPath, *, forward: Forward, reading_seed: int, tokens_per_side: int, seed: int
 ) -> dict[str, Any]:
     """Compares a model's loss on text that its pretraining read with its loss on held-out text.
 
@@ -229,11 +179,12 @@ def measure_gap(
       model: what the pretraining made, with its tokenizer.
       pretraining: the config of that run.
       corpus: directory of the prepare run that it read.
+      forward: how to run the model.
       reading_seed: seed of the order of its batches.
       tokens_per_side: tokens wanted on each side; fewer where a domain has too few.
       seed: of the choice of blocks and of the bootstrap.
     Returns:
-      seen, held_out: mean losses in nats per token; gap = held_out − seen, with its 95% interval (bootstrap over documents within domains);
+      On the first process (empty on the others): seen, held_out: mean losses in nats per token; gap = held_out − seen, with its 95% interval (bootstrap over documents within domains);
       domains: the same per domain, with the number of blocks on each side; seen_early and seen_late: mean over the blocks last read in the first and
       the last quarter of training (None where there are none); control: the same of the unigram model, which passes if its interval holds 0;
       adjusted: gap of the model's loss less the unigram model's, block by block, which is free of how hard the words of a block are;
@@ -249,13 +200,24 @@ def measure_gap(
     last_reading = last_readings(len(train), seed=reading_seed, batch_size=training.batch_size, steps=training.steps)
     choice = choose_blocks(train, records["held_out"], last_reading, total=tokens_per_side // train.seq_len, seed=seed)
     indices = {"seen": choice.seen, "held_out": choice.held_out}
-    log_probability_V = unigram_log_probabilities(train, choice.seen)
-
     losses, control, keys = {}, {}, {}
     for side, split in records.items():
-        losses[side] = block_losses(
-            model.config, model.params, split, indices[side], isolate=isolate, scan_layers=training.scan_layers, loss_chunks=training.loss_chunks
+        nats = record_nats(
+            forward,
+            model.config,
+            model.params,
+            split.tokens,
+            indices[side],
+            batch_size=BLOCKS_PER_BATCH,
+            isolate=isolate,
+            loss_chunks=training.loss_chunks,
+            what=f"loss on {split.split} blocks",
         )
+        losses[side] = nats / split.seq_len
+    if not processes.primary():
+        return {}
+    log_probability_V = unigram_log_probabilities(train, choice.seen)
+    for side, split in records.items():
         control[side] = -log_probability_V[split.tokens(indices[side])[:, 1:]].mean(axis=-1)
         keys[side] = ([train.domains[d] for d in split.domain_of[indices[side]]], split.document_of[indices[side]].tolist())
     blocks = {

@@ -14,9 +14,11 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.data.batching import padded_batches, power_of_two_buckets
+from plasticity_jax.parallel import processes
 
 if TYPE_CHECKING:
     from plasticity_jax.data.tokenizer import Tokenizer
+    from plasticity_jax.model.forward import Forward
     from plasticity_jax.model.load import LoadedModel
 
 VALIDATION_FRACTION = 0.2
@@ -214,7 +216,9 @@ def _largest(tree) -> Float[Array, ""]:
     return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def features(model: "LoadedModel", texts: Sequence[str], tokenizer: "Tokenizer", max_length: int) -> Float[np.ndarray, "layers n d"]:
+def features(
+    model: "LoadedModel", texts: Sequence[str], tokenizer: "Tokenizer", max_length: int, forward: "Forward | None" = None
+) -> Float[np.ndarray, "layers n d"]:
     """States at the last token of each text: after the embedding, then after each block.
 
     Args:
@@ -222,13 +226,15 @@ def features(model: "LoadedModel", texts: Sequence[str], tokenizer: "Tokenizer",
       texts: raw texts, without template or special tokens.
       tokenizer: the model's.
       max_length: in tokens; a longer text loses its end.
+      forward: how to run the model; None for one device, in float32.
     Returns:
       float32 [n_layers + 1, len(texts), d_model].
     Raises:
       ValueError: there are no texts, or a text has no token.
     """
-    from plasticity_jax.progress import Progress
+    from plasticity_jax.model.forward import Forward
 
+    forward = forward or Forward("float32")
     if len(texts) == 0:
         raise ValueError("texts is empty; give at least one text.")
     rows = [ids[:max_length] for ids in tokenizer.encode_batch(texts)]
@@ -236,36 +242,38 @@ def features(model: "LoadedModel", texts: Sequence[str], tokenizer: "Tokenizer",
     if empty:
         raise ValueError(f"texts[{empty[0]}]={texts[empty[0]]!r} has no token; leave such texts out.")
     states_LxNxD = np.empty((model.config.n_layers + 1, len(rows), model.config.d_model), np.float32)
-    with Progress("read states", total=len(rows), unit="texts") as progress:
-        buckets = power_of_two_buckets(rows, SHORTEST_BUCKET)
-        for indices, tokens_BxT, lengths_B in padded_batches(rows, buckets=buckets, tokens_per_batch=TOKENS_PER_BATCH, pad_id=tokenizer.pad_id):
-            states_LxBxD = _last_states(model.config, model.params, tokens_BxT, lengths_B)
-            states_LxNxD[:, indices] = np.asarray(states_LxBxD)[:, : len(indices)]
-            progress.update(len(indices))
+    padded = padded_batches(
+        rows,
+        buckets=power_of_two_buckets(rows, SHORTEST_BUCKET),
+        tokens_per_batch=TOKENS_PER_BATCH,
+        multiple_of=forward.row_shards,
+        pad_id=tokenizer.pad_id,
+    )
+    batches = ((batch.indices, {"tokens": batch.tokens, "lengths": batch.lengths}) for batch in padded)
+    for indices, found_BxLxD in forward.run(_last_states, (model.config,), model.params, batches, what="read states", total=len(rows), unit="texts"):
+        states_LxNxD[:, np.asarray(indices)] = found_BxLxD.swapaxes(0, 1)
     return states_LxNxD
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _last_states(config: ModelConfig, params: dict, tokens_BxT: Int[Array, "B T"], lengths_B: Int[Array, " B"]) -> Float[Array, "layers B D"]:
-    from plasticity_jax.model.transformer import apply
-
-    real_BxT = (jnp.arange(tokens_BxT.shape[1])[None] < lengths_B[:, None]).astype(jnp.int32)
-    _, activations = apply(config, params, tokens_BxT, segment_ids=real_BxT, capture=("embed", "block_out"))
-    states_LxBxTxD = jnp.concatenate([activations["embed"][None], activations["block_out"]]).astype(jnp.float32)
-    last_B = jnp.maximum(lengths_B - 1, 0)
-    return jnp.take_along_axis(states_LxBxTxD, last_B[None, :, None, None], axis=2)[:, :, 0]
+def _last_states(forward: "Forward", config: ModelConfig, params: dict, batch: Any) -> Float[Array, "B layers D"]:
+    _, activations = forward.hidden_states(config, params, batch["tokens"], capture=("embed", "block_out"))
+    last_Bx1x1 = jnp.maximum(batch["lengths"] - 1, 0)[:, None, None]
+    embed_BxD = jnp.take_along_axis(activations["embed"], last_Bx1x1, axis=1)[:, 0]
+    blocks_LxBxD = jnp.take_along_axis(activations["block_out"], last_Bx1x1[None], axis=2)[:, :, 0]
+    return jnp.concatenate([embed_BxD[None], blocks_LxBxD]).swapaxes(0, 1).astype(jnp.float32)
 
 
-def probe_layers(model: "LoadedModel", name: str, rows: dict, *, max_length: int, l2: Sequence[float], seed: int) -> dict:
+def probe_layers(model: "LoadedModel", name: str, rows: dict, *, forward: "Forward", max_length: int, l2: Sequence[float], seed: int) -> dict:
     """Probes every layer of a model on one probe set.
 
     Args:
       name: of the set, for the progress.
       rows: of the set, as `read_probe_set` gives them.
+      forward: how to run the model. With several processes, all call this; the probes are fitted on the first.
       max_length: tokens; a longer text loses its end.
       l2, seed: as in `fit_probe`.
     Returns:
-      layers ("embed", "block1", ...); per layer, accuracy, accuracy_norm_free (features divided by their norm), per_class, l2, and correct ([n_test],
+      On the first process (empty on the others): layers ("embed", "block1", ...); per layer, accuracy, accuracy_norm_free (features divided by their norm), per_class, l2, and correct ([n_test],
       1 where right); majority (accuracy of always giving the most common test label), n_train, n_test, classes, dropped_leaks.
     """
     from plasticity_jax.progress import Progress
@@ -273,7 +281,9 @@ def probe_layers(model: "LoadedModel", name: str, rows: dict, *, max_length: int
     texts = [text for split in ("train", "test") for text, _ in rows[split]]
     n_train = len(rows["train"])
     y_train, y_test = ([label for _, label in rows[split]] for split in ("train", "test"))
-    states_LxNxD = features(model, texts, model.text_tokenizer, max_length)
+    states_LxNxD = features(model, texts, model.text_tokenizer, max_length, forward)
+    if not processes.primary():
+        return {}
     layers = ["embed"] + [f"block{i + 1}" for i in range(len(states_LxNxD) - 1)]
     fit = functools.partial(fit_probe, l2=l2, seed=seed)
     probes, norm_free = [], []

@@ -1,16 +1,18 @@
 """Singular values of W_QK and W_VO for every attention head, and statistics of them."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from plasticity_jax.config import ModelConfig
+from plasticity_jax.parallel import arrays
 
 if TYPE_CHECKING:
     from plasticity_jax.model.load import LoadedModel
@@ -30,13 +32,13 @@ def attention_spectra(model: "LoadedModel | tuple[ModelConfig, dict]", fold_norm
       "W_QK" and "W_VO", float32 [n_layers, n_heads, head_dim] each, descending along the last axis.
     Source: Kobayashi et al. 2024 (arXiv 2410.23819).
     """
-    config, params = model if isinstance(model, tuple) else (model.config, model.params)
-    return {name: np.asarray(values) for name, values in _spectra(config, params["blocks"], fold_norms).items()}
+    config, params, mesh = (*model, None) if isinstance(model, tuple) else (model.config, model.params, model.mesh)
+    return arrays.to_host(_spectra(config, params["blocks"], fold_norms, mesh))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "fold_norms"))
+@functools.partial(jax.jit, static_argnames=("config", "fold_norms", "mesh"))
 @jax.default_matmul_precision("highest")
-def _spectra(config: ModelConfig, blocks: dict, fold_norms: bool) -> dict[str, Float[Array, "layer head rank"]]:
+def _spectra(config: ModelConfig, blocks: dict, fold_norms: bool, mesh: Mesh | None) -> dict[str, Float[Array, "layer head rank"]]:
     # W_O is transposed, because its head index is on the rows.
     factors = {name: jnp.asarray(blocks["attn"][name]["kernel"], jnp.float32) for name in ("q", "k", "v", "o")}
     factors["o"] = jnp.swapaxes(factors["o"], 1, 2)
@@ -47,17 +49,36 @@ def _spectra(config: ModelConfig, blocks: dict, fold_norms: bool) -> dict[str, F
         if config.qk_norm:
             for name in ("q", "k"):
                 factors[name] = factors[name] * blocks["attn"][f"{name}_norm"]["scale"][:, None]
-    q, o = (_triangles(factors[name], config.n_heads) for name in ("q", "o"))
-    k, v = (_triangles(factors[name], config.n_kv_heads) for name in ("k", "v"))
+    heads = {"q": config.n_heads, "k": config.n_kv_heads, "v": config.n_kv_heads, "o": config.n_heads}
+    r = {name: _each(mesh, lambda x: jnp.linalg.qr(x, mode="r"), _by_head(factors[name], n)) for name, n in heads.items()}
     queries_per_key = config.n_heads // config.n_kv_heads
-    k, v = (jnp.repeat(x, queries_per_key, axis=1) for x in (k, v))
-    return {name: jnp.linalg.svd(a @ jnp.swapaxes(b, -1, -2), compute_uv=False) for name, (a, b) in {"W_QK": (q, k), "W_VO": (v, o)}.items()}
+    products = {}
+    for name, (a, b) in {"W_QK": ("q", "k"), "W_VO": ("v", "o")}.items():
+        a, b = (r[part] if heads[part] == config.n_heads else _repeat_heads(r[part], config.n_kv_heads, queries_per_key) for part in (a, b))
+        singular_NxR = _each(mesh, lambda x: jnp.linalg.svd(x, compute_uv=False), a @ jnp.swapaxes(b, -1, -2))
+        products[name] = singular_NxR.reshape(config.n_layers, config.n_heads, -1)
+    return products
 
 
-def _triangles(kernel_LxDxHR: Float[Array, "layer d_model features"], n_heads: int) -> Float[Array, "layer head rank rank"]:
+def _by_head(kernel_LxDxHR: Float[Array, "layer d_model features"], n_heads: int) -> Float[Array, "layer*head d_model rank"]:
     n_layers, d_model, features = kernel_LxDxHR.shape
     factors_LxHxDxR = kernel_LxDxHR.reshape(n_layers, d_model, n_heads, features // n_heads).transpose(0, 2, 1, 3)
-    return jnp.linalg.qr(factors_LxHxDxR, mode="r")
+    return factors_LxHxDxR.reshape(n_layers * n_heads, d_model, -1)
+
+
+def _repeat_heads(x_NxRxR: Float[Array, "n rank rank"], n_heads: int, times: int) -> Float[Array, "m rank rank"]:
+    of_layers = x_NxRxR.reshape(-1, n_heads, *x_NxRxR.shape[1:])
+    return jnp.repeat(of_layers, times, axis=1).reshape(-1, *x_NxRxR.shape[1:])
+
+
+def _each(mesh: Mesh | None, function: Callable[[Array], Array], x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+    """A function of every matrix of a stack; each device computes its part of them."""
+    if mesh is None:
+        return function(x)
+    missing = -len(x) % mesh.size
+    filled = jnp.concatenate([x, jnp.ones((missing, *x.shape[1:]), x.dtype)]) if missing else x
+    over = PartitionSpec(tuple(mesh.axis_names))
+    return jax.shard_map(function, mesh=mesh, in_specs=over, out_specs=over)(filled)[: len(x)]
 
 
 def pseudo_rank(s: Float[ArrayLike, "*batch r"] | Sequence, mass: float = 0.95, power: int = 1) -> Float[np.ndarray, "*batch"]:

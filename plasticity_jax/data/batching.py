@@ -33,6 +33,7 @@ def padded_batches(
     buckets: Sequence[int],
     batch_size: int = 0,
     tokens_per_batch: int = 0,
+    multiple_of: int = 1,
     pad_id: int = 0,
     left: bool = False,
 ) -> Iterator[PaddedBatch]:
@@ -43,6 +44,7 @@ def padded_batches(
       buckets: lengths to pad to, in tokens, ascending.
       batch_size: rows per batch.
       tokens_per_batch: tokens per batch including padding, instead of `batch_size`. A batch has at least one row.
+      multiple_of: the rows per batch are rounded up to a multiple of this.
       pad_id: the padding token.
       left: pad on the left.
     Raises:
@@ -55,6 +57,7 @@ def padded_batches(
     for bucket, length in enumerate(buckets):
         in_bucket = np.flatnonzero(bucket_of_row == bucket).tolist()
         size = batch_size or max(1, tokens_per_batch // length)
+        size = -(-size // multiple_of) * multiple_of
         for start in range(0, len(in_bucket), size):
             indices = in_bucket[start : start + size]
             yield PaddedBatch(indices, *pad_rows([rows[i] for i in indices], length=length, batch_size=size, pad_id=pad_id, left=left))

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from plasticity_jax.config import EvaluateConfig
 from plasticity_jax.data.tasks import Example, Task, format_prompt
 from plasticity_jax.evaluate.answers import extract_answer
-from plasticity_jax.evaluate.generate import Sampling, completions, count_cut, cut_at_stop, stop_check
+from plasticity_jax.evaluate.generate import Sampling, completions, count_cut, cut_at_stop, decoding_params, stop_check
 from plasticity_jax.evaluate.grading import Grading
 from plasticity_jax.evaluate.metrics import failures, macro_average, metrics
 from plasticity_jax.evaluate.options import Choice, choose
+from plasticity_jax.model.forward import Forward
 from plasticity_jax.model.load import LoadedModel
-from plasticity_jax.parallel import arrays, processes
-from plasticity_jax.parallel.sharding import inference_shardings
+from plasticity_jax.parallel import processes
 from plasticity_jax.runs.directory import COMPLETIONS, OPTIONS, PROBLEMS
 from plasticity_jax.runs.jsonfiles import to_json, write_jsonl
 from plasticity_jax.runs.logs import AppendLog, read_log, remove_log
@@ -37,13 +36,11 @@ class Protocol:
       n_samples: sampled completions per problem, besides the greedy one.
       max_new_tokens: token limit of a completion.
       faithful: the original's quirks, see docs/decisions.md.
-      compute_dtype: of the forward pass.
     """
 
     n_samples: int
     max_new_tokens: int
     faithful: bool
-    compute_dtype: str
 
 
 def evaluate(
@@ -53,7 +50,7 @@ def evaluate(
     settings: EvaluateConfig,
     protocol: Protocol,
     *,
-    mesh: Mesh,
+    forward: Forward,
     folder: AnyPath,
     what: str,
 ) -> dict[str, Any]:
@@ -68,6 +65,7 @@ def evaluate(
     Args:
       model: with a tokenizer.
       problems: rows of the task.
+      forward: how to run the model.
       folder: the run's directory.
       what: is being done, for the progress.
     Returns:
@@ -76,12 +74,10 @@ def evaluate(
       number right, majority 0/1), subsets (test set → its metrics), macro (their mean), majority_class (accuracy of always giving the most common
       gold answer), cut_prompts (how many lost their beginning), unended (fraction of completions at the token limit), source_splits (of the rows).
     """
-    placed = mesh if mesh.size > 1 else None
-    params = model.params if placed is None else arrays.put(model.params, inference_shardings(mesh, model.params))
     if task.grader == "likelihood":
-        results = _compare_options(model, params, task, problems, settings.batch_size, protocol.compute_dtype, placed, folder, what)
+        results = _compare_options(model, task, problems, settings.batch_size, forward, folder, what)
     else:
-        results = _answer(model, params, task, problems, settings, protocol, placed, folder, what)
+        results = _answer(model, task, problems, settings, protocol, forward, folder, what)
     if not processes.primary():  # the first process grades and writes
         return {}
     log.info("%s: %s", what, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items()))
@@ -93,12 +89,11 @@ def evaluate(
 
 def _answer(
     model: LoadedModel,
-    params: Any,
     task: Task,
     problems: Sequence[Example],
     settings: EvaluateConfig,
     protocol: Protocol,
-    mesh: Mesh | None,
+    forward: Forward,
     folder: AnyPath,
     what: str,
 ) -> dict[str, Any]:
@@ -107,7 +102,7 @@ def _answer(
     if protocol.faithful and model.text_tokenizer.bos_id is not None:
         # The original's tokenizer put it before prompts here, though not before the rows of fine-tuning. Source: paper section 4.1.
         tokens = [[model.text_tokenizer.bos_id, *prompt] for prompt in tokens]
-    generated = _generate(model, params, tokens, settings, protocol, mesh, folder / GENERATED, what)
+    generated = _generate(model, tokens, settings, protocol, forward, folder / GENERATED, what)
     if not processes.primary():
         return {}
     texts = [[cut_at_stop(text, settings.stop) for text in generated[i]["texts"]] for i in range(len(problems))]
@@ -124,11 +119,10 @@ def _answer(
 
 def _generate(
     model: LoadedModel,
-    params: Any,
     tokens: Sequence[Sequence[int]],
     settings: EvaluateConfig,
     protocol: Protocol,
-    mesh: Mesh | None,
+    forward: Forward,
     path: AnyPath,
     what: str,
 ) -> dict[int, dict[str, Any]]:
@@ -139,7 +133,7 @@ def _generate(
     store = AppendLog(path, keep=lambda row: True) if processes.primary() else None
 
     batches = completions(
-        (model.config, params),
+        (model.config, decoding_params(model.params, forward.mesh)),
         tokens,
         sampling=Sampling(
             n_samples=protocol.n_samples,
@@ -155,9 +149,9 @@ def _generate(
         batch_size=settings.batch_size,
         eos_id=model.text_tokenizer.eos_id,
         pad_id=model.text_tokenizer.pad_id,
-        compute_dtype=protocol.compute_dtype,
+        compute_dtype=forward.compute_dtype,
         what=what,
-        mesh=mesh,
+        mesh=forward.mesh,
         skip=frozenset(done),
         is_end=stop_check(model.text_tokenizer, settings.stop),
     )
@@ -229,25 +223,9 @@ def summarized(problems: Sequence[Example], rows: Sequence[dict[str, Any]]) -> d
 
 
 def _compare_options(
-    model: LoadedModel,
-    params: Any,
-    task: Task,
-    problems: Sequence[Example],
-    batch_size: int,
-    compute_dtype: str,
-    mesh: Mesh | None,
-    folder: AnyPath,
-    what: str,
+    model: LoadedModel, task: Task, problems: Sequence[Example], batch_size: int, forward: Forward, folder: AnyPath, what: str
 ) -> dict[str, Any]:
-    choices = choose(
-        (model.config, params),
-        model.text_tokenizer,
-        problems,
-        batch_size=batch_size,
-        compute_dtype=compute_dtype,
-        what=what,
-        mesh=mesh,
-    )
+    choices = choose(model, model.text_tokenizer, problems, forward=forward, batch_size=batch_size, what=what)
     if not processes.primary():
         return {}
     right = [problem.options.index(problem.response) for problem in problems]

@@ -19,10 +19,10 @@ from plasticity_jax.evaluate.sampling import Sampling
 from plasticity_jax.evaluate.stop_strings import cut_at_stop, stop_check
 from plasticity_jax.parallel import arrays
 from plasticity_jax.parallel.batches import row_shards
-from plasticity_jax.parallel.sharding import ROWS
+from plasticity_jax.parallel.sharding import ROWS, inference_shardings
 from plasticity_jax.progress import Progress
 
-__all__ = ["Completion", "Sampling", "completions", "continue_text", "count_cut", "cut_at_stop", "generate", "stop_check"]
+__all__ = ["Completion", "Sampling", "completions", "continue_text", "count_cut", "cut_at_stop", "decoding_params", "generate", "stop_check"]
 
 log = logging.getLogger("plasticity_jax")
 
@@ -77,7 +77,7 @@ def completions(
       pad_id: fills empty places; never read.
       compute_dtype: dtype of the matmuls and the cache.
       what: label of the progress display.
-      mesh: where the parameters are sharded (`sharding.inference_shardings`); prompts are sharded over data and fsdp. With several processes, all
+      mesh: where the parameters are sharded (see `decoding_params`); prompts are sharded over data and fsdp. With several processes, all
         call this with the same arguments and get the same tokens. None for one device.
       skip: indices of prompts to leave out, such as those completed by an earlier call.
       is_end: whether the tokens so far end the completion by their text (`stop_check`). It must stay true when tokens are added.
@@ -138,6 +138,11 @@ def completions(
                 yield finished()
         while waiting:
             yield finished()
+
+
+def decoding_params(params: Any, mesh: Mesh | None) -> Any:
+    """Parameters as decoding reads them: whole on every device but for the tensor axis, because each token would gather them all again."""
+    return params if mesh is None else arrays.put(params, inference_shardings(mesh, params))
 
 
 def generate(model: Any, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[list[int]]]:

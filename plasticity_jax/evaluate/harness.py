@@ -1,15 +1,15 @@
 """Our models behind the interface of lm-evaluation-harness. Needs the extra `harness`, but neither torch nor transformers."""
 
 import collections
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-from jax.sharding import Mesh
-
 from plasticity_jax.data.batching import length_buckets
 from plasticity_jax.errors import UserError
-from plasticity_jax.evaluate.generate import Sampling, cut_at_stop, generate, stop_check
+from plasticity_jax.evaluate.generate import Sampling, cut_at_stop, decoding_params, generate, stop_check
 from plasticity_jax.evaluate.likelihood import MIN_LENGTH, log_likelihoods
+from plasticity_jax.model.forward import Forward
 from plasticity_jax.model.load import LoadedModel
 from plasticity_jax.progress import Progress
 
@@ -39,10 +39,9 @@ class HarnessModel(TemplateLM):
       model: with a tokenizer.
       batch_size: sequences computed at once.
       max_length: maximum number of tokens that the model reads. Longer texts lose their beginning; whole likelihoods are computed in windows.
-      compute_dtype: dtype of the matmuls.
+      forward: how to run the model. With several processes, all make the same requests and get the same results.
       add_bos_token: put the beginning-of-text token before every text, as the tokenizers of some models do.
       seed: of sampled completions.
-      params: the model's parameters, already sharded over `mesh` (`sharding.inference_shardings`); None takes them from the model.
       what: label of the progress displays.
     Attributes:
       n_cut: number of texts so far that were too long and lost their beginning.
@@ -56,11 +55,9 @@ class HarnessModel(TemplateLM):
         *,
         batch_size: int,
         max_length: int,
-        compute_dtype: Any,
+        forward: Forward,
         add_bos_token: bool = False,
         seed: int = 0,
-        params: Any = None,
-        mesh: Mesh | None = None,
         what: str = "harness",
     ):
         super().__init__()
@@ -70,9 +67,13 @@ class HarnessModel(TemplateLM):
             raise UserError(f"add_bos_token=True, but the tokenizer of {model.path} has no beginning of text; leave it out.")
         self.tokenizer = model.tokenizer
         self.n_cut = 0
-        self._model = (model.config, model.params if params is None else params)
-        self._batch_size, self._max_length, self._compute_dtype = batch_size, max_length, compute_dtype
-        self._add_bos_token, self._seed, self._mesh, self._what = add_bos_token, seed, mesh, what
+        self._model, self._forward = model, forward
+        self._batch_size, self._max_length = batch_size, max_length
+        self._add_bos_token, self._seed, self._what = add_bos_token, seed, what
+
+    @functools.cached_property
+    def _decoding_params(self) -> Any:
+        return decoding_params(self._model.params, self._forward.mesh)
 
     @property
     def eot_token_id(self) -> int:
@@ -142,11 +143,10 @@ class HarnessModel(TemplateLM):
         likelihoods = log_likelihoods(
             self._model,
             [requests[index][1:] for index in scored],
+            forward=self._forward,
             batch_size=self._batch_size,
-            compute_dtype=self._compute_dtype,
             max_length=self._max_length,
             what=self._what,
-            mesh=self._mesh,
         )
         self.n_cut += sum(likelihood.cut for likelihood in likelihoods)
         answers = [(0.0, True)] * len(requests)
@@ -204,7 +204,7 @@ class HarnessModel(TemplateLM):
         prompts = [self.tok_encode(context) or [self.prefix_token_id] for context in distinct]
         self.n_cut += sum(len(prompt) > longest for prompt in prompts)
         completions = generate(
-            self._model,
+            (self._model.config, self._decoding_params),
             prompts,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
@@ -212,9 +212,9 @@ class HarnessModel(TemplateLM):
             batch_size=self._batch_size,
             eos_id=self.tokenizer.eos_id,
             pad_id=self.tokenizer.pad_id,
-            compute_dtype=self._compute_dtype,
+            compute_dtype=self._forward.compute_dtype,
             what=self._what,
-            mesh=self._mesh,
+            mesh=self._forward.mesh,
             is_end=stop_check(self.tokenizer, stop),
         )
         of_context = dict(zip(distinct, completions, strict=True))

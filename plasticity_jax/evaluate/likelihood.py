@@ -1,24 +1,20 @@
 """Log-likelihoods of continuations: how probable a model finds one text after another."""
 
-import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.data.batching import keep_in_flight, length_buckets, padded_batches, power_of_two_buckets
+from plasticity_jax.data.batching import length_buckets, padded_batches, power_of_two_buckets
+from plasticity_jax.model.forward import Batch, Forward
 from plasticity_jax.model.layers import project
 from plasticity_jax.model.loss import chunks_that_fit
-from plasticity_jax.model.transformer import hidden_states, output_kernel
-from plasticity_jax.parallel import arrays
-from plasticity_jax.parallel.batches import row_shards
-from plasticity_jax.parallel.sharding import ROWS
-from plasticity_jax.progress import Progress
+from plasticity_jax.parallel.sharding import ROWS, constrain
 
 MIN_LENGTH = 32  # shortest bucket, in tokens; shorter batches are dominated by overhead
 
@@ -43,11 +39,10 @@ def log_likelihoods(
     model: Any,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
+    forward: Forward,
     batch_size: int,
-    compute_dtype: Any,
     max_length: int | None = None,
     what: str,
-    mesh: Mesh | None = None,
 ) -> list[Likelihood]:
     """The log-likelihood of each continuation after its context.
 
@@ -57,60 +52,41 @@ def log_likelihoods(
     Args:
       model: a loaded model (with `.config` and `.params`), or the pair (config, params).
       pairs: (context, continuation) as token ids, at least one token each.
+      forward: how to run the model; the softmax is float32.
       batch_size: pairs per batch; short batches are filled up.
-      compute_dtype: dtype of the matmuls; the softmax is float32.
       max_length: maximum number of tokens that the model reads; the last token of a pair is predicted, not read. A longer pair loses tokens from its
         beginning: from the context first, then from the continuation, whose lost tokens do not count. None for no limit.
       what: label of the progress display.
-      mesh: where the parameters are sharded (`sharding.inference_shardings`); rows are sharded over data and fsdp. With several processes, all call
-        this with the same arguments and get the same results. None for one device.
     Returns:
-      One for each pair, in order.
+      One for each pair, in order; on every process.
     Raises:
       ValueError: an empty context or continuation, or a number out of range.
     """
     _check(pairs, batch_size, max_length)
     config, params = model if isinstance(model, tuple) else (model.config, model.params)
-    shards = 1 if mesh is None else row_shards(mesh)
-    rows = -(-batch_size // shards) * shards
     kept = [_last(context, continuation, max_length) for context, continuation in pairs]
-    dtype = jnp.dtype(compute_dtype)
-
-    def dispatched() -> Iterator[tuple[list[int], Any]]:
-        for indices, batch in _batches(kept, rows, max_length):
-            placed = batch if mesh is None else tuple(arrays.put(x, NamedSharding(mesh, PartitionSpec(ROWS))) for x in batch)
-            chunks = chunks_that_fit(0, rows=rows // shards, seq_len=batch[1].shape[1], vocab_size=config.vocab_size)
-            yield indices, _score(config, chunks, dtype, params, *placed)
-
+    batches = _batches(kept, forward.batch_size(batch_size), max_length)
     results: dict[int, Likelihood] = {}
-    with Progress(what, total=len(pairs), unit="continuations") as progress:
-        for indices, out in keep_in_flight(dispatched()):
-            for index, log_probs, is_top in zip(indices, *arrays.to_host(out)):
-                tokens, n = kept[index]
-                cut = len(tokens) < sum(map(len, pairs[index]))
-                results[index] = Likelihood(float(np.sum(log_probs[:n], dtype=np.float64)), bool(is_top[:n].all()), n, cut)
-            progress.update(len(indices))
+    for indices, out in forward.run(_score, (config,), params, batches, what=what, total=len(pairs), unit="continuations"):
+        for index, log_probs, is_top in zip(indices, *out):
+            tokens, n = kept[index]
+            cut = len(tokens) < sum(map(len, pairs[index]))
+            results[index] = Likelihood(float(np.sum(log_probs[:n], dtype=np.float64)), bool(is_top[:n].all()), n, cut)
     return [results[index] for index in range(len(pairs))]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _score(
-    config: ModelConfig,
-    chunks: int,
-    compute_dtype: Any,
-    params: Any,
-    tokens_BxT: Int[Array, "b t"],
-    places_BxC: Int[Array, "b c"],
-    targets_BxC: Int[Array, "b c"],
-) -> tuple[Float[Array, "b c"], Bool[Array, "b c"]]:
+def _score(forward: Forward, config: ModelConfig, params: Any, batch: Any) -> tuple[Float[Array, "b c"], Bool[Array, "b c"]]:
     """Log-probability of each target after the token at its place, and whether it is the most likely. Logits exist at the places only."""
-    x_BxTxD, _ = hidden_states(config, params, tokens_BxT, compute_dtype=compute_dtype)
-    x_BxCxD = jnp.take_along_axis(x_BxTxD, places_BxC[..., None], axis=1)
-    kernel_DxV = output_kernel(config, params)
+    x_BxTxD, _ = forward.hidden_states(config, params, batch["tokens"])
+    x_BxCxD = jnp.take_along_axis(x_BxTxD, batch["places"][..., None], axis=1)
+    kernel_DxV, targets_BxC = forward.output_kernel(config, params), batch["targets"]
+    rows, length = targets_BxC.shape[0] // forward.row_shards, batch["tokens"].shape[1]
+    chunks = math.gcd(chunks_that_fit(0, rows=rows, seq_len=length, vocab_size=config.vocab_size), targets_BxC.shape[1])
 
     def of_part(part):
         x_BxCxD, targets_BxC = part
-        logits_BxCxV = project(x_BxCxD, kernel_DxV, compute_dtype, out_dtype=jnp.float32)
+        logits_BxCxV = project(x_BxCxD, kernel_DxV, jnp.dtype(forward.compute_dtype), out_dtype=jnp.float32)
+        logits_BxCxV = constrain(forward.mesh, logits_BxCxV, ROWS, None, "tensor")
         chosen_BxC = jnp.take_along_axis(logits_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
         return chosen_BxC - jax.nn.logsumexp(logits_BxCxV, axis=-1), jnp.argmax(logits_BxCxV, axis=-1) == targets_BxC
 
@@ -132,9 +108,7 @@ def _last(context: Sequence[int], continuation: Sequence[int], max_length: int |
     return tokens, min(len(continuation), len(tokens) - 1)
 
 
-def _batches(
-    kept: Sequence[tuple[list[int], int]], rows: int, max_length: int | None
-) -> Iterator[tuple[list[int], tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+def _batches(kept: Sequence[tuple[list[int], int]], rows: int, max_length: int | None) -> Iterator[tuple[list[int], Batch]]:
     """Indices of the pairs of a batch; its tokens [rows, length], and places and targets [rows, width]. The last token of a pair is not read."""
     for short in (False, True):  # whether the continuation fits the narrow width
         group = [index for index, (_, n) in enumerate(kept) if (n <= MIN_LENGTH) == short]
@@ -148,7 +122,7 @@ def _batches(
                 of_pair, n = kept[index]
                 places[row, :n] = np.arange(lengths[row] - n, lengths[row])
                 targets[row, :n] = of_pair[-n:]
-            yield indices, (tokens, places, targets)
+            yield indices, {"tokens": tokens, "places": places, "targets": targets}
 
 
 def _check(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int, max_length: int | None) -> None:

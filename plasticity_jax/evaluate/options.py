@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jax.sharding import Mesh
-
 from plasticity_jax.data.tasks import Example, format_prompt
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.likelihood import log_likelihoods
+from plasticity_jax.model.forward import Forward
 
 
 class Choice(NamedTuple):
@@ -34,11 +33,10 @@ def choose(
     tokenizer: Tokenizer,
     examples: Sequence[Example],
     *,
+    forward: Forward,
     batch_size: int,
-    compute_dtype: Any,
     what: str,
     max_length: int | None = None,
-    mesh: Mesh | None = None,
 ) -> list[Choice]:
     """Rates the options of each example in the study's template.
 
@@ -47,7 +45,7 @@ def choose(
     Args:
       model: a loaded model, or the pair (config, params).
       examples: with at least one option each.
-      batch_size, compute_dtype, what, max_length, mesh: of `log_likelihoods`.
+      forward, batch_size, what, max_length: of `log_likelihoods`.
     Returns:
       One per example, in order.
     Raises:
@@ -59,7 +57,7 @@ def choose(
             raise UserError(f"example {example.id} has options {example.options}, and each option needs text; correct or drop the row.")
     texts = [pair for example in examples for pair in _pairs(example)]
     pairs = list(zip(tokenizer.encode_batch([prompt for prompt, _ in texts]), tokenizer.encode_batch([scored for _, scored in texts]), strict=True))
-    scores = iter(log_likelihoods(model, pairs, batch_size=batch_size, compute_dtype=compute_dtype, max_length=max_length, what=what, mesh=mesh))
+    scores = iter(log_likelihoods(model, pairs, forward=forward, batch_size=batch_size, max_length=max_length, what=what))
     return [_choice([next(scores) for _ in example.options], [len(option.encode("utf-8")) for option in example.options]) for example in examples]
 
 

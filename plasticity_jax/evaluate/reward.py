@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from plasticity_jax.config import StudyConfig
@@ -13,11 +14,10 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.likelihood import log_likelihoods
 from plasticity_jax.evaluate.metrics import reward_metrics
 from plasticity_jax.evaluate.reward_model import open_reward_model
-from plasticity_jax.model.load import LoadedModel, load_model
-from plasticity_jax.model.scalar_head import encode_answers, execution_of, length_buckets, load_verifier, score_rows
-from plasticity_jax.parallel import arrays, processes
-from plasticity_jax.parallel.mesh import make_mesh
-from plasticity_jax.parallel.sharding import inference_shardings
+from plasticity_jax.model.forward import Forward
+from plasticity_jax.model.load import LoadedModel, load_model, narrow
+from plasticity_jax.model.scalar_head import ScalarModel, encode_answers, length_buckets, load_verifier, score_rows
+from plasticity_jax.parallel import processes
 from plasticity_jax.runs.directory import REWARDS, open_run
 from plasticity_jax.runs.jsonfiles import write_jsonl
 from plasticity_jax.runs.storage import AnyPath
@@ -46,8 +46,8 @@ class LogProbability:
     An empty completion is one token, the end of text.
     """
 
-    def __init__(self, config: StudyConfig, path: AnyPath, what: str):
-        self._model, self._config, self._what = load_model(path), config, what
+    def __init__(self, config: StudyConfig, path: AnyPath, mesh: Mesh | None, what: str):
+        self._model, self._config, self._what = load_model(path, mesh=mesh, dtype=config.train.compute_dtype), config, what
         _ = self._model.text_tokenizer
         under = "the model that wrote the completion" if config.reward.model is None else _called(self._model)
         self.name = f"length-normalized log-probability under {under}"
@@ -58,18 +58,13 @@ class LogProbability:
         prompts = tokenizer.encode_batch([completion.prompt for completion in completions])
         texts = tokenizer.encode_batch([completion.text for completion in completions])
         ends = [[tokenizer.eos_id] if completion.ended or not text else [] for completion, text in zip(completions, texts, strict=True)]
-        mesh = make_mesh(self._config.mesh)
-        mesh = mesh if mesh.size > 1 else None
-        params = self._model.params
-        params = params if mesh is None else arrays.put(params, inference_shardings(mesh, params))
         found = log_likelihoods(
-            (self._model.config, params),
+            self._model,
             [([*begin, *prompt], [*text, *end]) for prompt, text, end in zip(prompts, texts, ends, strict=True)],
+            forward=Forward.of(self._config, self._model.config, self._model.mesh),
             batch_size=reward.batch_size,
-            compute_dtype=self._config.train.compute_dtype,
             max_length=reward.max_length,
             what=self._what,
-            mesh=mesh,
         )
         return np.array([likelihood.total / likelihood.n_tokens for likelihood in found], np.float32), sum(likelihood.cut for likelihood in found)
 
@@ -77,32 +72,34 @@ class LogProbability:
 class Verifier:
     """The logit of a trained outcome verifier that a completion is right."""
 
-    def __init__(self, config: StudyConfig, path: AnyPath, what: str):
-        (self._model, self._tokenizer), self._config, self._what = load_verifier(path), config, what
+    def __init__(self, config: StudyConfig, path: AnyPath, mesh: Mesh | None, what: str):
+        (self._model, self._tokenizer), self._config, self._mesh, self._what = load_verifier(path, mesh), config, mesh, what
+        narrow(self._model.params["decoder"], config.train.compute_dtype)
         results = open_run(path).results()
         self.name = f"outcome verifier ({'no AUC: ' + results['reason'] if results['auc'] is None else 'held-out AUC {:.2f}'.format(results['auc'])})"
 
     def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
         reward, prompts, texts = self._config.reward, [c.prompt for c in completions], [c.text for c in completions]
         rows, n_cut = encode_answers(self._tokenizer, prompts, texts, max_length=reward.max_length, bos=self._config.faithful)
-        return _score(self._config, self._model, rows, self._what), n_cut
+        return _score(self._config, self._model, rows, self._mesh, self._what), n_cut
 
 
 class RewardModel:
     """The logit of a Hugging Face reward model for the chat [user = problem, assistant = completion]."""
 
-    def __init__(self, config: StudyConfig, folder: AnyPath, what: str):
-        (self._model, self._chat), self._config, self._what = open_reward_model(folder), config, what
+    def __init__(self, config: StudyConfig, folder: AnyPath, mesh: Mesh | None, what: str):
+        (self._model, self._chat), self._config, self._mesh, self._what = open_reward_model(folder, mesh), config, mesh, what
+        narrow(self._model.params["decoder"], config.train.compute_dtype)
         self.name = folder.resolve().name
 
     def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
         rows, n_cut = self._chat.rows([(c.problem, c.text) for c in completions], self._config.reward.max_length)
-        return _score(self._config, self._model, rows, self._what), n_cut
+        return _score(self._config, self._model, rows, self._mesh, self._what), n_cut
 
 
-def _score(config: StudyConfig, model: Any, rows: Sequence[Sequence[int]], what: str) -> Float[np.ndarray, " n"]:
-    reward, execution = config.reward, execution_of(config, model.config)
-    return score_rows(model, rows, buckets=length_buckets(reward.max_length), batch_size=reward.batch_size, execution=execution, what=what)
+def _score(config: StudyConfig, model: ScalarModel, rows: Sequence[Sequence[int]], mesh: Mesh | None, what: str) -> Float[np.ndarray, " n"]:
+    reward, forward = config.reward, Forward.of(config, model.config, mesh)
+    return score_rows(model, rows, buckets=length_buckets(reward.max_length), batch_size=reward.batch_size, forward=forward, what=what)
 
 
 def _called(model: LoadedModel) -> str:
@@ -110,10 +107,10 @@ def _called(model: LoadedModel) -> str:
     return model.path.name if model.run is None else model.run.name
 
 
-def open_scorer(config: StudyConfig, path: AnyPath, what: str) -> Scorer:
-    """The scorer that `reward.scorer` names, on the model or verifier at `path`. Raises UserError if it cannot be opened."""
+def open_scorer(config: StudyConfig, path: AnyPath, mesh: Mesh | None, what: str) -> Scorer:
+    """The scorer that `reward.scorer` names, on the model or verifier at `path`, over `mesh`. Raises UserError if it cannot be opened."""
     kinds = {"log-probability": LogProbability, "verifier": Verifier, "sequence-classification": RewardModel}
-    return kinds[config.reward.scorer](config, path, what)
+    return kinds[config.reward.scorer](config, path, mesh, what)
 
 
 def rate(scorer: Scorer, completions: Sequence[Completion], folder: AnyPath) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import jinja2.ext
 import jinja2.sandbox
 import numpy as np
 import tokenizers
+from jax.sharding import Mesh
 
 from plasticity_jax.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from plasticity_jax.errors import UserError, reason
@@ -22,7 +23,8 @@ from plasticity_jax.model.hf_config import Description, read_description, read_o
 from plasticity_jax.model.hf_import import check_tensors, file_hashes, read_params
 from plasticity_jax.model.hf_names import FAMILIES, parts
 from plasticity_jax.model.hf_tensors import Weights
-from plasticity_jax.model.scalar_head import ScalarModel, with_head, without_output
+from plasticity_jax.model.scalar_head import ScalarModel, scalar_shardings, with_head, without_output
+from plasticity_jax.parallel import arrays
 from plasticity_jax.runs.storage import AnyPath, is_local
 
 HEAD = "score.weight"
@@ -101,12 +103,14 @@ def check_folder(folder: AnyPath) -> None:
     _open_chat(folder, description)
 
 
-def open_reward_model(folder: AnyPath) -> tuple[ScalarModel, Chat]:
-    """The model of a folder, and its chat format. Raises UserError as `check_folder` does."""
+def open_reward_model(folder: AnyPath, mesh: Mesh | None = None) -> tuple[ScalarModel, Chat]:
+    """The model of a folder, sharded over `mesh` (None: on one device), and its chat format. Raises UserError as `check_folder` does."""
     description, weights = _open(folder)
     chat = _open_chat(folder, description)
-    params = read_params(description, weights, folder.name)
-    return with_head(description.model, params, jnp.asarray(weights.read(HEAD)[0].astype(np.float32))), chat
+    shardings = None if mesh is None else scalar_shardings(mesh, description.model)
+    params = read_params(description, weights, folder.name, None if shardings is None else shardings["decoder"])
+    head_D = weights.read(HEAD)[0].astype(np.float32)
+    return with_head(description.model, params, jnp.asarray(head_D) if shardings is None else arrays.put(head_D, shardings["head"])), chat
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

@@ -10,14 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
 from plasticity_jax.config import ZeroShotConfig
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
+from plasticity_jax.model.forward import Forward
 from plasticity_jax.model.load import LoadedModel
-from plasticity_jax.parallel import arrays
-from plasticity_jax.parallel.sharding import inference_shardings
 from plasticity_jax.progress import Progress
 
 log = logging.getLogger("plasticity_jax")
@@ -48,9 +45,8 @@ def zero_shot(
     settings: ZeroShotConfig,
     *,
     wheels: Wheels,
-    mesh: Mesh | None,
+    forward: Forward,
     max_length: int,
-    compute_dtype: str,
     faithful: bool,
     what: str,
 ) -> dict[str, dict[str, Any]]:
@@ -59,7 +55,7 @@ def zero_shot(
     Prompts are the harness' raw text, without the study's template.
 
     Args:
-      mesh: devices to run on; None for one.
+      forward: how to run the model.
       max_length: tokens that the model reads at once; of longer prompts the beginning is lost, and `cut` counts them.
       faithful: whether texts begin with the beginning-of-text token, where the model has one.
     Returns:
@@ -72,18 +68,14 @@ def zero_shot(
     _stay_offline()
     from plasticity_jax.evaluate.harness import HarnessModel
 
-    mesh = mesh if mesh is not None and mesh.size > 1 else None
-    params = model.params if mesh is None else arrays.put(model.params, inference_shardings(mesh, model.params))
     sets = {}
     for name in settings.sets:
         lm = HarnessModel(
             model,
             batch_size=settings.batch_size,
             max_length=max_length,
-            compute_dtype=compute_dtype,
+            forward=forward,
             add_bos_token=faithful and model.tokenizer is not None and model.tokenizer.bos_id is not None,
-            params=params,
-            mesh=mesh,
             what=f"zero-shot {name} {what}",
         )
         sets[name] = score_set(name, lm, wheels, settings.limit)

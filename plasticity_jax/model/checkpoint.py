@@ -92,9 +92,9 @@ class Checkpoints:
     def save(self, step: int, params: Any, optimizer: Any | None = None) -> None:
         """Saves both trees as `step`. The arrays may be donated or changed as soon as this returns."""
         trees = {"params": params} if optimizer is None else {"params": params, "optimizer": optimizer}
-        checksums = {name: _checksums(tree) for name, tree in trees.items()}
+        sums = {name: checksums(tree) for name, tree in trees.items()}
         items = {name: self._save_args(tree) for name, tree in trees.items()}
-        self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(checksums)))
+        self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(sums)))
 
     def _save_args(self, tree: Any) -> Any:
         if not self._frugal:
@@ -175,7 +175,7 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonRestore()))
             for name in abstract:
-                if _checksums(restored[name]) != restored["checksums"][name]:
+                if checksums(restored[name]) != restored["checksums"][name]:
                     raise ValueError(f"the checksums of its {name} differ from those saved")
             return restored
         except Exception as error:  # Orbax and tensorstore raise many types for a missing file, a bad checksum or another shape
@@ -195,7 +195,7 @@ def _processes(directory: AnyPath, alone: bool) -> Any:
     return ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"{name}_{here}")
 
 
-def _checksums(tree: Any) -> list[int]:
+def checksums(tree: Any) -> list[int]:
     """One 32-bit number per leaf, which changes with any bit of it. Orbax's own format notices missing bytes and not flipped ones."""
     leaves = jax.block_until_ready(jax.tree.leaves(tree))
     elsewhere = iter(_weighted_sums([x for x in leaves if not _on_host(x)]))

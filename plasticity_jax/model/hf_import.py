@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from plasticity_jax.config import DataConfig, ModelConfig, StudyConfig, check_config, to_dict
 from plasticity_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -21,6 +22,7 @@ from plasticity_jax.model.hf_config import Description, read_description, read_o
 from plasticity_jax.model.hf_names import EMBEDDING, HEAD, Part, parts
 from plasticity_jax.model.hf_tensors import Weights
 from plasticity_jax.model.transformer import Params, count_params
+from plasticity_jax.parallel.rules import param_paths
 from plasticity_jax.progress import Progress
 from plasticity_jax.runs.directory import CHECKPOINTS, PROVENANCE, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
@@ -108,32 +110,56 @@ def _check_tied(folder: AnyPath, weights: Weights) -> None:
         )
 
 
-def read_params(description: Description, weights: Weights, what: str) -> Params:
+def read_params(description: Description, weights: Weights, what: str, shardings: Params | None = None) -> Params:
     """The parameters in float32, read tensor by tensor, so that memory holds at most one tensor besides them.
 
     Args:
       what: label of the progress display.
+      shardings: where to put them; every process reads its shards only. None puts them on this process's first device.
     """
     tree: Params = {}
+    placed = {} if shardings is None else dict(zip(param_paths(shardings), jax.tree.leaves(shardings), strict=True))
     by_leaf = itertools.groupby(parts(description.model, description.family), key=lambda part: part.path)
     with Progress(f"read {what}", total=count_params(description.model), unit="parameters") as progress:
         for path, group in by_leaf:
             node, (*keys, last) = tree, path.split("/")
             for key in keys:
                 node = node.setdefault(key, {})
-            node[last] = _leaf(weights, list(group), progress)
+            of_leaf = list(group)
+            node[last] = _leaf(weights, of_leaf) if shardings is None else _sharded_leaf(weights, of_leaf, placed[path])
+            progress.update(sum(part.size for part in of_leaf))
     return tree
 
 
-def _leaf(weights: Weights, of_leaf: list[Part], progress: Progress) -> jax.Array:
-    first = of_leaf[0]
-    shape = first.shape[::-1] if first.transposed else first.shape
-    values = _aligned(shape if first.layer is None else (len(of_leaf), *shape))
+def _shape(of_leaf: list[Part]) -> tuple[int, ...]:
+    shape = of_leaf[0].shape[::-1] if of_leaf[0].transposed else of_leaf[0].shape
+    return shape if of_leaf[0].layer is None else (len(of_leaf), *shape)
+
+
+def _sharded_leaf(weights: Weights, of_leaf: list[Part], sharding: NamedSharding) -> jax.Array:
+    shape, held = _shape(of_leaf), {}
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        if key not in held:  # devices that hold the same shard share one reading
+            one = of_leaf[0].layer is None
+            held[key] = _part(weights, of_leaf[0], index) if one else np.stack([_part(weights, part, index[1:]) for part in of_leaf[index[0]]])
+        return held[key]
+
+    return jax.make_array_from_callback(shape, sharding, shard)  # pyright: ignore[reportArgumentType]
+
+
+def _part(weights: Weights, part: Part, index: tuple[slice, ...]) -> np.ndarray:
+    tensor = weights.read(part.name, index[::-1] if part.transposed else index)
+    return (tensor.T if part.transposed else tensor).astype(np.float32)
+
+
+def _leaf(weights: Weights, of_leaf: list[Part]) -> jax.Array:
+    values = _aligned(_shape(of_leaf))
     for part in of_leaf:
         tensor = weights.read(part.name)
         values[... if part.layer is None else part.layer] = tensor.T if part.transposed else tensor
-        progress.update(part.size)
-    return jax.device_put(values)
+    return jax.device_put(values, jax.local_devices()[0])
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:

@@ -58,13 +58,13 @@ class Weights:
         if placed is not None:
             self._check_index(placed)
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Reads a tensor, or some of its rows, in its stored dtype. Raises UserError if the file cannot be read."""
+    def read(self, name: str, part: slice | tuple[slice, ...] | None = None) -> np.ndarray:
+        """Reads a tensor, or a part of it, in its stored dtype. Raises UserError if the file cannot be read."""
         file = self.tensors[name].file
         try:
             # Not with mmap: if the file is truncated while it is read, the process is killed.
             with safe_open(file, framework="numpy", backend="pread") as opened:
-                return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
+                return opened.get_tensor(name) if part is None else opened.get_slice(name)[part]
         except (SafetensorError, OSError) as error:
             raise _damaged(file, error) from error
 

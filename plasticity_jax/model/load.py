@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from plasticity_jax.config import ModelConfig
@@ -16,6 +17,7 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.hf_import import is_hugging_face, open_folder, read_params, read_tokenizer
 from plasticity_jax.model.transformer import Params, abstract_params, apply
+from plasticity_jax.parallel.sharding import param_shardings
 from plasticity_jax.runs.directory import CHECKPOINTS, RunDirectory, open_run
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, location
@@ -29,10 +31,12 @@ class LoadedModel:
 
     Attributes:
       config: the model's shape.
-      params: its parameters, float32.
+      params: its parameters: matrices in `dtype`, norms in float32.
       tokenizer: its tokenizer, if there is one.
       path: the directory.
       run: the run that made it; None for a Hugging Face folder.
+      mesh: over which its parameters are sharded, as `parallel.param_shardings` says; None for one device.
+      dtype: "float32" or "bfloat16".
     """
 
     config: ModelConfig
@@ -40,6 +44,8 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     path: AnyPath
     run: Run | None
+    mesh: Mesh | None = None
+    dtype: str = "float32"
 
     @property
     def text_tokenizer(self) -> Tokenizer:
@@ -56,7 +62,7 @@ class LoadedModel:
         positions: Any = None,
         capture: Sequence[str] = ("embed", "block_out"),
     ) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
-        """Logits and captured activations in float32, as `plasticity_jax.model.apply` defines them.
+        """Logits in float32 and captured activations in `dtype`, as `plasticity_jax.model.apply` defines them. Computed in `dtype`, on the mesh.
 
         Args:
           tokens, segment_ids, positions: integers [B, T], as arrays or nested lists of equal lengths.
@@ -71,12 +77,14 @@ class LoadedModel:
             None if values is None else _integers(name, values, tokens_BxT.shape)
             for name, values in (("segment_ids", segment_ids), ("positions", positions))
         )
-        return _forward(self.config, self.params, tokens_BxT, segment_ids, positions, tuple(capture))
+        how = (self.config, tuple(capture), self.dtype, self.mesh)
+        return _forward(*how, self.params, tokens_BxT, segment_ids, positions)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _forward(config, params, tokens_BxT, segment_ids_BxT, positions_BxT, capture):
-    return apply(config, params, tokens_BxT, segment_ids=segment_ids_BxT, positions=positions_BxT, capture=capture, compute_dtype=jnp.float32)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _forward(config, capture, dtype, mesh, params, tokens_BxT, segment_ids_BxT, positions_BxT):
+    options = {"segment_ids": segment_ids_BxT, "positions": positions_BxT, "capture": capture, "scan_layers": mesh is not None, "mesh": mesh}
+    return apply(config, params, tokens_BxT, compute_dtype=jnp.dtype(dtype), **options)
 
 
 def _integers(name: str, values: Any, shape: tuple[int, ...] | None) -> np.ndarray:
@@ -93,20 +101,38 @@ def _integers(name: str, values: Any, shape: tuple[int, ...] | None) -> np.ndarr
     return array.astype(np.int32)
 
 
-def load_model(path: str | AnyPath) -> LoadedModel:
+def load_model(path: str | AnyPath, *, mesh: Mesh | None = None, dtype: str = "float32") -> LoadedModel:
     """Opens a Hugging Face folder, or the directory of a finished init, import, pretrain or finetune run and reads its last checkpoint.
 
+    Args:
+      mesh: devices to put the parameters on, sharded as in training. No device and no process reads or holds more than its shards. With several
+        processes, all call this with the same arguments. None puts them on this process's first device.
+      dtype: of the matrices, "float32" or "bfloat16"; norms stay in float32. Activations are computed in it.
     Raises:
-      UserError: not a finished run of such a stage, a damaged checkpoint, or a folder that cannot be imported.
+      UserError: not a finished run of such a stage, a damaged checkpoint, a folder that cannot be imported, or a mesh that does not divide the parameters.
     """
     path = location(path)
     if is_hugging_face(path):
         description, weights = open_folder(path)
-        tokenizer = read_tokenizer(path, description.model)
-        return LoadedModel(description.model, read_params(description, weights, path.name), tokenizer, path, run=None)
-    directory = open_model_run(path)
-    config = directory.config().model
-    return LoadedModel(config, load_params(path, config), read_tokenizer(path, config), path, directory.run())
+        config, run = description.model, None
+        tokenizer = read_tokenizer(path, config)
+        params = read_params(description, weights, path.name, None if mesh is None else param_shardings(mesh, abstract_params(config)))
+    else:
+        directory = open_model_run(path)
+        config, run = directory.config().model, directory.run()
+        tokenizer = read_tokenizer(path, config)
+        params = restore_last(path, abstract_params(config), None if mesh is None else param_shardings(mesh, abstract_params(config)))
+    narrow(params, dtype)
+    return LoadedModel(config, params, tokenizer, path, run, mesh, dtype)
+
+
+def narrow(params: Params, dtype: str) -> None:
+    """Replaces the matrices by their values in `dtype`, one after the other, where they lie. A forward pass in `dtype` gives the same results."""
+    for name, part in params.items():
+        if isinstance(part, dict):
+            narrow(part, dtype)
+        elif name != "scale":
+            params[name] = part.astype(dtype)
 
 
 def open_model_run(path: AnyPath) -> RunDirectory:
@@ -118,18 +144,27 @@ def open_model_run(path: AnyPath) -> RunDirectory:
     return directory
 
 
-def load_params(path: AnyPath, config: ModelConfig) -> Params:
-    """The parameters of the last checkpoint below a run's directory. Raises UserError if there is none or it is damaged."""
-    with open_checkpoints(path) as checkpoints:
-        return checkpoints.restore_params(checkpoints.latest_step(), abstract_params(config))
+def restore_last(path: AnyPath, abstract: Any, shardings: Any = None) -> Any:
+    """The parameters of the last checkpoint below a run's directory.
+
+    Args:
+      abstract: their shapes.
+      shardings: where to put them; every process reads its shards only. None puts them on this process's first device.
+    Raises:
+      UserError: there is no checkpoint, or it is damaged.
+    """
+    if shardings is not None:
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    with open_checkpoints(path, alone=shardings is None) as checkpoints:
+        return checkpoints.restore_params(checkpoints.latest_step(), abstract)
 
 
-def open_checkpoints(path: AnyPath) -> Checkpoints:
-    """The checkpoints below a run's directory, for reading. Raises UserError if there is none."""
+def open_checkpoints(path: AnyPath, *, alone: bool = True) -> Checkpoints:
+    """The checkpoints below a run's directory, for reading. Raises UserError if there is none. `alone` is that of `Checkpoints`."""
     folder = path / CHECKPOINTS
     if not folder.is_dir():
         raise UserError(f"{path} has no checkpoints folder; delete the run's directory and run its stage again.")
-    checkpoints = Checkpoints(folder, read_only=True, alone=True)
+    checkpoints = Checkpoints(folder, read_only=True, alone=alone)
     if checkpoints.latest() is None:
         checkpoints.close()
         raise UserError(f"{folder} holds no finished checkpoint; delete the run's directory and run its stage again.")

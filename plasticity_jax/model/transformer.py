@@ -194,8 +194,7 @@ def hidden_states(
     tokens_BxT = jnp.asarray(tokens_BxT)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     decoder_graph, block_graph = graphs(config)
-    outer = gather(mesh, {name: part for name, part in params.items() if name != "blocks"}, compute_dtype)
-    decoder = nnx.merge(decoder_graph, params | outer)
+    decoder = nnx.merge(decoder_graph, params | gather(mesh, {"embed": params["embed"]}, compute_dtype, sums=True))
     rope = rope_of(config, jnp.arange(tokens_BxT.shape[1])[None] if positions is None else jnp.asarray(positions))
     mask = attention_mask(tokens_BxT.shape[1], segment_ids) if attention == "xla" else None
 

@@ -1,8 +1,10 @@
 """Converts host arrays to arrays sharded over the devices of several processes, and back."""
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -29,13 +31,29 @@ def _like(tree: Any, shardings: Any) -> Any:
     return shardings
 
 
+def copied(tree: Any, shardings: Any) -> Any:
+    """Copies of arrays, in other shardings, that share no memory with them: they may be donated. (`device_put(may_alias=False)` shares some.)"""
+    leaves, structure = jax.tree.flatten(_like(tree, shardings))
+    return _copier(structure, tuple(leaves))(put(tree, shardings))
+
+
+@functools.lru_cache(maxsize=8)
+def _copier(structure: Any, shardings: tuple[Any, ...]):
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=structure.unflatten(shardings))
+
+
 def to_host(tree: Any) -> Any:
     """Returns the whole arrays as NumPy arrays on every process. Every process must call it."""
 
     def one(x):
-        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
-            everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())  # pyright: ignore[reportAttributeAccessIssue]
-            x = jax.jit(lambda y: y, out_shardings=everywhere)(x)
-        return np.asarray(x.addressable_data(0)) if isinstance(x, jax.Array) and not x.is_fully_addressable else np.asarray(x)
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return np.asarray(x)
+        whole = x if x.is_fully_replicated else _replicator(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)  # pyright: ignore[reportAttributeAccessIssue]
+        return np.asarray(whole.addressable_data(0))
 
     return jax.tree.map(one, tree)
+
+
+@functools.lru_cache(maxsize=8)
+def _replicator(everywhere: NamedSharding):
+    return jax.jit(lambda x: x, out_shardings=everywhere)

@@ -1,7 +1,9 @@
 """Batches over several processes: the rows that each process holds, and the global arrays made of them."""
 
+import functools
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -14,24 +16,38 @@ from plasticity_jax.parallel.sharding import batch_sharding
 
 Batch = dict[str, np.ndarray]
 
+log = logging.getLogger("plasticity_jax")
+
 
 def row_shards(mesh: Mesh) -> int:
     """Number of shards that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in batch_sharding(mesh).spec[0])
 
 
-def check_batch_size(mesh: Mesh, batch_size: int, grad_accum_steps: int, name: str) -> None:
-    """Raises UserError if the batch does not split evenly over the gradient accumulation steps and the mesh.
+def padded_batch_size(mesh: Mesh, batch_size: int, grad_accum_steps: int, name: str) -> int:
+    """The rows of a batch as the devices hold it: `batch_size`, and rows without targets that fill it up, so that any batch runs on any mesh.
 
     Args:
+      grad_accum_steps: parts that are computed one after the other; each is split evenly over the mesh.
       name: config section of the two numbers, such as "train".
+    Raises:
+      UserError: more parts than rows.
     """
-    shards = row_shards(mesh)
-    if batch_size % (grad_accum_steps * shards):
-        raise UserError(
-            f"{name}.batch_size={batch_size} in {name}.grad_accum_steps={grad_accum_steps} part(s) is not divisible by mesh.data x mesh.fsdp = {shards}; "
-            f"set the batch to a multiple of {grad_accum_steps * shards}, or change grad_accum_steps or the mesh."
+    if grad_accum_steps > batch_size:
+        raise UserError(f"{name}.grad_accum_steps={grad_accum_steps} is above {name}.batch_size={batch_size}; lower it to at most the batch size.")
+    unit = grad_accum_steps * row_shards(mesh)
+    padded = -(-batch_size // unit) * unit
+    if padded > batch_size:
+        _warn_once(
+            f"{name}.batch_size={batch_size} in {grad_accum_steps} part(s) on {row_shards(mesh)} row shards: {padded - batch_size} of {padded} rows are "
+            "padding, which costs as much time as real rows"
         )
+    return padded
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_once(line: str) -> None:
+    log.warning("%s", line)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
@@ -40,20 +56,25 @@ def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
     return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts]))
 
 
-def global_batches(batches: Iterator[Batch], mesh: Mesh, rows: Int[np.ndarray, " rows"], batch_size: int) -> Iterator[Batch]:
-    """Yields global batches of `batch_size` rows from batches of this process's `rows`. With one process, yields them unchanged."""
-    if processes.count() == 1:
-        yield from batches
-        return
+def global_batches(batches: Iterable[Batch], mesh: Mesh, rows: Int[np.ndarray, " rows"] | None, padded: int) -> Iterator[Batch]:
+    """Yields global batches of `padded` rows from host batches, whose rows come first.
+
+    Args:
+      rows: the rows of the padded batch that this process holds, if the host batches contain only the real ones among these; None if they contain
+        all real rows.
+    """
     sharding = batch_sharding(mesh)
 
     def whole(mine):
         def part(index):
-            start, stop, _ = index[0].indices(batch_size)
-            first = int(np.searchsorted(rows, start))
+            start, stop, _ = index[0].indices(padded)
+            first = start if rows is None else int(np.searchsorted(rows, start))
             return mine[first : first + stop - start]
 
-        return jax.make_array_from_callback((batch_size, *mine.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((padded, *mine.shape[1:]), sharding, part)
 
+    held = padded if rows is None else len(rows)
     for batch in batches:
-        yield {name: whole(x) for name, x in batch.items()}  # pyright: ignore[reportReturnType]
+        filled = {name: np.pad(x, [(0, held - len(x))] + [(0, 0)] * (x.ndim - 1)) if len(x) < held else x for name, x in batch.items()}
+        # With one process, the compiled step places its batch.
+        yield filled if processes.count() == 1 else {name: whole(x) for name, x in filled.items()}  # pyright: ignore[reportReturnType]

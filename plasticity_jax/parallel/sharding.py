@@ -83,7 +83,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 # ----------------------------------------------------------------------------------------------------------------- inside a computation
 
 
-def gather(mesh: Mesh | None, params: Any, dtype: DTypeLike, *, prefix: str = "", of_layer: bool = False) -> Any:
+def gather(mesh: Mesh | None, params: Any, dtype: DTypeLike, *, prefix: str = "", of_layer: bool = False, sums: bool = False) -> Any:
     """Converts parameters to the compute layout: matrices in `dtype`, replicated over fsdp, sharded over tensor. Gradients get the storage layout.
 
     The all-gather moves values of `dtype`. Each result has the checkpoint name GATHERED, so a remat policy can gather it again instead of saving it.
@@ -93,6 +93,8 @@ def gather(mesh: Mesh | None, params: Any, dtype: DTypeLike, *, prefix: str = ""
       params: a subtree of the parameters.
       prefix: path of the subtree, such as "blocks".
       of_layer: the arrays belong to one layer and have no layer axis.
+      sums: the arrays' gradients are sums of many terms, as those of a table of which rows are looked up. The results have the values of `dtype` and the
+        parameters' own dtype, and so do the gradients: summed in bfloat16, a term is lost once the sum is 512 times as large.
     """
     if mesh is None or mesh.size == 1:
         return params
@@ -103,7 +105,8 @@ def gather(mesh: Mesh | None, params: Any, dtype: DTypeLike, *, prefix: str = ""
         if any(spec):
             stored = NamedSharding(mesh, PartitionSpec(*spec[1:]) if of_layer else spec)
             computed = NamedSharding(mesh, _without_fsdp(stored.spec))
-            leaf = checkpoint_name(_relayout(leaf.astype(dtype), stored, computed), GATHERED)
+            gathered = _relayout_summed(leaf, dtype, stored, computed) if sums else _relayout(leaf.astype(dtype), stored, computed)
+            leaf = checkpoint_name(gathered, GATHERED)
         leaves.append(leaf)
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
@@ -138,3 +141,19 @@ def _relayout_backward(stored: NamedSharding, computed: NamedSharding, _: None, 
 
 
 _relayout.defvjp(_relayout_forward, _relayout_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _relayout_summed(x: Array, dtype: DTypeLike, stored: NamedSharding, computed: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(x.astype(dtype), computed).astype(x.dtype)
+
+
+def _relayout_summed_forward(x: Array, dtype: DTypeLike, stored: NamedSharding, computed: NamedSharding) -> tuple[Array, None]:
+    return _relayout_summed(x, dtype, stored, computed), None
+
+
+def _relayout_summed_backward(dtype: DTypeLike, stored: NamedSharding, computed: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_relayout_summed.defvjp(_relayout_summed_forward, _relayout_summed_backward)

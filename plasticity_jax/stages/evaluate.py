@@ -63,17 +63,17 @@ def run(context: Context) -> Evaluated | None:
     """Scores the parent "model" on rows of the parent "task"; the field "split" says which rows: "test", or "verifier"."""
     from plasticity_jax.data.tasks import get_task, read_task
     from plasticity_jax.evaluate.evaluate import Protocol, evaluate
-    from plasticity_jax.parallel.mesh import make_mesh
 
     start = time.monotonic()
     config, fields = context.config, context.run.fields
+    model = context.model(with_tokenizer=True, dtype=config.train.compute_dtype)
     results = evaluate(
-        context.model(with_tokenizer=True),
+        model,
         get_task(context.task),
         getattr(read_task(context.parents["task"]), fields["split"]),
         config.evaluate,
-        Protocol(fields.get("n_samples", 0), fields.get("max_new_tokens", 0), config.faithful, config.train.compute_dtype),
-        mesh=make_mesh(config.mesh),
+        Protocol(fields.get("n_samples", 0), fields.get("max_new_tokens", 0), config.faithful),
+        forward=context.forward(model),
         folder=context.directory.path,
         what=f"{context.run.stage} {context.run.name}",
     )

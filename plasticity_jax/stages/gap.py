@@ -52,11 +52,11 @@ class Gap:
     seconds: float
 
 
-def run(context: Context) -> Gap:
+def run(context: Context) -> Gap | None:
     """Measures the gap of the parent "model", a pretraining run, on the parent "corpus"."""
     from plasticity_jax.analysis.gap import measure_gap
 
-    start, settings, model = time.monotonic(), context.section, context.model()
+    start, settings, model = time.monotonic(), context.section, context.model(dtype=context.config.train.compute_dtype)
     made_by = RunDirectory(context.parents["model"])
     if made_by.run().stage != "pretrain":
         raise UserError(f"{model.path} is a run of stage {made_by.run().stage}; the gap needs one of stage pretrain, whose reading order is known.")
@@ -64,11 +64,12 @@ def run(context: Context) -> Gap:
         model,
         made_by.config(),
         context.parents["corpus"],
+        forward=context.forward(model),
         reading_seed=made_by.run().seed or 0,
         tokens_per_side=settings.tokens_per_side,
         seed=settings.seed,
     )
-    return Gap(**facts, seconds=time.monotonic() - start)
+    return Gap(**facts, seconds=time.monotonic() - start) if facts else None
 
 
 def gap_of(member: "MemberResults") -> float | None:
@@ -205,6 +206,8 @@ STAGE = Stage(
     name="gap",
     title="the gap between seen and held-out text",
     run=run,
+    devices="all",
+    fields=lambda config, model: {"compute_dtype": config.train.compute_dtype},
     record=Gap,
     config=GapConfig,
     parents={"model": "pretrain", "corpus": "prepare"},

@@ -14,7 +14,7 @@ class Initial:
 
     Attributes:
       parameters: their number.
-      params_sha256: of their bytes, see `train.initial.params_sha256`.
+      params_sha256: of their checksums, see `train.initial.params_sha256`.
     """
 
     parameters: int

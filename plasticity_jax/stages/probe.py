@@ -64,8 +64,9 @@ def run(context: Context) -> Probes:
     from plasticity_jax.analysis.probes import probe_layers
     from plasticity_jax.data.probe_sets import read_probe_set
 
-    start, settings, model = time.monotonic(), context.section, context.model(with_tokenizer=True)
-    recipe = {"max_length": settings.max_length, "l2": settings.l2, "seed": settings.seed}
+    start, settings = time.monotonic(), context.section
+    model = context.model(with_tokenizer=True, dtype=context.config.train.compute_dtype)
+    recipe = {"forward": context.forward(model), "max_length": settings.max_length, "l2": settings.l2, "seed": settings.seed}
     sets = {name: probe_layers(model, name, read_probe_set(context.parents[f"probe-{name}"]), **recipe) for name in settings.sets}
     return Probes(sets, time.monotonic() - start)
 
@@ -182,6 +183,8 @@ STAGE = Stage(
     name="probe",
     title="linear probes",
     run=run,
+    devices="all",
+    fields=lambda config, model: {"compute_dtype": config.train.compute_dtype},
     record=Probes,
     config=ProbeConfig,
     parents={"model": "pretrain"},

@@ -106,7 +106,7 @@ def run(context: Context) -> Rewarded | None:
 
     start, reward = time.monotonic(), context.config.reward
     scorer_path = context.parents["scorer"] if reward.model is None else location(reward.model)
-    scorer = open_scorer(context.config, scorer_path, f"reward {context.run.name}")
+    scorer = open_scorer(context.config, scorer_path, context.mesh, f"reward {context.run.name}")
     if reward.scorer == "sequence-classification" and is_local(scorer_path):
         context.directory.provenance["reward_model"] = fingerprint(scorer_path)
     results = rate(scorer, read_completions(context.parents["completions"]), context.directory.path)

@@ -158,6 +158,7 @@ STAGE = Stage(
     name="spectra",
     title="attention spectra",
     run=run,
+    devices="all",
     record=Spectra,
     config=SpectraConfig,
     parents={"model": "pretrain"},

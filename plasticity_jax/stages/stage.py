@@ -18,8 +18,10 @@ from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from matplotlib.figure import Figure as Drawing
 
+    from plasticity_jax.model.forward import Forward
     from plasticity_jax.model.load import LoadedModel
     from plasticity_jax.report.results import MemberResults, StudyResults
     from plasticity_jax.report.verdicts import Verdict
@@ -49,18 +51,38 @@ class Context:
         """The stage's own section of the config, such as `config.gap` for the stage "gap"."""
         return getattr(self.config, self.run.stage)
 
-    def model(self, role: str = "model", *, with_tokenizer: bool = False) -> "LoadedModel":
-        """The model of a parent run.
+    @property
+    def mesh(self) -> "Mesh | None":
+        """The devices that the stage works on, as the config lays them out; None for one device."""
+        from plasticity_jax.parallel import processes
+        from plasticity_jax.parallel.mesh import make_mesh
+        from plasticity_jax.stages import stages
 
+        if stages()[self.run.stage].devices != "all" and processes.count() > 1:
+            return None
+        mesh = make_mesh(self.config.mesh)
+        return mesh if mesh.size > 1 else None
+
+    def model(self, role: str = "model", *, with_tokenizer: bool = False, dtype: str = "float32") -> "LoadedModel":
+        """The model of a parent run, on `mesh`.
+
+        Args:
+          dtype: of its matrices.
         Raises:
           UserError: the checkpoint is damaged, or `with_tokenizer` is set and the model has none.
         """
         from plasticity_jax.model.load import load_model
 
-        model = load_model(self.parents[role])
+        model = load_model(self.parents[role], mesh=self.mesh, dtype=dtype)
         if with_tokenizer:
             _ = model.text_tokenizer
         return model
+
+    def forward(self, model: "LoadedModel") -> "Forward":
+        """How the study runs a model."""
+        from plasticity_jax.model.forward import Forward
+
+        return Forward.of(self.config, model.config, model.mesh)
 
     @property
     def task(self) -> str:

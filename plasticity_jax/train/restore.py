@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plasticity_jax.model.checkpoint import Checkpoints, delete_step, finished_steps
-from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.rules import param_paths
 from plasticity_jax.runs.directory import CHECKPOINTS
@@ -41,7 +40,7 @@ def starting_state(settings: StepSettings, mesh: Mesh, initial: Params, runs: Se
     states = [_state_at(settings, mesh, initial, run, step) for run in runs]
     state = stack(states) if members else states[0]
     # Always a copy: the first update donates its state, and `initial` is still needed.
-    return jax.device_put(state, state_shardings(settings, mesh, members=members), may_alias=False), step
+    return arrays.copied(state, state_shardings(settings, mesh, members=members)), step
 
 
 def _prepare_step(runs: Sequence[AnyPath]) -> int:
@@ -55,17 +54,25 @@ def _prepare_step(runs: Sequence[AnyPath]) -> int:
 
 def param_norms(params: Params) -> dict[str, float]:
     """L2 norm of every parameter, all layers together: path → norm."""
-    return {
-        path: float(np.linalg.norm(np.asarray(arrays.to_host(leaf), np.float64)))
-        for path, leaf in zip(param_paths(params), jax.tree.leaves(params), strict=True)
-    }
+    squares = arrays.to_host(_row_squares(params))
+    return {path: _total(leaf) ** 0.5 for path, leaf in zip(param_paths(params), jax.tree.leaves(squares), strict=True)}
 
 
 def relative_update(before: Params, after: Params) -> float:
-    """‖after − before‖ / ‖before‖ over all parameters together."""
-    before, after = ([np.asarray(arrays.to_host(leaf), np.float64) for leaf in jax.tree.leaves(tree)] for tree in (before, after))
-    change = sum(float(np.square(a - b).sum()) for a, b in zip(after, before, strict=True))
-    return (change / sum(float(np.square(b).sum()) for b in before)) ** 0.5
+    """‖after − before‖ / ‖before‖ over all parameters together. Both lie in the same shardings."""
+    change, size = arrays.to_host((_row_squares(after, before), _row_squares(before)))
+    return (sum(map(_total, jax.tree.leaves(change))) / sum(map(_total, jax.tree.leaves(size)))) ** 0.5
+
+
+@jax.jit
+def _row_squares(tree: Params, less: Params | None = None) -> Params:
+    """Sum of squares over the last axis, where the arrays lie; the rest is small enough to be summed in float64."""
+    tree = tree if less is None else jax.tree.map(jnp.subtract, tree, less)
+    return jax.tree.map(lambda x: jnp.sum(jnp.square(x), axis=-1), tree)
+
+
+def _total(squares: np.ndarray) -> float:
+    return float(squares.sum(dtype=np.float64))
 
 
 def _state_at(settings: StepSettings, mesh: Mesh, initial: Params, run: AnyPath, step: int) -> State:
@@ -84,5 +91,5 @@ def _compiled_start(settings: StepSettings):
 
 
 def _abstract_state(settings: StepSettings, mesh: Mesh) -> Any:
-    shapes = jax.eval_shape(functools.partial(initial_state, settings), abstract_params(settings.model))
+    shapes = jax.eval_shape(functools.partial(initial_state, settings), settings.objective.abstract_params(settings.model))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(settings, mesh, members=False))

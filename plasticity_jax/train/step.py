@@ -1,4 +1,4 @@
-"""The training step, one pure function, and its compiled forms: for one model, and for the members of a grid as one program."""
+"""The training step, one pure function of any objective, and its compiled forms: for one model, and for the members of a grid as one program."""
 
 import functools
 import logging
@@ -20,9 +20,12 @@ from plasticity_jax.parallel.sharding import ROWS, batch_sharding, constrain, ga
 from plasticity_jax.train.optimizer import OptimizerSettings, Params, make_optimizer, schedule_shape
 
 State = dict[str, Any]  # "params", "optimizer" (optax state), "step" (updates done)
-Batch = dict[str, Any]  # tokens, targets, loss_mask, segment_ids, positions: [B, T]
+Batch = dict[str, Any]  # arrays of B rows; of the next token: tokens, targets, loss_mask, segment_ids, positions, each [B, T]
 Hyper = dict[str, Any]  # see hyper_parameters
-Metrics = dict[str, Any]  # loss (nats per token), tokens, lr, grad_norm, param_norm; with a z-loss, z_loss
+Metrics = dict[str, Any]  # loss (nats per token, or whatever the objective counts), tokens, lr, grad_norm, param_norm; with a z-loss, z_loss
+Sums = dict[str, Array]  # sums over a batch: "loss" (nats), "count" (what it is divided by), "tokens"; others are divided by the count and logged
+
+CHUNKS_SUMMED_IN_COMPUTE_DTYPE = 8  # of the loss: of more, the output matrix' gradient is summed in its own dtype, which takes more memory
 
 log = logging.getLogger("plasticity_jax")
 
@@ -47,6 +50,55 @@ class Execution:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What is learned.
+
+    Attributes:
+      loss_sum: (settings, mesh, params, batch) → what the gradient is taken of, in nats, a sum over the batch; and the batch's sums.
+      abstract_params: shapes of the parameters, for the model's config.
+      shardings: (mesh, config) → where the parameters are stored.
+    """
+
+    loss_sum: "Callable[[StepSettings, Mesh | None, Params, Batch], tuple[Float[Array, ''], Sums]]"
+    abstract_params: Callable[[ModelConfig], Params]
+    shardings: Callable[[Mesh, ModelConfig], Params]
+
+
+def next_token_losses(settings: "StepSettings", mesh: Mesh | None, params: Params, batch: Batch) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """Loss in nats and log-normalizer of every target of the batch, masked ones included."""
+    execution, dtype = settings.execution, jnp.dtype(settings.compute_dtype)
+    x_BxTxD, _ = hidden_states(
+        settings.model,
+        params,
+        batch["tokens"],
+        segment_ids=batch["segment_ids"] if settings.isolate_documents else None,
+        positions=batch["positions"],
+        compute_dtype=dtype,
+        scan_layers=execution.scan_layers,
+        remat=execution.remat,
+        attention=execution.attention,
+        mesh=mesh,
+    )
+    name = "embed" if settings.model.tie_embeddings else "head"
+    many = execution.loss_chunks > CHUNKS_SUMMED_IN_COMPUTE_DTYPE
+    kernel_DxV = output_kernel(settings.model, gather(mesh, {name: params[name]}, dtype, sums=many))
+    return vocabulary_losses(x_BxTxD, kernel_DxV, batch["targets"], compute_dtype=dtype, chunks=execution.loss_chunks, mesh=mesh)
+
+
+def _next_token_loss(settings: "StepSettings", mesh: Mesh | None, params: Params, batch: Batch) -> tuple[Float[Array, ""], Sums]:
+    losses_BxT, log_sums_BxT = next_token_losses(settings, mesh, params, batch)
+    total, tokens = masked_sum(losses_BxT, batch["loss_mask"])
+    sums = {"loss": total, "count": tokens, "tokens": tokens}
+    if not settings.z_loss:
+        return total, sums
+    z_loss = settings.z_loss * masked_sum(jnp.square(log_sums_BxT), batch["loss_mask"])[0]
+    return total + z_loss, sums | {"z_loss": z_loss}
+
+
+NEXT_TOKEN = Objective(_next_token_loss, abstract_params, lambda mesh, config: param_shardings(mesh, abstract_params(config)))
+
+
+@dataclass(frozen=True)
 class StepSettings:
     """Everything that a compiled step depends on besides shapes and mesh; equal settings share one compilation.
 
@@ -54,6 +106,7 @@ class StepSettings:
       compute_dtype: dtype of the matmuls, "float32" or "bfloat16"; parameters and loss stay in float32.
       z_loss: weight of the squared log of the softmax's normalizer.
       isolate_documents: attention stays within the batch's segments.
+      objective: what is learned.
     """
 
     model: ModelConfig
@@ -62,6 +115,7 @@ class StepSettings:
     z_loss: float
     isolate_documents: bool
     execution: Execution
+    objective: Objective = NEXT_TOKEN
 
 
 def execution_of(train: TrainConfig, model: ModelConfig, mesh: Mesh, *, batch_size: int, seq_len: int, grad_accum_steps: int) -> Execution:
@@ -108,21 +162,15 @@ def initial_state(settings: StepSettings, params: Params) -> State:
 def make_train_step(settings: StepSettings, mesh: Mesh | None = None) -> Callable[[State, Batch, Hyper], tuple[State, Metrics]]:
     """The pure function `train_step(state, batch, hyper) -> (state, metrics)`.
 
-    The loss is the sum over the unmasked targets, divided once by their number, so padding and gradient accumulation change only rounding.
+    The loss is a sum over the batch, divided once by what the objective counts (targets that are not masked), so padding and gradient accumulation
+    change only rounding.
 
     Args:
       mesh: where the arrays are sharded; None for one device.
     """
     optimizer = make_optimizer(settings.optimizer)
     grad_accum_steps = settings.execution.grad_accum_steps
-
-    def loss_sum(params: Params, batch: Batch) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        losses_BxT, log_sums_BxT = _losses(settings, mesh, params, batch)
-        total, tokens = masked_sum(losses_BxT, batch["loss_mask"])
-        if not settings.z_loss:
-            return total, {"loss": total, "tokens": tokens}
-        z_loss = settings.z_loss * masked_sum(jnp.square(log_sums_BxT), batch["loss_mask"])[0]
-        return total + z_loss, {"loss": total, "tokens": tokens, "z_loss": z_loss}
+    loss_sum = functools.partial(settings.objective.loss_sum, settings, mesh)
 
     def gradient_and_sums(params: Params, batch: Batch):
         gradient = jax.grad(loss_sum, has_aux=True)
@@ -140,11 +188,11 @@ def make_train_step(settings: StepSettings, mesh: Mesh | None = None) -> Callabl
     def train_step(state: State, batch: Batch, hyper: Hyper) -> tuple[State, Metrics]:
         params = state["params"]
         gradient, sums = gradient_and_sums(params, batch)
-        count = jnp.maximum(sums["tokens"], 1.0)
+        count = jnp.maximum(sums["count"], 1.0)
         gradient = jax.tree.map(lambda g: g / count, gradient)
         updates, optimizer_state = optimizer.update(gradient, state["optimizer"], params, hyper=hyper)
         shape = schedule_shape(state["step"], warmup=hyper["warmup_steps"], total=hyper["total_steps"], schedule=settings.optimizer.schedule)
-        metrics = {name: value / count for name, value in sums.items() if name != "tokens"} | {
+        metrics = {name: value / count for name, value in sums.items() if name not in ("count", "tokens")} | {
             "tokens": sums["tokens"],
             "lr": hyper["peak_lr"] * shape,
             "grad_norm": optax.tree.norm(gradient),
@@ -153,26 +201,6 @@ def make_train_step(settings: StepSettings, mesh: Mesh | None = None) -> Callabl
         return {"params": optax.apply_updates(params, updates), "optimizer": optimizer_state, "step": state["step"] + 1}, metrics
 
     return train_step
-
-
-def _losses(settings: StepSettings, mesh: Mesh | None, params: Params, batch: Batch) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """Loss in nats and log-normalizer of every target of the batch."""
-    execution, dtype = settings.execution, jnp.dtype(settings.compute_dtype)
-    x_BxTxD, _ = hidden_states(
-        settings.model,
-        params,
-        batch["tokens"],
-        segment_ids=batch["segment_ids"] if settings.isolate_documents else None,
-        positions=batch["positions"],
-        compute_dtype=dtype,
-        scan_layers=execution.scan_layers,
-        remat=execution.remat,
-        attention=execution.attention,
-        mesh=mesh,
-    )
-    name = "embed" if settings.model.tie_embeddings else "head"
-    kernel_DxV = output_kernel(settings.model, gather(mesh, {name: params[name]}, dtype))
-    return vocabulary_losses(x_BxTxD, kernel_DxV, batch["targets"], compute_dtype=dtype, chunks=execution.loss_chunks, mesh=mesh)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- compiled forms
@@ -185,9 +213,9 @@ def stack(trees: Sequence[Any]) -> Any:
 
 def state_shardings(settings: StepSettings, mesh: Mesh, *, members: bool) -> State:
     """Shardings of the state; with `members`, every array has a leading axis over the mesh's member axis."""
-    abstract = abstract_params(settings.model)
+    abstract = settings.objective.abstract_params(settings.model)
     # The rules check the shapes of one member, before the member axis is added.
-    params = param_shardings(mesh, abstract)
+    params = settings.objective.shardings(mesh, settings.model)
     if members:
         params = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec("member", *s.spec)), params)
     single = NamedSharding(mesh, PartitionSpec("member") if members else PartitionSpec())
@@ -210,15 +238,3 @@ def compile_train_step(settings: StepSettings, mesh: Mesh, *, members: bool) -> 
     state = state_shardings(settings, mesh, members=members)
     scalars = NamedSharding(mesh, PartitionSpec("member") if members else PartitionSpec())
     return jax.jit(step, in_shardings=(state, batch_sharding(mesh), scalars), out_shardings=(state, scalars), donate_argnums=0)
-
-
-@functools.lru_cache(maxsize=32)
-def compile_eval_step(settings: StepSettings, mesh: Mesh) -> Callable[[Params, Batch], Float[Array, "b t"]]:
-    """`eval_step(params, batch)` → nats of every target [B, T], 0 where the loss mask is 0. For one model, without a member axis."""
-
-    def eval_step(params: Params, batch: Batch) -> Float[Array, "b t"]:
-        return _losses(settings, mesh, params, batch)[0] * batch["loss_mask"]
-
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    placed = param_shardings(mesh, abstract_params(settings.model))
-    return jax.jit(eval_step, in_shardings=(placed, batch_sharding(mesh)), out_shardings=everywhere)

@@ -1,17 +1,14 @@
 """The outcome verifier: a fine-tuned model with a scalar head learns from graded samples to predict which completions are right."""
 
-import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from plasticity_jax.config import ModelConfig, StudyConfig, VerifierConfig
@@ -21,48 +18,52 @@ from plasticity_jax.data.sft import plan
 from plasticity_jax.data.tokenizer import copy_tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.model.forward import Forward
 from plasticity_jax.model.load import LoadedModel
+from plasticity_jax.model.loss import masked_sum
 from plasticity_jax.model.scalar_head import (
-    Execution,
     ScalarModel,
     abstract_scalar_params,
     encode_answers,
-    execution_of,
     length_buckets,
     scalar_shardings,
     score_rows,
     scores,
     with_head,
 )
+from plasticity_jax.model.transformer import hidden_states
 from plasticity_jax.parallel import arrays, processes
-from plasticity_jax.parallel.batches import check_batch_size
+from plasticity_jax.parallel.batches import global_batches, padded_batch_size
 from plasticity_jax.parallel.mesh import make_mesh
-from plasticity_jax.parallel.sharding import batch_sharding
 from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.loop import LoopSettings, Track, train
-from plasticity_jax.train.optimizer import OptimizerSettings, make_optimizer, schedule_shape
-from plasticity_jax.train.restore import common_step
-from plasticity_jax.train.step import Batch, Hyper, Metrics, State
+from plasticity_jax.train.restore import starting_state
+from plasticity_jax.train.step import Batch, Objective, StepSettings, Sums, compile_train_step, execution_of
 from plasticity_jax.train.tuning import tuning_numbers, tuning_optimizer
 
 log = logging.getLogger("plasticity_jax")
 
 
-@dataclass(frozen=True)
-class VerifierStep:
-    """Everything that the compiled step depends on besides shapes; equal settings share one compilation.
+def _verdict_loss(settings: StepSettings, mesh: Mesh | None, params: Any, batch: Batch) -> tuple[Float[Array, ""], Sums]:
+    """Binary cross-entropy, in nats per completion. The batch has tokens [B, T], lengths [B] (0: no completion) and labels [B] (1 right, 0 wrong)."""
+    execution = settings.execution
+    x_BxTxD, _ = hidden_states(
+        settings.model,
+        params["decoder"],
+        batch["tokens"],
+        compute_dtype=jnp.dtype(settings.compute_dtype),
+        attention=execution.attention,
+        scan_layers=execution.scan_layers,
+        remat=execution.remat,
+        mesh=mesh,
+    )
+    losses_B = optax.sigmoid_binary_cross_entropy(scores(params, x_BxTxD, batch["lengths"]), batch["labels"])
+    total, count = masked_sum(losses_B, batch["lengths"] > 0)
+    return total, {"loss": total, "count": count, "tokens": batch["lengths"].sum()}
 
-    Attributes:
-      model: the decoder, without output matrix.
-      optimizer: as in fine-tuning.
-      execution, remat: how to run the forward and backward passes.
-    """
 
-    model: ModelConfig
-    optimizer: OptimizerSettings
-    execution: Execution
-    remat: str
+VERDICT = Objective(_verdict_loss, abstract_scalar_params, scalar_shardings)
 
 
 def train_verifier(base: LoadedModel, samples: Sequence[Completion], config: StudyConfig, *, name: str, path: AnyPath) -> dict[str, Any]:
@@ -96,13 +97,14 @@ def train_verifier(base: LoadedModel, samples: Sequence[Completion], config: Stu
     )
     right = np.array([completion.correct for completion in completions])
     is_held_out = np.array([completion.id in split for completion in completions])
-    execution = execution_of(config, base.config)
+    mesh = make_mesh(config.mesh)
     model = with_head(base.config, base.params, jnp.zeros(base.config.d_model, jnp.float32))
+    model = ScalarModel(model.config, arrays.put(model.params, scalar_shardings(mesh, model.config)))
     buckets = length_buckets(config.reward.max_length, config.finetune.length_buckets)
     learned = np.flatnonzero(~is_held_out)
     track = Track(path, keep=1)
     if len(set(right[learned].tolist())) == 2:
-        model = _train(name, config, track, model, execution, [rows[i] for i in learned], right[learned], buckets)
+        model = _train(name, config, track, model, mesh, [rows[i] for i in learned], right[learned], buckets)
         reason = ""
     else:
         reason = f"all completions to learn from are {'right' if right[learned].all() else 'wrong'}"
@@ -115,7 +117,7 @@ def train_verifier(base: LoadedModel, samples: Sequence[Completion], config: Stu
             [rows[i] for i in held_out],
             buckets=buckets,
             batch_size=recipe.batch_size,
-            execution=execution,
+            forward=Forward.of(config, model.config, mesh if mesh.size > 1 else None),
             what=f"verifier {name}, held out",
         )
         if not np.isfinite(logits).all():  # the last update is seen by no training loss
@@ -187,29 +189,28 @@ def _train(
     config: StudyConfig,
     track: Track,
     model: ScalarModel,
-    execution: Execution,
+    mesh: Mesh,
     rows: list[list[int]],
     right: Bool[np.ndarray, " n"],
     buckets: Sequence[int],
 ) -> ScalarModel:
     """The model after training, or as it was where it had diverged before."""
     recipe = config.verifier
-    mesh = make_mesh(config.mesh)
-    check_batch_size(mesh, recipe.batch_size, 1, "verifier")
+    padded = padded_batch_size(mesh, recipe.batch_size, recipe.grad_accum_steps, "verifier")
     # `plan` counts the inputs of a row that is predicted token by token: one fewer than its tokens.
     schedule = plan([len(row) + 1 for row in rows], buckets=buckets, batch_size=recipe.batch_size, epochs=recipe.epochs, seed=recipe.seed)
     if track.diverged:
         return model
-    settings = VerifierStep(model.config, tuning_optimizer(config.finetune, decay_mask="all"), execution, config.train.remat)
-    state, start = _starting_state(settings, mesh, model, track.directory)
+    settings = step_settings(config, model.config, mesh)
+    state, start = starting_state(settings, mesh, model.params, [track.directory], members=False)
     if start:
         log.info("resumes at step %d of %d", start, len(schedule))
     params = train(
         f"verifier {name}",
         state,
-        train_step=compile_verifier_step(settings, mesh),
+        train_step=compile_train_step(settings, mesh, members=False),
         hyper=tuning_numbers(recipe, steps=len(schedule)),
-        batches=_batches(rows, right, schedule[start:], recipe, mesh),
+        batches=global_batches(_batches(rows, right, schedule[start:], recipe), mesh, None, padded),
         tracks=[track],
         members=False,
         settings=LoopSettings(
@@ -225,86 +226,30 @@ def _train(
     return ScalarModel(model.config, params)
 
 
-def _batches(rows: list[list[int]], right: np.ndarray, schedule: list, recipe: VerifierConfig, mesh: Mesh) -> Iterator[Batch]:
+def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSettings:
+    """The settings of a verifier's compiled step; the optimizer is as in fine-tuning.
+
+    Args:
+      model: the decoder, without output matrix.
+    """
+    execution = execution_of(
+        config.train,
+        model,
+        mesh,
+        batch_size=config.verifier.batch_size,
+        seq_len=config.reward.max_length,
+        grad_accum_steps=config.verifier.grad_accum_steps,
+    )
+    optimizer = tuning_optimizer(config.finetune, decay_mask="all")
+    return StepSettings(model, optimizer, config.train.compute_dtype, z_loss=0.0, isolate_documents=False, execution=execution, objective=VERDICT)
+
+
+def _batches(rows: list[list[int]], right: np.ndarray, schedule: list, recipe: VerifierConfig) -> Iterator[Batch]:
     for length, indices in schedule:
         tokens, lengths = pad_rows([rows[i] for i in indices], length=length, batch_size=recipe.batch_size)
         labels = np.zeros(recipe.batch_size, np.float32)
         labels[: len(indices)] = right[indices]
-        batch = {"tokens": tokens, "lengths": lengths, "labels": labels}
-        yield batch if processes.count() == 1 else arrays.put(batch, batch_sharding(mesh))
-
-
-def make_verifier_step(settings: VerifierStep) -> Callable[[State, Batch, Hyper], tuple[State, Metrics]]:
-    """The pure function `step(state, batch, hyper) -> (state, metrics)`.
-
-    The batch has tokens [B, T], lengths [B] (0 for rows that fill up the batch) and labels [B] (1 right, 0 wrong). The loss is the mean binary
-    cross-entropy, in nats per completion.
-    """
-    optimizer, execution = make_optimizer(settings.optimizer), settings.execution
-
-    def loss(params: Any, batch: Batch) -> Float[Array, ""]:
-        logits_B = scores(
-            settings.model,
-            params,
-            batch["tokens"],
-            batch["lengths"],
-            compute_dtype=jnp.dtype(execution.compute_dtype),
-            attention=execution.attention,
-            scan_layers=execution.scan_layers,
-            remat=settings.remat,
-            mesh=execution.mesh,
-        )
-        counts_B = (batch["lengths"] > 0).astype(jnp.float32)
-        return jnp.sum(optax.sigmoid_binary_cross_entropy(logits_B, batch["labels"]) * counts_B) / jnp.maximum(counts_B.sum(), 1.0)
-
-    def step(state: State, batch: Batch, hyper: Hyper) -> tuple[State, Metrics]:
-        value, gradient = jax.value_and_grad(loss)(state["params"], batch)
-        updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["params"], hyper=hyper)
-        shape = schedule_shape(state["step"], warmup=hyper["warmup_steps"], total=hyper["total_steps"], schedule=settings.optimizer.schedule)
-        metrics = {"loss": value, "tokens": batch["lengths"].sum(), "lr": hyper["peak_lr"] * shape, "grad_norm": optax.tree.norm(gradient)}
-        return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer_state, "step": state["step"] + 1}, metrics
-
-    return step
-
-
-@functools.lru_cache(maxsize=8)
-def compile_verifier_step(settings: VerifierStep, mesh: Mesh) -> Callable[[State, Batch, Hyper], tuple[State, Metrics]]:
-    """The jitted step, which donates the old state. Equal arguments give the same function."""
-    state, single = _state_shardings(settings, mesh), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(make_verifier_step(settings), in_shardings=(state, batch_sharding(mesh), single), out_shardings=(state, single), donate_argnums=0)
-
-
-def _state_shardings(settings: VerifierStep, mesh: Mesh) -> State:
-    optimizer, params = make_optimizer(settings.optimizer), scalar_shardings(mesh, settings.model)
-    single = NamedSharding(mesh, PartitionSpec())
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda _, s: s,
-        jax.eval_shape(optimizer.init, abstract_scalar_params(settings.model)),
-        params,
-        transform_non_params=lambda _: single,
-    )
-    return {"params": params, "optimizer": moments, "step": single}
-
-
-def _starting_state(settings: VerifierStep, mesh: Mesh, model: ScalarModel, run: AnyPath) -> tuple[State, int]:
-    """The state of the run's last checkpoint, or before the first update, and its step."""
-    optimizer, shardings = make_optimizer(settings.optimizer), _state_shardings(settings, mesh)
-    step = processes.broadcast(lambda: common_step([run]))
-    if step == 0:
-        params = arrays.put(model.params, shardings["params"])
-        state = {"params": params, "optimizer": jax.jit(optimizer.init)(params), "step": jnp.zeros([], jnp.int32)}
-    else:
-        shapes = jax.eval_shape(lambda params: (params, optimizer.init(params)), abstract_scalar_params(settings.model))
-        placed = [
-            jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings[name])
-            for name, tree in zip(("params", "optimizer"), shapes)
-        ]
-        with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
-            params, moments = checkpoints.restore(step, *placed)
-        state = {"params": params, "optimizer": moments, "step": jnp.int32(step)}
-    # Always a copy: the first update donates its state.
-    return jax.device_put(state, shardings, may_alias=False), step
+        yield {"tokens": tokens, "lengths": lengths, "labels": labels}
 
 
 def _save_untrained(run: AnyPath, model: ScalarModel) -> None:
