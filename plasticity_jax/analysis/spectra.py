@@ -32,7 +32,7 @@ def attention_spectra(model: "LoadedModel | tuple[ModelConfig, dict]", fold_norm
       "W_QK" and "W_VO", float32 [n_layers, n_heads, head_dim] each, descending along the last axis.
     Source: Kobayashi et al. 2024 (arXiv 2410.23819).
     """
-    config, params, mesh = (*model, None) if isinstance(model, tuple) else (model.config, model.params, model.mesh)
+    config, params, mesh = (*model, None) if isinstance(model, tuple) else (model.config, model.params, getattr(model, "mesh", None))
     return arrays.to_host(_spectra(config, params["blocks"], fold_norms, mesh))
 
 
@@ -60,7 +60,7 @@ def _spectra(config: ModelConfig, blocks: dict, fold_norms: bool, mesh: Mesh | N
     return products
 
 
-def _by_head(kernel_LxDxHR: Float[Array, "layer d_model features"], n_heads: int) -> Float[Array, "layer*head d_model rank"]:
+def _by_head(kernel_LxDxHR: Float[Array, "layer d_model features"], n_heads: int) -> Float[Array, "n d_model rank"]:
     n_layers, d_model, features = kernel_LxDxHR.shape
     factors_LxHxDxR = kernel_LxDxHR.reshape(n_layers, d_model, n_heads, features // n_heads).transpose(0, 2, 1, 3)
     return factors_LxHxDxR.reshape(n_layers * n_heads, d_model, -1)

@@ -42,13 +42,16 @@ class Forward:
     mesh: Mesh | None = None
 
     @classmethod
-    def of(cls, config: StudyConfig, model: ModelConfig, mesh: Mesh | None) -> "Forward":
+    def of(cls, config: StudyConfig, model: ModelConfig, mesh: Mesh | None, dtype: str | None = None) -> "Forward":
         """As a study runs a model. Raises UserError as `choose_kernel` does.
 
         Layers are scanned except on one CPU: one layer at a time is gathered, and programs are compiled in a fraction of the time.
+
+        Args:
+          dtype: the compute dtype; None for the config's.
         """
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        dtype = config.train.compute_dtype
+        dtype = dtype or config.train.compute_dtype
         attention = choose_kernel(config.train.attention, platform=platform, head_dim=model.head_dim, compute_dtype=dtype)
         return cls(dtype, attention, config.train.scan_layers or platform != "cpu" or mesh is not None, mesh)
 

@@ -66,7 +66,7 @@ def run(context: Context) -> Evaluated | None:
 
     start = time.monotonic()
     config, fields = context.config, context.run.fields
-    model = context.model(with_tokenizer=True, dtype=config.train.compute_dtype)
+    model = context.model(with_tokenizer=True, dtype=context.compute_dtype)
     results = evaluate(
         model,
         get_task(context.task),

@@ -56,7 +56,7 @@ def run(context: Context) -> Gap | None:
     """Measures the gap of the parent "model", a pretraining run, on the parent "corpus"."""
     from plasticity_jax.analysis.gap import measure_gap
 
-    start, settings, model = time.monotonic(), context.section, context.model(dtype=context.config.train.compute_dtype)
+    start, settings, model = time.monotonic(), context.section, context.model(dtype=context.compute_dtype)
     made_by = RunDirectory(context.parents["model"])
     if made_by.run().stage != "pretrain":
         raise UserError(f"{model.path} is a run of stage {made_by.run().stage}; the gap needs one of stage pretrain, whose reading order is known.")

@@ -65,7 +65,7 @@ def run(context: Context) -> Probes:
     from plasticity_jax.data.probe_sets import read_probe_set
 
     start, settings = time.monotonic(), context.section
-    model = context.model(with_tokenizer=True, dtype=context.config.train.compute_dtype)
+    model = context.model(with_tokenizer=True, dtype=context.compute_dtype)
     recipe = {"forward": context.forward(model), "max_length": settings.max_length, "l2": settings.l2, "seed": settings.seed}
     sets = {name: probe_layers(model, name, read_probe_set(context.parents[f"probe-{name}"]), **recipe) for name in settings.sets}
     return Probes(sets, time.monotonic() - start)

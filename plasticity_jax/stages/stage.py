@@ -79,10 +79,17 @@ class Context:
         return model
 
     def forward(self, model: "LoadedModel") -> "Forward":
-        """How the study runs a model."""
+        """How the study runs a model, in the model's dtype."""
         from plasticity_jax.model.forward import Forward
 
-        return Forward.of(self.config, model.config, model.mesh)
+        return Forward.of(self.config, model.config, model.mesh, model.dtype)
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype of the study's matmuls: "float32" or "bfloat16"."""
+        from plasticity_jax.train.precision import resolve_compute_dtype
+
+        return resolve_compute_dtype(self.config.train.compute_dtype)
 
     @property
     def task(self) -> str:

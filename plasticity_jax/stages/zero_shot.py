@@ -59,7 +59,7 @@ def run(context: Context) -> ZeroShot:
     from plasticity_jax.evaluate.zero_shot import zero_shot
 
     start, config = time.monotonic(), context.config
-    model = context.model(dtype=config.train.compute_dtype)
+    model = context.model(dtype=context.compute_dtype)
     sets = zero_shot(
         model,
         context.section,

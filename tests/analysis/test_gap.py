@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plasticity_jax.analysis import gap
-from plasticity_jax.analysis.gap import block_losses, blocks_per_domain, choose_blocks, last_readings, summarise, unigram_log_probabilities
+from plasticity_jax.analysis.gap import blocks_per_domain, choose_blocks, last_readings, summarise, unigram_log_probabilities
 from plasticity_jax.config import GapConfig, ModelConfig, StudyConfig, TrainConfig
 from plasticity_jax.data.loader import TokenRecords, order
 from plasticity_jax.data.packing import MANIFEST, index_path, records_path
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.model.forward import Forward, record_nats
 from plasticity_jax.model.transformer import init_params
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
@@ -136,14 +137,17 @@ def test_unigram_is_the_add_one_estimate_without_the_left_out_records(corpus):
     np.testing.assert_allclose(unigram_log_probabilities(train, left_out), expected, rtol=1e-12)
 
 
-def test_block_losses_are_means_of_cross_entropies(corpus):
+def nats_of(params, records, indices):
+    options = {"batch_size": 16, "isolate": None, "loss_chunks": 1, "what": "test"}
+    return record_nats(Forward("float32"), CONFIG, params, records.tokens, indices, **options)
+
+
+def test_the_nats_of_a_record_are_the_sum_of_its_cross_entropies(corpus):
     train = TokenRecords(corpus, "train")
     params = init_params(CONFIG, seed=0)
     # Without a head every token is equally likely.
     params["head"]["kernel"] = jnp.zeros_like(params["head"]["kernel"])
-    np.testing.assert_allclose(
-        block_losses(CONFIG, params, train, np.arange(40), isolate=None, scan_layers=False, loss_chunks=1), np.log(VOCAB), rtol=1e-6
-    )
+    np.testing.assert_allclose(nats_of(params, train, np.arange(40)), SEQ_LEN * np.log(VOCAB), rtol=1e-6)
 
 
 def stage(tmp_path, corpus, name: str, *, model_stage: str = "pretrain") -> dict:
@@ -169,10 +173,11 @@ def test_stage_finds_no_gap_where_there_is_none_and_the_planted_one_where_there_
     assert results["gap"] == pytest.approx(results["held_out"] - results["seen"])
     json.dumps(results, allow_nan=False)
 
-    def memorised(config, params, records, indices, **options):
-        return block_losses(config, params, records, indices, **options) - (0.25 if records.split == "train" else 0.0)
+    def memorised(forward, config, params, read, indices, **options):
+        nats = record_nats(forward, config, params, read, indices, **options)
+        return nats - (0.25 * SEQ_LEN if read.__self__.split == "train" else 0.0)
 
-    monkeypatch.setattr(gap, "block_losses", memorised)
+    monkeypatch.setattr(gap, "record_nats", memorised)
     planted = stage(tmp_path, corpus, "memorised")
     assert planted["gap"] == pytest.approx(results["gap"] + 0.25)
     assert planted["interval"][0] > 0 and planted["adjusted"]["interval"][0] > 0

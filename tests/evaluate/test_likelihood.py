@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import sys
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from running import python
@@ -16,11 +15,12 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.likelihood import _score, log_likelihoods
 from plasticity_jax.evaluate.options import choose
 from plasticity_jax.evaluate.zero_shot import check_installed
+from plasticity_jax.model.forward import Forward, _compiled
 from plasticity_jax.model.load import LoadedModel
 from plasticity_jax.model.transformer import init_params
 
 CONFIG = ModelConfig(vocab_size=300, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=16)
-SETTINGS = dict(batch_size=6, compute_dtype=jnp.float32, what="test")
+SETTINGS = dict(batch_size=6, forward=Forward("float32"), what="test")
 LENGTHS = [(1, 1), (5, 3), (20, 12), (3, 30), (30, 2), (30, 3), (40, 5), (10, 50), (1, 60), (33, 32), (2, 2), (60, 4), (31, 1)]
 
 
@@ -79,11 +79,12 @@ def test_a_large_vocabulary_in_parts_gives_the_same(model, pairs, monkeypatch):
 
 def test_a_pair_does_not_feel_the_others_and_each_length_compiles_twice_at_most(model, pairs):
     found = log_likelihoods(model, pairs, **SETTINGS)
-    programs = _score._cache_size()
+    program = _compiled(_score, (model.config,), SETTINGS["forward"])
+    programs = program._cache_size()
     order = np.random.default_rng(1).permutation(len(pairs))[:9]
     assert log_likelihoods(model, [pairs[i] for i in order], **SETTINGS) == [found[i] for i in order]
     assert log_likelihoods(model, pairs[4:5], **SETTINGS) == found[4:5]
-    assert _score._cache_size() == programs  # lengths 32 and 64, continuations up to 32 and longer, were all there before
+    assert program._cache_size() == programs > 0  # lengths 32 and 64, continuations up to 32 and longer, were all there before
 
 
 def test_what_is_too_long_loses_its_beginning_and_says_so(model, pairs):
@@ -108,22 +109,23 @@ def test_nothing_to_score_or_to_predict_from_is_refused_and_no_pairs_are_no_resu
 
 
 ON_MESHES = """
-import jax, jax.numpy as jnp, numpy as np
+import jax, numpy as np
 from plasticity_jax.config import MeshConfig, ModelConfig
 from plasticity_jax.evaluate.likelihood import log_likelihoods
+from plasticity_jax.model.forward import Forward
 from plasticity_jax.model.transformer import init_params
-from plasticity_jax.parallel.mesh import make_mesh
-from plasticity_jax.parallel.sharding import inference_shardings
+from plasticity_jax.parallel import make_mesh, param_shardings
 
 config = ModelConfig(vocab_size=96, d_model=32, n_layers=1, n_heads=8, n_kv_heads=4, d_ff=48)
 params, rng = init_params(config, 0), np.random.default_rng(0)
 pairs = [(rng.integers(0, 96, n).tolist(), rng.integers(0, 96, m).tolist()) for n, m in ((3, 4), (20, 5), (9, 9), (1, 1), (16, 8))]
-settings = dict(batch_size=3, compute_dtype=jnp.float32, what="test")
-alone = log_likelihoods((config, params), pairs, **settings)
+settings = dict(batch_size=3, what="test")
+alone = log_likelihoods((config, params), pairs, forward=Forward("float32"), **settings)
 for axes in ({"data": 2, "tensor": 2}, {"data": 1, "fsdp": 4}):
     mesh = make_mesh(MeshConfig(**axes))
-    sharded = jax.device_put(params, inference_shardings(mesh, params))
-    for one, other in zip(log_likelihoods((config, sharded), pairs, mesh=mesh, **settings), alone, strict=True):
+    sharded = jax.device_put(params, param_shardings(mesh, params))
+    forward = Forward("float32", scan_layers=True, mesh=mesh)
+    for one, other in zip(log_likelihoods((config, sharded), pairs, forward=forward, **settings), alone, strict=True):
         assert abs(one.total - other.total) < 1e-4 and one[1:] == other[1:], (axes, one, other)
 print("the same on", jax.device_count())
 """

@@ -286,11 +286,6 @@ def test_different_numbers_of_processes_are_one_line_on_all(tmp_path):
             marks=pytest.mark.processes,
         ),
         pytest.param((1, 1), (("--config.mesh.fsdp=3",),) * 2, "mesh.fsdp=3", marks=pytest.mark.processes),
-        (
-            (2, 2),
-            (("--config.train.batch_size=6",),) * 2,
-            "train.batch_size=6 in train.grad_accum_steps=1 part(s) is not divisible by mesh.data x mesh.fsdp = 4",
-        ),
     ],
 )
 def test_what_one_process_finds_wrong_all_say(tmp_path, devices, each, words):

@@ -7,7 +7,6 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
@@ -25,6 +24,7 @@ from plasticity_jax.evaluate import zero_shot
 from plasticity_jax.evaluate.harness import HarnessModel
 from plasticity_jax.evaluate.options import choose
 from plasticity_jax.model import Checkpoints, init_params, load_model
+from plasticity_jax.model.forward import Forward
 from plasticity_jax.model.hf_export import export_model
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
@@ -67,7 +67,7 @@ def models(request, tmp_path_factory):
 
 
 def ours(model, **changes):
-    return HarnessModel(model, **dict(batch_size=8, max_length=MAX_LENGTH, compute_dtype=jnp.float32) | changes)
+    return HarnessModel(model, **dict(batch_size=8, max_length=MAX_LENGTH, forward=Forward("float32")) | changes)
 
 
 def requests(kind, *arguments):
@@ -224,7 +224,7 @@ def test_options_equal_the_harness_on_the_same_split_of_the_text(models):
     examples = [
         Example(str(i), row["goal"], f" {row['sol1']}", "", "x", "none", options=(f" {row['sol1']}", f" {row['sol2']}")) for i, row in enumerate(rows)
     ]
-    choices = choose(model, model.tokenizer, examples, batch_size=8, compute_dtype=jnp.float32, max_length=MAX_LENGTH, what="options")
+    choices = choose(model, model.tokenizer, examples, batch_size=8, forward=Forward("float32"), max_length=MAX_LENGTH, what="options")
     encoded = [
         [(None, model.tokenizer.encode(f"Human: {e.prompt}\nAssistant:"), model.tokenizer.encode(option)) for option in e.options] for e in examples
     ]

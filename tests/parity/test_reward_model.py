@@ -10,7 +10,8 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from plasticity_jax.evaluate.reward_model import open_reward_model
-from plasticity_jax.model.scalar_head import Execution, length_buckets, score_rows
+from plasticity_jax.model.forward import Forward
+from plasticity_jax.model.scalar_head import length_buckets, score_rows
 
 pytestmark = pytest.mark.parity
 
@@ -116,7 +117,7 @@ def test_rewards_are_those_of_transformers(folder):
     model, chat = open_reward_model(folder)
     rows, _ = chat.rows(PAIRS, 512)
     assert len({len(row) for row in rows}) == len(rows) and max(map(len, rows)) > 64
-    found = score_rows(model, rows, buckets=length_buckets(512), batch_size=3, execution=Execution("float32", "xla", False, None), what="parity")
+    found = score_rows(model, rows, buckets=length_buckets(512), batch_size=3, forward=Forward("float32"), what="parity")
     assert np.max(np.abs(found - expected)) < 1e-4 * np.max(np.abs(expected))
     assert np.std(expected) > 0.01 * np.max(np.abs(expected)), "all rewards are the same, so nothing is compared"
 
@@ -133,7 +134,7 @@ def test_padding_tokens_at_the_end_of_a_text_are_skipped_as_transformers_skips_t
     tokenizer = transformers.AutoTokenizer.from_pretrained(changed)
     model, chat = open_reward_model(changed)
     rows, _ = chat.rows(PAIRS, 512)
-    found = score_rows(model, rows, buckets=length_buckets(512), batch_size=4, execution=Execution("float32", "xla", False, None), what="parity")
+    found = score_rows(model, rows, buckets=length_buckets(512), batch_size=4, forward=Forward("float32"), what="parity")
     with torch.no_grad():
         expected = [
             theirs(**tokenizer.apply_chat_template(chat_, return_tensors="pt", return_dict=True)).logits[0, 0].item() for chat_ in chats(PAIRS)

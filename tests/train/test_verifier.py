@@ -14,12 +14,12 @@ from worlds import CONFIG, World, change
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.load import load_model
 from plasticity_jax.model.scalar_head import abstract_scalar_params, encode_answers, load_verifier, scores, with_head, without_output
+from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import verifier as stage
 from plasticity_jax.train import verifier
-from plasticity_jax.train.step import hyper_parameters
-from plasticity_jax.train.tuning import tuning_optimizer
+from plasticity_jax.train.step import hyper_parameters, initial_state, make_train_step
 
 pytestmark = pytest.mark.slow
 
@@ -135,13 +135,12 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_rows_that_count(world: World)
     _, activations = base(tokens, capture=("final_norm",))
     logits = [np.asarray(activations["final_norm"], np.float64)[i, len(row) - 1] @ head.astype(np.float64) for i, row in enumerate(rows)]
     expected = np.mean([np.log1p(np.exp(-z if y else z)) for z, y in zip(logits, labels)])
-    settings = verifier.VerifierStep(
-        model.config, tuning_optimizer(CONFIG.finetune, decay_mask="all"), verifier.Execution("float32", "xla", False, None), "none"
-    )
-    state = {"params": model.params, "optimizer": verifier.make_optimizer(settings.optimizer).init(model.params), "step": jnp.int32(0)}
     hyper = hyper_parameters(weight_decay=0.0, peak_lr=1e-3, warmup=1, total=4)
-    _, metrics = jax.jit(verifier.make_verifier_step(settings))(state, {"tokens": tokens, "lengths": lengths, "labels": labels}, hyper)
-    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5) and int(metrics["tokens"]) == sum(map(len, rows))
+    for parts in (1, 5):
+        settings = verifier.step_settings(change(CONFIG, "verifier", batch_size=5, grad_accum_steps=parts), model.config, make_mesh(CONFIG.mesh))
+        batch = {"tokens": tokens, "lengths": lengths, "labels": labels}
+        _, metrics = jax.jit(make_train_step(settings))(initial_state(settings, model.params), batch, hyper)
+        assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5) and int(metrics["tokens"]) == sum(map(len, rows))
 
 
 def test_resume_is_bitwise(world: World, samples, trained, monkeypatch):
@@ -152,7 +151,7 @@ def test_resume_is_bitwise(world: World, samples, trained, monkeypatch):
             verify(world, "cut", samples)
     resumed = []
     with monkeypatch.context() as patch:
-        patch.setattr(verifier, "_starting_state", lambda *args: resumed.append(real_start(*args)) or resumed[-1])
+        patch.setattr(verifier, "starting_state", lambda *args, **options: resumed.append(real_start(*args, **options)) or resumed[-1])
         again = verify(world, "cut", samples)
     assert resumed[0][1] > 0
     timed = {"seconds"}
@@ -162,7 +161,7 @@ def test_resume_is_bitwise(world: World, samples, trained, monkeypatch):
         assert np.array_equal(a, b)
 
 
-real_start = verifier._starting_state
+real_start = verifier.starting_state
 
 
 def test_texts_of_several_members_count_once(world: World, samples, trained):
