@@ -18,7 +18,7 @@ def put(tree: Any, shardings: Any) -> Any:
 
     def one(x, sharding):
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return jax.device_put(x, sharding)
+            return x if x.sharding == sharding else _resharder(sharding)(x)  # device_put would compile anew
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
@@ -48,12 +48,12 @@ def to_host(tree: Any) -> Any:
     def one(x):
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
             return np.asarray(x)
-        whole = x if x.is_fully_replicated else _replicator(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)  # pyright: ignore[reportAttributeAccessIssue]
+        whole = x if x.is_fully_replicated else _resharder(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)  # pyright: ignore[reportAttributeAccessIssue]
         return np.asarray(whole.addressable_data(0))
 
     return jax.tree.map(one, tree)
 
 
-@functools.lru_cache(maxsize=8)
-def _replicator(everywhere: NamedSharding):
-    return jax.jit(lambda x: x, out_shardings=everywhere)
+@functools.lru_cache(maxsize=64)
+def _resharder(sharding: Any):
+    return jax.jit(lambda x: x, out_shardings=sharding)

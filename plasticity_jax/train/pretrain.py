@@ -15,7 +15,7 @@ from plasticity_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.forward import Forward
 from plasticity_jax.model.transformer import abstract_params, count_params
-from plasticity_jax.parallel import processes
+from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.batches import global_batches, local_rows, padded_batch_size
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.sharding import format_sharding_table, param_shardings, sharding_table
@@ -110,7 +110,7 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
         return held_out_loss(
             forward,
             config.model,
-            jax.device_put(params, shardings),
+            arrays.put(params, shardings),
             blocks,
             token_bytes=tokenizer.token_bytes,
             batch_size=config.train.batch_size // config.train.grad_accum_steps,  # what fits one part of a training batch fits here
