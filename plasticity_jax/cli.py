@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("plasticity_jax")
 
 REFUSED, INTERRUPTED = 2, 130
+STATUSES = """\
+exit status:
+  0    done
+  1    a run failed, or waits for one that did; the last line names it, and error.log in its directory holds the details
+  2    the input was refused
+  130  interrupted; the same command resumes
+"""
+NAMED = 20  # failed runs that the last line names
 MODEL_HELP = "directory of a finished pretrain, finetune or import run, or a Hugging Face folder"
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -77,6 +85,7 @@ def _place(text: str) -> AnyPath:
 
 
 JSON = _flag("--json", action="store_true", help="one JSON object on standard output")
+FAIL_FAST = _flag("--fail-fast", action="store_true", help="stop at the first run that fails; by default all goes on that does not need it")
 
 # ---------------------------------------------------------------------------------------------------------------------------- commands
 
@@ -86,6 +95,7 @@ JSON = _flag("--json", action="store_true", help="one JSON object on standard ou
     "the whole graph; run again, it does only what is missing",
     _flag("--stages", metavar="A,B", help="only these stages, comma-separated"),
     _flag("--dry-run", action="store_true", help="print the graph and do nothing"),
+    FAIL_FAST,
 )
 def _study(arguments) -> int:
     from plasticity_jax.stages import stages
@@ -96,7 +106,7 @@ def _study(arguments) -> int:
     if arguments.dry_run:
         print("\n".join(graph_lines(config, workdir)))
         return 0
-    status = _said(run_study(config, workdir, chosen=lambda run: run.stage in chosen))
+    status = _said(run_study(config, workdir, chosen=lambda run: run.stage in chosen, fail_fast=arguments.fail_fast))
     if len(chosen) == len(stages()):
         processes.broadcast(lambda: _write_report(workdir / config.name))
     return status
@@ -112,17 +122,18 @@ def _status(arguments) -> int:
     return 0
 
 
-@_command("prepare", "corpus, tokenizer, token records, task and probe files")
+@_command("prepare", "corpus, tokenizer, token records, task and probe files", FAIL_FAST)
 def _prepare(arguments) -> int:
     from plasticity_jax.study.execute import run_study
 
-    return _said(run_study(arguments.config, arguments.workdir, chosen=lambda run: run.stage == "prepare"))
+    return _said(run_study(arguments.config, arguments.workdir, chosen=lambda run: run.stage == "prepare", fail_fast=arguments.fail_fast))
 
 
 @_command(
     "pretrain",
     "pretrain the members of the grid, or one of them",
     _flag("--member", metavar="NAME", help="only this member, such as wd0.1"),
+    FAIL_FAST,
 )
 def _pretrain(arguments) -> int:
     from plasticity_jax.config import grid_members
@@ -135,7 +146,7 @@ def _pretrain(arguments) -> int:
         raise UserError(f"--member={arguments.member} is not in the grid; its members are {', '.join(names)}.")
     models = [run for run in build_graph(resolve(config, workdir)) if run.stage == "pretrain" and arguments.member in (None, run.member)]
     chosen = {run.id for run in models} | {parent for run in models for parent in run.parents.values()}
-    return _said(run_study(config, workdir, chosen=lambda run: run.id in chosen))
+    return _said(run_study(config, workdir, chosen=lambda run: run.id in chosen, fail_fast=arguments.fail_fast))
 
 
 @_command(
@@ -145,6 +156,7 @@ def _pretrain(arguments) -> int:
     _flag("--task", required=True, metavar="T"),
     _flag("--seed", type=int, metavar="S", help="of the order of the rows; by default the config's first"),
     _flag("--member", metavar="NAME", help="whose recipe to use, where the grid sweeps fields of the fine-tuning"),
+    FAIL_FAST,
 )
 def _finetune(arguments) -> int:
     from plasticity_jax.config import grid_members
@@ -165,7 +177,7 @@ def _finetune(arguments) -> int:
             )
         return [finetune_run(own, base, arguments.task, seed, member)]
 
-    return _said(run_on_model(config, arguments.workdir, arguments.base, "--base", runs, member))
+    return _said(run_on_model(config, arguments.workdir, arguments.base, "--base", runs, member, fail_fast=arguments.fail_fast))
 
 
 @_command(
@@ -173,14 +185,16 @@ def _finetune(arguments) -> int:
     "generate answers to a task's test rows and grade them",
     _flag("--model", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=MODEL_HELP),
     _flag("--task", required=True, metavar="T"),
+    FAIL_FAST,
 )
 def _evaluate(arguments) -> int:
     from plasticity_jax.stages.evaluate import evaluate_run
     from plasticity_jax.study.on_model import run_on_model
 
-    return _said(
-        run_on_model(arguments.config, arguments.workdir, arguments.model, "--model", lambda own, model: [evaluate_run(own, model, arguments.task)])
-    )
+    def runs(own, model):
+        return [evaluate_run(own, model, arguments.task)]
+
+    return _said(run_on_model(arguments.config, arguments.workdir, arguments.model, "--model", runs, fail_fast=arguments.fail_fast))
 
 
 @_command(
@@ -188,6 +202,7 @@ def _evaluate(arguments) -> int:
     "look inside a model",
     _flag("--model", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=MODEL_HELP),
     _flag("--only", metavar="A,B", help="some of the analyses, comma-separated; all by default"),
+    FAIL_FAST,
 )
 def _analyze(arguments) -> int:
     from plasticity_jax.stages import stages
@@ -207,7 +222,7 @@ def _analyze(arguments) -> int:
                 log.info("%s is left out: %s", name, error)
         return found
 
-    return _said(run_on_model(arguments.config, arguments.workdir, arguments.model, "--model", runs))
+    return _said(run_on_model(arguments.config, arguments.workdir, arguments.model, "--model", runs, fail_fast=arguments.fail_fast))
 
 
 @_command(
@@ -389,10 +404,11 @@ def _write_report(folder: AnyPath) -> None:
 
 def _said(outcome: "Outcome") -> int:
     """Says what became of the runs, and returns the exit status."""
-    log.info(
-        "%d runs carried out, %d were done already, %d failed, %d wait for a missing parent",
-        *map(len, (outcome.carried_out, outcome.skipped, outcome.failed, outcome.waiting)),
-    )
+    numbers = map(len, (outcome.carried_out, outcome.skipped, outcome.failed, outcome.waiting))
+    said = "{} runs carried out, {} were done already, {} failed, {} wait for a missing parent".format(*numbers)
+    said += f", {len(outcome.left)} not reached (--fail-fast)" if outcome.left else ""
+    named = outcome.failed[:NAMED] + ([f"and {len(outcome.failed) - NAMED} more"] if len(outcome.failed) > NAMED else [])
+    log.info("%s", said + (f"; failed: {', '.join(named)}" if named else ""))
     if len(outcome.paths) <= 3 and processes.primary():
         for path in outcome.paths.values():
             print(path)
@@ -419,7 +435,8 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of every command."""
-    program = _Parser(prog="plasticity", description="What does a pretraining hyperparameter do to what a language model can still learn?")
+    about = "What does a pretraining hyperparameter do to what a language model can still learn?"
+    program = _Parser(prog="plasticity", description=about, epilog=STATUSES, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = program.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(name, help=command.does, description=command.does, allow_abbrev=False)
@@ -476,7 +493,7 @@ def is_one_of_several(arguments) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0 done, 1 a run failed, 2 the input was refused, 130 interrupted."""
+    """Runs one command. Returns its exit status, as `STATUSES` lists them."""
     argv = sys.argv[1:] if argv is None else list(argv)
     worker = supervise.become_worker()
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake, and how it words the exceptions of others."""
+"""The exceptions that stand for a user's mistake, and how they word the exceptions of others."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,10 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+
+class StudyRefused(UserError):
+    """A refusal that concerns more than one run, such as a full disk: it ends the study, where another refusal only fails its run."""
 
 
 def reason(error: BaseException) -> str:

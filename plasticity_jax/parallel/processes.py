@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from plasticity_jax.errors import UserError, reason
+from plasticity_jax.errors import StudyRefused, UserError, reason
 
 log = logging.getLogger("plasticity_jax")
 
@@ -225,10 +225,14 @@ def together(work: Callable[[], Any]) -> Any:
 
 
 def _as_message(error: Exception) -> dict[str, str]:
-    return {"refused": str(error)} if isinstance(error, UserError) else {"failed": reason(error)}
+    if isinstance(error, UserError):
+        return {"ends study" if isinstance(error, StudyRefused) else "refused": str(error)}
+    return {"failed": reason(error)}
 
 
 def _outcome(message: dict[str, Any]) -> Any:
+    if "ends study" in message:
+        raise StudyRefused(message["ends study"])
     if "refused" in message:
         raise UserError(message["refused"])
     if "failed" in message:

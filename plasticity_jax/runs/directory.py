@@ -52,7 +52,7 @@ class RunDirectory:
         """Holds the run's lock while its stage works; records a failure, and leaves nothing that looks finished.
 
         Raises:
-          UserError: another process works on this run.
+          StudyRefused: another process works on this run.
         """
         make_folder(self.path)
         with contextlib.ExitStack() as stack:
@@ -64,7 +64,8 @@ class RunDirectory:
                 yield self
             except Exception as error:
                 with contextlib.suppress(OSError):
-                    write_json(self.path / FAILED, {"reason": f"{type(error).__name__}: {reason(error)}"})
+                    said = " ".join(str(error).split()) if isinstance(error, UserError) else f"{type(error).__name__}: {reason(error)}"
+                    write_json(self.path / FAILED, {"reason": said})
                     (self.path / ERROR_LOG).write_text(traceback.format_exc(), encoding="utf-8")
                 raise
 

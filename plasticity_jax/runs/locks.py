@@ -15,7 +15,7 @@ from pathlib import Path
 import filelock
 from upath import UPath
 
-from plasticity_jax.errors import UserError
+from plasticity_jax.errors import StudyRefused
 from plasticity_jax.runs.storage import AnyPath, is_local
 
 LOOK_SECONDS = 0.5  # for which a lock is tried: `is_locked` may hold it for an instant
@@ -31,7 +31,7 @@ def lock(path: AnyPath) -> Iterator[None]:
     of another machine the refusal says what to delete.
 
     Raises:
-      UserError: another process holds it.
+      StudyRefused: another process holds it.
     """
     if not is_local(path):
         with _lease(path):
@@ -41,7 +41,7 @@ def lock(path: AnyPath) -> Iterator[None]:
     try:
         held.acquire()
     except filelock.Timeout as error:
-        raise UserError(f"{path.parent} is being worked on by another process; wait for it or stop it.") from error
+        raise StudyRefused(f"{path.parent} is being worked on by another process; wait for it or stop it.") from error
     try:
         yield
     finally:
@@ -60,7 +60,7 @@ def _lease(path: UPath) -> Iterator[None]:
     except FileExistsError as error:
         found = _holder(path) or {}
         who = f"process {found.get('pid', '?')} of {found.get('host', 'an unknown host')} since {found.get('since', 'an unknown time')}"
-        raise UserError(f"{path.parent} is being worked on by {who}; wait for it, or delete {path} if that process is gone.") from error
+        raise StudyRefused(f"{path.parent} is being worked on by {who}; wait for it, or delete {path} if that process is gone.") from error
     try:
         yield
     finally:

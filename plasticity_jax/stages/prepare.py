@@ -89,15 +89,19 @@ def _plan(plan: Plan) -> Iterable[Planned]:
 
 
 def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
-    """Refuses a corpus or task files that are not here."""
+    """Refuses a corpus, wheels or task files that are not here."""
     from plasticity_jax.config import grid_members, member_config
     from plasticity_jax.data.tasks.originals import check_places
+    from plasticity_jax.data.wheels import Wheels, wheels_dir
 
     members = [member_config(config, member) for member in grid_members(config)]
     asked = {run.id for run in runs}
     for data in {own.data for own in members if corpus_run(own).id in asked}:
         _open_stream(data)
+    wheels = Wheels(wheels_dir(config.data.wheels))
     for run in runs:
+        for package in run.fields.get("wheels", ()):
+            wheels.check(package)
         for name, places in config.tasks[run.task].files.items() if run.task is not None else ():
             check_places(places, what=f"tasks.{run.task}.files.{name}")
 

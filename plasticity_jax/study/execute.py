@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
-from plasticity_jax.errors import UserError, reason
+from plasticity_jax.errors import StudyRefused, UserError, reason
 from plasticity_jax.parallel import processes
 from plasticity_jax.runs.directory import ERROR_LOG, STUDY, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
@@ -49,8 +49,8 @@ def _compute_dtype(stored: AnyPath) -> str:
     return dtype
 
 
-def run_study(config: StudyConfig, workdir: AnyPath, *, chosen: Callable[[Run], bool] | None = None) -> "Outcome":
-    """Carries out the runs of a study, or those that are `chosen`.
+def run_study(config: StudyConfig, workdir: AnyPath, *, chosen: Callable[[Run], bool] | None = None, fail_fast: bool = False) -> "Outcome":
+    """Carries out the runs of a study, or those that are `chosen`, as `execute` does.
 
     Raises:
       UserError: what cannot work, before anything is written.
@@ -60,7 +60,7 @@ def run_study(config: StudyConfig, workdir: AnyPath, *, chosen: Callable[[Run], 
     runs = graph if chosen is None else [run for run in graph if chosen(run)]
     check_before_writing(config, workdir, runs, study=config)
     processes.broadcast(lambda: save_study(workdir, config, graph))
-    return execute(config, workdir, runs)
+    return execute(config, workdir, runs, fail_fast=fail_fast)
 
 
 def graph_lines(config: StudyConfig, workdir: AnyPath) -> list[str]:
@@ -178,6 +178,7 @@ class Outcome:
 
     Attributes:
       carried_out, skipped, failed, waiting: ids of runs that were carried out, were done already, failed, or were not reached because a parent is missing.
+      left: ids of runs that were not reached because another one failed before, with `fail_fast`.
       paths: id → directory, of every run asked for.
     """
 
@@ -185,24 +186,29 @@ class Outcome:
     skipped: list[str]
     failed: list[str]
     waiting: list[str]
+    left: list[str]
     paths: dict[str, AnyPath]
 
 
-def execute(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, external: dict[str, AnyPath] | None = None) -> Outcome:
+def execute(
+    config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, external: dict[str, AnyPath] | None = None, fail_fast: bool = False
+) -> Outcome:
     """Carries out the runs that are not done, parents first.
 
-    A run that fails is recorded, and the rest continues. A diverged parent makes its children diverged: that is a result.
+    A run that fails, or that its stage refuses, is recorded, and the rest continues. A diverged parent makes its children diverged: that is a result.
 
     Args:
       runs: in topological order, as build_graph gives them.
       external: id → directory of parents that lie outside this study's folder.
+      fail_fast: stop at the first run that fails.
     Raises:
-      UserError: the disk is full or read-only, or another process works on the same run.
+      StudyRefused: the disk is full or read-only, or another process works on the same run.
+      UserError: a stage refuses, and the runs serve a single one.
       KeyboardInterrupt: passed on; what is done stays done, and the next call resumes.
     """
     folder = study_dir(workdir, config)
     located = {run.id: folder / run.id for run in runs} | (external or {})
-    outcome = Outcome([], [], [], [], {run.id: located[run.id] for run in runs})
+    outcome = Outcome([], [], [], [], [], {run.id: located[run.id] for run in runs})
 
     def path_of(run_id: str) -> AnyPath:
         return located.get(run_id, folder / run_id)
@@ -216,7 +222,7 @@ def execute(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, exter
         import jax
 
         config = for_device(config, jax.devices()[0].device_kind)
-    groups, configs = _groups(config, todo), run_configs(config, todo)
+    groups, configs, single = _groups(config, todo), run_configs(config, todo), _serve_one(runs)
     for number, group in enumerate(groups, 1):
         missing = processes.broadcast(
             lambda: [[parent for parent in run.parents.values() if not RunDirectory(path_of(parent)).done] for run in group]
@@ -232,12 +238,24 @@ def execute(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, exter
         try:
             _carry_out(configs, ready, path_of, _refuse_storage_problems(workdir))
             outcome.carried_out += [run.id for run in ready]
-        except (UserError, processes.Disconnected):
+        except (StudyRefused, processes.Disconnected):
             raise
         except Exception as error:
-            log.error("%s failed: %s (%s)", ready[0].id, reason(error), path_of(ready[0].id) / ERROR_LOG)
+            refused = isinstance(error, UserError)
+            if refused and single:
+                raise
+            log.error("%s failed: %s", ready[0].id, error if refused else f"{reason(error)} ({path_of(ready[0].id) / ERROR_LOG})")
             outcome.failed += [run.id for run in ready]
+            if fail_fast:
+                outcome.left = [run.id for later in groups[number:] for run in later]
+                break
     return outcome
+
+
+def _serve_one(runs: Sequence[Run]) -> bool:
+    """Whether all runs but one are there only as parents, as where a command is asked for one run."""
+    parents = {parent for run in runs for parent in run.parents.values()}
+    return sum(run.id not in parents for run in runs) == 1
 
 
 def _groups(config: StudyConfig, runs: Sequence[Run]) -> list[list[Run]]:
@@ -325,7 +343,7 @@ def _refuse_storage_problems(workdir: AnyPath) -> Iterator[None]:
         problem = storage_problem(error)
         if problem is None:
             raise
-        raise UserError(f"--workdir={workdir}: {problem}; make room or give another --workdir, then run again: it resumes.") from error
+        raise StudyRefused(f"--workdir={workdir}: {problem}; make room or give another --workdir, then run again: it resumes.") from error
 
 
 def storage_problem(error: BaseException | None) -> str | None:

@@ -15,7 +15,14 @@ from plasticity_jax.study.graph import build_graph, run_configs, save_study, stu
 
 
 def run_on_model(
-    config: StudyConfig, workdir: AnyPath, path: AnyPath, flag: str, make: Callable[[StudyConfig, Run], Sequence[Run]], member: Member | None = None
+    config: StudyConfig,
+    workdir: AnyPath,
+    path: AnyPath,
+    flag: str,
+    make: Callable[[StudyConfig, Run], Sequence[Run]],
+    member: Member | None = None,
+    *,
+    fail_fast: bool = False,
 ) -> Outcome:
     """Carries out runs on a model, with the prepare runs that they need. A Hugging Face folder is imported into the study first.
 
@@ -24,6 +31,7 @@ def run_on_model(
       flag: what the user named it with, for messages.
       make: (config to carry out with, the model's run) → runs.
       member: whose fine-tuning recipe to use.
+      fail_fast: stop at the first run that fails.
     Raises:
       UserError: no model at `path`, or whatever a stage refuses.
     """
@@ -62,4 +70,4 @@ def run_on_model(
     if corpus is not None and corpus.is_dir():
         external[model.parents["corpus"]] = corpus
     needed = {parent for run in runs for parent in run.parents.values()} - set(external)
-    return execute(own, workdir, [run for run in data_runs(own) if run.id in needed] + list(runs), external=external)
+    return execute(own, workdir, [run for run in data_runs(own) if run.id in needed] + list(runs), external=external, fail_fast=fail_fast)

@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 from running import TINY, end, pausing, start, wait_until
 
+from plasticity_jax.errors import StudyRefused, UserError
+from plasticity_jax.parallel import processes
+
 pytestmark = pytest.mark.slow
 
 CONFIG = ["--config", TINY, "--config.train.compute_dtype=float32", "--config.train.steps=24", "--config.train.checkpoint_every=8"]
@@ -129,6 +132,13 @@ def by_two(prepared, tmp_path_factory):
 
 def worker_of(process):
     return int(subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()[0])
+
+
+@pytest.mark.parametrize("error", [UserError("no"), StudyRefused("no")])
+def test_an_error_keeps_its_kind_on_its_way_to_the_others(error):
+    with pytest.raises(type(error), match="^no$") as heard:
+        processes._outcome(json.loads(json.dumps(processes._as_message(error))))
+    assert type(heard.value) is type(error)
 
 
 def test_two_processes_give_the_losses_of_one(by_one, by_two):

@@ -3,11 +3,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from running import TINY, plasticity
 
 from plasticity_jax.config import load_config
-from plasticity_jax.errors import UserError
+from plasticity_jax.errors import StudyRefused, UserError
 from plasticity_jax.runs import storage
-from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.directory import ERROR_LOG, LOCK, RunDirectory
+from plasticity_jax.runs.locks import lock
 from plasticity_jax.stages import stages as declared
 from plasticity_jax.study import execute as execution
 from plasticity_jax.study.execute import check_workdir, execute
@@ -70,6 +72,60 @@ def test_a_failure_stops_only_what_depends_on_it(tmp_path, stages):
     assert execute(CONFIG, tmp_path, RUNS).carried_out == [bad.id, *children]
 
 
+def test_a_refusal_of_a_run_fails_that_run_alone(tmp_path, stages, caplog):
+    bad = next(run for run in RUNS if run.stage == "finetune")
+    stages.fail[bad.id] = UserError("no training row is left; raise the last of finetune.length_buckets.")
+    outcome = execute(CONFIG, tmp_path, RUNS)
+    children = [run.id for run in RUNS if bad.id in run.parents.values()]
+    assert (outcome.failed, outcome.waiting, outcome.left) == ([bad.id], children, [])
+    assert len(outcome.carried_out) == len(RUNS) - 2
+    folder = tmp_path / CONFIG.name / bad.id
+    assert RunDirectory(folder).state() == ("failed", "no training row is left; raise the last of finetune.length_buckets.")
+    assert "Traceback" in (folder / ERROR_LOG).read_text()
+    [line] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert line == f"{bad.id} failed: no training row is left; raise the last of finetune.length_buckets."
+
+
+def test_a_run_of_another_process_ends_the_study(tmp_path, stages):
+    folder = tmp_path / CONFIG.name / RUNS[2].id
+    folder.mkdir(parents=True)
+    with lock(folder / LOCK), pytest.raises(StudyRefused, match="is being worked on by another process"):
+        execute(CONFIG, tmp_path, RUNS)
+    assert stages.called == [run.id for run in RUNS[:2]]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), UserError("no")])
+def test_fail_fast_stops_at_the_first_failed_run(tmp_path, stages, error):
+    stages.fail[RUNS[2].id] = error
+    outcome = execute(CONFIG, tmp_path, RUNS, fail_fast=True)
+    assert (outcome.carried_out, outcome.failed) == ([run.id for run in RUNS[:2]], [RUNS[2].id])
+    assert outcome.left == [run.id for run in RUNS[3:]] and stages.called == [run.id for run in RUNS[:3]]
+
+
+def test_a_refusal_of_the_only_run_asked_for_is_raised(tmp_path, stages):
+    asked = next(run for run in RUNS if run.stage == "finetune")
+    needed = [run for run in RUNS if run.stage in ("prepare", "init", "pretrain")]
+    execute(CONFIG, tmp_path, needed)
+    stages.fail[asked.id] = UserError("no")
+    with pytest.raises(UserError, match="^no$"):
+        execute(CONFIG, tmp_path, [run for run in needed if run.id in asked.parents.values()] + [asked])
+    assert states(tmp_path)[asked.id] == "failed"
+
+
+def test_the_last_line_names_the_failed_runs_and_the_status_is_1(tmp_path, stages):
+    prepared = [run for run in RUNS if run.stage == "prepare"]
+    stages.fail[prepared[1].id], stages.fail[prepared[2].id] = UserError("no"), RuntimeError("boom")
+    argv = ["prepare", "--config", TINY, "--workdir", tmp_path, "--config.train.compute_dtype=float32"]
+    ended = plasticity(*argv)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.endswith(f"2 failed, 0 wait for a missing parent; failed: {prepared[1].id}, {prepared[2].id}"), last
+    ended = plasticity(*argv, "--fail-fast")
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.endswith(f"1 failed, 0 wait for a missing parent, 1 not reached (--fail-fast); failed: {prepared[1].id}"), last
+
+
 def test_children_of_a_diverged_run_are_recorded_as_diverged(tmp_path, stages):
     bad = next(run for run in RUNS if run.stage == "pretrain")
     stages.diverge.add(bad.id)
@@ -105,7 +161,7 @@ def test_a_diverged_member_leaves_the_verifier_to_the_others(tmp_path, stages):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("write failed: No space left on device")])
 def test_a_full_disk_stops_the_study_as_a_users_problem(tmp_path, stages, error):
     stages.fail[RUNS[1].id] = error
-    with pytest.raises(UserError, match=r"(?i)no space left.*resumes"):
+    with pytest.raises(StudyRefused, match=r"(?i)no space left.*resumes"):
         execute(CONFIG, tmp_path, RUNS)
     assert len(stages.called) == 2
     assert states(tmp_path)[RUNS[1].id] != "done"
