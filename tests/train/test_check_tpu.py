@@ -1,8 +1,11 @@
 """The real train step, compiled for TPU chips that are not here."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
+from running import environment, python
 from worlds import CONFIG, change
 
 from plasticity_jax.config import MeshConfig
@@ -22,3 +25,17 @@ def test_a_small_step_fits_on_four_chips_and_a_huge_batch_does_not():
     assert small.fits and small.collectives and small.params >= 4 * count_params(config.model) // 4
     large = check(change(config, "train", batch_size=131072, seq_len=2048), place)
     assert not large.fits and large.total > large.limit and large.largest
+
+
+def test_two_checks_at_once_do_not_wait_for_each_other_or_fail():
+    """libtpu's lock file refuses a second process while a first one has it loaded."""
+    code = "import sys; from plasticity_jax.parallel.deviceless import target; print(len(target('v5e:2x2').devices), flush=True); sys.stdin.read()"
+    first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+    assert first.stdin is not None and first.stdout is not None
+    try:
+        assert first.stdout.readline() == "4\n"  # libtpu is loaded there, and stays so
+        assert python(code.replace("sys.stdin.read()", "")) == "4\n"
+        assert first.poll() is None
+    finally:
+        first.stdin.close()
+        first.wait()
