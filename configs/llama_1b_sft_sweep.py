@@ -2,7 +2,7 @@
 
 Command:     plasticity study --config configs/llama_1b_sft_sweep.py --workdir /mnt/work --config.data.files=gs://BUCKET/fineweb-edu/sample/350BT
 Base models: those of llama_1b_20tpp.py. With --config.name=llama-1b-20tpp and its workdir they are found there and not trained again.
-Devices:     as llama_1b_20tpp.py; 108 fine-tunings of SimpleScaling's 54,484 rows.
+Devices:     v5e:8x8, v4:2x2x4 or h100:8, as plasticity check names them; 108 fine-tunings of SimpleScaling's 54,484 rows.
 Not yet run here; the paper reports that the advantage of a large pretraining decay survives these sweeps.
 """
 

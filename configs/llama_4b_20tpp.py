@@ -1,7 +1,7 @@
 """Llama 4B at 20 tokens per parameter: the study's largest sweep over weight decay.
 
 Command:     plasticity study --config configs/llama_4b_20tpp.py --workdir /mnt/work --config.data.files=gs://BUCKET/fineweb-edu/sample/350BT
-Devices:     TPU v5p 4x4x4, or 32 H100.
+Devices:     v5p:4x4x4 or h100:32, as plasticity check names them.
 Tokens:      80.0B = 38,146 steps of 1024 x 2048, peak learning rate 1.5e-4; fine-tuning at 7.5e-6.
 Timescales:  of the run, at the peak rate: λ 0 none, 0.1 1.75, 1 0.175.
 Faithful:    --config.faithful=True takes the batches that the authors' nodes made of theirs: 8192 x 2048 at λ 1 (4,768 steps, timescale 1.4) and

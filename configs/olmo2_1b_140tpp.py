@@ -1,7 +1,7 @@
 """OLMo-2 1B at 140 tokens per parameter: the over-trained sweep, where the pretraining loss and what can be learned part ways.
 
 Command:     plasticity study --config configs/olmo2_1b_140tpp.py --workdir /mnt/work --config.data.files=gs://BUCKET/olmo-mix-1124
-Devices:     TPU v5p 4x4x4, or 8 H100.
+Devices:     v5p:4x4x4 or h100:8, as plasticity check names them.
 Tokens:      210.0B = 100,135 steps of 512 x 4096, peak learning rate 4e-4; 4,000 steps of warm-up, level, then the last fifth linearly to zero.
 Timescales:  of the run, at the peak rate: λ 0 none, 0.1 0.25, 0.3 0.0832, 1 0.025.
 Not yet run here; held-out loss reported 2.6088 at λ 0.1, 2.6208 at 0.3, 2.7064 at 1; best after fine-tuning at 0.3. The share of the final decay is

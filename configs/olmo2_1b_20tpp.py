@@ -1,7 +1,7 @@
 """OLMo-2 1B at 20 tokens per parameter: the sweep over weight decay on another architecture and mixture.
 
 Command:     plasticity study --config configs/olmo2_1b_20tpp.py --workdir /mnt/work --config.data.files=gs://BUCKET/olmo-mix-1124
-Devices:     TPU v5p 4x4x4, or 8 H100.
+Devices:     v5p:4x4x4 or h100:8, as plasticity check names them.
 Tokens:      30.0B = 14,305 steps of 512 x 4096, peak learning rate 4e-4.
 Timescales:  of the run, at the peak rate: λ 0 none, 0.1 1.75, 0.3 0.583, 0.6 0.291, 1 0.175.
 Not yet run here; lowest loss reported at λ 0.6, best after fine-tuning at 1.0. Warm-up and floor of the authors' runs are not known: 10% each.

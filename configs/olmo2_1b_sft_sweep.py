@@ -2,7 +2,7 @@
 
 Command:     plasticity study --config configs/olmo2_1b_sft_sweep.py --workdir /mnt/work --config.data.files=gs://BUCKET/olmo-mix-1124
 Base models: those of olmo2_1b_20tpp.py. With --config.name=olmo2-1b-20tpp and its workdir they are found there and not trained again.
-Devices:     as olmo2_1b_20tpp.py; 108 fine-tunings on each task.
+Devices:     v5p:4x4x4 or h100:8, as plasticity check names them; 108 fine-tunings on each task.
 Not yet run here; the paper reports that the advantage of a large pretraining decay survives these sweeps.
 """
 

@@ -188,9 +188,23 @@ def lines(answer: Answer, target: Target) -> list[str]:
 
 
 def refused_bytes(message: str) -> int:
-    """Bytes of temporaries that the program would need, from a TPU compiler's RESOURCE_EXHAUSTED message; 0 if it names none."""
+    """Bytes that the program would need, arguments and outputs included, from a TPU compiler's RESOURCE_EXHAUSTED message; 0 if it names none."""
     found = re.search(r"temporaries \(([\d.]+)([BKMGT]?)\)", message)
     return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+
+
+def program_bytes(memory: Any, platform: str) -> int:
+    """Bytes that a program needs on each device: arguments, temporaries and outputs, without what is donated.
+
+    On TPUs it is the peak of the compiler's buffers, because libtpu 0.0.42 counts what a loop stacks twice among the temporaries (0.0.52 does not). On
+    CPUs the peak leaves the temporaries out.
+
+    Args:
+      memory: `compiled.memory_analysis()`.
+    """
+    if platform == "tpu":
+        return memory.peak_memory_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def largest_values(program: str, number: int) -> list[tuple[int, str]]:
@@ -241,11 +255,11 @@ def _compile(config: StudyConfig, target: Target) -> Answer:
             refusal = str(error)
     seconds = time.monotonic() - start
     if compiled is None:
-        total = params + optimizer + refused_bytes(refusal)
+        total = max(refused_bytes(refusal), params + optimizer)
         largest, collectives = largest_values(lowered.as_text(), LARGEST), {}
     else:
-        memory, hlo = compiled.memory_analysis(), compiled.as_text()
-        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        hlo = compiled.as_text()
+        total = program_bytes(compiled.memory_analysis(), target.devices[0].platform)
         largest, collectives = largest_arrays(hlo, LARGEST), collective_bytes(hlo)
     fits = compiled is not None and total <= limit
     return Answer(config, fits, params, optimizer, max(total - params - optimizer, 0), total, limit, largest, collectives, seconds)

@@ -1,19 +1,27 @@
 """Every config file gives a graph; the paper's hold the paper's numbers, and their commands work."""
 
+import math
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from jax.sharding import AbstractMesh
 from running import plasticity
 
-from plasticity_jax.config import StudyConfig, grid_members, load_config, member_config
+from plasticity_jax.config import StudyConfig, for_device, grid_members, load_config, member_config
 from plasticity_jax.config.presets import presets
+from plasticity_jax.model.transformer import abstract_params
+from plasticity_jax.parallel.deviceless import GPUS, TPUS
+from plasticity_jax.parallel.hardware import named
+from plasticity_jax.parallel.mesh import axis_sizes
+from plasticity_jax.parallel.sharding import param_shardings
 from plasticity_jax.study.graph import build_graph
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 PAPER = [name for name in FILES if name.startswith(("llama", "olmo2"))]
+SLICE = re.compile(rf"\b({'|'.join((*TPUS, *GPUS))}):(\d+(?:x\d+)*)")
 TASKS = {"MetaMathQA", "MedMCQA", "PubMedQA", "MMLUProCoT", "RACE", "SimpleScaling"}
 
 
@@ -116,3 +124,19 @@ def test_the_command_in_the_docstring_prints_the_plan_that_the_docstring_states(
         assert f"{float(decay):g} {float(share):g}" in stated, (decay, share)
     config = load(name)
     assert f"{config.train.steps:,} steps of {config.train.batch_size} x {config.train.seq_len}" in document
+
+
+@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("faithful", [False, True])
+def test_every_member_can_be_laid_out_on_the_slices_that_the_docstring_names(name, faithful):
+    """Without devices: the mesh resolves, it divides every parameter, and the parts divide the batches."""
+    (line,) = re.findall(r"Devices:.*", (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8"))
+    config, slices = load(name, faithful=faithful), SLICE.findall(line)
+    assert len(slices) >= 2
+    for kind, shape in slices:
+        known = named(kind)
+        assert known is not None
+        for own in (for_device(member_config(config, member), known.kind) for member in grid_members(config)):
+            sizes = axis_sizes(own.mesh, math.prod(map(int, shape.split("x"))))
+            param_shardings(AbstractMesh(tuple(sizes.values()), tuple(sizes)), abstract_params(own.model))
+            assert own.train.batch_size % own.train.grad_accum_steps == own.finetune.batch_size % own.finetune.grad_accum_steps == 0

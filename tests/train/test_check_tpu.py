@@ -1,14 +1,19 @@
 """The real train step, compiled for TPU chips that are not here."""
 
 import dataclasses
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+from running import environment, python
 from worlds import CONFIG, change
 
 from plasticity_jax.config import MeshConfig
 from plasticity_jax.model.transformer import count_params
 from plasticity_jax.parallel.deviceless import target
-from plasticity_jax.train.check import check
+from plasticity_jax.train.check import check, program_bytes, refused_bytes
 
 pytestmark = pytest.mark.tpu_compile
 
@@ -22,3 +27,41 @@ def test_a_small_step_fits_on_four_chips_and_a_huge_batch_does_not():
     assert small.fits and small.collectives and small.params >= 4 * count_params(config.model) // 4
     large = check(change(config, "train", batch_size=131072, seq_len=2048), place)
     assert not large.fits and large.total > large.limit and large.largest
+
+
+def test_the_memory_of_a_program_is_what_the_compiler_refuses_by():
+    """A loop stacks its carry, which is then read in two ways: two stacks, and nothing else, are there at once."""
+    (device,) = target("v5e:1x1").devices
+    here = jax.sharding.SingleDeviceSharding(device)
+    x, kernel = (jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16, sharding=here) for rows in (2**14, 2048))
+
+    def compiled(length: int):
+        def stacked(x, kernel):
+            def layer(x, _):
+                x = jnp.tanh(x @ kernel)
+                return x, x
+
+            stack = jax.lax.scan(layer, x, None, length=length)[1]
+            return jnp.sum(stack[::-1].cumsum(0) * stack)
+
+        return jax.jit(stacked).lower(x, kernel).compile()
+
+    stack = 2**26  # bytes of one element
+    assert program_bytes(compiled(112).memory_analysis(), device.platform) == pytest.approx(2 * 112 * stack, rel=0.02)
+    with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
+        compiled(128)
+    assert refused_bytes(str(refusal.value)) == pytest.approx(2 * 128 * stack, rel=0.02)
+
+
+def test_two_checks_at_once_do_not_wait_for_each_other_or_fail():
+    """libtpu's lock file refuses a second process while a first one has it loaded."""
+    code = "import sys; from plasticity_jax.parallel.deviceless import target; print(len(target('v5e:2x2').devices), flush=True); sys.stdin.read()"
+    first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+    assert first.stdin is not None and first.stdout is not None
+    try:
+        assert first.stdout.readline() == "4\n"  # libtpu is loaded there, and stays so
+        assert python(code.replace("sys.stdin.read()", "")) == "4\n"
+        assert first.poll() is None
+    finally:
+        first.stdin.close()
+        first.wait()
