@@ -13,6 +13,16 @@ from plasticity_jax.errors import UserError
 AXES = ("member", "data", "fsdp", "tensor")
 
 
+def check_members(mesh: Mesh, members: int) -> None:
+    """Raises UserError if the members of one program do not spread evenly over the mesh's member axis. One model alone runs on any mesh."""
+    size = mesh.shape["member"]
+    if members > 1 and members % size:
+        raise UserError(
+            f"mesh.member={size} does not divide the {members} members that are trained together; set mesh.member to a divisor of {members}, "
+            "or grid.mode='sequential'."
+        )
+
+
 def axis_sizes(mesh_config: MeshConfig, devices: int) -> dict[str, int]:
     """The size of every mesh axis over this many devices.
 

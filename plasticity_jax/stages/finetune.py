@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from plasticity_jax.config import Member, StudyConfig, result_fields
+from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import task_run, task_settings
 from plasticity_jax.stages.pretrain import pretrain_run
@@ -52,22 +54,36 @@ def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
 
 def run(context: Context) -> Finetuned | None:
     """Fine-tunes the parent "base" on the training rows of the parent "task"."""
+    return run_batch([context])[0]
+
+
+def run_batch(contexts: Sequence[Context]) -> list[Finetuned | None]:
+    """Fine-tunes models of one network and tokenizer as one program."""
     from plasticity_jax.data.tasks import read_task
     from plasticity_jax.data.tasks.files import read_summary
-    from plasticity_jax.train.finetune import finetune
+    from plasticity_jax.train.finetune import Tuned, finetune
 
-    base, task = context.model("base", with_tokenizer=True), context.parents["task"]
-    context.directory.provenance["data_fingerprint"] = read_summary(task)["fingerprint"]
-    facts = finetune(
-        base,
-        read_task(task).train,
-        context.config,
-        epochs=task_settings(context.config, context.task).epochs,
-        seed=context.seed,
-        name=context.run.name,
-        path=context.directory.path,
-    )
-    return Finetuned(**facts) if facts else None
+    task = contexts[0].parents["task"]
+    rows, fingerprint = read_task(task).train, read_summary(task)["fingerprint"]
+    programs: dict[Any, list[tuple[Context, Tuned]]] = {}
+    for context in contexts:
+        base = context.model("base", with_tokenizer=True)
+        context.directory.provenance["data_fingerprint"] = fingerprint
+        tuned = Tuned(base, context.config, context.run.name, context.directory.path)
+        programs.setdefault((base.config, base.text_tokenizer.fingerprint), []).append((context, tuned))
+    found: dict[str, Finetuned | None] = {}
+    for program in programs.values():
+        first = program[0][0]
+        epochs = task_settings(first.config, first.task).epochs
+        for (context, _), facts in zip(program, finetune([tuned for _, tuned in program], rows, epochs=epochs, seed=first.seed), strict=True):
+            found[context.run.id] = Finetuned(**facts) if facts else None
+    return [found[context.run.id] for context in contexts]
+
+
+def _program(run: Run) -> str:
+    """What runs of one compiled program have in common: task, seed and recipe, but for the traced hyperparameters. The base may be another."""
+    fields = {name: value for name, value in run.fields.items() if name not in ("peak_lr", "weight_decay", "warmup_fraction")}
+    return to_json([fields, run.parents["task"]])
 
 
 STAGE = Stage(
@@ -80,4 +96,5 @@ STAGE = Stage(
     plan=_plan,
     check=_check,
     devices="all",
+    batched=(_program, run_batch),
 )

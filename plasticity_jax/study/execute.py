@@ -235,21 +235,36 @@ def execute(
         if not ready:
             continue
         log.info("[%d/%d] %s", number, len(groups), ", ".join(run.id for run in ready))
-        try:
-            _carry_out(configs, ready, path_of, _refuse_storage_problems(workdir))
-            outcome.carried_out += [run.id for run in ready]
-        except (StudyRefused, processes.Disconnected):
-            raise
-        except Exception as error:
-            refused = isinstance(error, UserError)
-            if refused and single:
+        for part in _parts(ready, path_of):
+            try:
+                _carry_out(configs, part, path_of, _refuse_storage_problems(workdir))
+                outcome.carried_out += [run.id for run in part]
+            except (StudyRefused, processes.Disconnected):
                 raise
-            log.error("%s failed: %s", ready[0].id, error if refused else f"{reason(error)} ({path_of(ready[0].id) / ERROR_LOG})")
-            outcome.failed += [run.id for run in ready]
-            if fail_fast:
-                outcome.left = [run.id for later in groups[number:] for run in later]
-                break
+            except Exception as error:
+                refused = isinstance(error, UserError)
+                if refused and single:
+                    raise
+                log.error("%s failed: %s", part[0].id, error if refused else f"{reason(error)} ({path_of(part[0].id) / ERROR_LOG})")
+                outcome.failed += [run.id for run in part]
+                if fail_fast:
+                    tried = {*outcome.carried_out, *outcome.failed}
+                    outcome.left = [run.id for later in groups[number - 1 :] for run in later if run.id not in tried]
+                    return outcome
     return outcome
+
+
+def _parts(group: Sequence[Run], path_of: Callable[[str], AnyPath]) -> list[list[Run]]:
+    """The runs of a group that are carried out together: those without a diverged parent. The others have nothing to do, each by itself."""
+    if len(group) == 1:
+        return [list(group)]
+
+    def diverged(run: Run) -> bool:
+        return any(RunDirectory(path_of(parent)).state()[0] == "diverged" for parent in run.parents.values())
+
+    gone = processes.broadcast(lambda: [diverged(run) for run in group])
+    together = [run for run, is_gone in zip(group, gone, strict=True) if not is_gone]
+    return [[run] for run, is_gone in zip(group, gone, strict=True) if is_gone] + ([together] if together else [])
 
 
 def _serve_one(runs: Sequence[Run]) -> bool:

@@ -1,11 +1,13 @@
-"""Fine-tuning: a finished run's model, a task's rows, the study's recipe."""
+"""Fine-tuning: finished runs' models, one or several as one program; a task's rows; the study's recipe."""
 
 import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,12 +19,12 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.model.load import LoadedModel
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.batches import global_batches, padded_batch_size
-from plasticity_jax.parallel.mesh import make_mesh
+from plasticity_jax.parallel.mesh import check_members, make_mesh
 from plasticity_jax.parallel.sharding import param_shardings
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.loop import LoopSettings, Track, train
 from plasticity_jax.train.restore import relative_update, starting_state
-from plasticity_jax.train.step import Batch, StepSettings, compile_train_step, execution_of
+from plasticity_jax.train.step import Batch, StepSettings, compile_train_step, execution_of, stack
 from plasticity_jax.train.tuning import tuning_numbers, tuning_optimizer
 
 log = logging.getLogger("plasticity_jax")
@@ -42,60 +44,75 @@ def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSe
     return StepSettings(model, optimizer, config.train.compute_dtype, z_loss=0.0, isolate_documents=recipe.packing, execution=execution)
 
 
-def finetune(
-    base: LoadedModel, examples: Sequence[Example], config: StudyConfig, *, epochs: int, seed: int, name: str, path: AnyPath
-) -> dict[str, Any]:
-    """Fine-tunes a model on examples; resumes at the last checkpoint.
+@dataclass
+class Tuned:
+    """One model to fine-tune.
+
+    Attributes:
+      base: a model with a tokenizer.
+      config: the study's, with the recipe of its member.
+      name, path: of the run; checkpoints, tokenizer and metrics are written to its directory.
+    """
+
+    base: LoadedModel
+    config: StudyConfig
+    name: str
+    path: AnyPath
+
+
+def finetune(members: Sequence[Tuned], examples: Sequence[Example], *, epochs: int, seed: int) -> list[dict[str, Any]]:
+    """Fine-tunes models on the same examples; resumes at the last checkpoint.
 
     Loss on the response only. Batches are those of `data.sft`: rows of like length together, or in random order, or packed, where
-    `finetune.batch_size` counts packed sequences.
+    `finetune.batch_size` counts packed sequences. A single model is the reference. Several are trained as one program, the step vmapped over a member
+    axis; the results agree to rounding.
 
     Args:
-      base: a model with a tokenizer.
+      members: of one network and tokenizer, and equal but for `finetune.peak_lr`, `finetune.weight_decay` and `finetune.warmup_fraction`.
       examples: the training rows of a task.
       seed: of the order of the rows.
-      name, path: of the run; checkpoints, tokenizer and metrics are written to its directory.
     Returns:
-      On the first process (empty on the others): diverged (None or the reason), steps, tokens (of responses, over all epochs), seconds (of training), train_loss (mean over the last 20
-      steps, nats per token), rows (trained on), cut_rows (of them, lost a part), dropped_rows (too long), empty_rows (without a
-      response), relative_update (‖θ_ft − θ_pt‖/‖θ_pt‖; None if diverged).
+      Per member, on the first process (empty on the others): diverged (None or the reason), steps, tokens (of responses, over all epochs), seconds (of
+      training), train_loss (mean over the last 20 steps, nats per token), rows (trained on), cut_rows (of them, lost a part), dropped_rows (too long),
+      empty_rows (without a response), relative_update (‖θ_ft − θ_pt‖/‖θ_pt‖; None if diverged).
     Raises:
-      UserError: the base's network is not the config's, or no row is left to train on.
+      UserError: a base's network is not its config's, no row is left to train on, or the mesh's member axis does not divide the members.
     """
-    recipe = config.finetune
-    if base.config != config.model:
-        different = next(f.name for f in dataclasses.fields(ModelConfig) if getattr(base.config, f.name) != getattr(config.model, f.name))
-        raise UserError(
-            f"model.{different}={getattr(config.model, different)} is {getattr(base.config, different)} in {base.path}; use the base's own config."
-        )
-    if processes.primary():
-        copy_tokenizer(base.path, path)
-
+    config, base, vmapped = members[0].config, members[0].base, len(members) > 1
+    recipe, what = config.finetune, ", ".join(member.name for member in members)
+    for member in members:
+        _check_network(member)
+        if processes.primary():
+            copy_tokenizer(member.base.path, member.path)
     rows = encode_examples(examples, base.text_tokenizer, max_length=recipe.length_buckets[-1], too_long=recipe.too_long)
     if not len(rows):
         raise UserError(
-            f"{name}: no training row is left, {rows.n_dropped} are longer than {recipe.length_buckets[-1]} tokens and "
+            f"{what}: no training row is left, {rows.n_dropped} are longer than {recipe.length_buckets[-1]} tokens and "
             f"{rows.n_empty} have no response; raise the last of finetune.length_buckets or set finetune.too_long='cut'."
         )
     schedule = _schedule(rows, recipe, epochs=epochs, seed=seed)
     mesh = make_mesh(config.mesh)
+    check_members(mesh, len(members))
     padded = padded_batch_size(mesh, recipe.batch_size, recipe.grad_accum_steps, "finetune")
     settings = step_settings(config, base.config, mesh)
-    initial = arrays.put(base.params, param_shardings(mesh, base.params))
-    track = Track(path, keep=1)
-    params = None
-    if not track.diverged:
-        state, start = starting_state(settings, mesh, initial, [track.directory], members=False)
+    initials = [arrays.put(member.base.params, param_shardings(mesh, member.base.params)) for member in members]
+    tracks = [Track(member.path, keep=2 if vmapped else 1) for member in members]
+    alive = [i for i, track in enumerate(tracks) if not track.diverged]
+    final: dict[int, Any] = {}
+    if alive:
+        state, start = starting_state(settings, mesh, [initials[i] for i in alive], [tracks[i].directory for i in alive], members=vmapped)
         if start:
             log.info("resumes at step %d of %d", start, len(schedule))
+        recipes = [members[i].config.finetune for i in alive]
+        hypers = [tuning_numbers(own, steps=len(schedule), weight_decay=own.weight_decay) for own in recipes]
         params = train(
-            f"finetune {name}",
+            f"finetune {what}",
             state,
-            train_step=compile_train_step(settings, mesh, members=False),
-            hyper=tuning_numbers(recipe, steps=len(schedule), weight_decay=recipe.weight_decay),
+            train_step=compile_train_step(settings, mesh, members=vmapped),
+            hyper=stack(hypers) if vmapped else hypers[0],
             batches=global_batches(_batches(rows, schedule[start:], recipe.batch_size, base.text_tokenizer.pad_id), mesh, None, padded),
-            tracks=[track],
-            members=False,
+            tracks=[tracks[i] for i in alive],
+            members=vmapped,
             settings=LoopSettings(
                 steps=len(schedule),
                 log_every=recipe.log_every,
@@ -106,11 +123,27 @@ def finetune(
             ),
             held_out=None,
         )["params"]
-    update = None if track.diverged else relative_update(initial, params)
-    if update is not None and not math.isfinite(update):  # the last update is seen by no training loss
-        track.stop("parameters not finite after the last step")
-    if not processes.primary():  # only the first process's results are kept, and only it has the log at hand
-        return {}
+        final = {i: jax.tree.map(lambda x: x[place], params) if vmapped else params for place, i in enumerate(alive)}
+    results = []
+    for i, track in enumerate(tracks):
+        update = None if track.diverged else relative_update(initials[i], arrays.put(final[i], param_shardings(mesh, final[i])))
+        if update is not None and not math.isfinite(update):  # the last update is seen by no training loss
+            track.stop("parameters not finite after the last step")
+        # Only the first process's results are kept, and only it has the log at hand.
+        results.append(_facts(track, rows, update) if processes.primary() else {})
+    return results
+
+
+def _check_network(member: Tuned) -> None:
+    found, own = member.base.config, member.config.model
+    if found != own:
+        different = next(f.name for f in dataclasses.fields(ModelConfig) if getattr(found, f.name) != getattr(own, f.name))
+        raise UserError(
+            f"model.{different}={getattr(own, different)} is {getattr(found, different)} in {member.base.path}; use the base's own config."
+        )
+
+
+def _facts(track: Track, rows: SftRows, update: float | None) -> dict[str, Any]:
     last = track.rows()[-1]
     return {
         "diverged": track.diverged,

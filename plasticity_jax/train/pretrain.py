@@ -17,7 +17,7 @@ from plasticity_jax.model.forward import Forward
 from plasticity_jax.model.transformer import abstract_params, count_params
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.batches import global_batches, local_rows, padded_batch_size
-from plasticity_jax.parallel.mesh import make_mesh
+from plasticity_jax.parallel.mesh import check_members, make_mesh
 from plasticity_jax.parallel.sharding import format_sharding_table, param_shardings, sharding_table
 from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.storage import AnyPath
@@ -91,6 +91,7 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
     mesh = make_mesh(config.mesh)
     log.info("mesh of %d devices: %s", mesh.size, ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     padded = padded_batch_size(mesh, config.train.batch_size, config.train.grad_accum_steps, "train")
+    check_members(mesh, len(members))
     settings = step_settings(config, mesh)
     tokenizer = Tokenizer.load(corpus)
     records, held_out_records = TokenRecords(corpus / "tokens", "train"), TokenRecords(corpus / "tokens", "held_out")
@@ -123,7 +124,7 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
     alive = [i for i, track in enumerate(tracks) if not track.diverged]
     final: dict[int, Params] = {}
     if alive:
-        state, start = starting_state(settings, mesh, initial, [tracks[i].directory for i in alive], members=vmapped)
+        state, start = starting_state(settings, mesh, [initial] * len(alive), [tracks[i].directory for i in alive], members=vmapped)
         if start:
             log.info("resumes at step %d of %d", start, config.train.steps)
         hypers = [_hyper(members[i]) for i in alive]

@@ -23,13 +23,13 @@ def common_step(runs: Sequence[AnyPath]) -> int:
     return max(set.intersection(*(finished_steps(run / CHECKPOINTS) for run in runs)), default=0)
 
 
-def starting_state(settings: StepSettings, mesh: Mesh, initial: Params, runs: Sequence[AnyPath], *, members: bool) -> tuple[State, int]:
+def starting_state(settings: StepSettings, mesh: Mesh, initials: Sequence[Params], runs: Sequence[AnyPath], *, members: bool) -> tuple[State, int]:
     """The state from which training continues, on the mesh: the runs' last common checkpoint, or the step-0 parameters.
 
     Later checkpoints are deleted, because they will be written again.
 
     Args:
-      initial: step-0 parameters of every run; copied.
+      initials: step-0 parameters of each run; copied.
       members: give the state a leading member axis, in the order of `runs`.
     Returns:
       (state, its step).
@@ -37,9 +37,9 @@ def starting_state(settings: StepSettings, mesh: Mesh, initial: Params, runs: Se
       UserError: a damaged checkpoint.
     """
     step = processes.broadcast(lambda: _prepare_step(runs))
-    states = [_state_at(settings, mesh, initial, run, step) for run in runs]
+    states = [_state_at(settings, mesh, initial, run, step) for initial, run in zip(initials, runs, strict=True)]
     state = stack(states) if members else states[0]
-    # Always a copy: the first update donates its state, and `initial` is still needed.
+    # Always a copy: the first update donates its state, and the step-0 parameters are still needed.
     return arrays.copied(state, state_shardings(settings, mesh, members=members)), step
 
 

@@ -28,7 +28,7 @@ from plasticity_jax.model.load import load_model  # noqa: E402
 from plasticity_jax.parallel import arrays, make_mesh, processes  # noqa: E402
 from plasticity_jax.runs.directory import RunDirectory  # noqa: E402
 from plasticity_jax.runs.run import Run  # noqa: E402
-from plasticity_jax.train.finetune import finetune  # noqa: E402
+from plasticity_jax.train.finetune import Tuned, finetune  # noqa: E402
 from plasticity_jax.train.initial import params_sha256  # noqa: E402
 from plasticity_jax.train.restore import param_norms  # noqa: E402
 from plasticity_jax.train.verifier import train_verifier  # noqa: E402
@@ -74,11 +74,12 @@ def main(root: Path, tag: str, fsdp: int) -> dict:
         "spectra": {name: values.tolist() for name, values in attention_spectra(base).items()},
         "logits": arrays.to_host(base(tokens, capture=())[0]).tolist(),
     }
-    uneven = change(config, "finetune", batch_size=6)
-    recipe = {"epochs": 1, "seed": 0, "name": tag}
-    found["finetuned"] = opened(
-        root / f"tuned-{tag}", "finetune", lambda path: finetune(base, read_task(root / "task").train, uneven, **recipe, path=path)
-    )
+    uneven, rows = change(config, "finetune", batch_size=6), read_task(root / "task").train
+
+    def tune(path):
+        return finetune([Tuned(base, uneven, tag, path)], rows, epochs=1, seed=0)[0]
+
+    found["finetuned"] = opened(root / f"tuned-{tag}", "finetune", tune)
     samples = read_completions(root / "told")
     verifier = root / f"verifier-{tag}"
     found["verifier"] = opened(verifier, "verifier", lambda path: train_verifier(base, samples, config, name=tag, path=path))

@@ -183,6 +183,20 @@ def test_vmapped_mode_hands_the_members_of_a_seed_over_together(tmp_path, stages
     assert sum(len(group) == 2 for group in stages.groups) == 2
 
 
+def test_vmapped_fine_tunings_go_on_without_a_diverged_base(tmp_path, stages):
+    config = load_config(TINY, [("train.compute_dtype", "float32"), ("grid.mode", "vmapped"), ("grid.seeds", "(0,1)")])
+    graph = build_graph(config)
+    bad = next(run for run in graph if run.stage == "pretrain")
+    stages.diverge.add(bad.id)
+    outcome = execute(config, tmp_path, graph)
+    assert not outcome.failed and not outcome.waiting and len(outcome.carried_out) == len(graph)
+    tuned = [run for run in graph if run.stage == "finetune"]
+    of_bad = [run for run in tuned if bad.id in run.parents.values()]
+    assert {RunDirectory(tmp_path / config.name / run.id).state()[0] for run in of_bad} == {"diverged"}
+    per_task = len(tuned) // len(config.tasks)
+    assert [len(group) for group in stages.groups if set(group) <= {run.name for run in tuned}].count(per_task - 1) == len(config.tasks)
+
+
 def test_vmapped_programs_hold_what_differs_in_traced_numbers_only(tmp_path, stages):
     fields = (("train.peak_lr", (1e-3, 2e-3)), ("model.d_ff", (64, 96)), ("train.warmup_fraction", (0.1, 0.2)))
     config = load_config(

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from test_pretrain import Killed, killed_after, state_of, untimed
-from worlds import CONFIG, World, change, write_copy_task
+from worlds import CONFIG, OF_PARAMS, World, change, write_copy_task
 
 from plasticity_jax.config import MeshConfig, TaskConfig, load_config
 from plasticity_jax.data.sft import SftRows, plan_packed, sft_batch
@@ -18,8 +18,10 @@ from plasticity_jax.model import init_params
 from plasticity_jax.model.load import load_model
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.parallel.rules import param_paths
+from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import finetune as stage
+from plasticity_jax.stages.stage import Context
 from plasticity_jax.train import finetune
 from plasticity_jax.train.optimizer import Schedule
 from plasticity_jax.train.step import compile_train_step, hyper_parameters, initial_state, make_train_step, next_token_losses
@@ -58,6 +60,32 @@ def test_numbers_of_a_run(world: World, tuned):
     assert tuned["tokens"] == 30 * sum(len(model.tokenizer.encode(row.response)) + 1 for row in rows)
     assert [row["step"] for row in untimed(world.root / "tuned")][-1] == tuned["steps"]
     assert (world.root / "tuned" / "tokenizer.json").read_bytes() == (world.corpus / "tokenizer.json").read_bytes()
+
+
+def test_several_bases_as_one_program_agree_with_one_by_one(world: World):
+    """To rounding, also with other rates."""
+    fast = change(CONFIG, "finetune", peak_lr=2e-2, warmup_fraction=0.4, weight_decay=0.1)
+    members = {"base": CONFIG, "free": fast}
+    alone = {name: world.finetune(f"alone-{name}", name, config) for name, config in members.items()}
+    contexts = [
+        Context(
+            config,
+            Run("tiny", "finetune", f"jointly-{name}", {}, task="topic", seed=0),
+            RunDirectory(world.root / f"jointly-{name}"),
+            {"base": world.root / name, "task": world.task},
+        )
+        for name, config in members.items()
+    ]
+    before = compile_train_step.cache_info().misses
+    for name, found in zip(members, world.in_work(contexts, stage.run_batch), strict=True):
+        expected = alone[name]
+        for key in found.keys() - {"seconds"}:
+            assert found[key] == (pytest.approx(expected[key], rel=1e-4) if isinstance(expected[key], float) else expected[key]), key
+        one, other = (load_model(world.root / f"{how}-{name}").params for how in ("alone", "jointly"))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            assert np.linalg.norm(np.subtract(a, b)) <= OF_PARAMS * np.linalg.norm(a)
+    assert compile_train_step.cache_info().misses == before + 1
+    assert np.abs(np.asarray(one["head"]["kernel"]) - np.asarray(load_model(world.root / "alone-base").params["head"]["kernel"])).max() > 1e-3
 
 
 def test_resume_is_bitwise(world: World, monkeypatch):

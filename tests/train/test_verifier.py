@@ -14,6 +14,7 @@ from worlds import CONFIG, World, change
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.load import load_model
 from plasticity_jax.model.scalar_head import abstract_scalar_params, encode_answers, load_verifier, scores, with_head, without_output
+from plasticity_jax.model.transformer import hidden_states
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
@@ -83,10 +84,12 @@ def scored_again(run, samples, held_out):
             if row["id"] in held_out and (row["id"], row["text"]) not in right:
                 right[row["id"], row["text"]] = row["correct"]
                 rows.append([*tokenizer.encode(prompts[row["id"]]), *tokenizer.encode(row["text"]), tokenizer.eos_id][-40:])
-    tokens = np.array([row + [5] * (47 - len(row)) for row in rows])
-    found = jax.jit(lambda params: scores(model.config, params, tokens, np.array([len(row) for row in rows]), compute_dtype=jnp.float32))(
-        model.params
-    )
+    tokens, lengths = np.array([row + [5] * (47 - len(row)) for row in rows]), np.array([len(row) for row in rows])
+
+    def of(params):
+        return scores(params, hidden_states(model.config, params["decoder"], tokens)[0], lengths)
+
+    found = jax.jit(of)(model.params)
     return np.asarray(found), np.array(list(right.values()))
 
 

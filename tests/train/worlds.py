@@ -115,20 +115,20 @@ class World:
         from plasticity_jax.stages import pretrain
 
         contexts = [self.pretrain_context(name, decay, config) for name, (decay, config) in members.items()]
-        return self._in_work(contexts, pretrain.run_batch)
+        return self.in_work(contexts, pretrain.run_batch)
 
     def finetune(self, name: str, base: str, config: StudyConfig, seed: int = 0) -> dict:
         from plasticity_jax.stages import finetune
 
         run = Run("tiny", "finetune", name, {}, task="topic", seed=seed)
         context = Context(config, run, RunDirectory(self.root / name), {"base": self.root / base, "task": self.task})
-        return self._in_work([context], lambda contexts: [finetune.run(contexts[0])])[0]
+        return self.in_work([context], lambda contexts: [finetune.run(contexts[0])])[0]
 
     def stage(self, function, run: Run, path: Path, config: StudyConfig, parents: dict) -> dict:
         context = Context(config, run, RunDirectory(path), parents)
-        return self._in_work([context], lambda contexts: [function(contexts[0])])[0]
+        return self.in_work([context], lambda contexts: [function(contexts[0])])[0]
 
-    def _in_work(self, contexts: list[Context], function) -> list[dict]:
+    def in_work(self, contexts: list[Context], function) -> list[dict]:
         import contextlib
 
         with contextlib.ExitStack() as stack:
