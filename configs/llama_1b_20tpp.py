@@ -15,9 +15,10 @@ def get_config(faithful=False):
     config = llama("llama-1b", tokens=20e9, batch_size=1024 if faithful else 512, peak_lr=2e-4, faithful=faithful)
     config.name = "llama-1b-20tpp"
     config.grid.weight_decay = (0.0, 0.0001, 0.001, 0.01, 0.1, 0.5, 1.0, 1.5, 3.0, 10.0)
+    parts = 2 if faithful else 1  # as many times the batch of 512
     config.hardware = (
-        ("TPU v5 lite", {"train.grad_accum_steps": 2}),
-        ("TPU v4", {"train.grad_accum_steps": 8}),
-        ("H100|H200", {"train.grad_accum_steps": 2}),
+        ("TPU v5 lite", {"train.grad_accum_steps": parts, "train.remat": "dots"}),
+        ("TPU v4", {"train.grad_accum_steps": 4 * parts, "train.remat": "dots"}),
+        ("H100|H200", {"train.grad_accum_steps": 2 * parts}),
     )
     return config

@@ -15,9 +15,10 @@ def get_config(faithful=False):
     config.grid.weight_decay = (0.1, 0.5, 1.0)
     config.grid.fields = sft_sweep()
     config.tasks = {"SimpleScaling": paper_task("SimpleScaling")}
+    parts = 2 if faithful else 1  # as many times the batch of 512
     config.hardware = (
-        ("TPU v5 lite", {"train.grad_accum_steps": 2}),
-        ("TPU v4", {"train.grad_accum_steps": 8}),
-        ("H100|H200", {"train.grad_accum_steps": 2}),
+        ("TPU v5 lite", {"train.grad_accum_steps": parts, "train.remat": "dots"}),
+        ("TPU v4", {"train.grad_accum_steps": 4 * parts, "train.remat": "dots"}),
+        ("H100|H200", {"train.grad_accum_steps": 2 * parts}),
     )
     return config

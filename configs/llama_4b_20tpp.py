@@ -22,5 +22,9 @@ def get_config(faithful=False):
             ("^wd0-", {"train.batch_size": 4096, "train.steps": 9536}),
         )
     config.finetune.peak_lr = 7.5e-6
-    config.hardware = (("H100|H200", {"train.grad_accum_steps": 2}),)
+    parts = 8 if faithful else 1  # as many times the batch of 1024 at λ 1
+    config.hardware = (
+        ("TPU v5p?$", {"train.grad_accum_steps": parts, "train.remat": "dots"}),
+        ("H100|H200", {"train.grad_accum_steps": 2 * parts}),
+    )
     return config

@@ -19,5 +19,8 @@ def get_config(faithful=False):
     config.train.decay_fraction = 0.2
     config.train.final_lr_fraction = 0.0
     config.grid.weight_decay = (0.0, 0.1, 0.3, 1.0)
-    config.hardware = (("H100|H200", {"train.grad_accum_steps": 4}),)
+    config.hardware = (
+        ("TPU v5p?$", {"train.remat": "dots"}),
+        ("H100|H200", {"train.grad_accum_steps": 4}),
+    )
     return config

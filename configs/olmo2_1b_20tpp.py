@@ -14,5 +14,8 @@ def get_config(faithful=False):
     config = olmo2(tokens=30e9, faithful=faithful)
     config.name = "olmo2-1b-20tpp"
     config.grid.weight_decay = (0.0, 0.1, 0.3, 0.6, 1.0)
-    config.hardware = (("H100|H200", {"train.grad_accum_steps": 4}),)
+    config.hardware = (
+        ("TPU v5p?$", {"train.remat": "dots"}),
+        ("H100|H200", {"train.grad_accum_steps": 4}),
+    )
     return config

@@ -15,5 +15,8 @@ def get_config(faithful=False):
     config.name = "olmo2-1b-lr-grid"
     config.grid.weight_decay = (0.1, 0.6, 1.0)
     config.grid.fields = (("train.peak_lr", (2e-4, 4e-4, 8e-4)),)
-    config.hardware = (("H100|H200", {"train.grad_accum_steps": 4}),)
+    config.hardware = (
+        ("TPU v5p?$", {"train.remat": "dots"}),
+        ("H100|H200", {"train.grad_accum_steps": 4}),
+    )
     return config

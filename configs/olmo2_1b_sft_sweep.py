@@ -15,5 +15,8 @@ def get_config(faithful=False):
     config.grid.weight_decay = (0.1, 0.6, 1.0)
     config.grid.fields = sft_sweep()
     config.tasks = {name: paper_task(name) for name in ("MetaMathQA", "SimpleScaling")}
-    config.hardware = (("H100|H200", {"train.grad_accum_steps": 4}),)
+    config.hardware = (
+        ("TPU v5p?$", {"train.remat": "dots"}),
+        ("H100|H200", {"train.grad_accum_steps": 4}),
+    )
     return config

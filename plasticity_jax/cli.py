@@ -274,7 +274,9 @@ def _report(arguments) -> int:
     "check",
     "compile the train step for hardware that need not be here: does it fit, and what does the grid take?",
     _flag("--topology", required=True, metavar="T", help="such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8"),
-    _flag("--search", action="store_true", help="look for the largest microbatch and the lightest remat that fit (at most 6 compiles)"),
+    _flag(
+        "--search", action="store_true", help="look for the fewest parts and the lightest remat that fit with some memory to spare (a few compiles)"
+    ),
     _flag("--mfu", type=float, metavar="FRACTION", help="of the devices' peak FLOP/s; launch.mfu by default"),
     JSON,
     workdir=False,

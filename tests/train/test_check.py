@@ -13,7 +13,17 @@ from plasticity_jax.config import GridConfig, ModelConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.transformer import abstract_params, apply, count_params
 from plasticity_jax.parallel.deviceless import target
-from plasticity_jax.train.check import check, flops_per_token, grid_device_hours, largest_values, refuse_over_budget, refused_bytes, search, to_record
+from plasticity_jax.train.check import (
+    Answer,
+    check,
+    flops_per_token,
+    grid_device_hours,
+    largest_values,
+    refuse_over_budget,
+    refused_bytes,
+    search,
+    to_record,
+)
 
 # As libtpu 0.0.52 says it.
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.51G) exceeds available HBM (15.75G)."
@@ -85,6 +95,37 @@ def test_too_little_memory_is_an_answer_that_names_the_largest_buffers():
 def test_search_ends_at_the_whole_batch_without_remat_where_all_fits():
     answer = search(change(CONFIG, "train", scan_layers=True), target("cpu:1"))
     assert (answer.fits, answer.config.train.grad_accum_steps, answer.config.train.remat) == (True, 1, "none")
+
+
+def bytes_by_setting(found, *, of_row: dict[str, int], limit: int):
+    """A stand-in for a compilation: the memory of a config is its rows times what a row takes with its remat policy. Adds each config to `found`."""
+
+    def compiled(config, place):
+        train = config.train
+        found.append((train.grad_accum_steps, train.remat))
+        total = train.batch_size // train.grad_accum_steps * of_row[train.remat]
+        return Answer(config, total <= limit, 0, 0, total, total, limit, [], {}, 0.0)
+
+    return compiled
+
+
+@pytest.mark.parametrize(
+    "of_row, expected, compiles",
+    [
+        ({"none": 1, "dots": 1, "full": 1}, (1, "none"), 4),
+        ({"none": 20, "dots": 10, "full": 1}, (8, "dots"), 4),  # 8 rows take 80 of 100
+        ({"none": 21, "dots": 12, "full": 1}, (16, "none"), 4),
+        ({"none": 90, "dots": 43, "full": 1}, (64, "dots"), 4),  # 2 rows take 86 of 100, which fits and leaves too little free
+        ({"none": 90, "dots": 86, "full": 2}, (2, "full"), 6),
+        ({"none": 200, "dots": 200, "full": 101}, (64, "full"), 6),
+    ],
+)
+def test_search_finds_the_fewest_parts_without_full_remat(of_row, expected, compiles, monkeypatch):
+    found = []
+    monkeypatch.setattr("plasticity_jax.train.check._compile", bytes_by_setting(found, of_row=of_row, limit=100))
+    answer = search(change(CONFIG, "train", batch_size=64), target("cpu:1"))
+    assert (answer.config.train.grad_accum_steps, answer.config.train.remat) == expected
+    assert len(found) == len(set(found)) <= compiles
 
 
 def test_the_tpu_compilers_refusal_is_read():
