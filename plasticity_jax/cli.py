@@ -272,8 +272,9 @@ def _report(arguments) -> int:
 
 @_command(
     "check",
-    "compile the train step for hardware that need not be here: does it fit, and what does the grid take?",
+    "compile the programs of every stage for hardware that need not be here: do they fit, and what does the grid take?",
     _flag("--topology", required=True, metavar="T", help="such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8"),
+    _flag("--stages", metavar="A,B", help="only these stages, comma-separated; the training step is always compiled"),
     _flag(
         "--search", action="store_true", help="look for the fewest parts and the lightest remat that fit with some memory to spare (a few compiles)"
     ),
@@ -289,8 +290,11 @@ def _check(arguments) -> int:
 
     from plasticity_jax.parallel.deviceless import target
     from plasticity_jax.runs.jsonfiles import to_json
+    from plasticity_jax.stages import stages
+    from plasticity_jax.study import check as study_check
     from plasticity_jax.train.check import check, lines, search, to_record
 
+    chosen = _choices("--stages", arguments.stages, tuple(stages()))
     config = arguments.config
     if arguments.mfu is not None:
         if not 0 < arguments.mfu <= 1:
@@ -298,8 +302,12 @@ def _check(arguments) -> int:
         config = replace(config, launch=replace(config.launch, mfu=arguments.mfu))
     place = target(arguments.topology)
     answer = (search if arguments.search else check)(config, place)
-    print(to_json(to_record(answer, place)) if arguments.json else "\n".join(lines(answer, place)))
-    return 0 if answer.fits else 1
+    rows = study_check.check_stages(answer, place, chosen)
+    if arguments.json:
+        print(to_json(to_record(answer, place) | {"stages": study_check.to_record(rows)}))
+    else:
+        print("\n".join([*lines(answer, place), *study_check.lines(rows)]))
+    return 0 if answer.fits and all(row.fits for row in rows) else 1
 
 
 @_command(

@@ -263,6 +263,13 @@ def _last_states(forward: "Forward", config: ModelConfig, params: dict, batch: A
     return jnp.concatenate([embed_BxD[None], blocks_LxBxD]).swapaxes(0, 1).astype(jnp.float32)
 
 
+def lower_states(forward: "Forward", config: ModelConfig, params: dict, length: int) -> Any:
+    """The program of `features` for texts of up to `length` tokens, lowered for the mesh's devices."""
+    longest = power_of_two_buckets([range(length)], SHORTEST_BUCKET)[-1]
+    rows = forward.batch_size(max(1, TOKENS_PER_BATCH // longest))
+    return forward.lower(_last_states, (config,), params, {"tokens": (rows, longest), "lengths": (rows,)})
+
+
 def probe_layers(model: "LoadedModel", name: str, rows: dict, *, forward: "Forward", max_length: int, l2: Sequence[float], seed: int) -> dict:
     """Probes every layer of a model on one probe set.
 

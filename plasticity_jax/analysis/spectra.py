@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,11 @@ def attention_spectra(model: "LoadedModel | tuple[ModelConfig, dict]", fold_norm
     """
     config, params, mesh = (*model, None) if isinstance(model, tuple) else (model.config, model.params, getattr(model, "mesh", None))
     return arrays.to_host(_spectra(config, params["blocks"], fold_norms, mesh))
+
+
+def lower_spectra(config: ModelConfig, params: dict, fold_norms: bool, mesh: Mesh) -> Any:
+    """The program of `attention_spectra`, lowered for the mesh's devices."""
+    return _spectra.lower(config, params["blocks"], fold_norms, mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "fold_norms", "mesh"))
@@ -78,7 +83,8 @@ def _each(mesh: Mesh | None, function: Callable[[Array], Array], x: Float[Array,
     missing = -len(x) % mesh.size
     filled = jnp.concatenate([x, jnp.ones((missing, *x.shape[1:]), x.dtype)]) if missing else x
     over = PartitionSpec(tuple(mesh.axis_names))
-    return jax.shard_map(function, mesh=mesh, in_specs=over, out_specs=over)(filled)[: len(x)]
+    # Not checked: on TPUs the decompositions are loops whose first values do not vary over the mesh.
+    return jax.shard_map(function, mesh=mesh, in_specs=over, out_specs=over, check_vma=False)(filled)[: len(x)]
 
 
 def pseudo_rank(s: Float[ArrayLike, "*batch r"] | Sequence, mass: float = 0.95, power: int = 1) -> Float[np.ndarray, "*batch"]:

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from plasticity_jax.config import EvaluateConfig, ModelConfig
 from plasticity_jax.data.batching import IN_FLIGHT, padded_batches
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.complete import Batch, Memory, Plan, TracedSettings, complete, continue_decoding, count_programs, plan_of, start_decoding
@@ -96,8 +98,7 @@ def completions(
         np.int32(eos_id),
         np.int32(pad_id),
     )
-    shards = 1 if mesh is None else row_shards(mesh)
-    rows = max(1, batch_size // sampling.n_completions // shards) * shards
+    rows = _prompts_per_batch(batch_size, sampling, mesh)
     left_out = frozenset(skip)
     waiting: collections.deque[_Work] = collections.deque()
     compiled = 0
@@ -143,6 +144,36 @@ def completions(
 def decoding_params(params: Any, mesh: Mesh | None) -> Any:
     """Parameters as decoding reads them: whole on every device but for the tensor axis, because each token would gather them all again."""
     return params if mesh is None else arrays.put(params, inference_shardings(mesh, params))
+
+
+def lower_completions(config: ModelConfig, params: Any, settings: EvaluateConfig, max_new_tokens: int, compute_dtype: str, mesh: Mesh) -> Any:
+    """The program of an evaluation for its longest prompts, lowered for the mesh's devices.
+
+    Args:
+      params: shapes, as of a loaded model; decoding holds them as `decoding_params` says.
+    """
+    sampling = Sampling(
+        n_samples=settings.n_samples,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+        seed=settings.seed,
+        greedy_first=True,
+    )
+    prompts, longest = _prompts_per_batch(settings.batch_size, sampling, mesh), settings.prompt_buckets[-1]
+    shapes = [(prompts, longest), (prompts, longest), (max_new_tokens, prompts * sampling.n_completions), (prompts,)]
+    dtypes = (jnp.int32, jnp.bool_, jnp.float32, jnp.bool_)
+    arrays_of = [jax.ShapeDtypeStruct(x, t, sharding=NamedSharding(mesh, s)) for x, t, s in zip(shapes, dtypes, _SPECS, strict=True)]
+    batch = Batch(*arrays_of)  # pyright: ignore[reportArgumentType]
+    traced = TracedSettings(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32,) * 3 + (jnp.int32,) * 2))
+    whole = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, inference_shardings(mesh, params))
+    return complete.lower(plan_of(config, sampling, max_new_tokens, compute_dtype), whole, batch, traced)
+
+
+def _prompts_per_batch(batch_size: int, sampling: Sampling, mesh: Mesh | None) -> int:
+    shards = 1 if mesh is None else row_shards(mesh)
+    return max(1, batch_size // sampling.n_completions // shards) * shards
 
 
 def generate(model: Any, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[list[int]]]:

@@ -97,6 +97,12 @@ def _score(forward: Forward, config: ModelConfig, params: Any, batch: Any) -> tu
     return log_probs, is_top
 
 
+def lower_likelihoods(forward: Forward, config: ModelConfig, params: Any, *, batch_size: int, max_length: int) -> Any:
+    """The program of `log_likelihoods` for continuations as long as what the model reads, lowered for the mesh's devices."""
+    shape = (forward.batch_size(batch_size), max_length)
+    return forward.lower(_score, (config,), params, {"tokens": shape, "places": shape, "targets": shape})
+
+
 # -------------------------------------------------------------------------------------------------------------------------- on the host
 
 

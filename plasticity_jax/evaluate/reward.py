@@ -4,23 +4,36 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from plasticity_jax.config import StudyConfig
+from plasticity_jax.config import ModelConfig, StudyConfig
 from plasticity_jax.data.completions import Completion
 from plasticity_jax.errors import UserError
-from plasticity_jax.evaluate.likelihood import log_likelihoods
+from plasticity_jax.evaluate.likelihood import log_likelihoods, lower_likelihoods
 from plasticity_jax.evaluate.metrics import reward_metrics
-from plasticity_jax.evaluate.reward_model import open_reward_model
+from plasticity_jax.evaluate.reward_model import FAMILY, open_reward_model
 from plasticity_jax.model.forward import Forward
-from plasticity_jax.model.load import LoadedModel, load_model, narrow
-from plasticity_jax.model.scalar_head import ScalarModel, encode_answers, length_buckets, load_verifier, score_rows
+from plasticity_jax.model.hf_config import read_description
+from plasticity_jax.model.hf_import import is_hugging_face
+from plasticity_jax.model.hf_names import FAMILIES
+from plasticity_jax.model.load import LoadedModel, abstract_loaded, load_model, narrow
+from plasticity_jax.model.scalar_head import (
+    ScalarModel,
+    encode_answers,
+    length_buckets,
+    load_verifier,
+    lower_row_scores,
+    scalar_shardings,
+    score_rows,
+    without_output,
+)
 from plasticity_jax.parallel import processes
 from plasticity_jax.runs.directory import REWARDS, open_run
 from plasticity_jax.runs.jsonfiles import write_jsonl
-from plasticity_jax.runs.storage import AnyPath
+from plasticity_jax.runs.storage import AnyPath, location
 
 log = logging.getLogger("plasticity_jax")
 
@@ -111,6 +124,29 @@ def open_scorer(config: StudyConfig, path: AnyPath, mesh: Mesh | None, what: str
     """The scorer that `reward.scorer` names, on the model or verifier at `path`, over `mesh`. Raises UserError if it cannot be opened."""
     kinds = {"log-probability": LogProbability, "verifier": Verifier, "sequence-classification": RewardModel}
     return kinds[config.reward.scorer](config, path, mesh, what)
+
+
+def lower_scores(config: StudyConfig, mesh: Mesh) -> Any:
+    """The program of a study's rewards for its longest texts, lowered for the mesh's devices.
+
+    Raises:
+      UserError: the network of `reward.model` is not known, because the folder is not here.
+    """
+    reward, dtype = config.reward, config.train.compute_dtype
+    model = config.model if reward.model is None else _network(location(reward.model))
+    forward = Forward.of(config, model, mesh)
+    if reward.scorer == "log-probability":
+        return lower_likelihoods(forward, model, abstract_loaded(model, mesh, dtype), batch_size=reward.batch_size, max_length=reward.max_length)
+    decoder = without_output(model)
+    head = jax.ShapeDtypeStruct((model.d_model,), np.float32, sharding=scalar_shardings(mesh, decoder)["head"])
+    params = {"decoder": abstract_loaded(decoder, mesh, dtype), "head": head}
+    return lower_row_scores(forward, decoder, params, batch_size=reward.batch_size, max_length=reward.max_length)
+
+
+def _network(path: AnyPath) -> ModelConfig:
+    if not path.is_dir():
+        raise UserError(f"reward.model={path} is not here, so the size of its network is not known; put the folder there.")
+    return read_description(path, (*FAMILIES, FAMILY)).model if is_hugging_face(path) else open_run(path).config().model
 
 
 def rate(scorer: Scorer, completions: Sequence[Completion], folder: AnyPath) -> dict[str, Any]:

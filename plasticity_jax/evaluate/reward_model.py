@@ -29,7 +29,7 @@ from plasticity_jax.runs.storage import AnyPath, is_local
 
 HEAD = "score.weight"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-_FAMILY = replace(FAMILIES[0], architecture="LlamaForSequenceClassification")  # Llama's tensors, with a score head in place of the output matrix
+FAMILY = replace(FAMILIES[0], architecture="LlamaForSequenceClassification")  # Llama's tensors, with a score head in place of the output matrix
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ def _open(folder: AnyPath) -> tuple[Description, Weights]:
     named = named[0] if isinstance(named, list) and named else named
     if isinstance(named, str) and named.endswith("ForCausalLM"):
         raise UserError(
-            f"{path}: {named} has no score head, so it gives no rewards; give a {_FAMILY.architecture}, or set reward.scorer to 'log-probability'."
+            f"{path}: {named} has no score head, so it gives no rewards; give a {FAMILY.architecture}, or set reward.scorer to 'log-probability'."
         )
-    description = read_description(folder, (_FAMILY,))
+    description = read_description(folder, (FAMILY,))
     description = replace(description, model=without_output(description.model))
     n_labels = settings.get("num_labels", len(settings.get("id2label") or [1]))
     weights = Weights(folder)

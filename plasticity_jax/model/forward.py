@@ -82,6 +82,13 @@ class Forward:
         name = "embed" if config.tie_embeddings else "head"
         return output_kernel(config, gather(self.mesh, {name: params[name]}, jnp.dtype(self.compute_dtype)))
 
+    def lower(self, function: Callable[..., Any], static: tuple[Hashable, ...], params: Params, shapes: dict[str, tuple[int, ...]]) -> Any:
+        """The program that `run` compiles, lowered for the mesh's devices, with batches of integers of these shapes."""
+        assert self.mesh is not None
+        rows = batch_sharding(self.mesh)
+        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name, shape in shapes.items()}
+        return _compiled(function, static, self).lower(params, batch)
+
     def run(
         self,
         function: Callable[..., Any],
@@ -158,8 +165,7 @@ def record_nats(
         return np.empty(0)
     size = forward.batch_size(batch_size)
     seq_len = read(indices[:1]).shape[1] - 1
-    vocabulary = config.vocab_size if forward.mesh is None else -(-config.vocab_size // forward.mesh.shape["tensor"])
-    chunks = chunks_that_fit(loss_chunks, rows=size // forward.row_shards, seq_len=seq_len, vocab_size=vocabulary)
+    chunks = _chunks(forward, config, size, seq_len, loss_chunks)
 
     def batches() -> Iterator[tuple[Sequence[int], Batch]]:
         for start in range(0, len(indices), size):
@@ -172,3 +178,18 @@ def record_nats(
     for places, losses_BxT in forward.run(target_nats, static, params, batches(), **about):
         nats[np.asarray(places)] = losses_BxT.sum(axis=1, dtype=np.float64)
     return nats
+
+
+def _chunks(forward: Forward, config: ModelConfig, size: int, seq_len: int, loss_chunks: int) -> int:
+    vocabulary = config.vocab_size if forward.mesh is None else -(-config.vocab_size // forward.mesh.shape["tensor"])
+    return chunks_that_fit(loss_chunks, rows=size // forward.row_shards, seq_len=seq_len, vocab_size=vocabulary)
+
+
+def lower_record_nats(
+    forward: Forward, config: ModelConfig, params: Params, *, batch_size: int, seq_len: int, isolate: bool, loss_chunks: int
+) -> Any:
+    """The program of `record_nats`, lowered for the mesh's devices."""
+    size = forward.batch_size(batch_size)
+    chunks = _chunks(forward, config, size, seq_len, loss_chunks)
+    shapes = {name: (size, seq_len) for name in ("tokens", "targets", "segment_ids", "positions")}
+    return forward.lower(target_nats, (config, chunks, isolate), params, shapes)

@@ -126,6 +126,16 @@ def load_model(path: str | AnyPath, *, mesh: Mesh | None = None, dtype: str = "f
     return LoadedModel(config, params, tokenizer, path, run, mesh, dtype)
 
 
+def abstract_loaded(config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
+    """Shapes and shardings of the parameters that `load_model` would return."""
+    abstract = abstract_params(config)
+
+    def one(path, x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if path[-1].key == "scale" else dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(one, abstract, param_shardings(mesh, abstract))
+
+
 def narrow(params: Params, dtype: str) -> None:
     """Replaces the matrices by their values in `dtype`, one after the other, where they lie. A forward pass in `dtype` gives the same results."""
     for name, part in params.items():

@@ -101,6 +101,12 @@ def score_rows(
     return found
 
 
+def lower_row_scores(forward: Forward, config: ModelConfig, params: Params, *, batch_size: int, max_length: int) -> Any:
+    """The program of `score_rows` for rows of `max_length` tokens, lowered for the mesh's devices."""
+    rows = forward.batch_size(batch_size)
+    return forward.lower(_row_scores, (config,), params, {"tokens": (rows, max_length), "lengths": (rows,)})
+
+
 # ------------------------------------------------------------------------------------------------------------------------ the verifier's
 
 

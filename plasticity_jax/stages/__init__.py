@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from plasticity_jax.errors import reason
 from plasticity_jax.plugins import Discovered, discover
-from plasticity_jax.stages.stage import Column, Context, Figure, Plan, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Column, Context, Figure, Plan, Program, Stage, Table, member_row, number
 
-__all__ = ["Column", "Context", "Figure", "Plan", "Stage", "Table", "guarded", "member_row", "number", "stages"]
+__all__ = ["Column", "Context", "Figure", "Plan", "Program", "Stage", "Table", "guarded", "member_row", "number", "stages"]
 
 log = logging.getLogger("plasticity_jax")
 

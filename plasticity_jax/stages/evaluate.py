@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from plasticity_jax.config import StudyConfig, result_fields
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import task_run, task_settings
-from plasticity_jax.stages.stage import Context, Figure, Plan, Planned, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Context, Figure, Plan, Planned, Program, Rows, Stage, Table, member_row, number
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from matplotlib.figure import Figure as Drawing
 
     from plasticity_jax.report.results import MemberResults, StudyResults
@@ -78,6 +79,21 @@ def run(context: Context) -> Evaluated | None:
         what=f"{context.run.stage} {context.run.name}",
     )
     return Evaluated(**results, seconds=time.monotonic() - start) if results else None
+
+
+def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
+    from plasticity_jax.evaluate.generate import lower_completions
+    from plasticity_jax.model.load import abstract_loaded
+
+    limits = [task_settings(config, task).max_new_tokens for task in config.tasks if not by_likelihood(task)]
+    if not limits:
+        return
+    settings, dtype, most = config.evaluate, config.train.compute_dtype, max(limits)
+    params = abstract_loaded(config.model, mesh, dtype)
+    yield Program(
+        f"generation, {settings.batch_size} x ({settings.prompt_buckets[-1]} + {most})",
+        lambda: lower_completions(config.model, params, settings, most, dtype, mesh),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ report
@@ -292,6 +308,7 @@ STAGE = Stage(
     parents={"model": ("pretrain", "finetune"), "task": "prepare"},
     plan=_plan,
     devices="all",
+    programs=_programs,
     tables={
         "scores": Table(_score_rows, on_page=False),
         "metrics": Table(_metric_rows, on_page=False),

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plasticity_jax.config import Member, StudyConfig, result_fields
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import task_run, task_settings
 from plasticity_jax.stages.pretrain import pretrain_run
-from plasticity_jax.stages.stage import Context, Plan, Planned, Stage
+from plasticity_jax.stages.stage import Context, Plan, Planned, Program, Stage
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,22 @@ def _program(run: Run) -> str:
     return to_json([fields, run.parents["task"]])
 
 
+def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
+    from plasticity_jax.parallel.batches import padded_batch_size
+    from plasticity_jax.train.finetune import step_settings
+    from plasticity_jax.train.step import compile_train_step, next_token_arguments
+
+    recipe = config.finetune
+    rows, length = padded_batch_size(mesh, recipe.batch_size, recipe.grad_accum_steps, "finetune"), recipe.length_buckets[-1]
+    settings = step_settings(config, config.model, mesh)
+
+    def lower():
+        return compile_train_step(settings, mesh, members=False).lower(*next_token_arguments(settings, rows, length))
+
+    if config.tasks:
+        yield Program(f"training step, {recipe.batch_size} x {length}", lower)
+
+
 STAGE = Stage(
     name="finetune",
     title="fine-tuned models",
@@ -97,4 +116,5 @@ STAGE = Stage(
     check=_check,
     devices="all",
     batched=(_program, run_batch),
+    programs=_programs,
 )

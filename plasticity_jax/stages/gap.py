@@ -1,6 +1,7 @@
 """Gap: a base model's loss on text seen in training against held-out text."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,9 +9,10 @@ from plasticity_jax.config import StudyConfig
 from plasticity_jax.config.schema import PositiveInt, result
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
-from plasticity_jax.stages.stage import Column, Context, Figure, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Column, Context, Figure, Program, Rows, Stage, Table, member_row, number
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from matplotlib.figure import Figure as Drawing
 
     from plasticity_jax.analysis.statistics import Blocks
@@ -70,6 +72,20 @@ def run(context: Context) -> Gap | None:
         seed=settings.seed,
     )
     return Gap(**facts, seconds=time.monotonic() - start) if facts else None
+
+
+def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
+    from plasticity_jax.analysis.gap import BLOCKS_PER_BATCH
+    from plasticity_jax.model.forward import Forward, lower_record_nats
+    from plasticity_jax.model.load import abstract_loaded
+
+    train, params = config.train, abstract_loaded(config.model, mesh, config.train.compute_dtype)
+    options = {"seq_len": train.seq_len, "isolate": config.data.isolate_documents, "loss_chunks": train.loss_chunks}
+    forward = Forward.of(config, config.model, mesh)
+    yield Program(
+        f"loss, {forward.batch_size(BLOCKS_PER_BATCH)} x {train.seq_len}",
+        lambda: lower_record_nats(forward, config.model, params, batch_size=BLOCKS_PER_BATCH, **options),
+    )
 
 
 def gap_of(member: "MemberResults") -> float | None:
@@ -207,6 +223,7 @@ STAGE = Stage(
     title="the gap between seen and held-out text",
     run=run,
     devices="all",
+    programs=_programs,
     fields=lambda config, model: {"compute_dtype": config.train.compute_dtype},
     record=Gap,
     config=GapConfig,

@@ -1,6 +1,7 @@
 """Probe: linear probes on the states of every base model, layer by layer."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,10 +11,11 @@ from plasticity_jax.config import StudyConfig
 from plasticity_jax.config.schema import NonNegativeFloat, PositiveInt, check_choice, result
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import probe_set_run
-from plasticity_jax.stages.stage import Context, Figure, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Context, Figure, Program, Rows, Stage, Table, member_row, number
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.sharding import Mesh
     from matplotlib.figure import Figure as Drawing
 
     from plasticity_jax.report.results import MemberResults, StudyResults
@@ -69,6 +71,16 @@ def run(context: Context) -> Probes:
     recipe = {"forward": context.forward(model), "max_length": settings.max_length, "l2": settings.l2, "seed": settings.seed}
     sets = {name: probe_layers(model, name, read_probe_set(context.parents[f"probe-{name}"]), **recipe) for name in settings.sets}
     return Probes(sets, time.monotonic() - start)
+
+
+def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
+    from plasticity_jax.analysis.probes import lower_states
+    from plasticity_jax.model.forward import Forward
+    from plasticity_jax.model.load import abstract_loaded
+
+    params, length = abstract_loaded(config.model, mesh, config.train.compute_dtype), config.probe.max_length
+    if config.probe.sets:
+        yield Program(f"states, texts of {length}", lambda: lower_states(Forward.of(config, config.model, mesh), config.model, params, length))
 
 
 def of_set(member: "MemberResults", name: str) -> dict[str, Any] | None:
@@ -184,6 +196,7 @@ STAGE = Stage(
     title="linear probes",
     run=run,
     devices="all",
+    programs=_programs,
     fields=lambda config, model: {"compute_dtype": config.train.compute_dtype},
     record=Probes,
     config=ProbeConfig,

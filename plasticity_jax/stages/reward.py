@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from plasticity_jax.config import StudyConfig, result_fields
 from plasticity_jax.config.schema import PositiveInt, execution, result
@@ -14,7 +14,10 @@ from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import is_local, location
 from plasticity_jax.stages.evaluate import by_likelihood
-from plasticity_jax.stages.stage import Context, Plan, Planned, Stage
+from plasticity_jax.stages.stage import Context, Plan, Planned, Program, Stage
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,14 @@ def run(context: Context) -> Rewarded | None:
     return Rewarded(**results, seconds=time.monotonic() - start) if results else None
 
 
+def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
+    from plasticity_jax.evaluate.reward import lower_scores
+
+    if config.reward.scorer != "none" and config.tasks:
+        name = f"{config.reward.scorer}, {config.reward.batch_size} x {config.reward.max_length}"
+        yield Program(name, lambda: lower_scores(config, mesh))
+
+
 STAGE = Stage(
     name="reward",
     title="rewards of the completions",
@@ -123,5 +134,6 @@ STAGE = Stage(
     plan=_plan,
     check=_check,
     devices="all",
+    programs=_programs,
     job="rewards",
 )

@@ -1,16 +1,19 @@
 """Spectra: singular values of the attention products of every base model, and how many of them matter."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Le
 
+from plasticity_jax.config import StudyConfig
 from plasticity_jax.config.schema import PositiveFraction, result
-from plasticity_jax.stages.stage import Column, Context, Figure, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Column, Context, Figure, Program, Rows, Stage, Table, member_row, number
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.sharding import Mesh
     from matplotlib.figure import Figure as Drawing
 
     from plasticity_jax.report.results import MemberResults, StudyResults
@@ -67,6 +70,14 @@ def run(context: Context) -> Spectra:
     return Spectra(
         **products, mass=settings.mass, power=settings.power, fold_norms=settings.fold_norms, norm_gains=norm_gains, seconds=time.monotonic() - start
     )
+
+
+def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
+    from plasticity_jax.analysis.spectra import lower_spectra
+    from plasticity_jax.model.load import abstract_loaded
+
+    params = abstract_loaded(config.model, mesh, "float32")
+    yield Program("singular values", lambda: lower_spectra(config.model, params, config.spectra.fold_norms, mesh))
 
 
 def pseudo_ranks(member: "MemberResults", product: str) -> "np.ndarray | None":
@@ -159,6 +170,7 @@ STAGE = Stage(
     title="attention spectra",
     run=run,
     devices="all",
+    programs=_programs,
     record=Spectra,
     config=SpectraConfig,
     parents={"model": "pretrain"},

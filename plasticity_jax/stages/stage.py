@@ -163,6 +163,23 @@ class Column:
     digits: int = 3
 
 
+@dataclass(frozen=True)
+class Program:
+    """A program of a stage, for `plasticity check`.
+
+    Attributes:
+      what: which one, in a few words, with its largest shapes.
+      lower: lowers it for the mesh's devices, which need not be here.
+    """
+
+    what: str
+    lower: Callable[[], Any]
+
+
+def _no_programs(config: StudyConfig, mesh: "Mesh") -> "Iterable[Program]":
+    return ()
+
+
 def _no_inputs(config: StudyConfig, model: Run) -> dict[str, str]:
     return {}
 
@@ -206,6 +223,7 @@ class Stage:
         no accelerator either.
       batched: (key, run_batch) where several runs can be carried out by one call: runs with an equal key form a batch in `grid.mode = "vmapped"`.
       may_diverge: beginning of the roles of which some parents may have diverged, so long as one is left.
+      programs: (config, mesh) → its largest programs, which `plasticity check` compiles.
       checkpoints: whether it writes checkpoints of a model.
       job: the cluster job that carries out all runs of the stage; "" for a stage that has a command of its own or is part of `plasticity analyze`.
       tables, figures, columns: what it adds to the report, by name.
@@ -229,6 +247,7 @@ class Stage:
     devices: str = "first"
     batched: tuple[Callable[[Run], str], Callable[[Sequence[Context]], list[Any]]] | None = None
     may_diverge: str | None = None
+    programs: "Callable[[StudyConfig, Mesh], Iterable[Program]]" = _no_programs
     checkpoints: bool = False
     job: str = ""
     tables: Mapping[str, Table] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from plasticity_jax.config import StudyConfig, result_fields
 from plasticity_jax.config.schema import Fraction, PositiveFloat, PositiveInt, ProperFraction, execution, result
@@ -10,7 +11,10 @@ from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import evaluate
 from plasticity_jax.stages.prepare import task_settings
-from plasticity_jax.stages.stage import Context, Plan, Planned, Stage
+from plasticity_jax.stages.stage import Context, Plan, Planned, Program, Stage
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 SAMPLES_ROLE = "samples-"  # roles of a verifier's parents with graded samples begin with it
 
@@ -113,6 +117,13 @@ def run(context: Context) -> Verified | None:
     return Verified(**facts) if facts else None
 
 
+def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
+    from plasticity_jax.train.verifier import lower_step
+
+    if config.reward.scorer == "verifier" and config.tasks:
+        yield Program(f"training step, {config.verifier.batch_size} x {config.reward.max_length}", lambda: lower_step(config, mesh))
+
+
 SAMPLES = Stage(
     name="samples",
     title="graded samples for the verifier",
@@ -134,6 +145,7 @@ STAGE = Stage(
     parents={"base": "finetune", "task": "prepare", SAMPLES_ROLE: "samples"},
     plan=_plan,
     devices="all",
+    programs=_programs,
     may_diverge=SAMPLES_ROLE,
     job="rewards",
 )

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,9 +10,11 @@ from plasticity_jax.config import StudyConfig
 from plasticity_jax.config.schema import PositiveInt, execution, result
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import pinned
-from plasticity_jax.stages.stage import Context, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Context, Program, Rows, Stage, Table, member_row, number
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from plasticity_jax.report.results import StudyResults
 
 
@@ -72,6 +74,18 @@ def run(context: Context) -> ZeroShot:
     return ZeroShot(sets, {"lm_eval": importlib.metadata.version("lm_eval")}, time.monotonic() - start)
 
 
+def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
+    from plasticity_jax.evaluate.likelihood import lower_likelihoods
+    from plasticity_jax.model.forward import Forward
+    from plasticity_jax.model.load import abstract_loaded
+
+    length, size = config.train.seq_len, config.zero_shot.batch_size
+    params = abstract_loaded(config.model, mesh, config.train.compute_dtype)
+    if config.zero_shot.sets:
+        forward = Forward.of(config, config.model, mesh)
+        yield Program(f"likelihoods, {size} x {length}", lambda: lower_likelihoods(forward, config.model, params, batch_size=size, max_length=length))
+
+
 def forgetting_rows(results: "StudyResults") -> Rows:
     """Zero-shot accuracy of each set: of the base model, and after fine-tuning on each task; the drop is before − after."""
     rows = []
@@ -100,6 +114,7 @@ STAGE = Stage(
     applies=lambda config: bool(config.zero_shot.sets),
     check=_check,
     devices="all",
+    programs=_programs,
     job="zero_shot",
     tables={"forgetting": Table(forgetting_rows, on_page=False)},
 )

@@ -9,25 +9,23 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from plasticity_jax.config import ModelConfig, StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.kernels import choose_kernel
 from plasticity_jax.model.param_count import count_matmul_params
-from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel import hardware
 from plasticity_jax.parallel.batches import padded_batch_size
 from plasticity_jax.parallel.collectives import collective_bytes, largest_arrays
 from plasticity_jax.parallel.deviceless import Target
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.train.pretrain import step_settings
-from plasticity_jax.train.step import compile_train_step, initial_state, state_shardings
+from plasticity_jax.train.step import compile_train_step, next_token_arguments, state_shardings
 
 log = logging.getLogger("plasticity_jax")
 
@@ -39,8 +37,28 @@ _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A compiled program; bytes are per device.
+
+    Attributes:
+      total: peak memory of the program.
+      limit: memory available to a program.
+      largest: (bytes, description) of the largest buffers.
+      collectives: kind → bytes per call; empty if the compilation failed.
+      compile_seconds: lowering and compilation.
+    """
+
+    fits: bool
+    total: int
+    limit: int
+    largest: list[tuple[int, str]]
+    collectives: dict[str, int]
+    compile_seconds: float
+
+
+@dataclass(frozen=True)
 class Answer:
-    """The result of one compilation; bytes are per device.
+    """The training step of a config, compiled; bytes are per device.
 
     Attributes:
       params, optimizer: bytes of the state's shards.
@@ -110,7 +128,7 @@ def check(config: StudyConfig, target: Target) -> Answer:
     Raises:
       UserError: the mesh does not match the number of devices.
     """
-    return _compile(_resolved(config, target), target)
+    return _compile(resolved(config, target), target)
 
 
 def search(config: StudyConfig, target: Target) -> Answer:
@@ -122,7 +140,7 @@ def search(config: StudyConfig, target: Target) -> Answer:
     Returns:
       The answer for these settings or, if none fits so, for the most parts with full remat. Compiles once for every halving of the choices.
     """
-    config = _resolved(config, target)
+    config = resolved(config, target)
     mesh = make_mesh(config.mesh, target.devices)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = config.train.batch_size
@@ -174,16 +192,16 @@ def lines(answer: Answer, target: Target) -> list[str]:
     text = [
         f"{target.topology}: {len(target.devices)} x {known.kind}, mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.items()),
         f"batch {train.batch_size} x {train.seq_len} in {train.grad_accum_steps} parts of {train.batch_size // train.grad_accum_steps}, remat {train.remat}",
-        f"{'fits' if answer.fits else 'does not fit'}: {_gib(answer.total)} of {_gib(answer.limit)} per device ({share:.0%})",
-        f"per device: parameters {_gib(answer.params)}, optimizer {_gib(answer.optimizer)}, activations and other temporaries {_gib(answer.temporary)}, "
-        f"free {_gib(free)}",
+        f"{'fits' if answer.fits else 'does not fit'}: {gib(answer.total)} of {gib(answer.limit)} per device ({share:.0%})",
+        f"per device: parameters {gib(answer.params)}, optimizer {gib(answer.optimizer)}, activations and other temporaries {gib(answer.temporary)}, "
+        f"free {gib(free)}",
         f"model FLOPs per token: {flops:,} (6 N + 12 L H Dh T)",
-        "collectives per device and step: " + (", ".join(f"{kind} {_gib(size)}" for kind, size in answer.collectives.items()) or "none"),
+        "collectives per device and step: " + (", ".join(f"{kind} {gib(size)}" for kind, size in answer.collectives.items()) or "none"),
         f"compiled in {answer.compile_seconds:.0f} s",
         f"at {config.launch.mfu:.0%} MFU: {speed:,.0f} tokens/s; the whole grid {hours / len(target.devices):,.3g} hours, {hours:,.3g} device-hours",
     ]
     if not answer.fits:
-        text += ["the largest buffers:"] + [f"  {_gib(size)}  {what}" for size, what in answer.largest]
+        text += ["the largest buffers:"] + [f"  {gib(size)}  {what}" for size, what in answer.largest]
     return text
 
 
@@ -222,7 +240,8 @@ def largest_values(program: str, number: int) -> list[tuple[int, str]]:
     return [(size, text) for text, size in sorted(sizes.items(), key=lambda item: -item[1])[:number]]
 
 
-def _resolved(config: StudyConfig, target: Target) -> StudyConfig:
+def resolved(config: StudyConfig, target: Target) -> StudyConfig:
+    """The config on a target's devices: with its hardware rules, and the compute dtype chosen."""
     config = for_device(config, target.devices[0].device_kind)
     if config.train.compute_dtype == "auto":
         config = _with(config, compute_dtype="float32" if target.devices[0].platform == "cpu" else "bfloat16")
@@ -238,31 +257,41 @@ def _compile(config: StudyConfig, target: Target) -> Answer:
     mesh = make_mesh(config.mesh, target.devices)
     rows = padded_batch_size(mesh, train.batch_size, train.grad_accum_steps, "train")
     settings = step_settings(config, mesh)
-    state = jax.eval_shape(lambda params: initial_state(settings, params), abstract_params(config.model))
+    state, *_ = arguments = next_token_arguments(settings, rows, train.seq_len)
     params, optimizer = _shard_bytes(state, state_shardings(settings, mesh, members=False))
-    types = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32, "segment_ids": jnp.int32, "positions": jnp.int32}
-    batch = {name: jax.ShapeDtypeStruct((rows, train.seq_len), dtype) for name, dtype in types.items()}
-    hyper = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("weight_decay", "peak_lr", "warmup_steps", "total_steps")}
+    what = f"compile for {target.topology}, {train.grad_accum_steps} parts, remat {train.remat}"
+    found = measure(lambda: compile_train_step(settings, mesh, members=False).lower(*arguments), target, what, at_least=params + optimizer)
+    temporary = max(found.total - params - optimizer, 0)
+    return Answer(config, found.fits, params, optimizer, temporary, found.total, found.limit, found.largest, found.collectives, found.compile_seconds)
+
+
+def measure(lower: Callable[[], Any], target: Target, what: str, *, at_least: int = 0) -> Measured:
+    """Compiles a program for a target, once.
+
+    Args:
+      lower: lowers it, for the target's devices.
+      what: label of the progress display.
+      at_least: bytes of the arguments, where the compiler refuses and names no size.
+    """
     limit, start = target.hardware.limit, time.monotonic()
-    refusal, compiled = "", None
-    with _ticking(f"compile for {target.topology}, {train.grad_accum_steps} parts, remat {train.remat}"):
+    refusal, lowered, compiled = "", None, None
+    with _ticking(what):
         try:
-            lowered = compile_train_step(settings, mesh, members=False).lower(state, batch, hyper)
+            lowered = lower()
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if lowered is None or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             refusal = str(error)
     seconds = time.monotonic() - start
     if compiled is None:
-        total = max(refused_bytes(refusal), params + optimizer)
+        total = max(refused_bytes(refusal), at_least)
         largest, collectives = largest_values(lowered.as_text(), LARGEST), {}
     else:
         hlo = compiled.as_text()
         total = program_bytes(compiled.memory_analysis(), target.devices[0].platform)
         largest, collectives = largest_arrays(hlo, LARGEST), collective_bytes(hlo)
-    fits = compiled is not None and total <= limit
-    return Answer(config, fits, params, optimizer, max(total - params - optimizer, 0), total, limit, largest, collectives, seconds)
+    return Measured(compiled is not None and total <= limit, total, limit, largest, collectives, seconds)
 
 
 def _shard_bytes(state: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, int]:
@@ -294,7 +323,7 @@ def _ticking(what: str) -> Iterator[None]:
         thread.join()
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB" if abs(size) >= 2**27 else f"{size / 2**20:,.2f} MiB"
 
 

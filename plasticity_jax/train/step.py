@@ -238,3 +238,17 @@ def compile_train_step(settings: StepSettings, mesh: Mesh, *, members: bool) -> 
     state = state_shardings(settings, mesh, members=members)
     scalars = NamedSharding(mesh, PartitionSpec("member") if members else PartitionSpec())
     return jax.jit(step, in_shardings=(state, batch_sharding(mesh), scalars), out_shardings=(state, scalars), donate_argnums=0)
+
+
+def abstract_arguments(settings: StepSettings, batch: Batch) -> tuple[State, Batch, Hyper]:
+    """Shapes of the arguments of a compiled step, for a batch of `jax.ShapeDtypeStruct`."""
+    params = settings.objective.abstract_params(settings.model)
+    state = jax.eval_shape(functools.partial(initial_state, settings), params)
+    hyper = jax.eval_shape(lambda: hyper_parameters(weight_decay=0.0, peak_lr=0.0, warmup=1, total=1))
+    return state, batch, hyper
+
+
+def next_token_arguments(settings: StepSettings, rows: int, seq_len: int) -> tuple[State, Batch, Hyper]:
+    """`abstract_arguments` for a batch [rows, seq_len] of next tokens."""
+    types = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32, "segment_ids": jnp.int32, "positions": jnp.int32}
+    return abstract_arguments(settings, {name: jax.ShapeDtypeStruct((rows, seq_len), dtype) for name, dtype in types.items()})

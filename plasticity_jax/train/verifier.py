@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -30,6 +31,7 @@ from plasticity_jax.model.scalar_head import (
     score_rows,
     scores,
     with_head,
+    without_output,
 )
 from plasticity_jax.model.transformer import hidden_states
 from plasticity_jax.parallel import arrays, processes
@@ -39,7 +41,7 @@ from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.loop import LoopSettings, Track, train
 from plasticity_jax.train.restore import starting_state
-from plasticity_jax.train.step import Batch, Objective, StepSettings, Sums, compile_train_step, execution_of
+from plasticity_jax.train.step import Batch, Objective, StepSettings, Sums, abstract_arguments, compile_train_step, execution_of
 from plasticity_jax.train.tuning import tuning_numbers, tuning_optimizer
 
 log = logging.getLogger("plasticity_jax")
@@ -242,6 +244,16 @@ def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSe
     )
     optimizer = tuning_optimizer(config.finetune, decay_mask="all")
     return StepSettings(model, optimizer, config.train.compute_dtype, z_loss=0.0, isolate_documents=False, execution=execution, objective=VERDICT)
+
+
+def lower_step(config: StudyConfig, mesh: Mesh) -> Any:
+    """The training step for the longest texts, lowered for the mesh's devices."""
+    recipe = config.verifier
+    settings = step_settings(config, without_output(config.model), mesh)
+    rows = padded_batch_size(mesh, recipe.batch_size, recipe.grad_accum_steps, "verifier")
+    shapes = {"tokens": ((rows, config.reward.max_length), jnp.int32), "lengths": ((rows,), jnp.int32), "labels": ((rows,), jnp.float32)}
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    return compile_train_step(settings, mesh, members=False).lower(*abstract_arguments(settings, batch))
 
 
 def _batches(rows: list[list[int]], right: np.ndarray, schedule: list, recipe: VerifierConfig) -> Iterator[Batch]:
