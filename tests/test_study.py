@@ -148,6 +148,21 @@ def test_killed_pretraining_resumes_to_the_same_bits(workdir, wheels_dir, tmp_pa
         assert rows[row["step"]] == row
 
 
+def test_a_run_killed_between_its_optimizer_and_its_end_gives_the_same_results(workdir, wheels_dir, tmp_path):
+    """Its training is complete and its checkpoint without the optimizer's state, which no finished run keeps."""
+    work = shutil.copytree(workdir, tmp_path / "work")
+    killed = [Path(row["path"]) for stage in ("pretrain", "finetune") for row in runs(work, stage)]
+    before = [read_json(path / "results.json") for path in killed]
+    for path in killed:
+        assert {item.name for item in (path / "checkpoints").glob("*/*") if item.is_dir()} == {"params", "checksums"}
+        (path / "DONE").unlink()
+        (path / "results.json").unlink()
+    result = plasticity("study", *options(work, wheels_dir), "--stages", "pretrain,finetune")
+    assert result.returncode == 0, result.stderr
+    assert "resumes at step 40 of 40" in result.stderr and f"{len(killed)} runs carried out" in result.stderr
+    assert [read_json(path / "results.json") for path in killed] == before
+
+
 def test_sigterm_ends_an_evaluation_at_once_and_keeps_what_is_generated(workdir, wheels_dir, tmp_path):
     work = shutil.copytree(workdir, tmp_path / "work")
     done = next(row for row in runs(work, "evaluate") if row["task"] == "topic")

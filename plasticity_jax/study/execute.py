@@ -14,7 +14,7 @@ from typing import Any
 from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import StudyRefused, UserError, reason
 from plasticity_jax.parallel import processes
-from plasticity_jax.runs.directory import ERROR_LOG, STUDY, RunDirectory
+from plasticity_jax.runs.directory import CHECKPOINTS, ERROR_LOG, STUDY, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, relative
@@ -123,13 +123,16 @@ def _held_bytes(folder: str) -> int:
 
 
 def _bytes_needed(config: StudyConfig) -> int:
-    """Rough size of a study on disk: float32 parameters and two moments per pretrained model (twice while one is being saved), parameters of each tuned one, data."""
+    """Rough size of a study on disk: float32 parameters per model, data, and the moments: of all models, or of those in training, saved twice."""
     members = [(member_config(config, member), member) for member in grid_members(config)]
     tuned = len(config.tasks) * len(config.finetune.seeds)
-    models = sum(_parameters(own) * (1 + tuned) for own, _ in members)
+    pretrained = [_parameters(own) for own, _ in members]
+    models = (1 + tuned) * sum(pretrained)
+    in_training = sum(pretrained) if config.grid.mode == "vmapped" else max(pretrained)
     starts = sum({init_run(own, 0).id: _parameters(own) for own, _ in members}.values())
     data = sum({corpus_run(own).id: _data_bytes(own) for own, _ in members}.values())
-    return int(12 * (models + starts) + data + 10e6)
+    moments = 8 * models + 12 * in_training if config.train.keep_optimizer else 20 * in_training
+    return int(4 * (models + starts) + moments + data + 10e6)
 
 
 def _parameters(config: StudyConfig) -> int:
@@ -295,6 +298,8 @@ def _carry_out(
                 results = [_as_dict(stage, found) for found in _results(stage, contexts)]
             if processes.primary():
                 for context, result in zip(contexts, results, strict=True):
+                    if stage.checkpoints and not context.config.train.keep_optimizer:
+                        _drop_optimizer(context.directory.path)
                     context.directory.provenance |= _devices(stage, context.config)
                     context.directory.provenance["seconds"] = time.monotonic() - start
                     context.directory.finish(result)
@@ -306,6 +311,13 @@ def _carry_out(
             processes.together(carry_out)
         else:
             processes.broadcast(carry_out)
+
+
+def _drop_optimizer(path: AnyPath) -> None:
+    """Before DONE: a run that is killed in between finds its training complete, and comes here again."""
+    from plasticity_jax.model.checkpoint import drop_optimizer
+
+    drop_optimizer(path / CHECKPOINTS)
 
 
 def _results(stage: Stage, contexts: Sequence[Context]) -> Sequence[Any]:

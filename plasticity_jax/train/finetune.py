@@ -85,7 +85,7 @@ def finetune(
     track = Track(path, keep=1)
     params = None
     if not track.diverged:
-        state, start = starting_state(settings, mesh, initial, [track.directory], members=False)
+        state, start = starting_state(settings, mesh, initial, [track.directory], steps=len(schedule), members=False)
         if start:
             log.info("resumes at step %d of %d", start, len(schedule))
         params = train(

@@ -117,7 +117,7 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
     alive = [i for i, track in enumerate(tracks) if not track.diverged]
     final: dict[int, Params] = {}
     if alive:
-        state, start = starting_state(settings, mesh, initial, [tracks[i].directory for i in alive], members=vmapped)
+        state, start = starting_state(settings, mesh, initial, [tracks[i].directory for i in alive], steps=config.train.steps, members=vmapped)
         if start:
             log.info("resumes at step %d of %d", start, config.train.steps)
         hypers = [_hyper(members[i]) for i in alive]

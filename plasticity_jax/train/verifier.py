@@ -201,7 +201,7 @@ def _train(
     if track.diverged:
         return model
     settings = VerifierStep(model.config, tuning_optimizer(config.finetune, decay_mask="all"), execution, config.train.remat)
-    state, start = _starting_state(settings, mesh, model, track.directory)
+    state, start = _starting_state(settings, mesh, model, track.directory, steps=len(schedule))
     if start:
         log.info("resumes at step %d of %d", start, len(schedule))
     params = train(
@@ -287,8 +287,8 @@ def _state_shardings(settings: VerifierStep, mesh: Mesh) -> State:
     return {"params": params, "optimizer": moments, "step": single}
 
 
-def _starting_state(settings: VerifierStep, mesh: Mesh, model: ScalarModel, run: AnyPath) -> tuple[State, int]:
-    """The state of the run's last checkpoint, or before the first update, and its step."""
+def _starting_state(settings: VerifierStep, mesh: Mesh, model: ScalarModel, run: AnyPath, *, steps: int) -> tuple[State, int]:
+    """The state of the run's last checkpoint, or before the first update, and its step. After the last of `steps` the optimizer's state is not read."""
     optimizer, shardings = make_optimizer(settings.optimizer), _state_shardings(settings, mesh)
     step = processes.broadcast(lambda: common_step([run]))
     if step == 0:
@@ -301,7 +301,11 @@ def _starting_state(settings: VerifierStep, mesh: Mesh, model: ScalarModel, run:
             for name, tree in zip(("params", "optimizer"), shapes)
         ]
         with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
-            params, moments = checkpoints.restore(step, *placed)
+            if step == steps:
+                params = checkpoints.restore_params(step, placed[0])
+                moments = jax.jit(optimizer.init)(params)
+            else:
+                params, moments = checkpoints.restore(step, *placed)
         state = {"params": params, "optimizer": moments, "step": jnp.int32(step)}
     # Always a copy: the first update donates its state.
     return jax.device_put(state, shardings, may_alias=False), step

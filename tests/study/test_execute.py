@@ -209,15 +209,35 @@ def test_a_stage_receives_its_members_config(tmp_path, stages):
 
 
 def test_room_on_disk_is_counted_member_by_member():
-    def needed(*sizes):
-        return execution._bytes_needed(
-            load_config(Path(__file__).parents[2] / "configs" / "tiny.py", [("grid.fields", f"(('model.d_ff',{sizes}),)")])
-        )
+    def needed(*sizes, **train):
+        overrides = [("grid.fields", f"(('model.d_ff',{sizes}),)"), *((f"train.{name}", str(value)) for name, value in train.items())]
+        return execution._bytes_needed(load_config(TINY, overrides))
 
-    data = 20e3 * 400 * 2 + 10e6  # of both estimates
-    assert needed(64, 128) == pytest.approx(needed(64) + needed(128) - data, abs=2)
     more = 2 * 3 * 32 * 64  # weights of two layers' MLP
-    assert needed(128) - needed(64) == pytest.approx(12 * more * (2 * (1 + 2) + 1), abs=2), "two members, each tuned on two tasks, and their start"
+    models = 2 * (1 + 2)  # two members, each tuned on two tasks
+    assert needed(128) - needed(64) == pytest.approx(more * (4 * (models + 1) + 20), abs=2), (
+        "all models and their start; moments of the one in training, twice"
+    )
+    kept = needed(128, keep_optimizer=True) - needed(64, keep_optimizer=True)
+    assert kept == pytest.approx(more * (12 * models + 4 + 12), abs=2), "moments of all models, and one model saved twice"
+    data, smaller = 20e3 * 400 * 2 + 10e6, execution._parameters(load_config(TINY, [("model.d_ff", "64")]))
+    assert needed(64, 128) == pytest.approx(needed(64) + needed(128) - data - 20 * smaller, abs=2), "one trains at a time"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_finished_run_keeps_its_optimizer_only_where_asked(tmp_path, stages, monkeypatch, keep):
+    def train(context):
+        for name in ("params", "optimizer"):
+            (context.directory.path / "checkpoints" / "8" / name).mkdir(parents=True)
+        return {}
+
+    training = {name: replace(stage, run=train) if name == "finetune" else stage for name, stage in execution.stages().items()}
+    monkeypatch.setattr(execution, "stages", lambda: training)
+    execute(replace(CONFIG, train=replace(CONFIG.train, keep_optimizer=keep)), tmp_path, RUNS)
+    for run in RUNS:
+        if run.stage == "finetune":
+            kept = {path.name for path in (tmp_path / CONFIG.name / run.id / "checkpoints" / "8").iterdir()}
+            assert kept == ({"params", "optimizer"} if keep else {"params"})
 
 
 def test_a_workdir_that_cannot_hold_the_study_is_refused(tmp_path, monkeypatch):

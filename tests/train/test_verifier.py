@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from test_pretrain import Killed, killed_after, state_of, untimed
 from worlds import CONFIG, World, change
 
 from plasticity_jax.errors import UserError
+from plasticity_jax.model.checkpoint import drop_optimizer
 from plasticity_jax.model.load import load_model
 from plasticity_jax.model.scalar_head import abstract_scalar_params, encode_answers, load_verifier, scores, with_head, without_output
 from plasticity_jax.runs.directory import RunDirectory
@@ -152,7 +154,7 @@ def test_resume_is_bitwise(world: World, samples, trained, monkeypatch):
             verify(world, "cut", samples)
     resumed = []
     with monkeypatch.context() as patch:
-        patch.setattr(verifier, "_starting_state", lambda *args: resumed.append(real_start(*args)) or resumed[-1])
+        patch.setattr(verifier, "_starting_state", lambda *args, **steps: resumed.append(real_start(*args, **steps)) or resumed[-1])
         again = verify(world, "cut", samples)
     assert resumed[0][1] > 0
     timed = {"seconds"}
@@ -163,6 +165,13 @@ def test_resume_is_bitwise(world: World, samples, trained, monkeypatch):
 
 
 real_start = verifier._starting_state
+
+
+def test_the_last_step_needs_no_optimizer_that_was_dropped(world: World, samples, trained):
+    shutil.copytree(world.root / "told", world.root / "dropped")
+    drop_optimizer(world.root / "dropped" / "checkpoints")
+    again = verify(world, "dropped", samples)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in trained.items() if k != "seconds"}
 
 
 def test_texts_of_several_members_count_once(world: World, samples, trained):
