@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
+from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config, to_dict
 from plasticity_jax.errors import StudyRefused, UserError, reason
 from plasticity_jax.parallel import processes
 from plasticity_jax.runs.directory import CHECKPOINTS, ERROR_LOG, STUDY, RunDirectory
-from plasticity_jax.runs.jsonfiles import read_json
+from plasticity_jax.runs.jsonfiles import read_json, to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, relative
 from plasticity_jax.stages import Context, Stage, stages
@@ -26,6 +26,7 @@ from plasticity_jax.study.graph import build_graph, run_configs, save_study, stu
 log = logging.getLogger("plasticity_jax")
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
+_TRACED = ("peak_lr", "warmup_fraction", "weight_decay", "steps")  # fields of a section whose values one program takes as arguments
 _STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")
 
 
@@ -198,7 +199,8 @@ def execute(
 ) -> Outcome:
     """Carries out the runs that are not done, parents first.
 
-    A run that fails, or that its stage refuses, is recorded, and the rest continues. A diverged parent makes its children diverged: that is a result.
+    A run that fails, or that its stage refuses, is recorded, and the rest continues, but for runs of a program that did not fit the device's memory:
+    they fail without being tried. A diverged parent makes its children diverged: that is a result.
 
     Args:
       runs: in topological order, as build_graph gives them.
@@ -226,6 +228,7 @@ def execute(
 
         config = for_device(config, jax.devices()[0].device_kind)
     groups, configs, single = _groups(config, todo), run_configs(config, todo), _serve_one(runs)
+    exhausted: dict[str, str] = {}  # program → the run that did not fit
     for number, group in enumerate(groups, 1):
         missing = processes.broadcast(
             lambda: [[parent for parent in run.parents.values() if not RunDirectory(path_of(parent)).done] for run in group]
@@ -238,8 +241,10 @@ def execute(
         if not ready:
             continue
         log.info("[%d/%d] %s", number, len(groups), ", ".join(run.id for run in ready))
+        program = _program(configs[ready[0].id], ready)
+        too_large = processes.broadcast(lambda: exhausted.get(program))
         try:
-            _carry_out(configs, ready, path_of, _refuse_storage_problems(workdir))
+            _carry_out(configs, ready, path_of, _refuse_storage_problems(workdir), too_large)
             outcome.carried_out += [run.id for run in ready]
         except (StudyRefused, processes.Disconnected):
             raise
@@ -249,6 +254,8 @@ def execute(
                 raise
             log.error("%s failed: %s", ready[0].id, error if refused else f"{reason(error)} ({path_of(ready[0].id) / ERROR_LOG})")
             outcome.failed += [run.id for run in ready]
+            if too_large is None and _out_of_memory(error):
+                exhausted[program] = ready[0].id
             if fail_fast:
                 outcome.left = [run.id for later in groups[number:] for run in later]
                 break
@@ -270,10 +277,32 @@ def _groups(config: StudyConfig, runs: Sequence[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
+def _program(config: StudyConfig, group: Sequence[Run]) -> str:
+    """What runs need about the same device memory share: stage, task, number of members, and the config but for traced numbers."""
+    shapes = {
+        name: {field: value for field, value in section.items() if field not in _TRACED} if isinstance(section, dict) else section
+        for name, section in to_dict(config).items()
+    }
+    return to_json([group[0].stage, group[0].task, len(group), shapes])
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether XLA found too little device memory, here or on another process."""
+    while error is not None:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _carry_out(
-    configs: dict[str, StudyConfig], group: Sequence[Run], path_of: Callable[[str], AnyPath], guarded: Callable[[Callable], Callable]
+    configs: dict[str, StudyConfig],
+    group: Sequence[Run],
+    path_of: Callable[[str], AnyPath],
+    guarded: Callable[[Callable], Callable],
+    too_large: str | None,
 ) -> None:
-    """Of several processes, the first holds the runs' locks and writes their text files; the others take part in stages that use all devices."""
+    """Refuses runs of the program that was `too_large` in another run. Of several processes, the first holds the runs' locks and writes their text files; the others take part in stages that use all devices."""
     stage = stages()[group[0].stage]
     with contextlib.ExitStack() as stack:
         contexts = []
@@ -294,6 +323,9 @@ def _carry_out(
             start = time.monotonic()
             if diverged:
                 results = [{"diverged": f"its {diverged[0]} diverged"} for _ in contexts]
+            elif too_large:
+                way_out = "raise grad_accum_steps, set train.remat, spread it over more devices (mesh), or lower batch_size"
+                raise UserError(f"same program as {too_large}, which ran out of device memory; {way_out}.")
             else:
                 results = [_as_dict(stage, found) for found in _results(stage, contexts)]
             if processes.primary():
