@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plasticity_jax.errors import UserError
-from plasticity_jax.parallel import processes, supervise
+from plasticity_jax.parallel import preemption, processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
 from plasticity_jax.parallel.flags import prepare_backend
 from plasticity_jax.runs.storage import AnyPath, is_local, location
@@ -31,7 +31,7 @@ exit status:
   0    done
   1    a run failed, or waits for one that did; the last line names it, and error.log in its directory holds the details
   2    the input was refused
-  130  interrupted; the same command resumes
+  130  interrupted, by Ctrl-C or SIGTERM; the same command resumes. After SIGTERM training first saves the step in progress; a second one ends at once
 """
 NAMED = 20  # failed runs that the last line names
 MODEL_HELP = "directory of a finished pretrain, finetune or import run, or a Hugging Face folder"
@@ -528,7 +528,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         several = is_one_of_several(arguments)
         if several and not worker:
             return supervise.supervise(argv, _log_folder(arguments))
-        signal.signal(signal.SIGTERM, _interrupt)
+        preemption.handle_sigterm()
         if command.memory:
             (keep_freed_memory if command.memory == "keep" else return_freed_memory)()
         if launch is not None and several:
@@ -540,8 +540,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except processes.Disconnected as error:
         print(f"plasticity: {error}; run the same commands again: they resume.", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("plasticity: interrupted; the same command resumes.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print(f"plasticity: {str(error) or 'interrupted'}; the same command resumes.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
@@ -574,11 +575,6 @@ def entry() -> None:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def _interrupt(number, frame):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to a worker and to its parent, which passes it on
-    raise KeyboardInterrupt
 
 
 def _log_folder(arguments) -> Path | None:

@@ -88,11 +88,13 @@ def status_rows(workdir) -> list[dict]:
     return json.loads(ended.stdout)["runs"]
 
 
-# A `python -m plasticity_jax` whose training pauses for good at step $PAUSE_AT, once the step before is written, and says so by making $PAUSED: what is then
-# killed or interrupted is always in the middle of its run, on every machine. It stands before the package on the path, and supervised workers take it too.
+# A `python -m plasticity_jax` whose training pauses at step $PAUSE_AT, once the step before is written, and says so by making $PAUSED: what is then killed
+# or interrupted is always in the middle of its run, on every machine; SIGTERM ends the pause. An evaluation pauses likewise once $PAUSE_AT problems are
+# written. It stands before the package on the path, and supervised workers take it too.
 _PAUSES = """
 import os, time
 if "PLASTICITY_WORKER" in os.environ or "--coordinator" not in __import__("sys").argv:
+    from plasticity_jax.parallel import preemption
     from plasticity_jax.train import loop
     settle = loop._Loop.settle_pending
 
@@ -101,10 +103,24 @@ if "PLASTICITY_WORKER" in os.environ or "--coordinator" not in __import__("sys")
             for track in self.tracks:
                 track.checkpoints.wait()
             open(os.environ["PAUSED"], "w").close()
-            time.sleep(3600)
+            while not preemption.requested():
+                time.sleep(0.01)
         settle(self, state)
 
     loop._Loop.settle_pending = settle_or_pause
+
+    from plasticity_jax.evaluate import evaluate
+    class PausingLog(evaluate.AppendLog):
+        written = 0
+
+        def append(self, row):
+            super().append(row)
+            self.written += 1
+            if self.written == int(os.environ["PAUSE_AT"]):
+                open(os.environ["PAUSED"], "w").close()
+                time.sleep(3600)
+
+    evaluate.AppendLog = PausingLog
 from plasticity_jax.cli import entry
 entry()
 """

@@ -117,19 +117,24 @@ def strip_time(rows):
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
-def test_killed_pretraining_resumes_to_the_same_bits(workdir, wheels_dir, tmp_path):
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGKILL, 10), (signal.SIGTERM, 16)])
+def test_killed_pretraining_resumes_to_the_same_bits(workdir, wheels_dir, tmp_path, number, step):
+    """From the last checkpoint, or after SIGTERM from the step in progress, which it saved."""
     member = runs(workdir, "pretrain")[-1]
     argv = ["pretrain", *options(tmp_path / "work", wheels_dir), "--member", member["member"], "--config.train.log_every=1"]
     environment, paused = pausing(tmp_path, 15)
     process = start(*argv, **environment)
     wait_until(paused, process)
-    process.kill()
-    process.communicate()
+    process.send_signal(number)
+    status, lines = end(process)
+    if number == signal.SIGTERM:
+        assert (status, lines[-1]) == (130, "plasticity: ended by SIGTERM, saved at step 16 of 40; the same command resumes."), lines
+        assert not any("Traceback" in line for line in lines)
     own = tmp_path / "work" / "tiny" / member["id"]
-    assert (own / "checkpoints" / "10").is_dir() and not (own / "DONE").exists()
+    assert [path.name for path in (own / "checkpoints").iterdir() if path.name.isdigit()] == [str(step)] and not (own / "DONE").exists()
     result = plasticity(*argv)
     assert result.returncode == 0, result.stderr
-    assert "resumes at step 10 of 40" in result.stderr
+    assert f"resumes at step {step} of 40" in result.stderr
     straight, resumed = pj.load_model(member["path"]), pj.load_model(own)
     flat = lambda tree, path="": (
         {path: np.asarray(tree)} if not isinstance(tree, dict) else {k: v for name in tree for k, v in flat(tree[name], f"{path}/{name}").items()}
@@ -141,6 +146,38 @@ def test_killed_pretraining_resumes_to_the_same_bits(workdir, wheels_dir, tmp_pa
     rows = {row["step"]: row for row in strip_time(read_jsonl(own / "metrics.jsonl"))}
     for row in strip_time(read_jsonl(Path(member["path"]) / "metrics.jsonl")):
         assert rows[row["step"]] == row
+
+
+def test_a_run_killed_between_its_optimizer_and_its_end_gives_the_same_results(workdir, wheels_dir, tmp_path):
+    """Its training is complete and its checkpoint without the optimizer's state, which no finished run keeps."""
+    work = shutil.copytree(workdir, tmp_path / "work")
+    killed = [Path(row["path"]) for stage in ("pretrain", "finetune") for row in runs(work, stage)]
+    before = [read_json(path / "results.json") for path in killed]
+    for path in killed:
+        assert {item.name for item in (path / "checkpoints").glob("*/*") if item.is_dir()} == {"params", "checksums"}
+        (path / "DONE").unlink()
+        (path / "results.json").unlink()
+    result = plasticity("study", *options(work, wheels_dir), "--stages", "pretrain,finetune")
+    assert result.returncode == 0, result.stderr
+    assert "resumes at step 40 of 40" in result.stderr and f"{len(killed)} runs carried out" in result.stderr
+    assert [read_json(path / "results.json") for path in killed] == before
+
+
+def test_sigterm_ends_an_evaluation_at_once_and_keeps_what_is_generated(workdir, wheels_dir, tmp_path):
+    work = shutil.copytree(workdir, tmp_path / "work")
+    done = next(row for row in runs(work, "evaluate") if row["task"] == "topic")
+    shutil.rmtree(done["path"])
+    argv = ["study", *options(work, wheels_dir), "--stages", "evaluate", "--config.evaluate.batch_size=12"]
+    environment, paused = pausing(tmp_path, 4)
+    process = start(*argv, **environment)
+    wait_until(paused, process)
+    process.send_signal(signal.SIGTERM)
+    status, lines = end(process)
+    assert (status, lines[-1]) == (130, "plasticity: interrupted; the same command resumes."), lines
+    result = plasticity(*argv)
+    assert result.returncode == 0, result.stderr
+    assert "resumes after 4 of 16 problems" in result.stderr
+    assert len(read_jsonl(Path(done["path"]) / "completions.jsonl")) == 16 * 3
 
 
 def test_a_truncated_checkpoint_is_one_line(workdir, tmp_path):

@@ -6,7 +6,8 @@
 #   launch/slurm/run.sh --gpus-per-node=8 -- study --config C --workdir W
 #
 # jax reads hosts, processes and the coordinator from SLURM, so --coordinator is not needed. All nodes must share the workdir.
-# After a failure or a preemption, the same command resumes from the last checkpoint; a requeued job resumes by itself.
+# SIGTERM comes 90 s before the time limit (--signal=TERM@90): training saves the step in progress, and the job is queued again and resumes. So does a
+# preempted one. After a failure, the same command resumes from the last checkpoint.
 set -euo pipefail
 
 usage="launch/slurm/run.sh [--dry-run] [SBATCH OPTIONS] -- COMMAND ..."
@@ -23,7 +24,7 @@ fi
 shift
 
 # The defaults come first, so that the user's options override them.
-send=(sbatch --ntasks-per-node=1 --requeue --open-mode=append --job-name="plasticity-$1" "${options[@]}" "$(cd "$(dirname "$0")" && pwd)/job.sh" "$@")
+send=(sbatch --ntasks-per-node=1 --requeue --signal=TERM@90 --open-mode=append --job-name="plasticity-$1" "${options[@]}" "$(cd "$(dirname "$0")" && pwd)/job.sh" "$@")
 if ((dry_run)); then
   printf '%q ' "${send[@]}"
   echo

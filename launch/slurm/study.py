@@ -28,7 +28,7 @@ from plasticity_jax.study.execute import resolve
 from plasticity_jax.study.graph import build_graph, read_study, study_dir
 
 # These come first, so that the user's options override them: sbatch uses the last of two equal options.
-OPTIONS = ("--ntasks-per-node=1", "--requeue", "--open-mode=append")
+OPTIONS = ("--ntasks-per-node=1", "--requeue", "--signal=TERM@90", "--open-mode=append")
 
 SUBMIT = """\
 #!/usr/bin/env bash

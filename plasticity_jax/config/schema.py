@@ -167,6 +167,7 @@ class TrainConfig:
     eval_every: PositiveInt = execution(100, "steps between points of the held-out curve")
     log_every: PositiveInt = execution(10, "steps between log lines")
     checkpoint_every: PositiveInt = execution(100, "steps between checkpoints")
+    keep_optimizer: bool = execution(False, "keep the optimizer's state of finished runs, pretrained or tuned: twice the parameters on disk")
     grad_accum_steps: PositiveInt = execution(1, "parts in which a batch is processed, to save memory; a divisor of batch_size")
     scan_layers: bool = execution(False, "loop over layers instead of unrolling them: compiles faster, runs slower on a CPU")
     remat: Literal["none", "dots", "full"] = execution(

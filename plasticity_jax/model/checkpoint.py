@@ -36,6 +36,12 @@ def delete_step(directory: AnyPath, step: int) -> None:
     remove_tree(directory / str(step))
 
 
+def drop_optimizer(directory: AnyPath) -> None:
+    """Removes the optimizer's state of every step. Only for a run whose training is over: no other can resume without it."""
+    for step in finished_steps(directory):
+        remove_tree(directory / str(step) / "optimizer")
+
+
 class Checkpoints:
     """The steps saved under one directory, as `<directory>/<step>/{params,optimizer,checksums}`.
 

@@ -240,6 +240,28 @@ def _outcome(message: dict[str, Any]) -> Any:
     return message["value"]
 
 
+def first_wins(name: str) -> tuple[Callable[[Any], None], Callable[[], Any]]:
+    """A JSON value that any process may set once: (sets it unless another has, reads it without waiting, None while nobody has)."""
+    key = _key(name)
+
+    def propose(value: Any) -> None:
+        try:
+            _client().key_value_set(key, json.dumps(value))
+        except Exception as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
+
+    def read() -> Any:
+        try:
+            return json.loads(_client().key_value_try_get(key))
+        except Exception as error:
+            if "NOT_FOUND" not in str(error):
+                raise
+        return None
+
+    return propose, read
+
+
 def gather(name: str, value: Any, *, timeout: float | None = None) -> list[Any]:
     """Returns the JSON values of all processes, in process order, on every process."""
     if count() == 1:

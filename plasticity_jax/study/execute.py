@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
+from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config, to_dict
 from plasticity_jax.errors import StudyRefused, UserError, reason
 from plasticity_jax.parallel import processes
-from plasticity_jax.runs.directory import ERROR_LOG, STUDY, RunDirectory
-from plasticity_jax.runs.jsonfiles import read_json
+from plasticity_jax.runs.directory import CHECKPOINTS, ERROR_LOG, STUDY, RunDirectory
+from plasticity_jax.runs.jsonfiles import read_json, to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, relative
 from plasticity_jax.stages import Context, Stage, stages
@@ -26,6 +26,7 @@ from plasticity_jax.study.graph import build_graph, run_configs, save_study, stu
 log = logging.getLogger("plasticity_jax")
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
+_TRACED = ("peak_lr", "warmup_fraction", "weight_decay", "steps")  # fields of a section whose values one program takes as arguments
 _STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")
 
 
@@ -123,13 +124,16 @@ def _held_bytes(folder: str) -> int:
 
 
 def _bytes_needed(config: StudyConfig) -> int:
-    """Rough size of a study on disk: float32 parameters and two moments per pretrained model (twice while one is being saved), parameters of each tuned one, data."""
+    """Rough size of a study on disk: float32 parameters per model, data, and the moments: of all models, or of those in training, saved twice."""
     members = [(member_config(config, member), member) for member in grid_members(config)]
     tuned = len(config.tasks) * len(config.finetune.seeds)
-    models = sum(_parameters(own) * (1 + tuned) for own, _ in members)
+    pretrained = [_parameters(own) for own, _ in members]
+    models = (1 + tuned) * sum(pretrained)
+    in_training = sum(pretrained) if config.grid.mode == "vmapped" else max(pretrained)
     starts = sum({init_run(own, 0).id: _parameters(own) for own, _ in members}.values())
     data = sum({corpus_run(own).id: _data_bytes(own) for own, _ in members}.values())
-    return int(12 * (models + starts) + data + 10e6)
+    moments = 8 * models + 12 * in_training if config.train.keep_optimizer else 20 * in_training
+    return int(4 * (models + starts) + moments + data + 10e6)
 
 
 def _parameters(config: StudyConfig) -> int:
@@ -195,7 +199,8 @@ def execute(
 ) -> Outcome:
     """Carries out the runs that are not done, parents first.
 
-    A run that fails, or that its stage refuses, is recorded, and the rest continues. A diverged parent makes its children diverged: that is a result.
+    A run that fails, or that its stage refuses, is recorded, and the rest continues, but for runs of a program that did not fit the device's memory:
+    they fail without being tried. A diverged parent makes its children diverged: that is a result.
 
     Args:
       runs: in topological order, as build_graph gives them.
@@ -223,6 +228,7 @@ def execute(
 
         config = for_device(config, jax.devices()[0].device_kind)
     groups, configs, single = _groups(config, todo), run_configs(config, todo), _serve_one(runs)
+    exhausted: dict[str, str] = {}  # program → the run that did not fit
     for number, group in enumerate(groups, 1):
         missing = processes.broadcast(
             lambda: [[parent for parent in run.parents.values() if not RunDirectory(path_of(parent)).done] for run in group]
@@ -236,8 +242,10 @@ def execute(
             continue
         log.info("[%d/%d] %s", number, len(groups), ", ".join(run.id for run in ready))
         for part in _parts(ready, path_of):
+            program = _program(configs[part[0].id], part)
+            too_large = processes.broadcast(lambda: exhausted.get(program))
             try:
-                _carry_out(configs, part, path_of, _refuse_storage_problems(workdir))
+                _carry_out(configs, part, path_of, _refuse_storage_problems(workdir), too_large)
                 outcome.carried_out += [run.id for run in part]
             except (StudyRefused, processes.Disconnected):
                 raise
@@ -247,6 +255,8 @@ def execute(
                     raise
                 log.error("%s failed: %s", part[0].id, error if refused else f"{reason(error)} ({path_of(part[0].id) / ERROR_LOG})")
                 outcome.failed += [run.id for run in part]
+                if too_large is None and _out_of_memory(error):
+                    exhausted[program] = part[0].id
                 if fail_fast:
                     tried = {*outcome.carried_out, *outcome.failed}
                     outcome.left = [run.id for later in groups[number - 1 :] for run in later if run.id not in tried]
@@ -282,10 +292,32 @@ def _groups(config: StudyConfig, runs: Sequence[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
+def _program(config: StudyConfig, group: Sequence[Run]) -> str:
+    """What runs need about the same device memory share: stage, task, number of members, and the config but for traced numbers."""
+    shapes = {
+        name: {field: value for field, value in section.items() if field not in _TRACED} if isinstance(section, dict) else section
+        for name, section in to_dict(config).items()
+    }
+    return to_json([group[0].stage, group[0].task, len(group), shapes])
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether XLA found too little device memory, here or on another process."""
+    while error is not None:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _carry_out(
-    configs: dict[str, StudyConfig], group: Sequence[Run], path_of: Callable[[str], AnyPath], guarded: Callable[[Callable], Callable]
+    configs: dict[str, StudyConfig],
+    group: Sequence[Run],
+    path_of: Callable[[str], AnyPath],
+    guarded: Callable[[Callable], Callable],
+    too_large: str | None,
 ) -> None:
-    """Of several processes, the first holds the runs' locks and writes their text files; the others take part in stages that use all devices."""
+    """Refuses runs of the program that was `too_large` in another run. Of several processes, the first holds the runs' locks and writes their text files; the others take part in stages that use all devices."""
     stage = stages()[group[0].stage]
     with contextlib.ExitStack() as stack:
         contexts = []
@@ -306,10 +338,15 @@ def _carry_out(
             start = time.monotonic()
             if diverged:
                 results = [{"diverged": f"its {diverged[0]} diverged"} for _ in contexts]
+            elif too_large:
+                way_out = "raise grad_accum_steps, set train.remat, spread it over more devices (mesh), or lower batch_size"
+                raise UserError(f"same program as {too_large}, which ran out of device memory; {way_out}.")
             else:
                 results = [_as_dict(stage, found) for found in _results(stage, contexts)]
             if processes.primary():
                 for context, result in zip(contexts, results, strict=True):
+                    if stage.checkpoints and not context.config.train.keep_optimizer:
+                        _drop_optimizer(context.directory.path)
                     context.directory.provenance |= _devices(stage, context.config)
                     context.directory.provenance["seconds"] = time.monotonic() - start
                     context.directory.finish(result)
@@ -321,6 +358,13 @@ def _carry_out(
             processes.together(carry_out)
         else:
             processes.broadcast(carry_out)
+
+
+def _drop_optimizer(path: AnyPath) -> None:
+    """Before DONE: a run that is killed in between finds its training complete, and comes here again."""
+    from plasticity_jax.model.checkpoint import drop_optimizer
+
+    drop_optimizer(path / CHECKPOINTS)
 
 
 def _results(stage: Stage, contexts: Sequence[Context]) -> Sequence[Any]:

@@ -100,7 +100,8 @@ def finetune(members: Sequence[Tuned], examples: Sequence[Example], *, epochs: i
     alive = [i for i, track in enumerate(tracks) if not track.diverged]
     final: dict[int, Any] = {}
     if alive:
-        state, start = starting_state(settings, mesh, [initials[i] for i in alive], [tracks[i].directory for i in alive], members=vmapped)
+        paths = [tracks[i].directory for i in alive]
+        state, start = starting_state(settings, mesh, [initials[i] for i in alive], paths, steps=len(schedule), members=vmapped)
         if start:
             log.info("resumes at step %d of %d", start, len(schedule))
         recipes = [members[i].config.finetune for i in alive]

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from plasticity_jax.model.checkpoint import Checkpoints
-from plasticity_jax.parallel import arrays, processes
+from plasticity_jax.parallel import arrays, preemption, processes
 from plasticity_jax.progress import Progress
 from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.jsonfiles import read_json, write_json
@@ -132,10 +132,12 @@ def train(
     Returns:
       The last state.
     Raises:
+      Preempted: after SIGTERM; the step in progress is saved.
       KeyboardInterrupt: re-raised after checkpoints in flight are complete.
     """
     start = int(np.asarray(state["step"]).reshape(-1)[0])
     with contextlib.ExitStack() as stack:
+        save_and_end = stack.enter_context(preemption.saves_first())
         for track in tracks:
             stack.callback(track.close)
             track.begin(start)
@@ -152,10 +154,14 @@ def train(
             shapes.add(shape)
             loop.settle_pending()
             loop.pending = (done, metrics)
+            if save_and_end(done):
+                loop.last = done
             if loop.due(done):
                 loop.settle_pending(state)
             if all(track.diverged for track in tracks):
                 break
+            if loop.last == done:
+                raise preemption.Preempted(f"ended by SIGTERM, saved at step {done} of {settings.steps}")
         loop.settle_pending(state)
     return state
 
@@ -189,9 +195,10 @@ class _Loop:
     clock: _Clock
     progress: Progress
     pending: tuple[int, Metrics] | None = None
+    last: int | None = None  # the step at which training ends early, after SIGTERM
 
     def _checkpoint_due(self, step: int) -> bool:
-        return step % self.settings.checkpoint_every == 0 or step == self.settings.steps
+        return step % self.settings.checkpoint_every == 0 or step in (self.settings.steps, self.last)
 
     def _held_out_due(self, step: int) -> bool:
         return self.held_out is not None and (step % (self.settings.eval_every or self.settings.steps) == 0 or step == self.settings.steps)

@@ -124,7 +124,8 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
     alive = [i for i, track in enumerate(tracks) if not track.diverged]
     final: dict[int, Params] = {}
     if alive:
-        state, start = starting_state(settings, mesh, [initial] * len(alive), [tracks[i].directory for i in alive], members=vmapped)
+        paths = [tracks[i].directory for i in alive]
+        state, start = starting_state(settings, mesh, [initial] * len(alive), paths, steps=config.train.steps, members=vmapped)
         if start:
             log.info("resumes at step %d of %d", start, config.train.steps)
         hypers = [_hyper(members[i]) for i in alive]

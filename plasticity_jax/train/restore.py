@@ -23,13 +23,16 @@ def common_step(runs: Sequence[AnyPath]) -> int:
     return max(set.intersection(*(finished_steps(run / CHECKPOINTS) for run in runs)), default=0)
 
 
-def starting_state(settings: StepSettings, mesh: Mesh, initials: Sequence[Params], runs: Sequence[AnyPath], *, members: bool) -> tuple[State, int]:
+def starting_state(
+    settings: StepSettings, mesh: Mesh, initials: Sequence[Params], runs: Sequence[AnyPath], *, steps: int, members: bool
+) -> tuple[State, int]:
     """The state from which training continues, on the mesh: the runs' last common checkpoint, or the step-0 parameters.
 
     Later checkpoints are deleted, because they will be written again.
 
     Args:
       initials: step-0 parameters of each run; copied.
+      steps: of the whole training. After the last, the optimizer's state is not read, because a run that is nearly done has dropped it.
       members: give the state a leading member axis, in the order of `runs`.
     Returns:
       (state, its step).
@@ -37,7 +40,7 @@ def starting_state(settings: StepSettings, mesh: Mesh, initials: Sequence[Params
       UserError: a damaged checkpoint.
     """
     step = processes.broadcast(lambda: _prepare_step(runs))
-    states = [_state_at(settings, mesh, initial, run, step) for initial, run in zip(initials, runs, strict=True)]
+    states = [_state_at(settings, mesh, initial, run, step, last=step == steps) for initial, run in zip(initials, runs, strict=True)]
     state = stack(states) if members else states[0]
     # Always a copy: the first update donates its state, and the step-0 parameters are still needed.
     return arrays.copied(state, state_shardings(settings, mesh, members=members)), step
@@ -75,12 +78,16 @@ def _total(squares: np.ndarray) -> float:
     return float(squares.sum(dtype=np.float64))
 
 
-def _state_at(settings: StepSettings, mesh: Mesh, initial: Params, run: AnyPath, step: int) -> State:
+def _state_at(settings: StepSettings, mesh: Mesh, initial: Params, run: AnyPath, step: int, *, last: bool) -> State:
     if step == 0:
         return _compiled_start(settings)(initial)
     abstract = _abstract_state(settings, mesh)
     with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
-        params, optimizer = checkpoints.restore(step, abstract["params"], abstract["optimizer"])
+        if last:
+            params = checkpoints.restore_params(step, abstract["params"])
+            optimizer = _compiled_start(settings)(params)["optimizer"]
+        else:
+            params, optimizer = checkpoints.restore(step, abstract["params"], abstract["optimizer"])
     counter = jax.device_put(jnp.int32(step), NamedSharding(mesh, PartitionSpec()))
     return {"params": params, "optimizer": optimizer, "step": counter}
 

@@ -204,7 +204,7 @@ def _train(
     if track.diverged:
         return model
     settings = step_settings(config, model.config, mesh)
-    state, start = starting_state(settings, mesh, [model.params], [track.directory], members=False)
+    state, start = starting_state(settings, mesh, [model.params], [track.directory], steps=len(schedule), members=False)
     if start:
         log.info("resumes at step %d of %d", start, len(schedule))
     params = train(

@@ -22,7 +22,7 @@ def study(tmp_path):
 def test_slurm_run_puts_options_before_the_script_and_the_command_after(tmp_path):
     sent = shlex.split(run("slurm/run.sh", "--dry-run", "--nodes=2", "--comment=a b", "--", "study", "--dry-run", "--config.name=x y").stdout)
     script = sent.index(str(LAUNCH / "slurm" / "job.sh"))
-    assert sent[0] == "sbatch" and {"--nodes=2", "--comment=a b", "--ntasks-per-node=1"} <= set(sent[:script])
+    assert sent[0] == "sbatch" and {"--nodes=2", "--comment=a b", "--ntasks-per-node=1", "--requeue", "--signal=TERM@90"} <= set(sent[:script])
     assert sent[script + 1 :] == ["study", "--dry-run", "--config.name=x y"]
 
 
@@ -32,6 +32,26 @@ def test_slurm_job_names_all_gpus_of_a_node_to_its_only_process(tmp_path, tasks,
     path = stand_in(tmp_path / "bin", "srun", 'echo "${JAX_LOCAL_DEVICE_IDS:-none} $*"')
     done = run("slurm/job.sh", "study", "a b", path=path, SLURM_GPUS_ON_NODE="4", SLURM_NTASKS=tasks, SLURM_JOB_NUM_NODES=nodes)
     assert done.stdout == f"{devices} --kill-on-bad-exit=1 plasticity study a b\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "restarts", "requeued"),
+    [
+        (130, "RUNNING", "0", True),
+        (130, "RUNNING", "2", False),
+        (130, "COMPLETING", "0", False),
+        (1, "RUNNING", "0", False),
+        (0, "RUNNING", "0", False),
+    ],
+)
+def test_slurm_job_is_queued_again_after_sigterm_unless_it_was_canceled(tmp_path, status, state, restarts, requeued):
+    stand_in(tmp_path / "bin", "srun", f"exit {status}")
+    stand_in(tmp_path / "bin", "squeue", f"echo {state}")
+    path = stand_in(tmp_path / "bin", "scontrol", f'echo "$*" >>{tmp_path}/scontrol')
+    done = run("slurm/job.sh", "study", path=path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT=restarts, PLASTICITY_REQUEUES="2")
+    assert done.returncode == status
+    assert (tmp_path / "scontrol").exists() == requeued and ("queued again as job 7" in done.stderr) == requeued
+    assert not requeued or (tmp_path / "scontrol").read_text() == "requeue 7\n"
 
 
 def sent_by(submit: Path) -> tuple[dict[str, tuple[str, list[str]]], list[str]]:
@@ -74,6 +94,7 @@ def test_slurm_study_has_a_job_for_every_run_after_its_parents(study, tmp_path):
     for path in (tmp_path / "jobs").glob("*.sbatch"):
         header = [line for line in path.read_text().splitlines() if line.startswith("#SBATCH")]
         assert "#SBATCH --partition=p" in header and "#SBATCH '--comment=a b'" in header
+        assert "#SBATCH --requeue" in header and "#SBATCH --signal=TERM@90" in header
         assert ("#SBATCH --nodes=2" in header) == path.name.startswith("pretrain-")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from plasticity_jax.errors import UserError
 from plasticity_jax.model import Checkpoints
+from plasticity_jax.model.checkpoint import drop_optimizer
 
 # Every bit pattern counts: negative zero, subnormals, infinities and a NaN with a payload must come back as they were.
 PARAMS = {
@@ -51,6 +52,19 @@ def test_the_latest_steps_are_kept(tmp_path):
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.latest() == 9
         assert_bit_equal(checkpoints.restore_params(9, abstract(PARAMS)), PARAMS)
+
+
+def test_parameters_are_read_without_the_optimizer_that_was_dropped(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, PARAMS, OPTIMIZER)
+    drop_optimizer(tmp_path)
+    assert not (tmp_path / "3" / "optimizer").exists()
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.latest() == 3
+        assert_bit_equal(checkpoints.restore_params(3, abstract(PARAMS)), PARAMS)
+        np.testing.assert_array_equal(checkpoints.restore_array(3, abstract(PARAMS), 0), PARAMS["a"])
+        with pytest.raises(UserError, match="cannot be read"):
+            checkpoints.restore(3, abstract(PARAMS), abstract(OPTIMIZER))
 
 
 def test_arrays_may_be_donated_while_they_are_saved(tmp_path):

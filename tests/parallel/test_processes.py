@@ -198,10 +198,24 @@ def test_an_interrupt_reaches_the_workers(workdir, tmp_path):
     processes = pair([*PRETRAIN, "--workdir", workdir], environments=[environment for environment, _ in pauses])
     wait_until(lambda: all(paused() for _, paused in pauses), *processes)
     for process in processes:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
     for status, lines in map(end, processes):
         assert status == 130, lines
         assert lines[-1] == "plasticity: interrupted; the same command resumes."
+
+
+def test_sigterm_to_one_process_saves_a_step_of_all_and_the_pair_resumes_to_the_same_bits(workdir, by_two, tmp_path):
+    arguments = [*SHARDED, "--workdir", workdir]
+    environment, paused = pausing(tmp_path, 13)
+    processes = pair(arguments, environments=({}, environment))
+    wait_until(paused, *processes)
+    processes[1].send_signal(signal.SIGTERM)
+    for status, lines in map(end, processes):
+        assert status == 130, lines
+        assert lines[-1] == "plasticity: ended by SIGTERM, saved at step 16 of 24; the same command resumes."
+    assert [path.name for path in (run_folder(workdir) / "checkpoints").iterdir() if path.name.isdigit()] == ["16"]
+    two(arguments)
+    assert_same(workdir, by_two)
 
 
 @pytest.mark.processes

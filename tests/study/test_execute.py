@@ -94,6 +94,54 @@ def test_a_run_of_another_process_ends_the_study(tmp_path, stages):
     assert stages.called == [run.id for run in RUNS[:2]]
 
 
+def exhausted():
+    import jax
+
+    error = ValueError("the step failed")
+    error.__cause__ = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 98304 bytes.")
+    return error
+
+
+def test_a_program_that_does_not_fit_is_tried_once(tmp_path, stages):
+    """Weight decay, learning rate and seeds make no other program; another width and another task do."""
+    fields = "(('model.d_ff',(64,96)),('train.peak_lr',(1e-3,2e-3)))"
+    overrides = [("train.compute_dtype", "float32"), ("grid.fields", fields), ("grid.weight_decay", "(0.0,0.1)"), ("grid.seeds", "(0,1)")]
+    config = load_config(TINY, overrides)
+    runs = build_graph(config)
+    small = [run for run in runs if run.stage == "pretrain" and "d_ff64" in run.id]
+    task = next(run.task for run in runs if run.stage == "finetune")
+    tuned = [run for run in runs if run.stage == "finetune" and run.task == task and "d_ff96" in run.id]
+    for run in (*small, *tuned):
+        stages.fail[run.id] = exhausted()
+    outcome = execute(config, tmp_path, runs)
+    assert len(small) == 8 and [run.id for run in small if run.id in stages.called] == [small[0].id]
+    assert len(tuned) == 8 and [run.id for run in tuned if run.id in stages.called] == [tuned[0].id]
+    assert set(outcome.failed) == {run.id for run in (*small, *tuned)}
+    for tried, *others in (small, tuned):
+        for run in others:
+            state, said = RunDirectory(tmp_path / config.name / run.id).state()
+            assert state == "failed" and said.startswith(f"same program as {tried.id}, which ran out of device memory; raise grad_accum_steps")
+    stages.fail.clear()
+    assert not execute(config, tmp_path, runs).failed, "the next call tries them again"
+
+
+def test_another_failure_says_nothing_about_the_next_run(tmp_path, stages):
+    bases = [run for run in RUNS if run.stage == "pretrain"]
+    for run in bases:
+        stages.fail[run.id] = RuntimeError("boom")
+    execute(CONFIG, tmp_path, RUNS)
+    assert {run.id for run in bases} <= set(stages.called)
+
+
+def test_a_child_of_a_diverged_run_diverges_where_its_program_did_not_fit(tmp_path, stages):
+    bases = [run for run in RUNS if run.stage == "pretrain"]
+    first, second = (next(run for run in RUNS if run.stage == "finetune" and run.parents["base"] == base.id) for base in bases)
+    stages.fail[first.id] = exhausted()
+    stages.diverge.add(bases[1].id)
+    execute(CONFIG, tmp_path, RUNS)
+    assert (states(tmp_path)[first.id], states(tmp_path)[second.id]) == ("failed", "diverged")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("boom"), UserError("no")])
 def test_fail_fast_stops_at_the_first_failed_run(tmp_path, stages, error):
     stages.fail[RUNS[2].id] = error
@@ -223,15 +271,35 @@ def test_a_stage_receives_its_members_config(tmp_path, stages):
 
 
 def test_room_on_disk_is_counted_member_by_member():
-    def needed(*sizes):
-        return execution._bytes_needed(
-            load_config(Path(__file__).parents[2] / "configs" / "tiny.py", [("grid.fields", f"(('model.d_ff',{sizes}),)")])
-        )
+    def needed(*sizes, **train):
+        overrides = [("grid.fields", f"(('model.d_ff',{sizes}),)"), *((f"train.{name}", str(value)) for name, value in train.items())]
+        return execution._bytes_needed(load_config(TINY, overrides))
 
-    data = 20e3 * 400 * 2 + 10e6  # of both estimates
-    assert needed(64, 128) == pytest.approx(needed(64) + needed(128) - data, abs=2)
     more = 2 * 3 * 32 * 64  # weights of two layers' MLP
-    assert needed(128) - needed(64) == pytest.approx(12 * more * (2 * (1 + 2) + 1), abs=2), "two members, each tuned on two tasks, and their start"
+    models = 2 * (1 + 2)  # two members, each tuned on two tasks
+    assert needed(128) - needed(64) == pytest.approx(more * (4 * (models + 1) + 20), abs=2), (
+        "all models and their start; moments of the one in training, twice"
+    )
+    kept = needed(128, keep_optimizer=True) - needed(64, keep_optimizer=True)
+    assert kept == pytest.approx(more * (12 * models + 4 + 12), abs=2), "moments of all models, and one model saved twice"
+    data, smaller = 20e3 * 400 * 2 + 10e6, execution._parameters(load_config(TINY, [("model.d_ff", "64")]))
+    assert needed(64, 128) == pytest.approx(needed(64) + needed(128) - data - 20 * smaller, abs=2), "one trains at a time"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_finished_run_keeps_its_optimizer_only_where_asked(tmp_path, stages, monkeypatch, keep):
+    def train(context):
+        for name in ("params", "optimizer"):
+            (context.directory.path / "checkpoints" / "8" / name).mkdir(parents=True)
+        return {}
+
+    training = {name: replace(stage, run=train) if name == "finetune" else stage for name, stage in execution.stages().items()}
+    monkeypatch.setattr(execution, "stages", lambda: training)
+    execute(replace(CONFIG, train=replace(CONFIG.train, keep_optimizer=keep)), tmp_path, RUNS)
+    for run in RUNS:
+        if run.stage == "finetune":
+            kept = {path.name for path in (tmp_path / CONFIG.name / run.id / "checkpoints" / "8").iterdir()}
+            assert kept == ({"params", "optimizer"} if keep else {"params"})
 
 
 def test_a_workdir_that_cannot_hold_the_study_is_refused(tmp_path, monkeypatch):

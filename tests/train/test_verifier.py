@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from test_pretrain import Killed, killed_after, state_of, untimed
 from worlds import CONFIG, World, change
 
 from plasticity_jax.errors import UserError
+from plasticity_jax.model.checkpoint import drop_optimizer
 from plasticity_jax.model.load import load_model
 from plasticity_jax.model.scalar_head import abstract_scalar_params, encode_answers, load_verifier, scores, with_head, without_output
 from plasticity_jax.model.transformer import hidden_states
@@ -165,6 +167,13 @@ def test_resume_is_bitwise(world: World, samples, trained, monkeypatch):
 
 
 real_start = verifier.starting_state
+
+
+def test_the_last_step_needs_no_optimizer_that_was_dropped(world: World, samples, trained):
+    shutil.copytree(world.root / "told", world.root / "dropped")
+    drop_optimizer(world.root / "dropped" / "checkpoints")
+    again = verify(world, "dropped", samples)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in trained.items() if k != "seconds"}
 
 
 def test_texts_of_several_members_count_once(world: World, samples, trained):
