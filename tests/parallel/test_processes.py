@@ -35,7 +35,8 @@ def get_config():
     config = module.get_config()
     config.data.max_documents, config.train.steps, config.train.compute_dtype = 100, 8, "float32"
     config.train.held_out_tokens, config.train.eval_tokens, config.gap.tokens_per_side = 256, 64, 256
-    config.tasks = {{"topic": task(train_rows=32, test_rows=16, epochs=1, max_new_tokens=8)}}
+    config.tasks = {{"topic": task(train_rows=32, test_rows=16, epochs=1, max_new_tokens=8, verifier_rows=16)}}
+    config.reward.scorer, config.verifier.epochs, config.reward.max_length = "verifier", 1, 256
     config.finetune.length_buckets = (256,)
     config.grid.timescales, config.probe.sets, config.evaluate.prompt_buckets = (0.2,), ("topic",), (192,)
     return config
@@ -242,10 +243,12 @@ def test_a_study_of_two_processes_gives_the_results_of_one(tmp_path):
     config = tmp_path / "smaller.py"
     config.write_text(SMALLER.format(tiny=str(TINY)))
     arguments = ["study", "--config", config]
-    one([*arguments, "--workdir", tmp_path / "one"], devices=1)
-    two([*arguments, "--workdir", tmp_path / "two"])
+    one([*arguments, "--workdir", tmp_path / "one", "--config.finetune.batch_size=6"], devices=1)  # not a multiple of the devices
+    two([*arguments, "--workdir", tmp_path / "two", "--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.finetune.batch_size=6"])
     found = {path.relative_to(tmp_path / "one"): json.loads(path.read_text()) for path in sorted((tmp_path / "one").glob("tiny/*/*/results.json"))}
-    assert {path.parts[1] for path in found} == {"prepare", "init", "pretrain", "evaluate", "finetune", "probe", "spectra", "gap"}
+    assert {path.parts[1] for path in found} == {
+        *("prepare", "init", "pretrain", "evaluate", "finetune", "probe", "spectra", "gap", "samples", "verifier", "reward"),
+    }
     for path, results in found.items():
         assert_alike(results, json.loads((tmp_path / "two" / path).read_text()), str(path))
     assert (tmp_path / "two" / "tiny" / "report" / "index.html").is_file()

@@ -7,12 +7,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from running import environment, python
+from running import TINY, environment, python
 from worlds import CONFIG, change
 
-from plasticity_jax.config import MeshConfig
+from plasticity_jax.config import MeshConfig, load_config
 from plasticity_jax.model.transformer import count_params
 from plasticity_jax.parallel.deviceless import target
+from plasticity_jax.stages import stages
+from plasticity_jax.study.check import check_stages
 from plasticity_jax.train.check import check, program_bytes, refused_bytes
 
 pytestmark = pytest.mark.tpu_compile
@@ -27,6 +29,16 @@ def test_a_small_step_fits_on_four_chips_and_a_huge_batch_does_not():
     assert small.fits and small.collectives and small.params >= 4 * count_params(config.model) // 4
     large = check(change(config, "train", batch_size=131072, seq_len=2048), place)
     assert not large.fits and large.total > large.limit and large.largest
+
+
+def test_every_stage_compiles_for_four_chips():
+    place = target("v5e:2x2")
+    own = {"reward.scorer": "verifier", "reward.max_length": "128", "train.compute_dtype": "bfloat16", "mesh.data": "1", "mesh.fsdp": "4"}
+    verified = [(f"tasks.{task}.verifier_rows", "20") for task in load_config(TINY, []).tasks]
+    rows = check_stages(check(load_config(TINY, [*own.items(), *verified]), place), place, tuple(stages()))
+    assert {row.stage for row in rows} == {"finetune", "evaluate", "verifier", "reward", "probe", "spectra", "gap"}
+    assert all(row.found is not None and row.fits for row in rows)
+    assert all(row.found.collectives for row in rows if row.found and row.stage != "evaluate")  # decoding holds whole matrices
 
 
 def test_the_memory_of_a_program_is_what_the_compiler_refuses_by():
