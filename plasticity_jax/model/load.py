@@ -93,20 +93,24 @@ def _integers(name: str, values: Any, shape: tuple[int, ...] | None) -> np.ndarr
     return array.astype(np.int32)
 
 
-def load_model(path: str | AnyPath) -> LoadedModel:
-    """Opens a Hugging Face folder, or the directory of a finished init, import, pretrain or finetune run and reads its last checkpoint.
+def load_model(path: str | AnyPath, step: int | None = None) -> LoadedModel:
+    """Opens a Hugging Face folder, or the directory of a finished init, import, pretrain or finetune run and reads a checkpoint.
 
+    Args:
+      step: of a pretrain run, one that `train.keep_steps` has kept; None takes the last.
     Raises:
-      UserError: not a finished run of such a stage, a damaged checkpoint, or a folder that cannot be imported.
+      UserError: not a finished run of such a stage, a step that is not there, a damaged checkpoint, or a folder that cannot be imported.
     """
     path = location(path)
     if is_hugging_face(path):
+        if step is not None:
+            raise UserError(f"{path} is a Hugging Face folder, which holds one model; leave step={step} out.")
         description, weights = open_folder(path)
         tokenizer = read_tokenizer(path, description.model)
         return LoadedModel(description.model, read_params(description, weights, path.name), tokenizer, path, run=None)
     directory = open_model_run(path)
     config = directory.config().model
-    return LoadedModel(config, load_params(path, config), read_tokenizer(path, config), path, directory.run())
+    return LoadedModel(config, load_params(path, config, step), read_tokenizer(path, config), path, directory.run())
 
 
 def open_model_run(path: AnyPath) -> RunDirectory:
@@ -118,10 +122,10 @@ def open_model_run(path: AnyPath) -> RunDirectory:
     return directory
 
 
-def load_params(path: AnyPath, config: ModelConfig) -> Params:
-    """The parameters of the last checkpoint below a run's directory. Raises UserError if there is none or it is damaged."""
+def load_params(path: AnyPath, config: ModelConfig, step: int | None = None) -> Params:
+    """The parameters of a checkpoint below a run's directory, the last by default. Raises UserError if there is none or it is damaged."""
     with open_checkpoints(path) as checkpoints:
-        return checkpoints.restore_params(checkpoints.latest_step(), abstract_params(config))
+        return checkpoints.restore_params(checkpoints.latest_step() if step is None else checkpoints.kept_step(step), abstract_params(config))
 
 
 def open_checkpoints(path: AnyPath) -> Checkpoints:
