@@ -303,7 +303,10 @@ def _carry_out(
     guarded: Callable[[Callable], Callable],
     too_large: str | None,
 ) -> None:
-    """Refuses runs of the program that was `too_large` in another run. Of several processes, the first holds the runs' locks and writes their text files; the others take part in stages that use all devices."""
+    """Carries out the runs of a group, or refuses them where their program was `too_large` in another run.
+
+    Of several processes, the first holds the runs' locks and writes their text files; the others take part in stages that use all devices.
+    """
     stage = stages()[group[0].stage]
     with contextlib.ExitStack() as stack:
         contexts = []
