@@ -167,6 +167,9 @@ class TrainConfig:
     eval_every: PositiveInt = execution(100, "steps between points of the held-out curve")
     log_every: PositiveInt = execution(10, "steps between log lines")
     checkpoint_every: PositiveInt = execution(100, "steps between checkpoints")
+    keep_steps: tuple[PositiveInt, ...] | Text = execution(
+        (), 'checkpoints kept beside the last: steps, or "log:N" for N from 1 to the last, evenly in log'
+    )
     keep_optimizer: bool = execution(False, "keep the optimizer's state of finished runs, pretrained or tuned: twice the parameters on disk")
     grad_accum_steps: PositiveInt = execution(1, "parts in which a batch is processed, to save memory; a divisor of batch_size")
     scan_layers: bool = execution(False, "loop over layers instead of unrolling them: compiles faster, runs slower on a CPU")
@@ -176,8 +179,20 @@ class TrainConfig:
     attention: Literal["auto", "xla", "cudnn", "splash"] = execution("auto", "auto | xla | cudnn (NVIDIA) | splash (TPU)")
     loss_chunks: NonNegativeInt = execution(0, "parts of a sequence whose logits are held at once; 0: as few as stay within 256 MiB per device")
 
+    @property
+    def kept_steps(self) -> tuple[int, ...]:
+        """The steps that `keep_steps` names, in order; fewer than N where several of "log:N" fall on one step."""
+        if not isinstance(self.keep_steps, str):
+            return tuple(sorted(set(self.keep_steps)))
+        n = int(self.keep_steps.removeprefix("log:"))
+        return tuple(sorted({round(self.steps ** (i / (n - 1))) for i in range(n)}))
+
     def check(self, config: "StudyConfig") -> None:
         check_grad_accum("train", self)
+        if isinstance(self.keep_steps, str) and not re.fullmatch(r"log:([2-9]|[1-9]\d{1,3})", self.keep_steps):
+            raise UserError(f'train.keep_steps={self.keep_steps!r} must be steps, such as (1,10,100), or "log:N" with N from 2 to 9999.')
+        if self.kept_steps and self.kept_steps[-1] > self.steps:
+            raise UserError(f"train.keep_steps names step {self.kept_steps[-1]}, after the last, train.steps={self.steps}; leave it out.")
         if self.loss_chunks and self.seq_len % self.loss_chunks:
             raise UserError(
                 f"train.seq_len={self.seq_len} is not divisible by train.loss_chunks={self.loss_chunks}; set loss_chunks to a divisor, or to 0."

@@ -1,6 +1,7 @@
 """Checkpoints of a run: parameters, and the optimizer's state beside them, by step."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, is_local, location, remove_tree
@@ -49,6 +51,7 @@ class Checkpoints:
     Args:
       directory: created if missing, unless `read_only`.
       keep: how many of the latest steps to keep.
+      keep_steps: steps to keep besides.
       asynchronous: `save` returns once the arrays are copied off the device and writes in the background.
       read_only: only for reading; creates and deletes nothing.
       save_bytes: only for saving: one array after the other, in pieces, so that at most about this much memory is needed beside the arrays; more
@@ -63,6 +66,7 @@ class Checkpoints:
         directory: AnyPath,
         *,
         keep: int = 1,
+        keep_steps: Sequence[int] = (),
         asynchronous: bool = True,
         read_only: bool = False,
         save_bytes: int | None = None,
@@ -77,7 +81,7 @@ class Checkpoints:
         if self._only_here and not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
+            preservation_policy=None if read_only else AnyPreservationPolicy([LatestN(keep), CustomSteps(keep_steps)]),
             create=not read_only and not self._only_here,
             read_only=read_only,
             enable_async_checkpointing=asynchronous and not read_only,
@@ -118,6 +122,13 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             raise UserError(f"{self._place} holds no finished checkpoint; delete the run's directory and run its stage again.")
+        return step
+
+    def kept_step(self, step: int) -> int:
+        """The step itself. Raises UserError if it is not there."""
+        there = sorted(finished_steps(self._place))
+        if step not in there:
+            raise UserError(f"step={step} is not in {self._place}, which holds {', '.join(map(str, there))}; train.keep_steps keeps more.")
         return step
 
     def restore_params(self, step: int, abstract: Any) -> Any:

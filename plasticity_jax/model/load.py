@@ -101,18 +101,22 @@ def _integers(name: str, values: Any, shape: tuple[int, ...] | None) -> np.ndarr
     return array.astype(np.int32)
 
 
-def load_model(path: str | AnyPath, *, mesh: Mesh | None = None, dtype: str = "float32") -> LoadedModel:
-    """Opens a Hugging Face folder, or the directory of a finished init, import, pretrain or finetune run and reads its last checkpoint.
+def load_model(path: str | AnyPath, step: int | None = None, *, mesh: Mesh | None = None, dtype: str = "float32") -> LoadedModel:
+    """Opens a Hugging Face folder, or the directory of a finished init, import, pretrain or finetune run and reads a checkpoint.
 
     Args:
+      step: of a pretrain run, one that `train.keep_steps` has kept; None takes the last.
       mesh: devices to put the parameters on, sharded as in training. No device and no process reads or holds more than its shards. With several
         processes, all call this with the same arguments. None puts them on this process's first device.
       dtype: of the matrices, "float32" or "bfloat16"; norms stay in float32. Activations are computed in it.
     Raises:
-      UserError: not a finished run of such a stage, a damaged checkpoint, a folder that cannot be imported, or a mesh that does not divide the parameters.
+      UserError: not a finished run of such a stage, a step that is not there, a damaged checkpoint, a folder that cannot be imported, or a mesh that
+        does not divide the parameters.
     """
     path = location(path)
     if is_hugging_face(path):
+        if step is not None:
+            raise UserError(f"{path} is a Hugging Face folder, which holds one model; leave step={step} out.")
         description, weights = open_folder(path)
         config, run = description.model, None
         tokenizer = read_tokenizer(path, config)
@@ -121,7 +125,8 @@ def load_model(path: str | AnyPath, *, mesh: Mesh | None = None, dtype: str = "f
         directory = open_model_run(path)
         config, run = directory.config().model, directory.run()
         tokenizer = read_tokenizer(path, config)
-        params = restore_last(path, abstract_params(config), None if mesh is None else param_shardings(mesh, abstract_params(config)))
+        shardings = None if mesh is None else param_shardings(mesh, abstract_params(config))
+        params = restore(path, abstract_params(config), shardings, step=step)
     narrow(params, dtype)
     return LoadedModel(config, params, tokenizer, path, run, mesh, dtype)
 
@@ -154,19 +159,20 @@ def open_model_run(path: AnyPath) -> RunDirectory:
     return directory
 
 
-def restore_last(path: AnyPath, abstract: Any, shardings: Any = None) -> Any:
-    """The parameters of the last checkpoint below a run's directory.
+def restore(path: AnyPath, abstract: Any, shardings: Any = None, *, step: int | None = None) -> Any:
+    """The parameters of a checkpoint below a run's directory.
 
     Args:
       abstract: their shapes.
       shardings: where to put them; every process reads its shards only. None puts them on this process's first device.
+      step: one that was kept; None takes the last.
     Raises:
       UserError: there is no checkpoint, or it is damaged.
     """
     if shardings is not None:
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     with open_checkpoints(path, alone=shardings is None) as checkpoints:
-        return checkpoints.restore_params(checkpoints.latest_step(), abstract)
+        return checkpoints.restore_params(checkpoints.latest_step() if step is None else checkpoints.kept_step(step), abstract)
 
 
 def open_checkpoints(path: AnyPath, *, alone: bool = True) -> Checkpoints:

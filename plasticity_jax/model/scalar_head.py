@@ -20,7 +20,7 @@ from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.forward import Forward
 from plasticity_jax.model.hf_import import read_tokenizer
-from plasticity_jax.model.load import restore_last
+from plasticity_jax.model.load import restore
 from plasticity_jax.model.transformer import Params, abstract_params
 from plasticity_jax.parallel.sharding import param_shardings
 from plasticity_jax.runs.directory import open_run
@@ -142,7 +142,7 @@ def load_verifier(path: AnyPath, mesh: Mesh | None = None) -> tuple[ScalarModel,
         raise UserError(f"{path} diverged ({why}), so it gives no rewards; lower verifier.peak_lr, or set another reward.scorer.")
     config = without_output(directory.config().model)
     shardings = None if mesh is None else scalar_shardings(mesh, config)
-    params = restore_last(path, abstract_scalar_params(config), shardings)
+    params = restore(path, abstract_scalar_params(config), shardings)
     tokenizer = read_tokenizer(path, config)
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer.json, so its model cannot read text; put its tokenizer there.")

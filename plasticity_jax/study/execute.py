@@ -124,15 +124,16 @@ def _held_bytes(folder: str) -> int:
 
 
 def _bytes_needed(config: StudyConfig) -> int:
-    """Rough size of a study on disk: float32 parameters per model, data, and the moments: of all models, or of those in training, saved twice."""
+    """Rough size of a study on disk: float32 parameters per checkpoint, data, and the moments: of all models, or of those in training, saved twice."""
     members = [(member_config(config, member), member) for member in grid_members(config)]
     tuned = len(config.tasks) * len(config.finetune.seeds)
     pretrained = [_parameters(own) for own, _ in members]
-    models = (1 + tuned) * sum(pretrained)
+    kept = len(config.train.kept_steps)
+    models = (1 + tuned + kept) * sum(pretrained)
     in_training = sum(pretrained) if config.grid.mode == "vmapped" else max(pretrained)
     starts = sum({init_run(own, 0).id: _parameters(own) for own, _ in members}.values())
     data = sum({corpus_run(own).id: _data_bytes(own) for own, _ in members}.values())
-    moments = 8 * models + 12 * in_training if config.train.keep_optimizer else 20 * in_training
+    moments = 8 * models + 12 * in_training if config.train.keep_optimizer else (20 + 8 * kept) * in_training
     return int(4 * (models + starts) + moments + data + 10e6)
 
 
@@ -317,7 +318,10 @@ def _carry_out(
     guarded: Callable[[Callable], Callable],
     too_large: str | None,
 ) -> None:
-    """Refuses runs of the program that was `too_large` in another run. Of several processes, the first holds the runs' locks and writes their text files; the others take part in stages that use all devices."""
+    """Carries out the runs of a group, or refuses them where their program was `too_large` in another run.
+
+    Of several processes, the first holds the runs' locks and writes their text files; the others take part in stages that use all devices.
+    """
     stage = stages()[group[0].stage]
     with contextlib.ExitStack() as stack:
         contexts = []

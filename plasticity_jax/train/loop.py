@@ -33,6 +33,7 @@ class LoopSettings:
     Attributes:
       steps: total number of updates.
       log_every, checkpoint_every: in steps.
+      keep_steps: steps whose checkpoints are kept beside the latest.
       eval_every: steps between held-out losses; None for none.
       max_loss: in nats per token; a model whose loss is higher, or not finite, has diverged.
       total_tokens: total number of targets per model, for the progress bar.
@@ -44,6 +45,7 @@ class LoopSettings:
     eval_every: int | None
     max_loss: float
     total_tokens: int
+    keep_steps: tuple[int, ...] = ()
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Track:
 
     Attributes:
       directory: of its run.
-      keep: checkpoints to keep; members of one program need 2, so that a kill between their saves leaves a common step.
+      keep: latest checkpoints to keep; members of one program need 2, so that a kill between their saves leaves a common step.
       diverged: the reason, or None.
       tokens: number of targets trained on.
       seconds: training time over all resumes, without held-out losses, saving and compilation; members of one program share its time equally.
@@ -73,14 +75,14 @@ class Track:
     def _noted(self) -> str | None:
         return read_json(self.directory / _DIVERGED)["reason"] if (self.directory / _DIVERGED).is_file() else None
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, *, keep_steps: tuple[int, ...]) -> None:
         """Opens the log and the checkpoints as of `step`."""
         if processes.primary():
             for row in self.rows():
                 if row["step"] <= step:
                     self.tokens, self.seconds = row["tokens"], row["seconds"]
             self.log = MetricsLog(self.directory, step=step)
-        self.checkpoints = Checkpoints(self.directory / CHECKPOINTS, keep=self.keep, asynchronous=True)
+        self.checkpoints = Checkpoints(self.directory / CHECKPOINTS, keep=self.keep, keep_steps=keep_steps, asynchronous=True)
 
     def rows(self) -> list[dict]:
         """All logged rows."""
@@ -140,7 +142,7 @@ def train(
         save_and_end = stack.enter_context(preemption.saves_first())
         for track in tracks:
             stack.callback(track.close)
-            track.begin(start)
+            track.begin(start, keep_steps=settings.keep_steps)
         clock = _Clock()
         progress = stack.enter_context(
             Progress(what, total=settings.total_tokens * len(tracks), unit="tokens", initial=sum(track.tokens for track in tracks))
@@ -198,7 +200,7 @@ class _Loop:
     last: int | None = None  # the step at which training ends early, after SIGTERM
 
     def _checkpoint_due(self, step: int) -> bool:
-        return step % self.settings.checkpoint_every == 0 or step in (self.settings.steps, self.last)
+        return step % self.settings.checkpoint_every == 0 or step in (self.settings.steps, self.last, *self.settings.keep_steps)
 
     def _held_out_due(self, step: int) -> bool:
         return self.held_out is not None and (step % (self.settings.eval_every or self.settings.steps) == 0 or step == self.settings.steps)

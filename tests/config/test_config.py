@@ -73,6 +73,10 @@ def test_committed_configs_load(path):
         ("grid.changes", "(('wd0$',{'train.batch_size':0}),)", ["grid.changes: train.batch_size=0", "greater than 0"]),
         ("grid.changes", "(('wd0',{'gap.seed':5}),)", ["gap.seed", "only in their training"]),
         ("model.d_model", "90", ["model.d_model=90", "model.n_heads=4", "88 or 92"]),
+        ("train.keep_steps", "lgo:8", ["train.keep_steps='lgo:8'", '"log:N"']),
+        ("train.keep_steps", "log:1", ["train.keep_steps='log:1'", "from 2"]),
+        ("train.keep_steps", "(1,0)", ["train.keep_steps", "greater than 0"]),
+        ("train.keep_steps", "(1,321)", ["step 321", "train.steps=320"]),
         ("model.n_kv_heads", "3", ["model.n_heads=4", "model.n_kv_heads=3"]),
         ("decay.mask", "none", ["decay.mask='none'", "matrices-only"]),
         ("data.sources", "('sotu','wikipdia')", ["data.sources[1]='wikipdia'", "did you mean wikipedia?"]),
@@ -130,6 +134,17 @@ def test_decay_follows_from_the_timescale(share, peak_lr, steps, kind):
     assert 1 / shrink_per_step / steps == pytest.approx(share)
     back = dataclasses.replace(config, grid=GridConfig(timescales=None, weight_decay=(member.weight_decay,)))
     assert grid_members(back)[0].timescale == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("keep_steps", "kept"), [("()", ()), ("(100,7,7)", (7, 100)), ("log:2", (1, 500)), ("log:4", (1, 8, 63, 500)), ("log:500", None)]
+)
+def test_steps_to_keep_are_in_order_and_within_the_run(keep_steps, kept):
+    train = load_config(CONFIGS / "tiny.py", [("train.steps", "500"), ("train.keep_steps", keep_steps)]).train
+    if kept is not None:
+        assert train.kept_steps == kept
+    else:
+        assert train.kept_steps[0] == 1 and train.kept_steps[-1] == 500 and sorted(set(train.kept_steps)) == list(train.kept_steps)
 
 
 def test_members_carry_their_seed_in_the_name():

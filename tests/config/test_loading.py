@@ -70,7 +70,7 @@ def test_what_plasticity_config_prints_is_the_same_study(name, tmp_path, capsys)
 
 def test_the_json_that_a_run_and_a_study_write_is_a_config(tmp_path):
     fields = "(('model.rope_scaling',(None,{'factor':8.0,'low_freq_factor':1.0,'high_freq_factor':4.0,'original_length':64})),)"
-    config = load_config(TINY, [FLOAT32, ("grid.fields", fields)])
+    config = load_config(TINY, [FLOAT32, ("grid.fields", fields), ("train.keep_steps", "(1,10)")])
     with RunDirectory(tmp_path / "run").work(Run("tiny", "init", "s0", {}), config):
         pass
     save_study(tmp_path, config, build_graph(config))

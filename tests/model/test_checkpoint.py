@@ -54,6 +54,16 @@ def test_the_latest_steps_are_kept(tmp_path):
         assert_bit_equal(checkpoints.restore_params(9, abstract(PARAMS)), PARAMS)
 
 
+def test_chosen_steps_are_kept_beside_the_latest(tmp_path):
+    with Checkpoints(tmp_path, keep_steps=(5, 7)) as checkpoints:
+        for step in (1, 5, 9, 12):
+            checkpoints.save(step, PARAMS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["12", "5"]
+    with Checkpoints(tmp_path, keep_steps=(5, 7)) as checkpoints:
+        checkpoints.save(14, PARAMS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["14", "5"]
+
+
 def test_parameters_are_read_without_the_optimizer_that_was_dropped(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, PARAMS, OPTIMIZER)

@@ -52,6 +52,13 @@ def test_the_last_step_is_read(tmp_path):
     np.testing.assert_array_equal(model.params["head"]["kernel"], PARAMS["head"]["kernel"] + 10)
 
 
+def test_a_kept_step_is_read_and_another_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", steps=(2, 10))
+    np.testing.assert_array_equal(load_model(run, step=2).params["head"]["kernel"], PARAMS["head"]["kernel"] + 2)
+    with pytest.raises(UserError, match=r"step=3 is not in .*checkpoints, which holds 2, 10; train.keep_steps keeps more\."):
+        load_model(run, step=3)
+
+
 @pytest.mark.parametrize(
     "tokens, message",
     [

@@ -284,6 +284,9 @@ def test_room_on_disk_is_counted_member_by_member():
     assert kept == pytest.approx(more * (12 * models + 4 + 12), abs=2), "moments of all models, and one model saved twice"
     data, smaller = 20e3 * 400 * 2 + 10e6, execution._parameters(load_config(TINY, [("model.d_ff", "64")]))
     assert needed(64, 128) == pytest.approx(needed(64) + needed(128) - data - 20 * smaller, abs=2), "one trains at a time"
+    assert needed(64, keep_steps=(1, 2)) - needed(64) == pytest.approx(2 * (2 * 4 + 8) * smaller, abs=2), (
+        "two more steps of two members, one with moments"
+    )
 
 
 @pytest.mark.parametrize("keep", [False, True])

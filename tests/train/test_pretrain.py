@@ -105,6 +105,23 @@ def test_resume_is_bitwise(world: World, monkeypatch, n_steps):
     assert {k: v for k, v in result.items() if k not in timed} == {k: v for k, v in world.results["base"].items() if k not in timed}
 
 
+def test_chosen_steps_are_kept_and_change_no_result(world: World, monkeypatch):
+    """Also where the run was killed in between and resumed at one of them."""
+    from plasticity_jax.train import pretrain
+
+    real, config = pretrain.batches, change(CONFIG, "train", keep_steps=(3, 11))
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "batches", lambda *args, **kwargs: killed_after(real(*args, **kwargs), 13))
+        with pytest.raises(Killed):
+            world.pretrain({"kept": 0.1}, config)
+    result = world.pretrain({"kept": 0.1}, config)[0]
+    assert sorted(int(path.name) for path in (world.root / "kept" / "checkpoints").iterdir()) == [3, 11, 20]
+    for a, b in zip(state_of(world.root / "kept", 20), state_of(world.root / "base", 20), strict=True):
+        np.testing.assert_array_equal(a, b)
+    timed = ("seconds", "tokens_per_second")
+    assert {k: v for k, v in result.items() if k not in timed} == {k: v for k, v in world.results["base"].items() if k not in timed}
+
+
 def test_resume_really_resumes(world: World, monkeypatch):
     from plasticity_jax.train import pretrain
 
