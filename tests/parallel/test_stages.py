@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import environment
+from running import environment, python
 from test_processes import free_port
 
 SCRIPT = Path(__file__).parent / "stages_on_meshes.py"
@@ -72,3 +72,46 @@ def test_no_device_holds_more_than_its_shard_of_the_model(found, tag):
     norms = 4 * 3 * 16
     for name, whole in found["one"]["held"].items():
         assert found[tag]["held"][name] == (whole - norms) // 8 + norms
+
+
+MEMORY = """
+import json
+import jax
+from plasticity_jax.analysis.probes import lower_states
+from plasticity_jax.analysis.spectra import lower_spectra
+from plasticity_jax.config import MeshConfig, ModelConfig
+from plasticity_jax.evaluate.likelihood import lower_likelihoods
+from plasticity_jax.model.forward import Forward, lower_record_nats
+from plasticity_jax.model.load import abstract_loaded
+from plasticity_jax.model.scalar_head import lower_row_scores, scalar_shardings, without_output
+from plasticity_jax.parallel import make_mesh
+
+model = ModelConfig(vocab_size=256, d_model=256, n_layers=32, n_heads=8, n_kv_heads=8, d_ff=768)
+mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+params = abstract_loaded(model, mesh, "float32")
+forward = Forward("float32", scan_layers=True, mesh=mesh)
+decoder = without_output(model)
+head = jax.ShapeDtypeStruct((256,), "float32", sharding=scalar_shardings(mesh, decoder)["head"])
+scalar = {"decoder": abstract_loaded(decoder, mesh, "float32"), "head": head}
+programs = {
+    "gap": lower_record_nats(forward, model, params, batch_size=8, seq_len=16, isolate=False, loss_chunks=1),
+    "probe": lower_states(forward, model, params, 1024),
+    "likelihood": lower_likelihoods(forward, model, params, batch_size=8, max_length=16),
+    "reward": lower_row_scores(forward, decoder, scalar, batch_size=8, max_length=16),
+    "spectra": lower_spectra(model, params, False, mesh),
+}
+whole = 4 * sum(x.size for x in jax.tree.leaves(params))
+layer = 4 * sum(x.size for x in jax.tree.leaves(params["blocks"])) // 32
+found = {name: program.compile().memory_analysis() for name, program in programs.items()}
+print(json.dumps({"whole": whole, "layer": layer, **{name: [m.argument_size_in_bytes, m.temp_size_in_bytes] for name, m in found.items()}}))
+"""
+
+
+def test_no_program_holds_more_than_its_shards_and_a_layer():
+    """On a CPU the loop over layers works on a copy of the shards, and a layer is gathered, copied and transposed; unrolled, all 32 layers would be there."""
+    found = json.loads(python(MEMORY, devices=8).splitlines()[-1])
+    whole, layer = found.pop("whole"), found.pop("layer")
+    for name, (arguments, temporaries) in found.items():
+        assert arguments <= 1.05 * whole / 8, name
+        states = 4 * 33 * 1024 * 256 if name == "probe" else 0  # of the texts, after every layer
+        assert temporaries <= whole / 8 + 3 * layer + 3 * states, (name, temporaries / layer)
