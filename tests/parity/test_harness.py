@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -13,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from running import TINY
 
 from plasticity_jax.config import ModelConfig, StudyConfig, TrainConfig, ZeroShotConfig
 from plasticity_jax.data.named_tokenizers import open_tokenizer
@@ -30,6 +32,10 @@ from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import zero_shot as stage
 from plasticity_jax.stages.stage import Context
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
+from test_processes import SMALLER, two  # noqa: E402
+from test_processes import one as alone  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -262,3 +268,18 @@ def test_mistakes_are_one_line(models):
     if model.tokenizer.bos_id is None:
         with pytest.raises(UserError, match="no beginning of text"):
             ours(model, add_bos_token=True)
+
+
+def test_two_processes_score_as_one_does(tmp_path):
+    """Together on four devices, over which the model is sharded."""
+    config = tmp_path / "smaller.py"
+    config.write_text(SMALLER.format(tiny=str(TINY)))
+    arguments = ["study", "--config", config, "--config.zero_shot.sets=('arc_easy',)", "--config.zero_shot.limit=12", "--config.reward.scorer=none"]
+    arguments += ["--config.tasks.topic.verifier_rows=0", "--stages", "prepare,init,pretrain,zero_shot"]
+    alone([*arguments, "--workdir", tmp_path / "one"], devices=1)
+    two([*arguments, "--workdir", tmp_path / "two", "--config.mesh.data=1", "--config.mesh.fsdp=4"])
+    (expected,), (found,) = (
+        [json.loads(path.read_text())["sets"]["arc_easy"] for path in (tmp_path / name / "tiny" / "zero_shot").glob("*/results.json")]
+        for name in ("one", "two")
+    )
+    assert found == expected and expected["n"] == 12
