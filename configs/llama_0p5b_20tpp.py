@@ -16,6 +16,6 @@ def get_config(faithful=False):
     config.grid.weight_decay = (0.0, 0.0001, 0.001, 0.01, 0.1, 0.5, 1.0, 1.5, 3.0, 10.0)
     config.hardware = (
         ("TPU v5 lite", {"train.grad_accum_steps": 4, "train.remat": "dots"}),
-        ("H100|H200", {"train.grad_accum_steps": 8, "finetune.grad_accum_steps": 4}),
+        ("H100|H200", {"train.grad_accum_steps": 16, "train.remat": "dots", "finetune.grad_accum_steps": 4}),
     )
     return config

@@ -19,6 +19,6 @@ def get_config(faithful=False):
     config.hardware = (
         ("TPU v5 lite", {"train.grad_accum_steps": parts, "train.remat": "dots"}),
         ("TPU v4", {"train.grad_accum_steps": 4 * parts, "train.remat": "dots"}),
-        ("H100|H200", {"train.grad_accum_steps": 2 * parts}),
+        ("H100|H200", {"train.grad_accum_steps": 2 * parts, "train.remat": "dots"}),
     )
     return config

@@ -25,6 +25,6 @@ def get_config(faithful=False):
     parts = 8 if faithful else 1  # as many times the batch of 1024 at λ 1
     config.hardware = (
         ("TPU v5p?$", {"train.grad_accum_steps": parts, "train.remat": "dots"}),
-        ("H100|H200", {"train.grad_accum_steps": 2 * parts}),
+        ("H100|H200", {"train.grad_accum_steps": 2 * parts, "train.remat": "dots"}),
     )
     return config

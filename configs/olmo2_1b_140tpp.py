@@ -21,6 +21,6 @@ def get_config(faithful=False):
     config.grid.weight_decay = (0.0, 0.1, 0.3, 1.0)
     config.hardware = (
         ("TPU v5p?$", {"train.remat": "dots"}),
-        ("H100|H200", {"train.grad_accum_steps": 4}),
+        ("H100|H200", {"train.grad_accum_steps": 4, "train.remat": "dots"}),
     )
     return config

@@ -17,6 +17,6 @@ def get_config(faithful=False):
     config.grid.fields = (("train.peak_lr", (2e-4, 4e-4, 8e-4)),)
     config.hardware = (
         ("TPU v5p?$", {"train.remat": "dots"}),
-        ("H100|H200", {"train.grad_accum_steps": 4}),
+        ("H100|H200", {"train.grad_accum_steps": 4, "train.remat": "dots"}),
     )
     return config

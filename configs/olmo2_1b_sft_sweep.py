@@ -17,6 +17,6 @@ def get_config(faithful=False):
     config.tasks = {name: paper_task(name) for name in ("MetaMathQA", "SimpleScaling")}
     config.hardware = (
         ("TPU v5p?$", {"train.remat": "dots"}),
-        ("H100|H200", {"train.grad_accum_steps": 4}),
+        ("H100|H200", {"train.grad_accum_steps": 4, "train.remat": "dots"}),
     )
     return config

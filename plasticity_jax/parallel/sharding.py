@@ -48,7 +48,10 @@ def param_shardings(mesh: Mesh | AbstractMesh, abstract: Any, *, members: bool =
             spec = PartitionSpec("member", *spec)
         for axis, (size, name) in enumerate(zip(leaf.shape, spec)):
             if name is not None and size % mesh.shape[name]:
-                raise UserError(f"mesh.{name}={mesh.shape[name]} does not divide axis {axis} of {path} (size {size}); change mesh.{name}.")
+                raise UserError(
+                    f"mesh.{name}={mesh.shape[name]} does not divide axis {axis} of {path} (size {size}); set mesh.{name} to a divisor of {size}, "
+                    f"such as {math.gcd(size, mesh.shape[name])}."
+                )
         shardings.append(NamedSharding(mesh, spec))
     return jax.tree.unflatten(jax.tree.structure(abstract), shardings)
 

@@ -19,11 +19,13 @@ from plasticity_jax.config import ModelConfig, StudyConfig, for_device, grid_mem
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.kernels import choose_kernel
 from plasticity_jax.model.param_count import count_matmul_params
+from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel import hardware
 from plasticity_jax.parallel.batches import padded_batch_size
 from plasticity_jax.parallel.collectives import collective_bytes, largest_arrays
 from plasticity_jax.parallel.deviceless import Target
 from plasticity_jax.parallel.mesh import make_mesh
+from plasticity_jax.parallel.sharding import param_shardings
 from plasticity_jax.train.pretrain import step_settings
 from plasticity_jax.train.step import compile_train_step, next_token_arguments, state_shardings
 
@@ -328,10 +330,15 @@ def gib(size: int) -> str:
 
 
 def check_devices(config: StudyConfig) -> None:
-    """Refuses meshes, gradient accumulation steps and attention kernels that the devices of this machine do not take, for every member of the grid. Raises UserError."""
+    """Refuses, for every member of the grid, what the devices of this machine do not take: meshes, gradient accumulation steps, attention kernels.
+
+    Raises:
+      UserError: such as a mesh axis that does not divide a parameter.
+    """
     device = jax.devices()[0]
     for own in (for_device(member_config(config, member), device.device_kind) for member in grid_members(config)):
         mesh = make_mesh(own.mesh)
+        param_shardings(mesh, abstract_params(own.model))
         padded_batch_size(mesh, own.train.batch_size, own.train.grad_accum_steps, "train")
         if own.tasks:
             padded_batch_size(mesh, own.finetune.batch_size, own.finetune.grad_accum_steps, "finetune")

@@ -3,7 +3,7 @@ import textwrap
 import jax
 import pytest
 from jax.sharding import AxisType
-from running import python
+from running import TINY, end, python, start
 
 from plasticity_jax.config import MeshConfig, ModelConfig
 from plasticity_jax.errors import UserError
@@ -84,3 +84,11 @@ def test_eight_devices_agree_with_one_and_hold_a_part_each():
 def test_every_parameter_has_a_sharding():
     shardings = param_shardings(make_mesh(MeshConfig(), jax.devices()[:1]), abstract_params(ModelConfig()))
     assert jax.tree.structure(shardings) == jax.tree.structure(abstract_params(ModelConfig()))
+
+
+def test_a_mesh_that_does_not_divide_the_parameters_is_refused_before_anything_is_written(tmp_path):
+    argv = ["study", "--config", TINY, "--workdir", tmp_path / "w", "--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.model.d_model=36"]
+    status, lines = end(start(*argv, "--config.model.n_heads=2", "--config.model.n_kv_heads=2", devices=8))
+    assert status == 2
+    assert "mesh.fsdp=8 does not divide axis" in lines[-1] and lines[-1].endswith("set mesh.fsdp to a divisor of 36, such as 4.")
+    assert not (tmp_path / "w" / "tiny").exists()
