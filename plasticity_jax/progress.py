@@ -39,7 +39,7 @@ class Progress:
                 desc=self.what,
                 unit=f" {self.unit}",
                 unit_scale=True,
-                leave=True,
+                leave=None,  # one within another, such as a held-out loss during training, goes when it is done
                 dynamic_ncols=True,
                 file=sys.stderr,
             )

@@ -113,6 +113,8 @@ def load_model(path: str | AnyPath, step: int | None = None, *, mesh: Mesh | Non
       UserError: not a finished run of such a stage, a step that is not there, a damaged checkpoint, a folder that cannot be imported, or a mesh that
         does not divide the parameters.
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype={dtype!r} is not one that models are run in; give 'float32' or 'bfloat16'.")
     path = location(path)
     if is_hugging_face(path):
         if step is not None:

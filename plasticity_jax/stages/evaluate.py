@@ -93,6 +93,7 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
     yield Program(
         f"generation, {settings.batch_size} x ({settings.prompt_buckets[-1]} + {most})",
         lambda: lower_completions(config.model, params, settings, most, dtype, mesh),
+        "lower evaluate.batch_size, evaluate.prompt_buckets or max_new_tokens, or raise mesh.tensor (decoding holds whole matrices)",
     )
 
 

@@ -102,7 +102,8 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
         return compile_train_step(settings, mesh, members=False).lower(*next_token_arguments(settings, rows, length))
 
     if config.tasks:
-        yield Program(f"training step, {recipe.batch_size} x {length}", lower)
+        way_out = "raise finetune.grad_accum_steps, lower the last of finetune.length_buckets, or set train.remat='full'"
+        yield Program(f"training step, {recipe.batch_size} x {length}", lower, way_out)
 
 
 STAGE = Stage(

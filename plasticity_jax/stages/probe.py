@@ -80,7 +80,9 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
 
     params, length = abstract_loaded(config.model, mesh, config.train.compute_dtype), config.probe.max_length
     if config.probe.sets:
-        yield Program(f"states, texts of {length}", lambda: lower_states(Forward.of(config, config.model, mesh), config.model, params, length))
+        forward = Forward.of(config, config.model, mesh)
+        way_out = "lower probe.max_length, or raise mesh.fsdp"
+        yield Program(f"states, texts of {length}", lambda: lower_states(forward, config.model, params, length), way_out)
 
 
 def of_set(member: "MemberResults", name: str) -> dict[str, Any] | None:

@@ -121,7 +121,7 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
 
     if config.reward.scorer != "none" and config.tasks:
         name = f"{config.reward.scorer}, {config.reward.batch_size} x {config.reward.max_length}"
-        yield Program(name, lambda: lower_scores(config, mesh))
+        yield Program(name, lambda: lower_scores(config, mesh), "lower reward.batch_size or reward.max_length, or raise mesh.fsdp")
 
 
 STAGE = Stage(

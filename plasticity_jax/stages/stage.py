@@ -170,10 +170,12 @@ class Program:
     Attributes:
       what: which one, in a few words, with its largest shapes.
       lower: lowers it for the mesh's devices, which need not be here.
+      way_out: what to change if it does not fit.
     """
 
     what: str
     lower: Callable[[], Any]
+    way_out: str = "raise mesh.fsdp, or take more devices"
 
 
 def _no_programs(config: StudyConfig, mesh: "Mesh") -> "Iterable[Program]":

@@ -121,7 +121,9 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
     from plasticity_jax.train.verifier import lower_step
 
     if config.reward.scorer == "verifier" and config.tasks:
-        yield Program(f"training step, {config.verifier.batch_size} x {config.reward.max_length}", lambda: lower_step(config, mesh))
+        what = f"training step, {config.verifier.batch_size} x {config.reward.max_length}"
+        way_out = "raise verifier.grad_accum_steps, lower reward.max_length, or set train.remat='full'"
+        yield Program(what, lambda: lower_step(config, mesh), way_out)
 
 
 SAMPLES = Stage(

@@ -1,5 +1,6 @@
 """Zero-shot: six multiple-choice sets by lm-evaluation-harness, on base models and after fine-tuning, to show what is forgotten."""
 
+import functools
 import importlib.metadata
 import time
 from collections.abc import Iterable, Sequence
@@ -83,7 +84,9 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
     params = abstract_loaded(config.model, mesh, config.train.compute_dtype)
     if config.zero_shot.sets:
         forward = Forward.of(config, config.model, mesh)
-        yield Program(f"likelihoods, {size} x {length}", lambda: lower_likelihoods(forward, config.model, params, batch_size=size, max_length=length))
+        options = {"batch_size": size, "max_length": length}
+        lower = functools.partial(lower_likelihoods, forward, config.model, params, **options)
+        yield Program(f"likelihoods, {size} x {length}", lower, "lower zero_shot.batch_size, or raise mesh.fsdp")
 
 
 def forgetting_rows(results: "StudyResults") -> Rows:

@@ -18,12 +18,14 @@ class Row:
 
     Attributes:
       stage, what: which program.
+      way_out: what to change if it does not fit.
       found: what compiling it gave; None if it could not be lowered.
       problem: why it could not; "" otherwise.
     """
 
     stage: str
     what: str
+    way_out: str
     found: Measured | None
     problem: str = ""
 
@@ -44,9 +46,9 @@ def check_stages(answer: Answer, target: Target, chosen: Sequence[str]) -> list[
         for program in stage.programs(answer.config, mesh) if name in chosen else ():
             try:
                 found = training.measure(program.lower, target, f"compile for {target.topology}: {name}, {program.what}")
-                rows.append(Row(name, program.what, found))
+                rows.append(Row(name, program.what, program.way_out, found))
             except UserError as error:
-                rows.append(Row(name, program.what, None, str(error)))
+                rows.append(Row(name, program.what, program.way_out, None, str(error)))
     return rows
 
 
@@ -63,24 +65,8 @@ def lines(rows: Sequence[Row]) -> list[str]:
         moved = ", ".join(f"{kind} {gib(size)}" for kind, size in found.collectives.items()) or "none"
         size = f"{gib(found.total)} of {gib(found.limit)} per device ({found.total / found.limit:.0%})"
         text.append(f"{name}  {'fits' if found.fits else 'does not fit'}: {size}; collectives: {moved}; compiled in {found.compile_seconds:.0f} s")
-    text += [
-        f"{row.stage} needs {gib(row.found.total)} of {gib(row.found.limit)}: {_way_out(row)}" for row in rows if row.found and not row.found.fits
-    ]
+    text += [f"{row.stage} needs {gib(row.found.total)} of {gib(row.found.limit)}: {row.way_out}" for row in rows if row.found and not row.found.fits]
     return text
-
-
-_WAYS_OUT = {
-    "finetune": "raise finetune.grad_accum_steps, lower the last of finetune.length_buckets, or set train.remat='full'",
-    "verifier": "raise verifier.grad_accum_steps, lower reward.max_length, or set train.remat='full'",
-    "evaluate": "lower evaluate.batch_size, evaluate.prompt_buckets or max_new_tokens, or raise mesh.tensor (decoding holds whole matrices)",
-    "reward": "lower reward.batch_size or reward.max_length, or raise mesh.fsdp",
-    "zero_shot": "lower zero_shot.batch_size, or raise mesh.fsdp",
-    "probe": "lower probe.max_length, or raise mesh.fsdp",
-}
-
-
-def _way_out(row: Row) -> str:
-    return _WAYS_OUT.get(row.stage, "raise mesh.fsdp, or take more devices")
 
 
 def to_record(rows: Sequence[Row]) -> list[dict[str, Any]]:

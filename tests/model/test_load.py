@@ -47,6 +47,17 @@ def test_a_run_opens_and_computes_what_apply_does(model, run):
     assert nothing == {} and not np.allclose(masked, logits)
 
 
+def test_matrices_in_bf16_give_what_casting_in_every_product_gives(run, model):
+    narrow = load_model(run, dtype="bfloat16")
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(narrow.params)}
+    assert kinds == {"bfloat16", "float32"} and str(narrow.params["final_norm"]["scale"].dtype) == "float32"
+    expected, _ = jax.jit(lambda: apply(CONFIG, PARAMS, np.array(TOKENS), compute_dtype="bfloat16"))()
+    np.testing.assert_array_equal(narrow(TOKENS, capture=())[0], expected)
+    assert np.abs(np.asarray(expected) - np.asarray(model(TOKENS, capture=())[0])).max() > 0
+    with pytest.raises(UserError, match="dtype='float16' is not one that models are run in; give 'float32' or 'bfloat16'"):
+        load_model(run, dtype="float16")
+
+
 def test_the_last_step_is_read(tmp_path):
     model = load_model(make_run(tmp_path / "run", steps=(2, 10)))
     np.testing.assert_array_equal(model.params["head"]["kernel"], PARAMS["head"]["kernel"] + 10)
