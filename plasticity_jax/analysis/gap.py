@@ -208,6 +208,7 @@ def measure_gap(
             model.params,
             split.tokens,
             indices[side],
+            seq_len=split.seq_len,
             batch_size=BLOCKS_PER_BATCH,
             isolate=isolate,
             loss_chunks=training.loss_chunks,

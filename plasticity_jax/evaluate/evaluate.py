@@ -135,15 +135,7 @@ def _generate(
     batches = completions(
         (model.config, decoding_params(model.params, forward.mesh)),
         tokens,
-        sampling=Sampling(
-            n_samples=protocol.n_samples,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            repetition_penalty=settings.repetition_penalty,
-            seed=settings.seed,
-            greedy_first=True,
-        ),
+        sampling=Sampling.of(settings, protocol.n_samples),
         max_new_tokens=protocol.max_new_tokens,
         buckets=settings.prompt_buckets,
         batch_size=settings.batch_size,

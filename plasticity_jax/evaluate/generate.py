@@ -152,15 +152,7 @@ def lower_completions(config: ModelConfig, params: Any, settings: EvaluateConfig
     Args:
       params: shapes, as of a loaded model; decoding holds them as `decoding_params` says.
     """
-    sampling = Sampling(
-        n_samples=settings.n_samples,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        repetition_penalty=settings.repetition_penalty,
-        seed=settings.seed,
-        greedy_first=True,
-    )
+    sampling = Sampling.of(settings, settings.n_samples)
     prompts, longest = _prompts_per_batch(settings.batch_size, sampling, mesh), settings.prompt_buckets[-1]
     shapes = [(prompts, longest), (prompts, longest), (max_new_tokens, prompts * sampling.n_completions), (prompts,)]
     dtypes = (jnp.int32, jnp.bool_, jnp.float32, jnp.bool_)

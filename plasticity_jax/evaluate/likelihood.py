@@ -13,7 +13,6 @@ from plasticity_jax.config import ModelConfig
 from plasticity_jax.data.batching import length_buckets, padded_batches, power_of_two_buckets
 from plasticity_jax.model.forward import Batch, Forward
 from plasticity_jax.model.layers import project
-from plasticity_jax.model.loss import chunks_that_fit
 from plasticity_jax.parallel.sharding import ROWS, constrain
 
 MIN_LENGTH = 32  # shortest bucket, in tokens; shorter batches are dominated by overhead
@@ -80,8 +79,7 @@ def _score(forward: Forward, config: ModelConfig, params: Any, batch: Any) -> tu
     x_BxTxD, _ = forward.hidden_states(config, params, batch["tokens"])
     x_BxCxD = jnp.take_along_axis(x_BxTxD, batch["places"][..., None], axis=1)
     kernel_DxV, targets_BxC = forward.output_kernel(config, params), batch["targets"]
-    rows, length = targets_BxC.shape[0] // forward.row_shards, batch["tokens"].shape[1]
-    chunks = math.gcd(chunks_that_fit(0, rows=rows, seq_len=length, vocab_size=config.vocab_size), targets_BxC.shape[1])
+    chunks = math.gcd(forward.loss_chunks(config, *batch["tokens"].shape), targets_BxC.shape[1])
 
     def of_part(part):
         x_BxCxD, targets_BxC = part

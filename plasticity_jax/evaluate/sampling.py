@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from plasticity_jax.config import EvaluateConfig
+
 VOCAB_BLOCK = 32  # entries per block of the two-level draw from the vocabulary
 _ONE = 0x3F800000  # bits of the float32 1.0; bit patterns of non-negative floats are ordered as the floats are
 _HALVINGS = 30  # bisections that narrow [0, _ONE] down to one bit pattern
@@ -37,6 +39,12 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
     greedy_first: bool = False
+
+    @classmethod
+    def of(cls, settings: EvaluateConfig, n_samples: int) -> "Sampling":
+        """That of an evaluation: the greedy completion, then `n_samples` others."""
+        names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+        return cls(n_samples, greedy_first=True, **{name: getattr(settings, name) for name in names})
 
     def __post_init__(self):
         for name in ("n_samples", "top_k"):

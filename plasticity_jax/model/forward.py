@@ -64,6 +64,11 @@ class Forward:
         """The rows per batch: `wanted`, rounded up so that every device has as many."""
         return -(-wanted // self.row_shards) * self.row_shards
 
+    def loss_chunks(self, config: ModelConfig, rows: int, seq_len: int, wanted: int = 0) -> int:
+        """`loss.chunks_that_fit` for a batch of `rows` in all, as its logits lie on the mesh."""
+        tensor = 1 if self.mesh is None else self.mesh.shape["tensor"]
+        return chunks_that_fit(wanted, rows=rows // self.row_shards, seq_len=seq_len, vocab_size=-(-config.vocab_size // tensor))
+
     def hidden_states(self, config: ModelConfig, params: Params, tokens_BxT: Int[Array, "B T"], **options: Any) -> tuple[Array, dict[str, Array]]:
         """`transformer.hidden_states`, run this way."""
         return hidden_states(
@@ -146,6 +151,7 @@ def record_nats(
     read: Callable[[Int[np.ndarray, " b"]], Int[np.ndarray, "b record_length"]],
     indices: Int[np.ndarray, " n"],
     *,
+    seq_len: int,
     batch_size: int,
     isolate: int | None,
     loss_chunks: int,
@@ -156,16 +162,14 @@ def record_nats(
     Args:
       read: indices → records of T + 1 tokens.
       indices: of the records to read.
+      seq_len: T.
       batch_size: records at a time; rounded up for the mesh.
       isolate: see `loader.as_batch`.
       loss_chunks: see `loss.chunks_that_fit`; changes memory and rounding only.
       what: label of the progress display.
     """
-    if len(indices) == 0:
-        return np.empty(0)
     size = forward.batch_size(batch_size)
-    seq_len = read(indices[:1]).shape[1] - 1
-    chunks = _chunks(forward, config, size, seq_len, loss_chunks)
+    chunks = forward.loss_chunks(config, size, seq_len, loss_chunks)
 
     def batches() -> Iterator[tuple[Sequence[int], Batch]]:
         for start in range(0, len(indices), size):
@@ -180,16 +184,11 @@ def record_nats(
     return nats
 
 
-def _chunks(forward: Forward, config: ModelConfig, size: int, seq_len: int, loss_chunks: int) -> int:
-    vocabulary = config.vocab_size if forward.mesh is None else -(-config.vocab_size // forward.mesh.shape["tensor"])
-    return chunks_that_fit(loss_chunks, rows=size // forward.row_shards, seq_len=seq_len, vocab_size=vocabulary)
-
-
 def lower_record_nats(
     forward: Forward, config: ModelConfig, params: Params, *, batch_size: int, seq_len: int, isolate: bool, loss_chunks: int
 ) -> Any:
     """The program of `record_nats`, lowered for the mesh's devices."""
     size = forward.batch_size(batch_size)
-    chunks = _chunks(forward, config, size, seq_len, loss_chunks)
+    chunks = forward.loss_chunks(config, size, seq_len, loss_chunks)
     shapes = {name: (size, seq_len) for name in ("tokens", "targets", "segment_ids", "positions")}
     return forward.lower(target_nats, (config, chunks, isolate), params, shapes)

@@ -96,6 +96,19 @@ def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> N
         mine = [run for run in todo if run.stage == name]
         if mine:
             stage.check(config, mine)
+        if mine and stage.batched and config.grid.mode == "vmapped":
+            _check_members(config, [run for run in runs if run.stage == name])
+
+
+def _check_members(config: StudyConfig, runs: Sequence[Run]) -> None:
+    """Refuses a mesh whose member axis does not divide the members of a program. Raises UserError."""
+    import jax
+
+    from plasticity_jax.parallel.mesh import check_members, make_mesh
+
+    mesh = make_mesh(for_device(config, jax.devices()[0].device_kind).mesh)
+    for group in _groups(config, runs):
+        check_members(mesh, len(group))
 
 
 def check_workdir(workdir: AnyPath, config: StudyConfig) -> None:
@@ -201,7 +214,8 @@ def execute(
     """Carries out the runs that are not done, parents first.
 
     A run that fails, or that its stage refuses, is recorded, and the rest continues, but for runs of a program that did not fit the device's memory:
-    they fail without being tried. A diverged parent makes its children diverged: that is a result.
+    they fail without being tried. Runs that fail together are carried out one by one, so that a fault stays with its run. A diverged parent makes its
+    children diverged: that is a result.
 
     Args:
       runs: in topological order, as build_graph gives them.
@@ -242,7 +256,9 @@ def execute(
         if not ready:
             continue
         log.info("[%d/%d] %s", number, len(groups), ", ".join(run.id for run in ready))
-        for part in _parts(ready, path_of):
+        parts = _parts(ready, path_of)
+        while parts:
+            part = parts.pop(0)
             program = _program(configs[part[0].id], part)
             too_large = processes.broadcast(lambda: exhausted.get(program))
             try:
@@ -254,10 +270,14 @@ def execute(
                 refused = isinstance(error, UserError)
                 if refused and single:
                     raise
-                log.error("%s failed: %s", part[0].id, error if refused else f"{reason(error)} ({path_of(part[0].id) / ERROR_LOG})")
-                outcome.failed += [run.id for run in part]
                 if too_large is None and _out_of_memory(error):
                     exhausted[program] = part[0].id
+                if len(part) > 1:  # so that a fault stays with its run
+                    log.warning("%s failed together (%s); now one by one", ", ".join(run.id for run in part), reason(error))
+                    parts += [[run] for run in part]
+                    continue
+                log.error("%s failed: %s", part[0].id, error if refused else f"{reason(error)} ({path_of(part[0].id) / ERROR_LOG})")
+                outcome.failed += [run.id for run in part]
                 if fail_fast:
                     tried = {*outcome.carried_out, *outcome.failed}
                     outcome.left = [run.id for later in groups[number - 1 :] for run in later if run.id not in tried]

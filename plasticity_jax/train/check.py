@@ -38,7 +38,7 @@ LARGEST = 5  # buffers to list when a config does not fit
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """A compiled program; bytes are per device.
 
@@ -46,7 +46,7 @@ class Measured:
       total: peak memory of the program.
       limit: memory available to a program.
       largest: (bytes, description) of the largest buffers.
-      collectives: kind → bytes per call; empty if the compilation failed.
+      collectives: kind → bytes per call, such as a training step; empty if the compilation failed.
       compile_seconds: lowering and compilation.
     """
 
@@ -58,30 +58,22 @@ class Measured:
     compile_seconds: float
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The training step of a config, compiled; bytes are per device.
+@dataclass(frozen=True, kw_only=True)
+class Answer(Measured):
+    """The training step of a config, compiled.
 
     Attributes:
       params, optimizer: bytes of the state's shards.
-      temporary: everything else: activations, gradients, batches.
-      total: peak memory of the program.
-      limit: memory available to a program.
-      largest: (bytes, description) of the largest buffers.
-      collectives: kind → bytes per step; empty if the compilation failed.
-      compile_seconds: lowering and compilation.
     """
 
     config: StudyConfig
-    fits: bool
     params: int
     optimizer: int
-    temporary: int
-    total: int
-    limit: int
-    largest: list[tuple[int, str]]
-    collectives: dict[str, int]
-    compile_seconds: float
+
+    @property
+    def temporary(self) -> int:
+        """Bytes of everything else: activations, gradients, batches."""
+        return max(self.total - self.params - self.optimizer, 0)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
@@ -263,8 +255,7 @@ def _compile(config: StudyConfig, target: Target) -> Answer:
     params, optimizer = _shard_bytes(state, state_shardings(settings, mesh, members=False))
     what = f"compile for {target.topology}, {train.grad_accum_steps} parts, remat {train.remat}"
     found = measure(lambda: compile_train_step(settings, mesh, members=False).lower(*arguments), target, what, at_least=params + optimizer)
-    temporary = max(found.total - params - optimizer, 0)
-    return Answer(config, found.fits, params, optimizer, temporary, found.total, found.limit, found.largest, found.collectives, found.compile_seconds)
+    return Answer(config=config, params=params, optimizer=optimizer, **vars(found))
 
 
 def measure(lower: Callable[[], Any], target: Target, what: str, *, at_least: int = 0) -> Measured:
@@ -293,7 +284,8 @@ def measure(lower: Callable[[], Any], target: Target, what: str, *, at_least: in
         hlo = compiled.as_text()
         total = program_bytes(compiled.memory_analysis(), target.devices[0].platform)
         largest, collectives = largest_arrays(hlo, LARGEST), collective_bytes(hlo)
-    return Measured(compiled is not None and total <= limit, total, limit, largest, collectives, seconds)
+    fits = compiled is not None and total <= limit
+    return Measured(fits=fits, total=total, limit=limit, largest=largest, collectives=collectives, compile_seconds=seconds)
 
 
 def _shard_bytes(state: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, int]:

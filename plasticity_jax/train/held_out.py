@@ -70,6 +70,7 @@ def held_out_loss(
         params,
         blocks.records.__getitem__,
         np.arange(len(blocks.records)),
+        seq_len=blocks.records.shape[1] - 1,
         batch_size=batch_size,
         isolate=isolate,
         loss_chunks=loss_chunks,

@@ -138,7 +138,7 @@ def test_unigram_is_the_add_one_estimate_without_the_left_out_records(corpus):
 
 
 def nats_of(params, records, indices):
-    options = {"batch_size": 16, "isolate": None, "loss_chunks": 1, "what": "test"}
+    options = {"seq_len": SEQ_LEN, "batch_size": 16, "isolate": None, "loss_chunks": 1, "what": "test"}
     return record_nats(Forward("float32"), CONFIG, params, records.tokens, indices, **options)
 
 

@@ -60,7 +60,7 @@ def main(root: Path, tag: str, fsdp: int) -> dict:
     )
     forward = Forward.of(config, MODEL, mesh)
     tokens = np.random.default_rng(0).integers(2, 300, (5, 17))
-    options = {"batch_size": 2, "isolate": None, "loss_chunks": 0, "what": "nats"}
+    options = {"seq_len": 16, "batch_size": 2, "isolate": None, "loss_chunks": 0, "what": "nats"}
     nats = {
         name: record_nats(dataclasses.replace(forward, compute_dtype=model.dtype), MODEL, model.params, tokens.__getitem__, np.arange(5), **options)
         for name, model in (("float32", base), ("bfloat16", narrow), ("hf", hf))

@@ -86,6 +86,14 @@ def test_every_parameter_has_a_sharding():
     assert jax.tree.structure(shardings) == jax.tree.structure(abstract_params(ModelConfig()))
 
 
+def test_a_member_axis_that_does_not_divide_the_members_is_refused_before_anything_is_written(tmp_path):
+    argv = ["study", "--config", TINY, "--workdir", tmp_path / "w", "--config.mesh.member=4", "--config.grid.mode=vmapped"]
+    status, lines = end(start(*argv, devices=4))
+    assert status == 2
+    assert "mesh.member=4 does not divide the 2 members that are trained together; set mesh.member to a divisor of 2" in lines[-1]
+    assert not (tmp_path / "w" / "tiny").exists()
+
+
 def test_a_mesh_that_does_not_divide_the_parameters_is_refused_before_anything_is_written(tmp_path):
     argv = ["study", "--config", TINY, "--workdir", tmp_path / "w", "--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.model.d_model=36"]
     status, lines = end(start(*argv, "--config.model.n_heads=2", "--config.model.n_kv_heads=2", devices=8))

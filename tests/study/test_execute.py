@@ -245,6 +245,21 @@ def test_vmapped_fine_tunings_go_on_without_a_diverged_base(tmp_path, stages):
     assert [len(group) for group in stages.groups if set(group) <= {run.name for run in tuned}].count(per_task - 1) == len(config.tasks)
 
 
+@pytest.mark.parametrize("error", [UserError("damaged"), RuntimeError("boom")])
+def test_a_fault_of_one_run_of_a_program_stays_with_it(tmp_path, stages, error):
+    config = load_config(TINY, [("train.compute_dtype", "float32"), ("grid.mode", "vmapped")])
+    graph = build_graph(config)
+    bad = next(run for run in graph if run.stage == "pretrain")
+    stages.fail[bad.id] = error
+    outcome = execute(config, tmp_path, graph)
+    after = {run.id for run in graph if bad.id in run.parents.values()}
+    others = [run for run in graph if run.stage == "pretrain" and run is not bad]
+    assert outcome.failed == [bad.id] and after <= set(outcome.waiting) and others
+    assert all(RunDirectory(tmp_path / config.name / run.id).state()[0] == "done" for run in others)
+    together = sorted(run.name for run in graph if run.stage == "pretrain")
+    assert [sorted(group) for group in stages.groups if bad.name in group and set(group) <= set(together)] == [together, [bad.name]]
+
+
 def test_vmapped_programs_hold_what_differs_in_traced_numbers_only(tmp_path, stages):
     fields = (("train.peak_lr", (1e-3, 2e-3)), ("model.d_ff", (64, 96)), ("train.warmup_fraction", (0.1, 0.2)))
     config = load_config(

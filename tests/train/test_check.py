@@ -104,7 +104,8 @@ def bytes_by_setting(found, *, of_row: dict[str, int], limit: int):
         train = config.train
         found.append((train.grad_accum_steps, train.remat))
         total = train.batch_size // train.grad_accum_steps * of_row[train.remat]
-        return Answer(config, total <= limit, 0, 0, total, total, limit, [], {}, 0.0)
+        measured = {"fits": total <= limit, "total": total, "limit": limit, "largest": [], "collectives": {}, "compile_seconds": 0.0}
+        return Answer(config=config, params=0, optimizer=0, **measured)
 
     return compiled
 
