@@ -191,6 +191,17 @@ def test_a_truncated_checkpoint_is_one_line(workdir, tmp_path):
     assert str(damaged) in line and "cannot be read" in line
 
 
+def test_a_checkpoint_of_which_every_file_is_cut_is_one_line_and_no_trace_of_the_other_arrays(workdir, tmp_path, wheels_dir):
+    damaged = tmp_path / "run"
+    shutil.copytree(runs(workdir, "pretrain")[0]["path"], damaged)
+    for path in [p for p in (damaged / "checkpoints").glob("*/params/**/d/*") if p.is_file()]:
+        os.truncate(path, path.stat().st_size // 2)
+    argv = ["analyze", *options(tmp_path / "work", wheels_dir), "--model", damaged, "--only", "spectra"]
+    status, lines = end(start(*argv))
+    assert status == 2 and "cannot be read" in lines[-1]
+    assert not any("Traceback" in line or "Event loop" in line for line in lines), lines
+
+
 def test_interrupt_leaves_a_resumable_study(tmp_path, wheels_dir):
     argv = ["study", *options(tmp_path / "work", wheels_dir), "--stages", "prepare,init,pretrain", "--config.train.steps=4"]
     environment, paused = pausing(tmp_path, 1)

@@ -1,6 +1,7 @@
 """Checkpoints of a run: parameters, and the optimizer's state beside them, by step."""
 
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -188,6 +189,7 @@ class Checkpoints:
         self.close()
 
     def _restore(self, step: int, **abstract: Any) -> Any:
+        _silence_abandoned_reads()
         items = {name: ocp.args.StandardRestore(_placed(tree)) for name, tree in abstract.items()}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonRestore()))
@@ -201,6 +203,18 @@ class Checkpoints:
     def _unreadable(self, step: int, error: Exception) -> UserError:
         said = reason(error).split(". ")[0]
         return UserError(f"checkpoint {self._place / str(step)} cannot be read ({said}); delete the run's directory and run its stage again.")
+
+
+@functools.cache
+def _silence_abandoned_reads() -> None:
+    """When one array cannot be read, Orbax leaves the reads of the others behind, and each would print a trace when it ends."""
+    show = sys.unraisablehook
+
+    def show_others(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            show(unraisable)
+
+    sys.unraisablehook = show_others
 
 
 def _processes(directory: AnyPath, alone: bool) -> Any:

@@ -45,8 +45,9 @@ def test_what_does_not_fit_names_its_stage_its_size_and_a_way_out(cpu, answer):
 
 
 def test_a_reward_model_that_is_not_here_is_said_and_the_rest_is_checked(cpu, answer):
-    config = dataclasses.replace(CONFIG, reward=dataclasses.replace(CONFIG.reward, scorer="sequence-classification", model="nowhere"))
-    rows = check_stages(dataclasses.replace(answer, config=dataclasses.replace(answer.config, reward=config.reward)), cpu, ("reward", "spectra"))
+    reward = dataclasses.replace(CONFIG.reward, scorer="sequence-classification", model="nowhere")
+    asked = dataclasses.replace(answer, config=dataclasses.replace(answer.config, reward=reward))
+    rows = check_stages(asked, cpu, ("reward", "spectra"))
     assert {row.stage: row.found is None for row in rows} == {"reward": True, "spectra": False}
     assert any("reward.model=nowhere is not here" in line for line in lines(rows))
 
