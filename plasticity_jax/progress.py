@@ -3,6 +3,8 @@
 import logging
 import sys
 import time
+from collections.abc import Callable
+from typing import ClassVar
 
 log = logging.getLogger("plasticity_jax")
 
@@ -20,6 +22,8 @@ class Progress:
       unit: the unit's plural name ("tokens", "documents").
       initial: units done before, as after a resume; they do not count into the rate.
     """
+
+    on_update: ClassVar[Callable[[], None]] = staticmethod(lambda: None)  # called at every update; may raise to end the work
 
     def __init__(self, what: str, *, total: int | None, unit: str, initial: int = 0):
         self.what, self.total, self.unit = what, total, unit
@@ -47,6 +51,7 @@ class Progress:
 
     def update(self, amount: int, note: str = "") -> None:
         """Advances by `amount` units; `note` (such as a loss) is shown beside the rate."""
+        Progress.on_update()
         self.done += amount
         self.note = note or self.note
         if self._bar is not None:

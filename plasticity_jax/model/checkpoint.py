@@ -14,6 +14,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from plasticity_jax.errors import UserError, reason
+from plasticity_jax.parallel import lanes, processes
 from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, is_local, location, remove_tree
 
 # Bytes of an array that are compressed at once, and that are held before they go into a file, where memory is short.
@@ -78,7 +79,7 @@ class Checkpoints:
         self.directory = self._place.absolute() if is_local(self._place) else epath.Path(str(self._place))
         absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns about every sharding and every missing item that is meant
         together = {} if jax.process_count() == 1 else {"multiprocessing_options": _processes(self._place, alone)}
-        self._only_here = bool(together) and alone
+        self._only_here = bool(together) and (alone or processes.count() == 1)
         if self._only_here and not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
@@ -220,10 +221,12 @@ def _silence_abandoned_reads() -> None:
 def _processes(directory: AnyPath, alone: bool) -> Any:
     """Which processes Orbax waits for, and under which name: two saves at once, as of two members, would else wait for one another's barriers."""
     name = "_".join(directory.parts[-3:])
-    if not alone:
+    lane = lanes.active()
+    if not alone and lane is None:
         return ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
-    here = jax.process_index()
-    return ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"{name}_{here}")
+    members = {jax.process_index()} if alone or lane is None else set(lane.ranks)
+    first = min(members)
+    return ocp.options.MultiprocessingOptions(primary_host=first, active_processes=members, barrier_sync_key_prefix=f"{name}_{first}")
 
 
 def checksums(tree: Any) -> list[int]:
@@ -271,5 +274,5 @@ def _weighted_sums(leaves: list[jax.Array]) -> list[jax.Array]:
 
 def _placed(tree: Any) -> Any:
     """A shape without a sharding goes to the first device; without this, Orbax would ask for the devices that saved it."""
-    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    one_device = jax.sharding.SingleDeviceSharding(lanes.local_device())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or one_device), tree)

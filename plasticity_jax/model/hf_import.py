@@ -22,6 +22,7 @@ from plasticity_jax.model.hf_config import Description, read_description, read_o
 from plasticity_jax.model.hf_names import EMBEDDING, HEAD, Part, parts
 from plasticity_jax.model.hf_tensors import Weights
 from plasticity_jax.model.transformer import Params, count_params
+from plasticity_jax.parallel import lanes
 from plasticity_jax.parallel.rules import param_paths
 from plasticity_jax.progress import Progress
 from plasticity_jax.runs.directory import CHECKPOINTS, PROVENANCE, RunDirectory
@@ -159,7 +160,7 @@ def _leaf(weights: Weights, of_leaf: list[Part]) -> jax.Array:
     for part in of_leaf:
         tensor = weights.read(part.name)
         values[... if part.layer is None else part.layer] = tensor.T if part.transposed else tensor
-    return jax.device_put(values, jax.local_devices()[0])
+    return jax.device_put(values, lanes.local_device())
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:

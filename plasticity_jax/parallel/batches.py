@@ -76,5 +76,5 @@ def global_batches(batches: Iterable[Batch], mesh: Mesh, rows: Int[np.ndarray, "
     held = padded if rows is None else len(rows)
     for batch in batches:
         filled = {name: np.pad(x, [(0, held - len(x))] + [(0, 0)] * (x.ndim - 1)) if len(x) < held else x for name, x in batch.items()}
-        # With one process, the compiled step places its batch.
-        yield filled if processes.count() == 1 else {name: whole(x) for name, x in filled.items()}  # pyright: ignore[reportReturnType]
+        # With one process in all, the compiled step places its batch.
+        yield filled if processes.total() == 1 else {name: whole(x) for name, x in filled.items()}  # pyright: ignore[reportReturnType]

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh
 
 from plasticity_jax.config import MeshConfig
 from plasticity_jax.errors import UserError
+from plasticity_jax.parallel import lanes
 
 AXES = ("member", "data", "fsdp", "tensor")
 
@@ -44,14 +45,14 @@ def axis_sizes(mesh_config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def make_mesh(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Makes a mesh of all devices with axes member, data, fsdp and tensor. The compiler propagates shardings over it.
+    """Makes a mesh with axes member, data, fsdp and tensor. The compiler propagates shardings over it.
 
     Args:
       mesh_config: axis sizes. One may be -1, which uses the remaining devices.
-      devices: None means all jax devices.
+      devices: None means all jax devices, or those of this thread's lane.
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = lanes.devices() if devices is None else list(devices)
     sizes = axis_sizes(mesh_config, len(devices))
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

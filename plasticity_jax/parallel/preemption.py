@@ -6,15 +6,17 @@ they agree. Imports jax only when needed.
 
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 
-from plasticity_jax.parallel import processes
+from plasticity_jax.parallel import lanes, processes
 
 _SAME = 2.0  # seconds within which a second signal is the first once more: a cluster sends it to a worker and to its parent, which passes it on
 
 _requested: float | None = None  # time of the first SIGTERM
-_saving = False  # whether the block of `saves_first` runs
+_saving: set[int] = set()  # threads in which the block of `saves_first` runs
+_FLAG = "preempted"
 
 
 class Preempted(KeyboardInterrupt):
@@ -29,8 +31,17 @@ def handle_sigterm() -> None:
 
 
 def requested() -> bool:
-    """Whether this process has received SIGTERM."""
-    return _requested is not None
+    """Whether this process has received SIGTERM, or one of another lane."""
+    if lanes.active() is None or processes.total() == 1:
+        return _requested is not None
+    if _requested is not None:
+        processes.raise_flag(_FLAG)
+    return _requested is not None or processes.flag_raised(_FLAG)
+
+
+def is_saving() -> bool:
+    """Whether this thread is in a training that ends by itself, with its last step saved, because of SIGTERM."""
+    return threading.get_ident() in _saving and requested()
 
 
 def _on_sigterm(number, frame) -> None:
@@ -53,14 +64,13 @@ def saves_first() -> Iterator[Callable[[int], bool]]:
       Preempted: the signal came after the last question.
       KeyboardInterrupt: a second signal came.
     """
-    global _saving
-    _saving = True
+    _saving.add(threading.get_ident())
     try:
         yield _alone if processes.count() == 1 else _agreed()
         if any(processes.gather("preempted at the end", requested())):
             raise Preempted("ended by SIGTERM after the last step of a training, which is saved")
     finally:
-        _saving = False
+        _saving.discard(threading.get_ident())
 
 
 def _alone(step: int) -> bool:

@@ -1,5 +1,6 @@
 """Several processes as one run: how they start, and the messages they exchange. Imports jax only when needed."""
 
+import contextlib
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from plasticity_jax.errors import StudyRefused, UserError, reason
+from plasticity_jax.parallel import lanes
 
 log = logging.getLogger("plasticity_jax")
 
@@ -123,8 +125,8 @@ def _client() -> Any:
     return global_state.client
 
 
-def count() -> int:
-    """Number of processes of this run."""
+def total() -> int:
+    """Number of processes of this run, in all lanes."""
     if "jax" not in sys.modules or _client() is None:
         return 1
     from jax._src.distributed import global_state
@@ -132,13 +134,20 @@ def count() -> int:
     return global_state.num_processes
 
 
+def count() -> int:
+    """Number of processes of this run, or of this thread's lane."""
+    lane = lanes.active()
+    return total() if lane is None else len(lane.ranks)
+
+
 def index() -> int:
-    """Number of this process, from 0."""
+    """Number of this process among them, from 0."""
     if count() == 1:
         return 0
     from jax._src.distributed import global_state
 
-    return global_state.process_id
+    lane = lanes.active()
+    return global_state.process_id if lane is None else lane.ranks.index(global_state.process_id)
 
 
 def primary() -> bool:
@@ -150,6 +159,8 @@ def primary() -> bool:
 
 
 def _key(name: str) -> str:
+    lane = lanes.active()
+    name = name if lane is None else f"lane{lane.index}/{name}"
     _numbers[name] = _numbers.get(name, 0) + 1
     return f"plasticity/{name}/{_numbers[name]}"
 
@@ -197,9 +208,11 @@ def broadcast(decide: Callable[[], Any]) -> Any:
     return value
 
 
-def together(work: Callable[[], Any]) -> Any:
+def together(work: Callable[[], Any], *, patient: bool = False) -> Any:
     """Calls `work()` on every process and returns its value. If it fails on one process, it fails on all.
 
+    Args:
+      patient: the others' work does not wait for this process where it fails here, so that their answer is waited for without limit.
     Raises:
       UserError, Failed: the error of the first process that failed.
       Disconnected: `work` failed here, and the others do not answer because their `work` waits for this process.
@@ -212,7 +225,9 @@ def together(work: Callable[[], Any]) -> Any:
     except Exception as error:
         own = error
     try:
-        everyone = gather("together", {"value": None} if own is None else _as_message(own), timeout=None if own is None else HEARTBEAT_TIMEOUT + 15)
+        everyone = gather(
+            "together", {"value": None} if own is None else _as_message(own), timeout=None if own is None or patient else HEARTBEAT_TIMEOUT + 15
+        )
     except Exception as error:
         if own is None or isinstance(error, Disconnected):
             raise
@@ -260,6 +275,23 @@ def first_wins(name: str) -> tuple[Callable[[Any], None], Callable[[], Any]]:
         return None
 
     return propose, read
+
+
+def raise_flag(name: str) -> None:
+    """Raises a flag that every process of the run sees, whatever its lane."""
+    with contextlib.suppress(Exception):  # another has raised it
+        _client().key_value_set(f"plasticity/flag/{name}", "")
+
+
+def flag_raised(name: str) -> bool:
+    """Whether any process has raised the flag. Does not wait."""
+    try:
+        _client().key_value_try_get(f"plasticity/flag/{name}")
+    except Exception as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return False
+    return True
 
 
 def gather(name: str, value: Any, *, timeout: float | None = None) -> list[Any]:

@@ -8,12 +8,12 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config, to_dict
 from plasticity_jax.errors import StudyRefused, UserError, reason
-from plasticity_jax.parallel import processes
+from plasticity_jax.parallel import lanes, processes
 from plasticity_jax.runs.directory import CHECKPOINTS, ERROR_LOG, STUDY, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json, to_json
 from plasticity_jax.runs.run import Run
@@ -92,12 +92,25 @@ def check_before_writing(config: StudyConfig, workdir: AnyPath, runs: Sequence[R
 def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> None:
     """Lets every stage refuse what cannot work, before anything is written. Raises UserError."""
     todo = [run for run in runs if not RunDirectory(study_dir(workdir, config) / run.id).done]
-    for name, stage in stages().items():
-        mine = [run for run in todo if run.stage == name]
-        if mine:
-            stage.check(config, mine)
-        if mine and stage.batched and config.grid.mode == "vmapped":
-            _check_members(config, [run for run in runs if run.stage == name])
+    with _first_lane(config, todo):
+        for name, stage in stages().items():
+            mine = [run for run in todo if run.stage == name]
+            if mine:
+                stage.check(config, mine)
+            if mine and stage.batched and config.grid.mode == "vmapped":
+                _check_members(config, [run for run in runs if run.stage == name])
+
+
+@contextlib.contextmanager
+def _first_lane(config: StudyConfig, todo: Sequence[Run]) -> Iterator[None]:
+    """The devices that one run gets, if any needs devices. Raises UserError if they cannot be divided."""
+    devices = None
+    if any(stages()[run.stage].devices != "none" for run in todo):
+        import jax
+
+        devices = _lanes(for_device(config, jax.devices()[0].device_kind))
+    with devices[0].active() if devices else contextlib.nullcontext():
+        yield
 
 
 def _check_members(config: StudyConfig, runs: Sequence[Run]) -> None:
@@ -217,6 +230,9 @@ def execute(
     they fail without being tried. Runs that fail together are carried out one by one, so that a fault stays with its run. A diverged parent makes its
     children diverged: that is a result.
 
+    With `launch.parallel_runs`, runs that use all devices proceed side by side, each on its part of them; always in the same parts, whatever is left to
+    do, because the number of devices decides how sums are rounded.
+
     Args:
       runs: in topological order, as build_graph gives them.
       external: id → directory of parents that lie outside this study's folder.
@@ -228,23 +244,101 @@ def execute(
     """
     folder = study_dir(workdir, config)
     located = {run.id: folder / run.id for run in runs} | (external or {})
-    outcome = Outcome([], [], [], [], [], {run.id: located[run.id] for run in runs})
 
     def path_of(run_id: str) -> AnyPath:
         return located.get(run_id, folder / run_id)
 
     done = set(processes.broadcast(lambda: [run.id for run in runs if RunDirectory(path_of(run.id)).done]))
-    outcome.skipped = [run.id for run in runs if run.id in done]
+    outcome = Outcome([], [run.id for run in runs if run.id in done], [], [], [], {run.id: located[run.id] for run in runs})
     todo = [run for run in runs if run.id not in done]
     if not todo:
         return outcome
+    devices = None
     if any(stages()[run.stage].devices != "none" for run in todo):
         import jax
 
         config = for_device(config, jax.devices()[0].device_kind)
-    groups, configs, single = _groups(config, todo), run_configs(config, todo), _serve_one(runs)
-    exhausted: dict[str, str] = {}  # program → the run that did not fit
+        devices = _lanes(config)
+    groups = _groups(config, todo)
+    execution = _Execution(workdir, path_of, run_configs(config, todo), _serve_one(runs), fail_fast, outcome, len(groups))
+    for wave in _waves(groups, devices):
+        if outcome.failed and fail_fast:
+            break
+        if devices is None or stages()[wave[0][1][0].stage].devices != "all":
+            for number, group in wave:
+                execution.carry_out(number, group)
+        else:
+            execution.side_by_side(devices, wave)
+    tried = {*outcome.carried_out, *outcome.failed, *outcome.waiting}
+    outcome.left = [run.id for run in todo if run.id not in tried]
+    return outcome
+
+
+Numbered = tuple[int, list[Run]]  # a group of runs, and its place among all
+
+
+def _lanes(config: StudyConfig) -> list[lanes.Lane] | None:
+    """The parts of the devices on which runs proceed side by side; None for one after the other on all. Raises UserError."""
+    return lanes.split(config.launch.parallel_runs) if config.launch.parallel_runs > 1 else None
+
+
+def _waves(groups: Sequence[list[Run]], devices: Sequence[lanes.Lane] | None) -> Iterator[list[Numbered]]:
+    """The groups in order, those together that may proceed side by side: they use all devices, and none is a parent of another."""
+    wave: list[Numbered] = []
     for number, group in enumerate(groups, 1):
+        ids = {run.id for _, others in wave for run in others}
+        apart = devices is None or any(stages()[run.stage].devices != "all" or ids & set(run.parents.values()) for run in group)
+        if wave and (apart or stages()[wave[0][1][0].stage].devices != "all"):
+            yield wave
+            wave = []
+        wave.append((number, group))
+    if wave:
+        yield wave
+
+
+@dataclass
+class _Execution:
+    """What carries out groups of runs: `execute`'s arguments, and what has become of the runs so far.
+
+    Attributes:
+      single: all runs serve one.
+      total: number of groups.
+      exhausted: program → the run that did not fit.
+    """
+
+    workdir: AnyPath
+    path_of: Callable[[str], AnyPath]
+    configs: dict[str, StudyConfig]
+    single: bool
+    fail_fast: bool
+    outcome: Outcome
+    total: int
+    exhausted: dict[str, str] = field(default_factory=dict)
+
+    def side_by_side(self, devices: Sequence[lanes.Lane], wave: Sequence[Numbered]) -> None:
+        """Carries out the groups of a wave, each in its lane."""
+        of_lanes = [replace(self, outcome=Outcome([], [], [], [], [], {}), exhausted=dict(self.exhausted)) for _ in devices]
+
+        def in_lane(lane: lanes.Lane) -> None:
+            own = of_lanes[lane.index]
+            for number, group in wave[lane.index :: len(devices)]:
+                if own.outcome.failed and self.fail_fast:
+                    break
+                own.carry_out(number, group)
+
+        with _heard(any(lane.first for lane in devices)):
+            processes.together(lambda: lanes.side_by_side(devices, in_lane), patient=True)
+        here = {str(lane.index): [vars(of_lanes[lane.index].outcome), of_lanes[lane.index].exhausted] for lane in devices if lane.here}
+        for lane in devices:
+            everywhere = processes.gather(f"lane {lane.index}", here.get(str(lane.index)))
+            found, exhausted = everywhere[lane.ranks[0] if len(everywhere) > 1 else 0]
+            for name in ("carried_out", "failed", "waiting"):
+                getattr(self.outcome, name).extend(found[name])
+            self.exhausted |= exhausted
+
+    def carry_out(self, number: int, group: Sequence[Run]) -> None:
+        """Carries out the runs of a group whose parents are done."""
+        outcome, path_of = self.outcome, self.path_of
         missing = processes.broadcast(
             lambda: [[parent for parent in run.parents.values() if not RunDirectory(path_of(parent)).done] for run in group]
         )
@@ -254,35 +348,44 @@ def execute(
                 outcome.waiting.append(run.id)
         ready = [run for run, parents in zip(group, missing, strict=True) if not parents]
         if not ready:
-            continue
-        log.info("[%d/%d] %s", number, len(groups), ", ".join(run.id for run in ready))
+            return
+        log.info("[%d/%d] %s", number, self.total, ", ".join(run.id for run in ready))
         parts = _parts(ready, path_of)
         while parts:
             part = parts.pop(0)
-            program = _program(configs[part[0].id], part)
-            too_large = processes.broadcast(lambda: exhausted.get(program))
+            program = _program(self.configs[part[0].id], part)
+            too_large = processes.broadcast(lambda: self.exhausted.get(program))
             try:
-                _carry_out(configs, part, path_of, _refuse_storage_problems(workdir), too_large)
+                _carry_out(self.configs, part, path_of, _refuse_storage_problems(self.workdir), too_large)
                 outcome.carried_out += [run.id for run in part]
             except (StudyRefused, processes.Disconnected):
                 raise
             except Exception as error:
                 refused = isinstance(error, UserError)
-                if refused and single:
+                if refused and self.single:
                     raise
                 if too_large is None and _out_of_memory(error):
-                    exhausted[program] = part[0].id
+                    self.exhausted[program] = part[0].id
                 if len(part) > 1:  # so that a fault stays with its run
                     log.warning("%s failed together (%s); now one by one", ", ".join(run.id for run in part), reason(error))
                     parts += [[run] for run in part]
                     continue
                 log.error("%s failed: %s", part[0].id, error if refused else f"{reason(error)} ({path_of(part[0].id) / ERROR_LOG})")
                 outcome.failed += [run.id for run in part]
-                if fail_fast:
-                    tried = {*outcome.carried_out, *outcome.failed}
-                    outcome.left = [run.id for later in groups[number - 1 :] for run in later if run.id not in tried]
-                    return outcome
-    return outcome
+                if self.fail_fast:
+                    return
+
+
+@contextlib.contextmanager
+def _heard(first: bool) -> Iterator[None]:
+    """Lets the first process of a lane say what it does, as the first of all does."""
+    before = log.level
+    if first:
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _parts(group: Sequence[Run], path_of: Callable[[str], AnyPath]) -> list[list[Run]]:
