@@ -4,11 +4,12 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import ClassVar
 
 log = logging.getLogger("plasticity_jax")
 
 LOG_EVERY_SECONDS = 10.0
+
+checks: list[Callable[[], None]] = []  # called at every update, in the thread that works; one raises to end the work
 
 
 class Progress:
@@ -22,8 +23,6 @@ class Progress:
       unit: the unit's plural name ("tokens", "documents").
       initial: units done before, as after a resume; they do not count into the rate.
     """
-
-    on_update: ClassVar[Callable[[], None]] = staticmethod(lambda: None)  # called at every update; may raise to end the work
 
     def __init__(self, what: str, *, total: int | None, unit: str, initial: int = 0):
         self.what, self.total, self.unit = what, total, unit
@@ -51,7 +50,8 @@ class Progress:
 
     def update(self, amount: int, note: str = "") -> None:
         """Advances by `amount` units; `note` (such as a loss) is shown beside the rate."""
-        Progress.on_update()
+        for check in checks:
+            check()
         self.done += amount
         self.note = note or self.note
         if self._bar is not None:

@@ -109,8 +109,8 @@ def jobs_of(config: StudyConfig, runs: list[Run], *, done: set[str], workdir: st
         stage = stages()[run.stage]
         if stage.job:
             name, command = stage.job, ["study", *given, "--stages", ",".join(one.name for one in stages().values() if one.job == stage.job)]
-        elif run.stage == "pretrain" and config.grid.mode == "vmapped":
-            name, command = "pretrain", ["pretrain", *given]
+        elif stage.batched and config.grid.mode == "vmapped":
+            name, command = stage.name, ["study", *given, "--stages", stage.name]
         elif run.stage == "pretrain":
             name, command = _name(run.id), ["pretrain", *given, "--member", run.member]
         elif run.stage == "finetune":

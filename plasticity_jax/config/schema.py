@@ -226,7 +226,9 @@ class GridConfig:
     fields: tuple[tuple[str, tuple[Any, ...]], ...] = result((), 'swept besides, such as (("train.peak_lr", (2e-4, 4e-4)),)')
     changes: tuple[tuple[str, dict], ...] = result((), "(regex over members' names, {result field: value}) pairs; every match applies, in order")
     seeds: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] = result((0,), "seeds of the initial parameters and of the order of the batches")
-    mode: Literal["sequential", "vmapped"] = execution("sequential", "one by one | members that differ in traced hyperparameters only as one program")
+    mode: Literal["auto", "sequential", "vmapped"] = execution(
+        "auto", "sequential: one by one | vmapped: members that differ in traced hyperparameters only as one program | auto: as many as memory allows"
+    )
 
     def check(self, config: "StudyConfig") -> None:
         if (self.weight_decay is None) == (self.timescales is None):

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from plasticity_jax import progress
 from plasticity_jax.errors import UserError
-from plasticity_jax.progress import Progress
 
 log = logging.getLogger("plasticity_jax")
 
@@ -156,7 +156,7 @@ def side_by_side(lanes: Sequence[Lane], work: Callable[[Lane], None]) -> None:
             stop.ask(in_order=True)
 
     threads = [threading.Thread(target=guarded, args=(lane,), name=f"lane {lane.index}", daemon=True) for lane in here]
-    before, Progress.on_update = Progress.on_update, stop.check
+    progress.checks.append(stop.check)
     try:
         for thread in threads:
             thread.start()
@@ -167,7 +167,7 @@ def side_by_side(lanes: Sequence[Lane], work: Callable[[Lane], None]) -> None:
             _wait(threads)
             raise
     finally:
-        Progress.on_update = before
+        progress.checks.remove(stop.check)
     if errors:
         raise errors[0]
 

@@ -9,7 +9,7 @@ from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import task_run, task_settings
 from plasticity_jax.stages.pretrain import pretrain_run
-from plasticity_jax.stages.stage import Context, Plan, Planned, Program, Stage
+from plasticity_jax.stages.stage import Batched, Context, Plan, Planned, Program, Stage
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -89,6 +89,13 @@ def _program(run: Run) -> str:
     return to_json([fields, run.parents["task"]])
 
 
+def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
+    from plasticity_jax.train.finetune import step_settings
+    from plasticity_jax.train.memory import training_bytes
+
+    return training_bytes(step_settings(config, config.model, mesh), mesh, config.finetune.batch_size, config.finetune.length_buckets[-1])
+
+
 def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
     from plasticity_jax.parallel.batches import padded_batch_size
     from plasticity_jax.train.finetune import step_settings
@@ -116,6 +123,6 @@ STAGE = Stage(
     plan=_plan,
     check=_check,
     devices="all",
-    batched=(_program, run_batch),
+    batched=Batched(_program, run_batch, _bytes),
     programs=_programs,
 )

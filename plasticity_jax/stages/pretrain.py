@@ -9,9 +9,10 @@ from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
-from plasticity_jax.stages.stage import Context, Figure, Plan, Planned, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Batched, Context, Figure, Plan, Planned, Rows, Stage, Table, member_row, number
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from matplotlib.figure import Figure as Drawing
 
     from plasticity_jax.report.results import StudyResults
@@ -85,6 +86,13 @@ def _program(run: Run) -> str:
     train = {name: value for name, value in run.fields["train"].items() if name not in ("peak_lr", "warmup_fraction")}
     fields = {name: value for name, value in run.fields.items() if name != "weight_decay"}
     return to_json([fields | {"train": train}, run.parents])
+
+
+def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
+    from plasticity_jax.train.memory import training_bytes
+    from plasticity_jax.train.pretrain import step_settings
+
+    return training_bytes(step_settings(config, mesh), mesh, config.train.batch_size, config.train.seq_len)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ report
@@ -207,7 +215,7 @@ STAGE = Stage(
     plan=_plan,
     check=_check,
     devices="all",
-    batched=(_program, run_batch),
+    batched=Batched(_program, run_batch, _bytes),
     tables={
         "members": Table(_member_rows, on_page=False),
         "curves": Table(_curve_rows, on_page=False),

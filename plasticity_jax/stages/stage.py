@@ -178,6 +178,21 @@ class Program:
     way_out: str = "raise mesh.fsdp, or take more devices"
 
 
+@dataclass(frozen=True)
+class Batched:
+    """How a stage carries out several runs as one program.
+
+    Attributes:
+      key: runs with an equal key may be carried out together.
+      run: carries out such runs and returns the record of each.
+      bytes: (config, mesh) → about how many bytes one of the runs takes on each device.
+    """
+
+    key: Callable[[Run], str]
+    run: Callable[[Sequence[Context]], list[Any]]
+    bytes: "Callable[[StudyConfig, Mesh], int]"
+
+
 def _no_programs(config: StudyConfig, mesh: "Mesh") -> "Iterable[Program]":
     return ()
 
@@ -223,7 +238,7 @@ class Stage:
       check: refuses, with a UserError, what cannot work, before a study starts; receives the runs of the stage that are to be carried out.
       devices: "all" if every process takes part with its devices, "first" if the first process works while the others wait, "none" if that one needs
         no accelerator either.
-      batched: (key, run_batch) where several runs can be carried out by one call: runs with an equal key form a batch in `grid.mode = "vmapped"`.
+      batched: where several runs can be carried out as one program (`grid.mode`).
       may_diverge: beginning of the roles of which some parents may have diverged, so long as one is left.
       programs: (config, mesh) → its largest programs, which `plasticity check` compiles.
       checkpoints: whether it writes checkpoints of a model.
@@ -247,7 +262,7 @@ class Stage:
     plan: "Callable[[Plan], Iterable[Planned]] | None" = None
     check: Callable[[StudyConfig, Sequence[Run]], None] = _no_check
     devices: str = "first"
-    batched: tuple[Callable[[Run], str], Callable[[Sequence[Context]], list[Any]]] | None = None
+    batched: "Batched | None" = None
     may_diverge: str | None = None
     programs: "Callable[[StudyConfig, Mesh], Iterable[Program]]" = _no_programs
     checkpoints: bool = False

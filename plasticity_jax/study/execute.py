@@ -22,6 +22,7 @@ from plasticity_jax.stages import Context, Stage, stages
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
 from plasticity_jax.study.graph import build_graph, run_configs, save_study, study_dir
+from plasticity_jax.study.together import check_groups, grouped
 
 log = logging.getLogger("plasticity_jax")
 
@@ -97,8 +98,9 @@ def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> N
             mine = [run for run in todo if run.stage == name]
             if mine:
                 stage.check(config, mine)
-            if mine and stage.batched and config.grid.mode == "vmapped":
-                _check_members(config, [run for run in runs if run.stage == name])
+            if mine and stage.batched and config.grid.mode != "sequential":
+                alike = [run for run in runs if run.stage == name]
+                check_groups(alike, run_configs(_on_this_device(config), alike))
 
 
 @contextlib.contextmanager
@@ -106,22 +108,9 @@ def _first_lane(config: StudyConfig, todo: Sequence[Run]) -> Iterator[None]:
     """The devices that one run gets, if any needs devices. Raises UserError if they cannot be divided."""
     devices = None
     if any(stages()[run.stage].devices != "none" for run in todo):
-        import jax
-
-        devices = _lanes(for_device(config, jax.devices()[0].device_kind))
+        devices = _lanes(_on_this_device(config))
     with devices[0].active() if devices else contextlib.nullcontext():
         yield
-
-
-def _check_members(config: StudyConfig, runs: Sequence[Run]) -> None:
-    """Refuses a mesh whose member axis does not divide the members of a program. Raises UserError."""
-    import jax
-
-    from plasticity_jax.parallel.mesh import check_members, make_mesh
-
-    mesh = make_mesh(for_device(config, jax.devices()[0].device_kind).mesh)
-    for group in _groups(config, runs):
-        check_members(mesh, len(group))
 
 
 def check_workdir(workdir: AnyPath, config: StudyConfig) -> None:
@@ -255,12 +244,12 @@ def execute(
         return outcome
     devices = None
     if any(stages()[run.stage].devices != "none" for run in todo):
-        import jax
-
-        config = for_device(config, jax.devices()[0].device_kind)
+        config = _on_this_device(config)
         devices = _lanes(config)
-    groups = _groups(config, todo)
-    execution = _Execution(workdir, path_of, run_configs(config, todo), _serve_one(runs), fail_fast, outcome, len(groups))
+    configs = run_configs(config, runs)
+    with devices[0].active() if devices else contextlib.nullcontext():
+        groups = grouped(runs, configs, {run.id for run in todo})
+    execution = _Execution(workdir, path_of, configs, _serve_one(runs), fail_fast, outcome, len(groups))
     for wave in _waves(groups, devices):
         if outcome.failed and fail_fast:
             break
@@ -275,6 +264,12 @@ def execute(
 
 
 Numbered = tuple[int, list[Run]]  # a group of runs, and its place among all
+
+
+def _on_this_device(config: StudyConfig) -> StudyConfig:
+    import jax
+
+    return for_device(config, jax.devices()[0].device_kind)
 
 
 def _lanes(config: StudyConfig) -> list[lanes.Lane] | None:
@@ -407,15 +402,6 @@ def _serve_one(runs: Sequence[Run]) -> bool:
     return sum(run.id not in parents for run in runs) == 1
 
 
-def _groups(config: StudyConfig, runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs carried out by one call: each by itself, but in vmapped mode those that their stage batches."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        batched = stages()[run.stage].batched
-        groups.setdefault(batched[0](run) if batched and config.grid.mode == "vmapped" else run.id, []).append(run)
-    return list(groups.values())
-
-
 def _program(config: StudyConfig, group: Sequence[Run]) -> str:
     """What runs need about the same device memory share: stage, task, number of members, and the config but for traced numbers."""
     shapes = {
@@ -495,7 +481,7 @@ def _drop_optimizer(path: AnyPath) -> None:
 
 
 def _results(stage: Stage, contexts: Sequence[Context]) -> Sequence[Any]:
-    return stage.batched[1](contexts) if stage.batched and len(contexts) > 1 else [stage.run(context) for context in contexts]
+    return stage.batched.run(contexts) if stage.batched and len(contexts) > 1 else [stage.run(context) for context in contexts]
 
 
 def _as_dict(stage: Stage, record: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def stages(monkeypatch):
         return results
 
     recording = {
-        name: replace(stage, run=lambda context: run_batch([context])[0], batched=stage.batched and (stage.batched[0], run_batch))
+        name: replace(stage, run=lambda context: run_batch([context])[0], batched=stage.batched and replace(stage.batched, run=run_batch))
         for name, stage in declared().items()
     }
     monkeypatch.setattr(execution, "stages", lambda: recording)

@@ -1,0 +1,87 @@
+"""Which runs are carried out as one program: what `grid.mode` comes to on these devices."""
+
+import logging
+from collections.abc import Collection, Sequence
+
+from plasticity_jax.config import StudyConfig
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages import stages
+
+log = logging.getLogger("plasticity_jax")
+
+MEMORY_SHARE = 0.5  # of a device, which `grid.mode = "auto"` fills with members; the estimate of a member is within 15%
+
+
+def grouped(runs: Sequence[Run], configs: dict[str, StudyConfig], todo: Collection[str]) -> list[list[Run]]:
+    """The runs of `todo`, in groups that are carried out by one call each.
+
+    With `grid.mode` "sequential" each by itself; with "vmapped" all together that one program can serve. With "auto" as many of these as fit in half of
+    the memory of a device, by the estimate of their stage, where a device's memory is known; on CPUs one by one, because one model's products keep the
+    cores busy already. A mesh with a member axis is for members together: each group then fills it.
+
+    The groups depend on all `runs`, and not on which of them are done: a group that is interrupted resumes as the same program.
+
+    Args:
+      configs: id of a run → the config to carry it out with.
+      todo: ids of runs.
+    """
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        batched, mode = stages()[run.stage].batched, configs[run.id].grid.mode
+        alike.setdefault(batched.key(run) if batched and mode != "sequential" else run.id, []).append(run)
+    found = []
+    for group in alike.values():
+        size = _size(configs[group[0].id], group)
+        found += [group[start : start + size] for start in range(0, len(group), size)]
+    waiting = [[run for run in group if run.id in todo] for group in found]
+    return sorted((group for group in waiting if group), key=lambda group: runs.index(group[0]))
+
+
+def check_groups(runs: Sequence[Run], configs: dict[str, StudyConfig]) -> None:
+    """Refuses a mesh whose member axis does not divide the members of a program. Raises UserError."""
+    from plasticity_jax.parallel.mesh import check_members, make_mesh
+
+    for group in grouped(runs, configs, {run.id for run in runs}):
+        check_members(make_mesh(configs[group[0].id].mesh), len(group))
+
+
+def members_that_fit(members: int, bytes_of_one: int, limit: int, axis: int) -> int:
+    """How many of the members to carry out together, as nearly equal groups as the member axis allows.
+
+    Args:
+      bytes_of_one: per device, of a member that has all devices.
+      limit: bytes of a device that programs can use.
+      axis: size of the mesh's member axis, over which members spread.
+    """
+    most = max(axis, int(MEMORY_SHARE * limit / bytes_of_one) // axis * axis)
+    groups = -(-members // most)
+    return min(members, -(-members // (groups * axis)) * axis)
+
+
+def _size(config: StudyConfig, group: Sequence[Run]) -> int:
+    """How many runs of a group of alike ones are carried out together."""
+    stage, members = stages()[group[0].stage], len(group)
+    if config.grid.mode != "auto" or members == 1 or stage.batched is None:
+        return members
+    from plasticity_jax.parallel.mesh import make_mesh
+
+    mesh = make_mesh(config.mesh)
+    axis, device = mesh.shape["member"], mesh.devices.flat[0]
+    limit = None if device.platform == "cpu" else _limit(device)
+    if limit is None:
+        size = members if axis > 1 else 1
+        why = f"mesh.member={axis}" if axis > 1 else f"one by one on {device.device_kind}, whose memory is not known"
+    else:
+        of_one = stage.batched.bytes(config, mesh)
+        size = members_that_fit(members, of_one, limit, axis)
+        why = f"one takes about {of_one / 2**30:.2f} GiB of {limit / 2**30:.2f} per device, of which {MEMORY_SHARE:.0%} may be used"
+    log.info("grid.mode auto → %s: %d of %d alike runs as one program (%s)", stage.name, size, members, why)
+    return size
+
+
+def _limit(device) -> int | None:
+    """Bytes of a device's memory that programs can use, if they are known."""
+    from plasticity_jax.parallel import hardware
+
+    known = hardware.of_kind(device.device_kind)
+    return known.limit if known else (device.memory_stats() or {}).get("bytes_limit")
