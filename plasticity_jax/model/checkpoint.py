@@ -1,5 +1,6 @@
 """Checkpoints of a run: parameters, and the optimizer's state beside them, by step."""
 
+import asyncio
 import functools
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
+from orbax.checkpoint._src.serialization import ocdbt_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils as ts_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from plasticity_jax.errors import UserError, reason
@@ -80,11 +83,13 @@ class Checkpoints:
         absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns about every sharding and every missing item that is meant
         together = {} if jax.process_count() == 1 else {"multiprocessing_options": _processes(self._place, alone)}
         self._only_here = bool(together) and (alone or processes.count() == 1)
-        if self._only_here and not read_only:
+        self._lane = lanes.active() if together and not read_only else None
+        some = self._only_here or self._lane is not None
+        if some and not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if read_only else AnyPreservationPolicy([LatestN(keep), CustomSteps(keep_steps)]),
-            create=not read_only and not self._only_here,
+            create=not read_only and not some,
             read_only=read_only,
             enable_async_checkpointing=asynchronous and not read_only,
             # Made in the background, a folder is awaited by the number of saves so far, which differs where one process has saved by itself.
@@ -96,6 +101,8 @@ class Checkpoints:
         handler = (
             functools.partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=save_bytes / 1e9)  # pyright: ignore[reportArgumentType]
             if save_bytes is not None
+            else functools.partial(ocp.PyTreeCheckpointHandler, type_handler_registry=_registry(self._lane.ranks[0]))
+            if self._lane is not None
             else ocp.StandardCheckpointHandler
         )
         handlers = {name: handler(**together) for name in ("params", "optimizer")} | {"checksums": ocp.JsonCheckpointHandler(**together)}
@@ -111,7 +118,8 @@ class Checkpoints:
     def _save_args(self, tree: Any) -> Any:
         if not self._frugal:
             # Orbax takes no arrays of one process's own devices where there are several processes.
-            return ocp.args.StandardSave(jax.tree.map(np.asarray, tree) if self._only_here else tree)
+            save = ocp.args.StandardSave if self._lane is None else ocp.args.PyTreeSave
+            return save(jax.tree.map(np.asarray, tree) if self._only_here else tree)
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), tree)
         return ocp.args.PyTreeSave(tree, save_args=pieces, ocdbt_target_data_file_size=_FILE)
 
@@ -227,6 +235,33 @@ def _processes(directory: AnyPath, alone: bool) -> Any:
     members = {jax.process_index()} if alone or lane is None else set(lane.ranks)
     first = min(members)
     return ocp.options.MultiprocessingOptions(primary_host=first, active_processes=members, barrier_sync_key_prefix=f"{name}_{first}")
+
+
+def _registry(first: int) -> Any:
+    """Orbax's handlers of arrays for processes without process 0, of which `first` is the first: its own leave to process 0 what one process writes."""
+    return ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=first)), (np.ndarray, _WrittenHere())
+    )
+
+
+class _WrittenHere(ocp.type_handlers.NumpyHandler):
+    """Writes NumPy arrays on the process that asks for it. Orbax's handler, which this follows, writes them on process 0 only, without a setting."""
+
+    async def _background_serialize(self, values: Sequence[np.ndarray], infos: Sequence[Any], args: Sequence[ocp.SaveArgs] | None = None) -> None:
+        writes = []
+        for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
+            await info.await_path_creation()
+            spec = ts_utils.build_array_write_spec(
+                info=info,
+                arg=arg,
+                global_shape=value.shape,
+                local_shape=value.shape,
+                dtype=value.dtype,
+                use_ocdbt=info.is_ocdbt_checkpoint,
+                process_index=ocdbt_utils.get_process_index_for_subdir(use_ocdbt=info.is_ocdbt_checkpoint),
+            )
+            writes.append(self._open_and_write(value, spec.json, info.ts_context))
+        await asyncio.gather(*writes)
 
 
 def checksums(tree: Any) -> list[int]:

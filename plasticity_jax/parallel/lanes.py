@@ -49,13 +49,13 @@ class Lane:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Makes it the lane of this thread while the block runs."""
+        """Makes it the lane of this thread while the block runs. A process without devices in it can only ask what it is like."""
         import jax
 
-        own = next(device for device in self.devices if device.process_index == jax.process_index())
+        own = next((device for device in self.devices if device.process_index == jax.process_index()), None)
         token = _active.set(self)
         try:
-            with jax.default_device(own):
+            with contextlib.nullcontext() if own is None else jax.default_device(own):
                 yield
         finally:
             _active.reset(token)

@@ -196,3 +196,26 @@ def test_what_cannot_be_split_is_refused_before_anything_is_written(tmp_path):
     status, lines = end(start(*STAGES, "--config.launch.parallel_runs=3", "--workdir", tmp_path / "work", devices=8))
     assert status == 2 and "launch.parallel_runs=3 does not divide the 8 devices" in lines[-1]
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.processes
+def test_each_of_two_processes_is_a_lane(one_by_one, tmp_path):
+    """XLA adds over its own devices and over processes in another order, so that only roundings agree; the runs of both processes are whole."""
+    import jax
+    from test_processes import pair
+
+    from plasticity_jax.model.load import load_model
+
+    shutil.copytree(one_by_one, tmp_path / "work")
+    for stage in ("pretrain", "spectra"):
+        shutil.rmtree(tmp_path / "work" / "tiny" / stage)
+    ended = [end(process) for process in pair([*SIDE_BY_SIDE, "--workdir", tmp_path / "work"], devices=(4, 4))]
+    assert [status for status, _ in ended] == [0, 0], ended
+    for _, lines in ended:  # each tells of its own runs
+        assert any("/tiny/pretrain" in line or "] pretrain/" in line for line in lines), lines
+    expected, found = numbers(one_by_one), numbers(tmp_path / "work")
+    assert found.keys() == expected.keys()
+    for path in (one_by_one / "tiny" / "pretrain").iterdir():
+        of_one, of_two = (jax.tree.leaves(load_model(place).params) for place in (path, tmp_path / "work" / "tiny" / "pretrain" / path.name))
+        for x, y in zip(of_one, of_two, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * float(np.abs(x).max()))

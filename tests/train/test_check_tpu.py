@@ -13,9 +13,12 @@ from worlds import CONFIG, change
 from plasticity_jax.config import MeshConfig, load_config
 from plasticity_jax.model.transformer import count_params
 from plasticity_jax.parallel.deviceless import target
+from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.stages import stages
 from plasticity_jax.study.check import check_stages
 from plasticity_jax.train.check import check, program_bytes, refused_bytes
+from plasticity_jax.train.memory import training_bytes
+from plasticity_jax.train.pretrain import step_settings
 
 pytestmark = pytest.mark.tpu_compile
 
@@ -77,3 +80,14 @@ def test_two_checks_at_once_do_not_wait_for_each_other_or_fail():
     finally:
         first.stdin.close()
         first.wait()
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_the_estimate_of_a_training_step_is_what_the_compiler_needs(remat):
+    place = target("v5e:2x2")
+    model = {"vocab_size": 8192, "d_model": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 4, "d_ff": 1408}
+    train = {"batch_size": 32, "seq_len": 2048, "compute_dtype": "bfloat16", "scan_layers": True, "remat": remat}
+    config = change(change(CONFIG, "model", **model), "train", **train)
+    config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=4))
+    mesh = make_mesh(config.mesh, place.devices)
+    assert training_bytes(step_settings(config, mesh), mesh, 32, 2048) == pytest.approx(check(config, place).total, rel=0.25)
