@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ _PIECE, _FILE = 4 << 20, 16 << 20
 # On gs:// Orbax writes it last into a step's folder: a step without it is not whole.
 COMMITTED = "commit_success.txt"
 _BLOCK = 1 << 20  # elements summed at once
+_saving = threading.Lock()  # Orbax counts the saves of a process, and takes no two threads that begin one at once
 
 
 def finished_steps(directory: AnyPath) -> set[int]:
@@ -92,8 +94,9 @@ class Checkpoints:
             create=not read_only and not some,
             read_only=read_only,
             enable_async_checkpointing=asynchronous and not read_only,
-            # Made in the background, a folder is awaited by the number of saves so far, which differs where one process has saved by itself.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=not together),
+            # Made in the background, a folder is awaited by the number of saves so far in the process: not the same on all processes where one has saved
+            # by itself, and not fixed where lanes save at once.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=not together and lanes.active() is None),
             **together,
         )
         self._frugal, self._together = save_bytes is not None, together
@@ -113,7 +116,8 @@ class Checkpoints:
         trees = {"params": params} if optimizer is None else {"params": params, "optimizer": optimizer}
         sums = {name: checksums(tree) for name, tree in trees.items()}
         items = {name: self._save_args(tree) for name, tree in trees.items()}
-        self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(sums)))
+        with _saving:
+            self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(sums)))
 
     def _save_args(self, tree: Any) -> Any:
         if not self._frugal:

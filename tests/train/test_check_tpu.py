@@ -82,7 +82,7 @@ def test_two_checks_at_once_do_not_wait_for_each_other_or_fail():
         first.wait()
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.nightly)])
 def test_the_estimate_of_a_training_step_is_what_the_compiler_needs(remat):
     place = target("v5e:2x2")
     model = {"vocab_size": 8192, "d_model": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 4, "d_ff": 1408}
