@@ -177,6 +177,9 @@ class TrainConfig:
         "none", "recompute in the backward pass: none | dots (all but matmuls) | full (all but block inputs)"
     )
     attention: Literal["auto", "xla", "cudnn", "splash"] = execution("auto", "auto | xla | cudnn (NVIDIA) | splash (TPU)")
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = execution(
+        None, "first and last step to record for TensorBoard and Perfetto, such as (20, 24)"
+    )
     loss_chunks: NonNegativeInt = execution(0, "parts of a sequence whose logits are held at once; 0: as few as stay within 256 MiB per device")
 
     @property
@@ -193,6 +196,8 @@ class TrainConfig:
             raise UserError(f'train.keep_steps={self.keep_steps!r} must be steps, such as (1,10,100), or "log:N" with N from 2 to 9999.')
         if self.kept_steps and self.kept_steps[-1] > self.steps:
             raise UserError(f"train.keep_steps names step {self.kept_steps[-1]}, after the last, train.steps={self.steps}; leave it out.")
+        if self.profile_steps and not self.profile_steps[0] <= self.profile_steps[1] <= self.steps:
+            raise UserError(f"train.profile_steps={self.profile_steps} must be (first, last), ascending and at most train.steps={self.steps}.")
         if self.loss_chunks and self.seq_len % self.loss_chunks:
             raise UserError(
                 f"train.seq_len={self.seq_len} is not divisible by train.loss_chunks={self.loss_chunks}; set loss_chunks to a divisor, or to 0."

@@ -21,6 +21,7 @@ from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.jsonfiles import read_json, write_json
 from plasticity_jax.runs.logs import METRICS, MetricsLog, read_log
 from plasticity_jax.runs.storage import AnyPath
+from plasticity_jax.train.profile import StepProfile
 from plasticity_jax.train.step import Batch, Hyper, Metrics, State
 
 TAIL_STEPS = 20  # last steps, which are all logged; their mean is the training loss of a run
@@ -37,6 +38,7 @@ class LoopSettings:
       eval_every: steps between held-out losses; None for none.
       max_loss: in nats per token; a model whose loss is higher, or not finite, has diverged.
       total_tokens: total number of targets per model, for the progress bar.
+      profile_steps: the first and the last step to record (see `profile.StepProfile`); None for none.
     """
 
     steps: int
@@ -46,6 +48,7 @@ class LoopSettings:
     max_loss: float
     total_tokens: int
     keep_steps: tuple[int, ...] = ()
+    profile_steps: tuple[int, int] | None = None
 
 
 @dataclass
@@ -148,11 +151,15 @@ def train(
             Progress(what, total=settings.total_tokens * len(tracks), unit="tokens", initial=sum(track.tokens for track in tracks))
         )
         loop = _Loop(tracks, members, settings, held_out, clock, progress)
+        profile = StepProfile(settings.profile_steps, tracks[0].directory)
+        stack.callback(profile.close)
         shapes = set()
         for done, batch in enumerate(batches, start + 1):
             shape = np.shape(batch["tokens"])
-            with contextlib.nullcontext() if shape in shapes else clock.paused():  # the first call compiles
+            first = shape not in shapes  # which compiles
+            with clock.paused() if first else contextlib.nullcontext(), profile.step(done) as sent:
                 state, metrics = train_step(state, batch, hyper)
+                sent(metrics)
             shapes.add(shape)
             loop.settle_pending()
             loop.pending = (done, metrics)

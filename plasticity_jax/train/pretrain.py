@@ -197,6 +197,7 @@ def _loop_settings(config: StudyConfig) -> LoopSettings:
         max_loss=train_config.max_loss,
         total_tokens=train_config.steps * train_config.batch_size * train_config.seq_len,
         keep_steps=train_config.kept_steps,
+        profile_steps=train_config.profile_steps,
     )
 
 

@@ -1,5 +1,7 @@
 """Whole pretraining runs: resume, vmapped members, divergence, what is recorded."""
 
+import gzip
+import json
 import math
 
 import jax
@@ -120,6 +122,17 @@ def test_chosen_steps_are_kept_and_change_no_result(world: World, monkeypatch):
         np.testing.assert_array_equal(a, b)
     timed = ("seconds", "tokens_per_second")
     assert {k: v for k, v in result.items() if k not in timed} == {k: v for k, v in world.results["base"].items() if k not in timed}
+
+
+def test_recorded_steps_change_no_result_and_hold_the_steps(world: World):
+    [plain] = world.pretrain({"plain": 0.1}, CONFIG)
+    [recorded] = world.pretrain({"recorded": 0.1}, change(CONFIG, "train", profile_steps=(5, 6)))
+    assert recorded["held_out"] == plain["held_out"] and recorded["train_loss"] == plain["train_loss"]
+    folder = world.root / "recorded" / "profile"
+    [trace] = folder.glob("**/*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert [event["args"]["step_num"] for event in events if event.get("name") == "train"] == ["5", "6"]
+    assert list(folder.glob("**/*.xplane.pb")) and (folder / "memory.prof").stat().st_size and not (world.root / "plain" / "profile").exists()
 
 
 def test_resume_really_resumes(world: World, monkeypatch):
