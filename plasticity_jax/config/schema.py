@@ -332,7 +332,10 @@ class EvaluateConfig:
     stop: tuple[Text, ...] = result(("Human", "Human:", "Assistant", "Assistant:"), "a completion ends before the first of these")
     seed: int = result(0, "seed of the samples")
     prompt_buckets: Buckets = result((32, 64, 96, 128), "lengths in tokens, strictly increasing; a longer prompt loses its beginning")
-    batch_size: PositiveInt = execution(512, "sequences generated at once")
+    batch_size: PositiveInt = execution(512, "sequences generated at once, by each model")
+    weights: Literal["auto", "whole", "sharded"] = execution(
+        "auto", "whole: matrices on every device | sharded: as trained, gathered for every token | auto: whole up to a quarter of a device's memory"
+    )
     grade_workers: NonNegativeInt = execution(0, "processes that compare mathematical answers; 0 takes one per core")
 
     def check(self, config: "StudyConfig") -> None:

@@ -1,6 +1,7 @@
 """Completions of one batch on the device: prompts are read once each, then all their completions are decoded together until all have ended."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.evaluate.sampling import Sampling, draw, keep_top_k, keep_top_p, penalize, tokens_seen
-from plasticity_jax.model.cache import PromptCache, RowCache, decode, read_prompts
+from plasticity_jax.model.cache import Layout, PromptCache, RowCache, decode, read_prompts
 
 
 class Plan(NamedTuple):
@@ -24,6 +25,8 @@ class Plan(NamedTuple):
     top_p: bool
     penalty: bool
     compute_dtype: Any
+    layout: Layout
+    members: bool  # parameters and results of several models, along a leading member axis; the prompts are shared
 
 
 class TracedSettings(NamedTuple):
@@ -72,7 +75,9 @@ class Memory(NamedTuple):
     seen_BxV: Bool[Array, "b v"] | None
 
 
-def plan_of(config: ModelConfig, sampling: Sampling, max_new_tokens: int, compute_dtype: Any) -> Plan:
+def plan_of(
+    config: ModelConfig, sampling: Sampling, max_new_tokens: int, compute_dtype: Any, layout: Layout = Layout(), *, members: bool = False
+) -> Plan:
     """The plan of a call. Settings that change nothing are switched off, so that they cost nothing."""
     samples = sampling.n_samples > 0
     return Plan(
@@ -84,6 +89,8 @@ def plan_of(config: ModelConfig, sampling: Sampling, max_new_tokens: int, comput
         top_p=samples and sampling.top_p < 1,
         penalty=sampling.repetition_penalty != 1,
         compute_dtype=jnp.dtype(compute_dtype),
+        layout=layout,
+        members=members,
     )
 
 
@@ -92,6 +99,20 @@ def complete(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> D
     """Decodes a whole batch. The parameters are an argument, so one compiled program serves every model of the same shape."""
     decoded, prompt, memory = _read(plan, params, batch, traced)
     return _decode(plan, params, batch, traced, decoded, prompt, memory, plan.max_new_tokens)[0]
+
+
+_OF_MEMBERS = Decoded(None, 0, 0, 0)  # pyright: ignore[reportArgumentType]  # the fields that have a member axis: all but the step, which they share
+
+
+def _each_member(plan: Plan, function: Callable, in_axes: tuple, out_axes: Any) -> Callable:
+    """The function, mapped over the members where there are several."""
+    if not plan.members:
+        return function
+    across = "member" if plan.layout.mesh is not None else None
+    return jax.vmap(function, in_axes=in_axes, out_axes=out_axes, axis_name=_MEMBERS, spmd_axis_name=across)
+
+
+_MEMBERS = "members"
 
 
 def start_decoding(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> tuple[Decoded, PromptCache, Memory]:
@@ -131,6 +152,11 @@ def _start_decoding(plan: Plan, params: Any, batch: Batch, traced: TracedSetting
 
 
 def _read(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> tuple[Decoded, PromptCache, Memory]:
+    of_one = functools.partial(_read_one, plan)
+    return _each_member(plan, of_one, (0, None, None), (_OF_MEMBERS, 0, 0))(params, batch, traced)
+
+
+def _read_one(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> tuple[Decoded, PromptCache, Memory]:
     n_prompts, n_rows = batch.tokens_PxS.shape[0], plan.n_samples + plan.greedy
     logits_PxV, prompt, cache = read_prompts(
         plan.config,
@@ -140,6 +166,7 @@ def _read(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> tupl
         rows_per_prompt=n_rows,
         slots=plan.max_new_tokens,
         compute_dtype=plan.compute_dtype,
+        layout=plan.layout,
     )
     seen_BxV = None
     if plan.penalty:
@@ -154,13 +181,23 @@ def _read(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> tupl
 def _decode(
     plan: Plan, params: Any, batch: Batch, traced: TracedSettings, decoded: Decoded, prompt: PromptCache, memory: Memory, until: Any
 ) -> tuple[Decoded, Memory]:
+    of_one = functools.partial(_decode_one, plan)
+    axes = (0, None, None, _OF_MEMBERS, 0, 0, None)
+    return _each_member(plan, of_one, axes, (_OF_MEMBERS, 0))(params, batch, traced, decoded, prompt, memory, until)
+
+
+def _decode_one(
+    plan: Plan, params: Any, batch: Batch, traced: TracedSettings, decoded: Decoded, prompt: PromptCache, memory: Memory, until: Any
+) -> tuple[Decoded, Memory]:
     def unfinished(state):
         (step, _, ended_B, _), _ = state
-        return (step < until) & ~jnp.all(ended_B)
+        going = ~jnp.all(ended_B)
+        # One condition for all members: with one for each, the loop would choose between the old and the new cache of every member at every step.
+        return (step < until) & (jax.lax.pmax(going.astype(jnp.int32), _MEMBERS) > 0 if plan.members else going)
 
     def advance(state):
         (step, token_B, ended_B, out_NxB), (cache, seen_BxV) = state
-        logits_BxV, cache = decode(plan.config, params, token_B, step - 1, prompt, cache, compute_dtype=plan.compute_dtype)
+        logits_BxV, cache = decode(plan.config, params, token_B, step - 1, prompt, cache, compute_dtype=plan.compute_dtype, layout=plan.layout)
         token_B, seen_BxV = _choose(plan, batch, traced, step, logits_BxV, seen_BxV)
         token_B = jnp.where(ended_B, traced.pad_id, token_B)
         decoded = Decoded(step + 1, token_B, ended_B | (token_B == traced.eos_id), out_NxB.at[step].set(token_B))

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,18 @@ import numpy as np
 from plasticity_jax.config import EvaluateConfig
 from plasticity_jax.data.tasks import Example, Task, format_prompt
 from plasticity_jax.evaluate.answers import extract_answer
-from plasticity_jax.evaluate.generate import Sampling, completions, count_cut, cut_at_stop, decoding_params, stop_check
+from plasticity_jax.evaluate.generate import (
+    Completion,
+    Sampling,
+    completions,
+    completions_of_members,
+    count_cut,
+    cut_at_stop,
+    layout_for,
+    placed,
+    stacked,
+    stop_check,
+)
 from plasticity_jax.evaluate.grading import Grading
 from plasticity_jax.evaluate.metrics import failures, macro_average, metrics
 from plasticity_jax.evaluate.options import Choice, choose
@@ -43,18 +54,28 @@ class Protocol:
     faithful: bool
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A model to score.
+
+    Attributes:
+      model: with a tokenizer.
+      folder: the run's directory.
+      name: of the run, for the progress.
+    """
+
+    model: LoadedModel
+    folder: AnyPath
+    name: str
+
+
 def evaluate(
-    model: LoadedModel,
-    task: Task,
-    problems: Sequence[Example],
-    settings: EvaluateConfig,
-    protocol: Protocol,
-    *,
-    forward: Forward,
-    folder: AnyPath,
-    what: str,
-) -> dict[str, Any]:
-    """Scores a model on problems; base and fine-tuned models in exactly the same way.
+    models: Sequence[Scored], task: Task, problems: Sequence[Example], settings: EvaluateConfig, protocol: Protocol, *, forward: Forward
+) -> list[dict[str, Any]]:
+    """Scores models on problems; base and fine-tuned models in exactly the same way.
+
+    Several models generate as one program, over a member axis; each gets the completions that it gets by itself, to rounding. Where options are
+    compared, they are scored one by one.
 
     Writes problems.jsonl, one line per problem: id, prompt (as the model read it), problem (without the template), gold, subset, source_split; and
     completions.jsonl, one line per completion, problem by problem: id, sample (0 is greedy, then 1 to n), text, answer (None where none was found),
@@ -63,104 +84,115 @@ def evaluate(
     correct. A killed run resumes after the last batch that it generated.
 
     Args:
-      model: with a tokenizer.
+      models: of one network and tokenizer.
       problems: rows of the task.
-      forward: how to run the model.
-      folder: the run's directory.
-      what: is being done, for the progress.
+      forward: how to run the models.
     Returns:
-      On the first process (empty on the others): metrics (see `metrics.metrics`; "accuracy" and "accuracy_by_length" where options are compared),
+      For each model, on the first process (empty on the others): metrics (see `metrics.metrics`; "accuracy" and "accuracy_by_length" where options are compared),
       problems, n_samples, failures (fractions of wrong, unanswered and timed-out completions: greedy, samples), per_problem (greedy 0/1, samples
       number right, majority 0/1), subsets (test set → its metrics), macro (their mean), majority_class (accuracy of always giving the most common
       gold answer), cut_prompts (how many lost their beginning), unended (fraction of completions at the token limit), source_splits (of the rows).
     """
     if task.grader == "likelihood":
-        results = _compare_options(model, task, problems, settings.batch_size, forward, folder, what)
+        found = [_compare_options(scored.model, task, problems, settings.batch_size, forward, scored.folder, scored.name) for scored in models]
     else:
-        results = _answer(model, task, problems, settings, protocol, forward, folder, what)
+        found = _answer(models, task, problems, settings, protocol, forward)
     if not processes.primary():  # the first process grades and writes
-        return {}
-    log.info("%s: %s", what, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items()))
-    return results | {"source_splits": sorted({problem.source_split for problem in problems})}
+        return [{} for _ in models]
+    splits = {"source_splits": sorted({problem.source_split for problem in problems})}
+    for scored, results in zip(models, found, strict=True):
+        log.info("%s: %s", scored.name, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items()))
+    return [results | splits for results in found]
 
 
 # -------------------------------------------------------------------------------------------------------------------------- completions
 
 
 def _answer(
-    model: LoadedModel,
-    task: Task,
-    problems: Sequence[Example],
-    settings: EvaluateConfig,
-    protocol: Protocol,
-    forward: Forward,
-    folder: AnyPath,
-    what: str,
-) -> dict[str, Any]:
+    models: Sequence[Scored], task: Task, problems: Sequence[Example], settings: EvaluateConfig, protocol: Protocol, forward: Forward
+) -> list[dict[str, Any]]:
     prompts = [format_prompt(problem.prompt) for problem in problems]
-    tokens = model.text_tokenizer.encode_batch(prompts)
-    if protocol.faithful and model.text_tokenizer.bos_id is not None:
+    tokenizer = models[0].model.text_tokenizer
+    tokens = tokenizer.encode_batch(prompts)
+    if protocol.faithful and tokenizer.bos_id is not None:
         # The original's tokenizer put it before prompts here, though not before the rows of fine-tuning. Source: paper section 4.1.
-        tokens = [[model.text_tokenizer.bos_id, *prompt] for prompt in tokens]
-    generated = _generate(model, tokens, settings, protocol, forward, folder / GENERATED, what)
+        tokens = [[tokenizer.bos_id, *prompt] for prompt in tokens]
+    of_models = _generate(models, tokens, settings, protocol, forward)
     if not processes.primary():
-        return {}
-    texts = [[cut_at_stop(text, settings.stop) for text in generated[i]["texts"]] for i in range(len(problems))]
-    rows = graded(problems, texts, [generated[i]["ended"] for i in range(len(problems))], task, protocol.faithful, settings.grade_workers)
-    _write_problems(folder, problems, prompts)
-    write_jsonl(folder / COMPLETIONS, rows)
-    remove_log(folder / GENERATED)
+        return [{} for _ in models]
     cut = count_cut(tokens, settings.prompt_buckets)
     if cut:
-        longest = settings.prompt_buckets[-1]
-        log.warning("%s: %d prompts are longer than %d tokens (evaluate.prompt_buckets) and lost their beginning", what, cut, longest)
-    return summarized(problems, rows) | {"n_samples": protocol.n_samples, "cut_prompts": cut}
+        longest, names = settings.prompt_buckets[-1], ", ".join(scored.name for scored in models)
+        log.warning("%s: %d prompts are longer than %d tokens (evaluate.prompt_buckets) and lost their beginning", names, cut, longest)
+    results = []
+    for scored, generated in zip(models, of_models, strict=True):
+        texts = [[cut_at_stop(text, settings.stop) for text in generated[i]["texts"]] for i in range(len(problems))]
+        rows = graded(problems, texts, [generated[i]["ended"] for i in range(len(problems))], task, protocol.faithful, settings.grade_workers)
+        _write_problems(scored.folder, problems, prompts)
+        write_jsonl(scored.folder / COMPLETIONS, rows)
+        results.append(summarized(problems, rows) | {"n_samples": protocol.n_samples, "cut_prompts": cut})
+    for scored in models:  # only now, so that a kill in between loses none
+        remove_log(scored.folder / GENERATED)
+    return results
+
+
+Generated = dict[int, dict[str, Any]]  # position of a problem → its completions, the greedy one first: texts, and which of them ended by themselves
 
 
 def _generate(
-    model: LoadedModel,
+    models: Sequence[Scored], tokens: Sequence[Sequence[int]], settings: EvaluateConfig, protocol: Protocol, forward: Forward
+) -> list[Generated]:
+    """The completions of each model. Resumes an interrupted run: what every model has is not generated again, and what one has is kept."""
+    found: list[Generated] = [
+        {row["problem"]: row for row in of_model} for of_model in processes.broadcast(lambda: [read_log(one.folder / GENERATED) for one in models])
+    ]
+    skip = frozenset.intersection(*(frozenset(of_model) for of_model in found))
+    if any(found):
+        log.info("resumes after %d of %d problems", len(skip), len(tokens))
+    stores = [AppendLog(one.folder / GENERATED, keep=lambda row: True) for one in models] if processes.primary() else []
+    tokenizer = models[0].model.text_tokenizer
+    for indices, of_models in _completed(models, tokens, settings, protocol, forward, skip):
+        for store, of_model, completed in zip(stores, found, of_models, strict=bool(stores)):
+            for index, of_problem in zip(indices, completed, strict=True):
+                if index not in of_model:
+                    texts = [tokenizer.decode(completion.tokens) for completion in of_problem]
+                    of_model[index] = {"problem": index, "texts": texts, "ended": [completion.ended for completion in of_problem]}
+                    store.append(to_json(of_model[index]))
+            store.close_part()
+    for store in stores:
+        store.close()
+    return found
+
+
+def _completed(
+    models: Sequence[Scored],
     tokens: Sequence[Sequence[int]],
     settings: EvaluateConfig,
     protocol: Protocol,
     forward: Forward,
-    path: AnyPath,
-    what: str,
-) -> dict[int, dict[str, Any]]:
-    """Position of a problem → its completions, the greedy one first: texts, and which of them ended by themselves. Resumes an interrupted run."""
-    done = {row["problem"]: row for row in processes.broadcast(lambda: read_log(path))}
-    if done:
-        log.info("resumes after %d of %d problems", len(done), len(tokens))
-    store = AppendLog(path, keep=lambda row: True) if processes.primary() else None
-
-    batches = completions(
-        (model.config, decoding_params(model.params, forward.mesh)),
-        tokens,
-        sampling=Sampling.of(settings, protocol.n_samples),
-        max_new_tokens=protocol.max_new_tokens,
-        buckets=settings.prompt_buckets,
-        batch_size=settings.batch_size,
-        eos_id=model.text_tokenizer.eos_id,
-        pad_id=model.text_tokenizer.pad_id,
-        compute_dtype=forward.compute_dtype,
-        what=what,
-        mesh=forward.mesh,
-        skip=frozenset(done),
-        is_end=stop_check(model.text_tokenizer, settings.stop),
-    )
-    for indices, of_batch in batches:
-        if store is None:
-            continue
-        for index, of_problem in zip(indices, of_batch, strict=True):
-            done[index] = {
-                "problem": index,
-                "texts": [model.text_tokenizer.decode(completion.tokens) for completion in of_problem],
-                "ended": [completion.ended for completion in of_problem],
-            }
-            store.append(to_json(done[index]))
-        store.close_part()
-    if store is not None:
-        store.close()
-    return done
+    skip: frozenset[int],
+) -> Iterator[tuple[list[int], list[list[list[Completion]]]]]:
+    """Indices of the prompts in a batch, and for each model the completions of each prompt."""
+    model = models[0].model
+    layout = layout_for(settings.weights, model.config, forward)
+    how: dict[str, Any] = {
+        "sampling": Sampling.of(settings, protocol.n_samples),
+        "max_new_tokens": protocol.max_new_tokens,
+        "buckets": settings.prompt_buckets,
+        "batch_size": settings.batch_size,
+        "eos_id": model.text_tokenizer.eos_id,
+        "pad_id": model.text_tokenizer.pad_id,
+        "compute_dtype": forward.compute_dtype,
+        "what": ", ".join(scored.name for scored in models),
+        "layout": layout,
+        "skip": skip,
+        "is_end": stop_check(model.text_tokenizer, settings.stop),
+    }
+    if len(models) > 1:
+        yield from completions_of_members(model.config, stacked([one.model.params for one in models], layout), len(models), tokens, **how)
+        return
+    for indices, completed in completions((model.config, placed(model.params, layout)), tokens, **how):
+        yield indices, [completed]
 
 
 def graded(

@@ -2,6 +2,7 @@
 
 import bisect
 import collections
+import functools
 import hashlib
 import logging
 import time
@@ -19,16 +20,20 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.complete import Batch, Memory, Plan, TracedSettings, complete, continue_decoding, count_programs, plan_of, start_decoding
 from plasticity_jax.evaluate.sampling import Sampling
 from plasticity_jax.evaluate.stop_strings import cut_at_stop, stop_check
-from plasticity_jax.parallel import arrays
+from plasticity_jax.model.cache import Layout
+from plasticity_jax.model.forward import Forward
+from plasticity_jax.model.param_count import count_params
+from plasticity_jax.parallel import arrays, hardware
 from plasticity_jax.parallel.batches import row_shards
-from plasticity_jax.parallel.sharding import ROWS, inference_shardings
+from plasticity_jax.parallel.sharding import ROWS, inference_shardings, param_shardings
 from plasticity_jax.progress import Progress
 
-__all__ = ["Completion", "Sampling", "completions", "continue_text", "count_cut", "cut_at_stop", "decoding_params", "generate", "stop_check"]
+__all__ = ["Completion", "Sampling", "completions", "completions_of_members", "continue_text", "count_cut", "cut_at_stop", "generate", "stop_check"]
 
 log = logging.getLogger("plasticity_jax")
 
 SEGMENT = 64  # tokens between two checks on the host for completions that have ended by their text
+WHOLE_SHARE = 0.25  # of a device's memory, up to which it holds all matrices; see `layout_for`
 TAIL = 64  # tokens before a segment that are checked again with it; a stop string spans no more
 _SPECS = (PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec(None, ROWS), PartitionSpec(ROWS))  # of the fields of Batch
 
@@ -59,7 +64,7 @@ def completions(
     pad_id: int,
     compute_dtype: Any,
     what: str = "generate",
-    mesh: Mesh | None = None,
+    layout: Layout = Layout(),
     skip: Collection[int] = (),
     is_end: IsEnd | None = None,
 ) -> Iterator[tuple[list[int], list[list[Completion]]]]:
@@ -79,8 +84,8 @@ def completions(
       pad_id: fills empty places; never read.
       compute_dtype: dtype of the matmuls and the cache.
       what: label of the progress display.
-      mesh: where the parameters are sharded (see `decoding_params`); prompts are sharded over data and fsdp. With several processes, all
-        call this with the same arguments and get the same tokens. None for one device.
+      layout: where the parameters lie (see `placed`); prompts are sharded over data and fsdp of its mesh. With several processes, all call this with
+        the same arguments and get the same tokens.
       skip: indices of prompts to leave out, such as those completed by an earlier call.
       is_end: whether the tokens so far end the completion by their text (`stop_check`). It must stay true when tokens are added.
     Yields:
@@ -88,9 +93,59 @@ def completions(
     Raises:
       ValueError: an empty prompt or a number out of range.
     """
-    _check(prompts, max_new_tokens, buckets, batch_size)
     config, params = model if isinstance(model, tuple) else (model.config, model.params)
-    plan = plan_of(config, sampling, max_new_tokens, compute_dtype)
+    plan = plan_of(config, sampling, max_new_tokens, compute_dtype, layout)
+    how = {"buckets": buckets, "batch_size": batch_size, "eos_id": eos_id, "pad_id": pad_id, "what": what, "skip": skip, "is_end": is_end}
+    for indices, work in _batches(plan, params, prompts, sampling, 1, **how):
+        yield indices, work.completions(())
+
+
+def completions_of_members(
+    config: ModelConfig,
+    params: Any,
+    members: int,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    compute_dtype: Any,
+    layout: Layout = Layout(),
+    **how: Any,
+) -> Iterator[tuple[list[int], list[list[list[Completion]]]]]:
+    """`completions` of several models of one network as one program; each gets those that it gets by itself, to rounding.
+
+    A batch is decoded until every member's completions have ended.
+
+    Args:
+      params: with a leading member axis (see `stacked`).
+      members: how many there are.
+      how: the other arguments of `completions`; `batch_size` counts the sequences of one member.
+    Yields:
+      Indices of the prompts in a batch, and for each member what `completions` yields.
+    """
+    plan = plan_of(config, sampling, max_new_tokens, compute_dtype, layout, members=True)
+    for indices, work in _batches(plan, params, prompts, sampling, members, **how):
+        yield indices, [work.completions((member,)) for member in range(members)]
+
+
+def _batches(
+    plan: Plan,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    members: int,
+    *,
+    buckets: tuple[int, ...],
+    batch_size: int,
+    eos_id: int,
+    pad_id: int,
+    what: str = "generate",
+    skip: Collection[int] = (),
+    is_end: IsEnd | None = None,
+) -> Iterator[tuple[list[int], "_Work"]]:
+    """Batches of prompts, each once all its completions are complete."""
+    _check(prompts, plan.max_new_tokens, buckets, batch_size)
+    mesh = plan.layout.mesh
     traced = TracedSettings(
         np.float32(sampling.temperature),
         np.float32(sampling.top_p),
@@ -103,16 +158,16 @@ def completions(
     waiting: collections.deque[_Work] = collections.deque()
     compiled = 0
     kept = [index for index in range(len(prompts)) if index not in left_out]
-    skipped = (len(prompts) - len(kept)) * sampling.n_completions
-    with Progress(what, total=len(prompts) * sampling.n_completions, unit="completions", initial=skipped) as progress:
+    each = sampling.n_completions * members
+    with Progress(what, total=len(prompts) * each, unit="completions", initial=(len(prompts) - len(kept)) * each) as progress:
 
-        def finished() -> tuple[list[int], list[list[Completion]]]:
+        def finished() -> tuple[list[int], _Work]:
             """The next batch that is complete; the others continue meanwhile."""
             while True:
                 work = waiting.popleft()
                 if work.read():
-                    progress.update(len(work.indices) * sampling.n_completions)
-                    return work.indices, work.completions()
+                    progress.update(len(work.indices) * each)
+                    return work.indices, work
                 progress.update(0)
                 work.send_next_segment()
                 waiting.append(work)
@@ -120,7 +175,7 @@ def completions(
         ends = [prompts[index][-buckets[-1] :] for index in kept]
         for places, tokens, lengths in padded_batches(ends, buckets=buckets, batch_size=rows, pad_id=pad_id, left=True):
             indices, bucket = [kept[place] for place in places], tokens.shape[1]
-            uniforms = _uniforms([prompts[index] for index in indices], rows, sampling, max_new_tokens)
+            uniforms = _uniforms([prompts[index] for index in indices], rows, sampling, plan.max_new_tokens)
             batch = Batch(tokens, np.arange(bucket) >= bucket - lengths[:, None], uniforms, lengths > 0)
             if mesh is not None:
                 batch = Batch(*(arrays.put(x, NamedSharding(mesh, spec)) for x, spec in zip(batch, _SPECS, strict=True)))
@@ -141,17 +196,68 @@ def completions(
             yield finished()
 
 
-def decoding_params(params: Any, mesh: Mesh | None) -> Any:
-    """Parameters as decoding reads them: whole on every device but for the tensor axis, because each token would gather them all again."""
-    return params if mesh is None else arrays.put(params, inference_shardings(mesh, params))
+def layout_for(weights: str, config: ModelConfig, forward: Forward) -> Layout:
+    """Where decoding takes place.
 
-
-def lower_completions(config: ModelConfig, params: Any, settings: EvaluateConfig, max_new_tokens: int, compute_dtype: str, mesh: Mesh) -> Any:
-    """The program of an evaluation for its longest prompts, lowered for the mesh's devices.
+    "auto" holds the matrices whole on every device (but for the tensor axis) if they take at most `WHOLE_SHARE` of its memory, because otherwise every
+    token gathers them all; where the memory is not known, they stay sharded.
 
     Args:
-      params: shapes, as of a loaded model; decoding holds them as `decoding_params` says.
+      weights: as `evaluate.weights`.
     """
+    mesh = forward.mesh
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return Layout(mesh, False, forward.scan_layers)
+    sharded = weights == "sharded"
+    if weights == "auto":
+        held = jnp.dtype(forward.compute_dtype).itemsize * count_params(config) / mesh.shape["tensor"]
+        known = hardware.of_kind(mesh.devices.flat[0].device_kind)
+        sharded = known is None or held > WHOLE_SHARE * known.limit
+        _say_once(
+            f"evaluate.weights auto → {'sharded' if sharded else 'whole'}: the matrices take {held / 2**30:.2f} GiB per device"
+            + ("; its memory is not known" if known is None else f" of {known.limit / 2**30:.2f}, and are whole up to {WHOLE_SHARE:.0%}")
+        )
+    return Layout(mesh, sharded, forward.scan_layers)
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(line: str) -> None:
+    log.info("%s", line)
+
+
+def placed(params: Any, layout: Layout) -> Any:
+    """Parameters, as `load_model` places them, where decoding reads them."""
+    return params if layout.mesh is None or layout.sharded else arrays.put(params, inference_shardings(layout.mesh, params))
+
+
+def stacked(models: Sequence[Any], layout: Layout) -> Any:
+    """The parameters of several models along a leading member axis, over the mesh's member axis, where decoding reads them."""
+    if layout.mesh is None:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
+    return _stack(_member_shardings(layout, models[0]), len(models))(list(models))
+
+
+def _member_shardings(layout: Layout, params: Any) -> tuple[Any, tuple[NamedSharding, ...]]:
+    assert layout.mesh is not None
+    of_one = (param_shardings if layout.sharded else inference_shardings)(layout.mesh, params)
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda s: NamedSharding(layout.mesh, PartitionSpec("member", *s.spec)), of_one))  # pyright: ignore[reportArgumentType]
+    return tree, tuple(leaves)
+
+
+@functools.lru_cache(maxsize=8)
+def _stack(shardings: tuple[Any, tuple[NamedSharding, ...]], members: int) -> Callable[[list[Any]], Any]:
+    tree, leaves = shardings
+    return jax.jit(lambda models: jax.tree.map(lambda *of_members: jnp.stack(of_members), *models), out_shardings=tree.unflatten(leaves))
+
+
+def lower_completions(config: ModelConfig, params: Any, settings: EvaluateConfig, max_new_tokens: int, forward: Forward) -> Any:
+    """The program of an evaluation for its longest prompts, lowered for the devices of the mesh of `forward`.
+
+    Args:
+      params: shapes and shardings, as of a loaded model; decoding reads them as `layout_for` says.
+    """
+    mesh, layout = forward.mesh, layout_for(settings.weights, config, forward)
+    assert mesh is not None
     sampling = Sampling.of(settings, settings.n_samples)
     prompts, longest = _prompts_per_batch(settings.batch_size, sampling, mesh), settings.prompt_buckets[-1]
     shapes = [(prompts, longest), (prompts, longest), (max_new_tokens, prompts * sampling.n_completions), (prompts,)]
@@ -159,8 +265,9 @@ def lower_completions(config: ModelConfig, params: Any, settings: EvaluateConfig
     arrays_of = [jax.ShapeDtypeStruct(x, t, sharding=NamedSharding(mesh, s)) for x, t, s in zip(shapes, dtypes, _SPECS, strict=True)]
     batch = Batch(*arrays_of)  # pyright: ignore[reportArgumentType]
     traced = TracedSettings(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32,) * 3 + (jnp.int32,) * 2))
-    whole = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, inference_shardings(mesh, params))
-    return complete.lower(plan_of(config, sampling, max_new_tokens, compute_dtype), whole, batch, traced)
+    if not layout.sharded:
+        params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, inference_shardings(mesh, params))
+    return complete.lower(plan_of(config, sampling, max_new_tokens, forward.compute_dtype, layout), params, batch, traced)
 
 
 def _prompts_per_batch(batch_size: int, sampling: Sampling, mesh: Mesh | None) -> int:
@@ -244,25 +351,25 @@ class _Work:
 
     def read(self) -> bool:
         """Waits for the segments sent so far. Returns whether the batch is complete; if not, stops the rows whose text has ended."""
-        self._tokens_BxN = arrays.to_host(self._decoded.out_NxB).T
+        self._tokens = np.swapaxes(arrays.to_host(self._decoded.out_NxB), -1, -2)  # [B, N], or [members, B, N]
         if self._sent == self._plan.max_new_tokens:
             return True
-        ended_B = arrays.to_host(self._decoded.ended_B).copy()
-        for row in np.flatnonzero(~ended_B):
-            tokens = self._tokens_BxN[row, : self._sent].tolist()
+        ended = arrays.to_host(self._decoded.ended_B).copy()  # [B], or [members, B]
+        for row in zip(*np.nonzero(~ended), strict=True):
+            tokens = self._tokens[row][: self._sent].tolist()
             # Checking the last tokens is cheap and almost always enough.
-            ended_B[row] = self._text_ends(tokens[max(0, self._seen - TAIL) :]) and self._text_ends(tokens)
+            ended[row] = self._text_ends(tokens[max(0, self._seen - TAIL) :]) and self._text_ends(tokens)
         self._seen = self._sent
-        self._decoded = self._decoded._replace(ended_B=arrays.put(ended_B, self._decoded.ended_B.sharding))
-        return bool(np.all(ended_B))
+        self._decoded = self._decoded._replace(ended_B=arrays.put(ended, self._decoded.ended_B.sharding))
+        return bool(np.all(ended))
 
     def _text_ends(self, tokens: list[int]) -> bool:
         return self._is_end is not None and self._is_end(tokens)
 
-    def completions(self) -> list[list[Completion]]:
-        """The completions of each prompt, once `read` has returned True."""
+    def completions(self, member: tuple[()] | tuple[int]) -> list[list[Completion]]:
+        """The completions of each prompt, once `read` has returned True: of the one model, or of a member."""
         n_rows = self._plan.n_samples + self._plan.greedy
-        rows = [self._completion(tokens) for tokens in self._tokens_BxN[: len(self.indices) * n_rows, : self._sent].tolist()]
+        rows = [self._completion(tokens) for tokens in self._tokens[member][: len(self.indices) * n_rows, : self._sent].tolist()]
         return [rows[start : start + n_rows] for start in range(0, len(rows), n_rows)]
 
     def _completion(self, tokens: list[int]) -> Completion:

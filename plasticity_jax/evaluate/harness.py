@@ -7,7 +7,7 @@ from typing import Any
 
 from plasticity_jax.data.batching import length_buckets
 from plasticity_jax.errors import UserError
-from plasticity_jax.evaluate.generate import Sampling, cut_at_stop, decoding_params, generate, stop_check
+from plasticity_jax.evaluate.generate import Sampling, cut_at_stop, generate, layout_for, placed, stop_check
 from plasticity_jax.evaluate.likelihood import MIN_LENGTH, log_likelihoods
 from plasticity_jax.model.forward import Forward
 from plasticity_jax.model.load import LoadedModel
@@ -42,6 +42,7 @@ class HarnessModel(TemplateLM):
       forward: how to run the model. With several processes, all make the same requests and get the same results.
       add_bos_token: put the beginning-of-text token before every text, as the tokenizers of some models do.
       seed: of sampled completions.
+      weights: where the matrices lie while completions are decoded, as `evaluate.weights`.
       what: label of the progress displays.
     Attributes:
       n_cut: number of texts so far that were too long and lost their beginning.
@@ -58,6 +59,7 @@ class HarnessModel(TemplateLM):
         forward: Forward,
         add_bos_token: bool = False,
         seed: int = 0,
+        weights: str = "auto",
         what: str = "harness",
     ):
         super().__init__()
@@ -67,13 +69,13 @@ class HarnessModel(TemplateLM):
             raise UserError(f"add_bos_token=True, but the tokenizer of {model.path} has no beginning of text; leave it out.")
         self.tokenizer = model.tokenizer
         self.n_cut = 0
-        self._model, self._forward = model, forward
+        self._model, self._forward, self._layout = model, forward, layout_for(weights, model.config, forward)
         self._batch_size, self._max_length = batch_size, max_length
         self._add_bos_token, self._seed, self._what = add_bos_token, seed, what
 
     @functools.cached_property
     def _decoding_params(self) -> Any:
-        return decoding_params(self._model.params, self._forward.mesh)
+        return placed(self._model.params, self._layout)
 
     @property
     def eot_token_id(self) -> int:
@@ -214,7 +216,7 @@ class HarnessModel(TemplateLM):
             pad_id=self.tokenizer.pad_id,
             compute_dtype=self._forward.compute_dtype,
             what=self._what,
-            mesh=self._forward.mesh,
+            layout=self._layout,
             is_end=stop_check(self.tokenizer, stop),
         )
         of_context = dict(zip(distinct, completions, strict=True))

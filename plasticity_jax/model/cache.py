@@ -9,24 +9,42 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.model.attention import attend, attention_mask
-from plasticity_jax.model.transformer import Block, Decoder, Params, graphs, logits_of, rope_of, unstack
+from plasticity_jax.model.attention import Rope, attend, attention_mask
+from plasticity_jax.model.layers import at_least_float32, project
+from plasticity_jax.model.transformer import Block, Decoder, Params, graphs, output_kernel, rope_of, unstack
+from plasticity_jax.parallel.sharding import ROWS, constrain, gather
+
+
+class Layout(NamedTuple):
+    """Where decoding takes place. It changes speed, memory and rounding only.
+
+    Attributes:
+      mesh: where rows and parameters are sharded; None for one device.
+      sharded: the parameters lie as in training, and the matrices of one layer at a time are gathered for every token. Otherwise they are whole on every
+        device but for the tensor axis.
+      scan_layers: run the layers as a loop. The caches of all layers are one array then, and otherwise one array per layer.
+    """
+
+    mesh: Mesh | None = None
+    sharded: bool = False
+    scan_layers: bool = False
 
 
 class PromptCache(NamedTuple):
     """Rotated keys and values of P prompts, padded on the left to S tokens; K key-value heads of D features. Read-only.
 
     Attributes:
-      k, v: one array [P, K, D, S] and [P, K, S, D] per layer, laid out as the right operands of the matmuls that read them.
+      k, v: [P, K, D, S] and [P, K, S, D] per layer, laid out as the right operands of the matmuls that read them: a tuple, or stacked along axis 0.
       valid_PxS: which slots hold a real token.
     """
 
-    k: tuple[Float[Array, "p k d s"], ...]
-    v: tuple[Float[Array, "p k s d"], ...]
+    k: tuple[Float[Array, "p k d s"], ...] | Float[Array, "l p k d s"]
+    v: tuple[Float[Array, "p k s d"], ...] | Float[Array, "l p k s d"]
     valid_PxS: Bool[Array, "p s"]
 
 
@@ -34,12 +52,12 @@ class RowCache(NamedTuple):
     """Keys and values of the tokens that B rows have generated, in N slots.
 
     Attributes:
-      k, v: one array [B, K, N, D] per layer.
+      k, v: [B, K, N, D] per layer: a tuple, or stacked along axis 0.
       position_B: rotary position of the next token, which is the number of real tokens before it.
     """
 
-    k: tuple[Float[Array, "b k n d"], ...]
-    v: tuple[Float[Array, "b k n d"], ...]
+    k: tuple[Float[Array, "b k n d"], ...] | Float[Array, "l b k n d"]
+    v: tuple[Float[Array, "b k n d"], ...] | Float[Array, "l b k n d"]
     position_B: Int[Array, " b"]
 
 
@@ -52,6 +70,7 @@ def read_prompts(
     rows_per_prompt: int,
     slots: int,
     compute_dtype: DTypeLike,
+    layout: Layout = Layout(),
 ) -> tuple[Float[Array, "p v"], PromptCache, RowCache]:
     """Reads left-padded prompts.
 
@@ -65,19 +84,27 @@ def read_prompts(
     positions_PxS = jnp.maximum(jnp.cumsum(valid_PxS, axis=1) - 1, 0)
     rope = rope_of(config, positions_PxS)
     mask = attention_mask(tokens_PxS.shape[1], valid_PxS.astype(jnp.int32))
-    decoder, blocks = _modules(config, params)
-    x_PxSxD = decoder.embed(tokens_PxS, compute_dtype)
-    keys, values = [], []
-    for block in blocks:
-        q, k_PxSxKxD, v_PxSxKxD = block.qkv(x_PxSxD, rope, compute_dtype)
-        keys.append(k_PxSxKxD.transpose(0, 2, 3, 1))
-        values.append(v_PxSxKxD.transpose(0, 2, 1, 3))
-        x_PxSxD, _ = block.add(x_PxSxD, attend(q, k_PxSxKxD, v_PxSxKxD, mask)[0], compute_dtype)
-    logits_PxV = logits_of(config, params, decoder.final_norm(x_PxSxD[:, -1]), compute_dtype)
+    model = _Model(config, params, compute_dtype, layout)
+
+    def run(x_PxSxD, layer: Params):
+        q, k_PxSxKxD, v_PxSxKxD, add = model.attention_inputs(layer, x_PxSxD, rope)
+        return add(attend(q, k_PxSxKxD, v_PxSxKxD, mask)[0]), (k_PxSxKxD.transpose(0, 2, 3, 1), v_PxSxKxD.transpose(0, 2, 1, 3))
+
+    x_PxSxD = model.embed(tokens_PxS)
     shape = (tokens_PxS.shape[0] * rows_per_prompt, config.n_kv_heads, slots, config.head_dim)
-    empty = tuple(jnp.zeros(shape, compute_dtype) for _ in range(config.n_layers))
+    if layout.scan_layers:
+        x_PxSxD, (keys, values) = jax.lax.scan(run, x_PxSxD, params["blocks"])
+        empty = constrain(layout.mesh, jnp.zeros((config.n_layers, *shape), compute_dtype), None, ROWS)
+    else:
+        found = []
+        for layer in unstack(config, params["blocks"]):
+            x_PxSxD, of_layer = run(x_PxSxD, layer)
+            found.append(of_layer)
+        keys, values = (tuple(of_layers) for of_layers in zip(*found, strict=True))
+        empty = tuple(jnp.zeros(shape, compute_dtype) for _ in range(config.n_layers))
     length_P = valid_PxS.sum(axis=1, dtype=jnp.int32)
-    return logits_PxV, PromptCache(tuple(keys), tuple(values), valid_PxS), RowCache(empty, empty, jnp.repeat(length_P, rows_per_prompt))
+    rows = RowCache(empty, empty, jnp.repeat(length_P, rows_per_prompt))
+    return model.logits(x_PxSxD[:, -1]), PromptCache(keys, values, valid_PxS), rows
 
 
 def decode(
@@ -89,6 +116,7 @@ def decode(
     rows: RowCache,
     *,
     compute_dtype: DTypeLike,
+    layout: Layout = Layout(),
 ) -> tuple[Float[Array, "b v"], RowCache]:
     """Reads one token of every row; rows p·R ... p·R + R − 1 belong to prompt p.
 
@@ -98,23 +126,64 @@ def decode(
       float32 logits of the next token, and the rows' cache with this token added.
     """
     rope = rope_of(config, rows.position_B[:, None])
-    decoder, blocks = _modules(config, params)
-    x_Bx1xD = decoder.embed(token_B[:, None], compute_dtype)
-    keys, values = [], []
-    for index, block in enumerate(blocks):
-        q_Bx1xHxD, k_Bx1xKxD, v_Bx1xKxD = block.qkv(x_Bx1xD, rope, compute_dtype)
-        keys.append(jax.lax.dynamic_update_slice(rows.k[index], k_Bx1xKxD.swapaxes(1, 2).astype(rows.k[index].dtype), (0, 0, slot, 0)))
-        values.append(jax.lax.dynamic_update_slice(rows.v[index], v_Bx1xKxD.swapaxes(1, 2).astype(rows.v[index].dtype), (0, 0, slot, 0)))
-        out_Bx1xHxD = _attend(q_Bx1xHxD, prompt.k[index], prompt.v[index], prompt.valid_PxS, keys[-1], values[-1], slot)
-        x_Bx1xD, _ = block.add(x_Bx1xD, out_Bx1xHxD, compute_dtype)
-    logits_BxV = logits_of(config, params, decoder.final_norm(x_Bx1xD[:, 0]), compute_dtype)
-    return logits_BxV, RowCache(tuple(keys), tuple(values), rows.position_B + 1)
+    model = _Model(config, params, compute_dtype, layout)
+    x_Bx1xD = model.embed(token_B[:, None])
+    if layout.scan_layers:
+        # The caches are carried, and written in place: as the loop's outputs they would be copied whole for every token.
+        def run(carry, of_layer):
+            x_Bx1xD, k_LxBxKxNxD, v_LxBxKxNxD = carry
+            layer, k_PxKxDxS, v_PxKxSxD, index = of_layer
+            q_Bx1xHxD, k_Bx1xKxD, v_Bx1xKxD, add = model.attention_inputs(layer, x_Bx1xD, rope)
+            k_LxBxKxNxD = _written(k_LxBxKxNxD, k_Bx1xKxD.swapaxes(1, 2)[None], (index, 0, 0, slot, 0))
+            v_LxBxKxNxD = _written(v_LxBxKxNxD, v_Bx1xKxD.swapaxes(1, 2)[None], (index, 0, 0, slot, 0))
+            out_Bx1xHxD = _attend(q_Bx1xHxD, k_PxKxDxS, v_PxKxSxD, prompt.valid_PxS, k_LxBxKxNxD[index], v_LxBxKxNxD[index], slot)
+            return (add(out_Bx1xHxD), k_LxBxKxNxD, v_LxBxKxNxD), None
+
+        of_layers = (params["blocks"], prompt.k, prompt.v, jnp.arange(config.n_layers))
+        (x_Bx1xD, keys, values), _ = jax.lax.scan(run, (x_Bx1xD, rows.k, rows.v), of_layers)
+    else:
+        found = []
+        for index, layer in enumerate(unstack(config, params["blocks"])):
+            q_Bx1xHxD, k_Bx1xKxD, v_Bx1xKxD, add = model.attention_inputs(layer, x_Bx1xD, rope)
+            k_BxKxNxD = _written(rows.k[index], k_Bx1xKxD.swapaxes(1, 2), (0, 0, slot, 0))
+            v_BxKxNxD = _written(rows.v[index], v_Bx1xKxD.swapaxes(1, 2), (0, 0, slot, 0))
+            x_Bx1xD = add(_attend(q_Bx1xHxD, prompt.k[index], prompt.v[index], prompt.valid_PxS, k_BxKxNxD, v_BxKxNxD, slot))
+            found.append((k_BxKxNxD, v_BxKxNxD))
+        keys, values = (tuple(of_layers) for of_layers in zip(*found, strict=True))
+    return model.logits(x_Bx1xD[:, 0]), RowCache(keys, values, rows.position_B + 1)
 
 
-def _modules(config: ModelConfig, params: Params) -> tuple[Decoder, list[Block]]:
-    """The decoder and each of its blocks, bound to their parameters."""
-    decoder_graph, block_graph = graphs(config)
-    return nnx.merge(decoder_graph, params), [nnx.merge(block_graph, layer) for layer in unstack(config, params["blocks"])]
+class _Model:
+    """The parts of a decoder, bound to their parameters as they lie."""
+
+    def __init__(self, config: ModelConfig, params: Params, dtype: DTypeLike, layout: Layout):
+        decoder_graph, self._block_graph = graphs(config)
+        self._config, self._params, self._dtype, self._layout = config, params, dtype, layout
+        self._decoder: Decoder = nnx.merge(decoder_graph, params)
+
+    def embed(self, tokens_BxT: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        mesh = self._layout.mesh
+        if not self._layout.sharded:
+            return self._decoder.embed(tokens_BxT, self._dtype)
+        # Every device looks up its features of all tokens: the table, which is larger than they are, stays where it lies.
+        x_BxTxD = self._decoder.embed(constrain(mesh, tokens_BxT, None, None), self._dtype)
+        return constrain(mesh, constrain(mesh, x_BxTxD, None, None, "fsdp"), ROWS, None, None)
+
+    def attention_inputs(self, layer: Params, x_BxTxD: Float[Array, "b t d"], rope: Rope):
+        """Rotated queries and keys, values, and the function from attention's output to the layer's."""
+        mesh = self._layout.mesh
+        block: Block = nnx.merge(self._block_graph, gather(mesh, layer, self._dtype, prefix="blocks", of_layer=True))
+        q, k, v = block.qkv(x_BxTxD, rope, self._dtype)
+        return q, k, v, lambda out: constrain(mesh, block.add(x_BxTxD, out, self._dtype)[0], ROWS, None, None)
+
+    def logits(self, x_BxD: Float[Array, "b d"]) -> Float[Array, "b v"]:
+        name = "embed" if self._config.tie_embeddings else "head"
+        kernel_DxV = output_kernel(self._config, gather(self._layout.mesh, {name: self._params[name]}, self._dtype))
+        return project(self._decoder.final_norm(x_BxD), kernel_DxV, self._dtype, out_dtype=at_least_float32(self._dtype))
+
+
+def _written(cache: Array, new: Array, start: tuple) -> Array:
+    return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), start)
 
 
 def _attend(

@@ -1,14 +1,15 @@
 """Evaluate: a base model (before) or a fine-tuned one (after) scored on the test rows of a task."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from plasticity_jax.config import StudyConfig, result_fields
+from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import task_run, task_settings
-from plasticity_jax.stages.stage import Context, Figure, Plan, Planned, Program, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Batched, Context, Figure, Plan, Planned, Program, Rows, Stage, Table, member_row, number
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -62,27 +63,57 @@ def _plan(plan: Plan) -> Iterable[Planned]:
 
 def run(context: Context) -> Evaluated | None:
     """Scores the parent "model" on rows of the parent "task"; the field "split" says which rows: "test", or "verifier"."""
-    from plasticity_jax.data.tasks import get_task, read_task
-    from plasticity_jax.evaluate.evaluate import Protocol, evaluate
+    return run_batch([context])[0]
 
-    start = time.monotonic()
-    config, fields = context.config, context.run.fields
-    model = context.model(with_tokenizer=True, dtype=context.compute_dtype)
-    results = evaluate(
-        model,
-        get_task(context.task),
-        getattr(read_task(context.parents["task"]), fields["split"]),
-        config.evaluate,
-        Protocol(fields.get("n_samples", 0), fields.get("max_new_tokens", 0), config.faithful),
-        forward=context.forward(model),
-        folder=context.directory.path,
-        what=f"{context.run.stage} {context.run.name}",
-    )
-    return Evaluated(**results, seconds=time.monotonic() - start) if results else None
+
+def run_batch(contexts: Sequence[Context]) -> list[Evaluated | None]:
+    """Scores models of one network and tokenizer on the same rows as one program."""
+    from plasticity_jax.data.tasks import get_task, read_task
+    from plasticity_jax.evaluate.evaluate import Protocol, Scored, evaluate
+
+    first = contexts[0]
+    fields, rows = first.run.fields, read_task(first.parents["task"])
+    protocol = Protocol(fields.get("n_samples", 0), fields.get("max_new_tokens", 0), first.config.faithful)
+    programs: dict[Any, list[tuple[Context, Scored]]] = {}
+    for context in contexts:
+        model = context.model(with_tokenizer=True, dtype=context.compute_dtype)
+        scored = Scored(model, context.directory.path, f"{context.run.stage} {context.run.name}")
+        programs.setdefault((model.config, model.text_tokenizer.fingerprint), []).append((context, scored))
+    found: dict[str, Evaluated | None] = {}
+    for program in programs.values():
+        start, models = time.monotonic(), [scored for _, scored in program]
+        forward = first.forward(models[0].model)
+        scores = evaluate(models, get_task(first.task), getattr(rows, fields["split"]), first.config.evaluate, protocol, forward=forward)
+        seconds = (time.monotonic() - start) / len(models)
+        for (context, _), results in zip(program, scores, strict=True):
+            found[context.run.id] = Evaluated(**results, seconds=seconds) if results else None
+    return [found[context.run.id] for context in contexts]
+
+
+def _program(run: Run) -> str:
+    """What runs of one compiled program have in common: the task's rows and how they are answered. The model may be another."""
+    return to_json([run.stage, run.fields, run.parents["task"], by_likelihood(run.task_name) and run.id])
+
+
+def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
+    """The matrices, and for every sequence keys and values of prompt and completion, and a few copies of the logits."""
+    from plasticity_jax.evaluate.generate import layout_for
+    from plasticity_jax.model.forward import Forward
+    from plasticity_jax.model.param_count import count_params
+    from plasticity_jax.parallel.batches import row_shards
+
+    model, settings = config.model, config.evaluate
+    width, tensor = 2 if config.train.compute_dtype == "bfloat16" else 4, mesh.shape["tensor"]
+    sharded = layout_for(settings.weights, model, Forward.of(config, model, mesh)).sharded
+    longest = settings.prompt_buckets[-1] + max(task_settings(config, task).max_new_tokens for task in config.tasks)
+    of_row = 2 * model.n_kv_heads * model.head_dim * model.n_layers * longest * width + 12 * model.vocab_size
+    weights = width * count_params(model) / tensor / (mesh.shape["fsdp"] if sharded else 1)
+    return int(weights + of_row * settings.batch_size / row_shards(mesh) / tensor)
 
 
 def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
     from plasticity_jax.evaluate.generate import lower_completions
+    from plasticity_jax.model.forward import Forward
     from plasticity_jax.model.load import abstract_loaded
 
     limits = [task_settings(config, task).max_new_tokens for task in config.tasks if not by_likelihood(task)]
@@ -92,8 +123,8 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
     params = abstract_loaded(config.model, mesh, dtype)
     yield Program(
         f"generation, {settings.batch_size} x ({settings.prompt_buckets[-1]} + {most})",
-        lambda: lower_completions(config.model, params, settings, most, dtype, mesh),
-        "lower evaluate.batch_size, evaluate.prompt_buckets or max_new_tokens, or raise mesh.tensor (decoding holds whole matrices)",
+        lambda: lower_completions(config.model, params, settings, most, Forward.of(config, config.model, mesh, dtype)),
+        "lower evaluate.batch_size, evaluate.prompt_buckets or max_new_tokens, or set evaluate.weights='sharded'",
     )
 
 
@@ -309,6 +340,7 @@ STAGE = Stage(
     parents={"model": ("pretrain", "finetune"), "task": "prepare"},
     plan=_plan,
     devices="all",
+    batched=Batched(_program, run_batch, _bytes),
     programs=_programs,
     tables={
         "scores": Table(_score_rows, on_page=False),

@@ -130,6 +130,7 @@ SAMPLES = Stage(
     name="samples",
     title="graded samples for the verifier",
     run=evaluate.run,
+    batched=evaluate.STAGE.batched,
     record=evaluate.Evaluated,
     parents={"model": "finetune", "task": "prepare"},
     plan=_plan_samples,

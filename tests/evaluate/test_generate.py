@@ -17,6 +17,7 @@ from plasticity_jax.evaluate.complete import count_programs
 from plasticity_jax.evaluate.generate import Completion, Sampling, completions, count_cut, cut_at_stop, generate
 from plasticity_jax.evaluate.sampling import draw, keep_top_k, keep_top_p, penalize, tokens_seen
 from plasticity_jax.evaluate.stop_strings import has_stopped, stop_check
+from plasticity_jax.model.cache import Layout
 from plasticity_jax.model.transformer import apply, init_params
 
 CONFIG = ModelConfig(vocab_size=45, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24)
@@ -327,6 +328,32 @@ def test_segments_change_no_token(model, prompts, sampling, monkeypatch):
             assert row.ended == (stop[0] in letters(tokens)) and row.tokens == tokens[: len(row.tokens)]
     ended = [len(row.tokens) for of_prompt in made[0].values() for row in of_prompt if row.ended]
     assert 4 < len(ended) < 32 and len(set(ended)) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [pytest.param(PLAIN, marks=pytest.mark.nightly), WARPED], ids=["plain", "warped"])
+def test_members_get_what_each_gets_alone(model, prompts, sampling, monkeypatch):
+    """Three models whose texts end elsewhere, one of which ends every text at once; in two buckets, in segments, as one program for each bucket."""
+    config, params = model
+    others = [jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(seed), x.shape), params) for seed in (1, 2)]
+    others[1]["head"]["kernel"] = others[1]["head"]["kernel"] * 0.0 + 50.0 * jnp.eye(16, 45, 7)  # always among few tokens
+    models = [params, *others]
+    every = letters([token for of_prompt in run(model, prompts, sampling, max_new_tokens=20) for tokens in of_prompt for token in tokens])
+    stop = [min(set(every), key=lambda letter: abs(every.count(letter) - len(every) // 30))]
+    monkeypatch.setattr(generation, "SEGMENT", 7)
+    how = dict(sampling=sampling, is_end=lambda tokens: has_stopped(letters(tokens), stop), **SETTINGS | {"max_new_tokens": 20})
+    alone = [{i: rows for indices, found in completions((config, one), prompts, **how) for i, rows in zip(indices, found)} for one in models]
+    programs = count_programs()
+    for skip in ((), (0, 4)):
+        together = [{} for _ in models]
+        for indices, of_members in generation.completions_of_members(config, generation.stacked(models, Layout()), 3, prompts, skip=skip, **how):
+            for of_member, found in zip(together, of_members, strict=True):
+                of_member.update(zip(indices, found, strict=True))
+        assert together == [{i: rows for i, rows in of_member.items() if i not in skip} for of_member in alone]
+    assert count_programs() == programs + 2, "one for each of the two buckets"
+    assert alone[0] != alone[1] != alone[2]
+    lengths = [[len(row.tokens) for of_prompt in of_member.values() for row in of_prompt] for of_member in alone]
+    assert len(set(map(tuple, lengths))) > 1 and any(row.ended for of_prompt in alone[0].values() for row in of_prompt)
 
 
 def test_stop_strings_are_found_in_the_text_of_tokens_that_hold_parts_of_characters():

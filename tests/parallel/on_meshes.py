@@ -15,6 +15,7 @@ import numpy as np
 from plasticity_jax.config import MeshConfig, ModelConfig
 from plasticity_jax.data.loader import as_batch
 from plasticity_jax.evaluate.generate import Sampling, generate
+from plasticity_jax.model.cache import Layout
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import init_params
 from plasticity_jax.parallel import make_mesh, param_paths, param_shardings
@@ -106,7 +107,7 @@ def completions(mesh, params):
         for sampling in SAMPLINGS
         for of_prompt in generate(
             (LLAMA, placed), [[int(t) for t in p] for p in prompts], sampling=sampling, max_new_tokens=8, buckets=(8, 12), batch_size=24,
-            eos_id=1, pad_id=0, compute_dtype="float32", mesh=mesh if mesh.size > 1 else None,
+            eos_id=1, pad_id=0, compute_dtype="float32", layout=Layout(mesh if mesh.size > 1 else None),
         )
     ])  # fmt: skip
 

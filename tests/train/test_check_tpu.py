@@ -41,7 +41,7 @@ def test_every_stage_compiles_for_four_chips():
     rows = check_stages(check(load_config(TINY, [*own.items(), *verified]), place), place, tuple(stages()))
     assert {row.stage for row in rows} == {"finetune", "evaluate", "verifier", "reward", "probe", "spectra", "gap"}
     assert all(row.found is not None and row.fits for row in rows)
-    assert all(row.found.collectives for row in rows if row.found and row.stage != "evaluate")  # decoding holds whole matrices
+    assert all(row.found.collectives for row in rows if row.found and row.stage != "evaluate")  # whose matrices are small enough to be whole
 
 
 def test_the_memory_of_a_program_is_what_the_compiler_refuses_by():
