@@ -1,8 +1,10 @@
 """The evaluate stage on a tiny model, its file graded again from scratch."""
 
+import contextlib
 import dataclasses
 import json
 import re
+import shutil
 import string
 from collections import Counter
 from dataclasses import asdict
@@ -125,6 +127,46 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(context, monkeypatch, tmp
     first, cut = list(generated), False
     assert _evaluated(context, tmp_path / "again") == whole
     assert len(first) == 1 and sorted(i for batch in generated for i in batch) == list(range(9))
+
+
+def test_members_together_write_what_each_writes_alone_also_after_kills(context, monkeypatch, tmp_path):
+    """Killed once in the middle, and once when one member has lost the last batch of its log."""
+    other = tmp_path / "other"
+    shutil.copytree(context.parents["model"], other)
+    shutil.rmtree(other / "checkpoints")
+    with Checkpoints(other / "checkpoints") as checkpoints:
+        checkpoints.save(0, init_params(CONFIG.model, 1))
+    both = [context, dataclasses.replace(context, parents=context.parents | {"model": other})]
+    alone = [_evaluated(one, tmp_path / f"alone{number}") for number, one in enumerate(both)]
+    assert alone[0] != alone[1]
+    generated, real = [], evaluate.completions_of_members
+
+    def counting(config, params, members, prompts, **options):
+        for indices, found in real(config, params, members, prompts, **options):
+            yield indices, found
+            generated.append(indices)
+            if cut and len(generated) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "completions_of_members", counting)
+    folders, cut = [tmp_path / "a", tmp_path / "b"], True
+    with pytest.raises(KeyboardInterrupt):
+        _evaluated_together(both, folders)
+    kept = (folders[1] / "generated.jsonl").read_text().splitlines(keepends=True)
+    assert len(kept) == 8
+    (folders[1] / "generated.jsonl").write_text("".join(kept[:4]))
+    cut = False
+    assert _evaluated_together(both, folders) == alone
+    assert [sorted(indices) for indices in generated] == [[0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7], [8]]
+    assert not any((folder / "generated.jsonl").exists() for folder in folders)
+
+
+def _evaluated_together(contexts, folders):
+    with contextlib.ExitStack() as stack:
+        directories = [stack.enter_context(RunDirectory(path).work(one.run, one.config)) for one, path in zip(contexts, folders)]
+        runs = [dataclasses.replace(one.run, name=f"{one.run.name}-{i}") for i, one in enumerate(contexts)]
+        stage.run_batch([Context(one.config, run, directory, one.parents) for one, run, directory in zip(contexts, runs, directories)])
+    return [[(path / name).read_bytes() for name in ("problems.jsonl", "completions.jsonl")] for path in folders]
 
 
 def _evaluated(context, path):
