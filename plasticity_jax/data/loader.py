@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
+from upath import UPath
 
 from plasticity_jax.data.packing import MANIFEST, index_path, records_path
 from plasticity_jax.data.store_records import AGAIN, StoreRecords, read_objects
@@ -75,7 +76,7 @@ class TokenRecords:
             self.read_threads, self._records = DISK_THREADS, _on_disk([directory / file for file in files], self._counts)
         else:
             record_bytes = (self.seq_len + 1) * self._dtype.itemsize
-            self.read_threads, self._records = STORE_THREADS, StoreRecords(directory, files, self._counts, record_bytes)
+            self.read_threads, self._records = STORE_THREADS, StoreRecords(directory, _on_store(directory, files), self._counts, record_bytes)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -105,7 +106,7 @@ class TokenRecords:
         """The array of that name in each folder of records, for the records used."""
         files = [index_path(folder, self.split, name) for folder in self._folders]
         directory = self._directory
-        contents = [(directory / file).read_bytes() for file in files] if is_local(directory) else read_objects(directory, files)
+        contents = [(directory / file).read_bytes() for file in files] if is_local(directory) else read_objects(_on_store(directory, files))
         arrays = []
         for file, content, n in zip(files, contents, self._counts, strict=True):
             try:
@@ -113,6 +114,10 @@ class TokenRecords:
             except (ValueError, EOFError) as error:
                 raise UserError(f"{directory / file} is damaged ({reason(error)}); {AGAIN}") from error
         return arrays
+
+
+def _on_store(directory: UPath, files: list[Path]) -> list[UPath]:
+    return [directory / file.as_posix() for file in files]
 
 
 def _on_disk(files: list[Path], counts: list[int]) -> "ArrayRecordDataSource":

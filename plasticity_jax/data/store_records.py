@@ -8,7 +8,6 @@ library also checks when it reads a local file.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -35,16 +34,16 @@ class StoreRecords:
     Opening it lists the folder, and reads no file.
 
     Args:
-      folder: holds the files.
-      files: in the order of their records; seen from the folder.
+      folder: holds the files, also in folders below.
+      files: in the order of their records.
       counts: records to use of each file, from its first.
       record_bytes: length of every record.
     Raises:
       UserError: a file is missing or too short for its records.
     """
 
-    def __init__(self, folder: UPath, files: Sequence[Path], counts: Sequence[int], record_bytes: int):
-        self._folder, self._files = folder, list(files)
+    def __init__(self, folder: UPath, files: Sequence[UPath], counts: Sequence[int], record_bytes: int):
+        self._files = list(files)
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._record_bytes = record_bytes
         sizes = _varint(record_bytes)
@@ -54,7 +53,7 @@ class StoreRecords:
         self._chunk_bytes = _CHUNK_HEADER + data_bytes
         fields = np.array([0, data_bytes, 0, _SIMPLE_CHUNK | _ONE_RECORD, record_bytes], "<u8")
         self._beginning = np.frombuffer(fields.tobytes() + prefix, np.uint8)
-        self._check_sizes(counts)
+        self._check_sizes(folder, counts)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -76,7 +75,7 @@ class StoreRecords:
         runs = self._runs(wanted, file_of)
         starts = [self._position(int(inside[first])) for first, _ in runs]
         ends = [self._end(int(inside[stop - 1]) + 1) for _, stop in runs]
-        contents = read_objects(self._folder, [self._files[file_of[first]] for first, _ in runs], starts, ends)
+        contents = read_objects([self._files[file_of[first]] for first, _ in runs], starts, ends)
         chunks = np.empty((len(wanted), self._chunk_bytes), np.uint8)
         for (first, stop), start, content in zip(runs, starts, contents, strict=True):
             chunks[first:stop] = np.frombuffer(_without_block_headers(content, start), np.uint8).reshape(stop - first, -1)
@@ -98,14 +97,12 @@ class StoreRecords:
         """Where the chunks of the first `records` records of a file end."""
         return _position(_CHUNK_HEADER + records * self._chunk_bytes - 1) + 1
 
-    def _check_sizes(self, counts: Sequence[int]) -> None:
-        folder = self._folder
+    def _check_sizes(self, folder: UPath, counts: Sequence[int]) -> None:
         try:
             found = dict(folder.fs.find(folder.path, detail=True))
         except Exception as error:  # every driver has types of its own
             raise _unreadable(folder, error) from error
         for file, count in zip(self._files, counts, strict=True):
-            file = folder / file
             if file.path not in found:
                 raise _missing(file)
             if found[file.path]["size"] < self._end(count):
@@ -119,20 +116,19 @@ class StoreRecords:
         good &= highwayhash64(chunks[:, _CHUNK_HEADER:], _HASH_KEY) == hashes
         if not good.all():
             bad = int(np.argmin(good))
-            raise UserError(f"{self._folder / self._files[file_of[bad]]} is damaged at record {inside[bad]}: its checksum is another; {AGAIN}.")
+            raise UserError(f"{self._files[file_of[bad]]} is damaged at record {inside[bad]}: its checksum is another; {AGAIN}.")
 
 
-def read_objects(folder: UPath, files: Sequence[Path], starts: Sequence[int] = (), ends: Sequence[int] = ()) -> list[bytes]:
-    """The contents of objects below a folder, or of a byte range of each, read at the same time where the store's driver can.
+def read_objects(objects: Sequence[UPath], starts: Sequence[int] = (), ends: Sequence[int] = ()) -> list[bytes]:
+    """The contents of objects of one store, or of a byte range of each, read at the same time where the store's driver can.
 
     The driver itself tries requests again that fail for a passing reason.
 
     Raises:
       UserError: an object is missing, cannot be read, or ends before its range does.
     """
-    objects = [folder / file for file in files]
     paths = [each.path for each in objects]
-    contents = folder.fs.cat_ranges(paths, list(starts) or [0] * len(paths), list(ends) or [None] * len(paths), on_error="return")
+    contents = objects[0].fs.cat_ranges(paths, list(starts) or [0] * len(paths), list(ends) or [None] * len(paths), on_error="return")
     for each, content in zip(objects, contents, strict=True):
         if isinstance(content, FileNotFoundError):
             raise _missing(each) from content

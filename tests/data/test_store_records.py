@@ -142,9 +142,9 @@ def test_records_are_those_that_the_library_wrote(tmp_path_factory, data, length
     rng = np.random.default_rng(length)
     written = [[rng.bytes(length) for _ in range(n)] for n in counts]
     used = [data.draw(st.integers(0, n)) for n in counts]
-    files = [Path(f"{i}/x.array_record") for i in range(len(counts))]
+    files = [root / str(i) / "x.array_record" for i in range(len(counts))]
     for file, part in zip(files, written):
-        (root / file).write_bytes(write(folder / f"{file.parent}.array_record", part))
+        file.write_bytes(write(folder / "x", part))
     records = StoreRecords(root, files, used, length)
     expected = [record for part, n in zip(written, used) for record in part[:n]]
     assert len(records) == len(expected)
@@ -168,7 +168,7 @@ def test_records_that_meet_the_edge_of_a_block(tmp_path, length):
     # With the first two, every 16th or second record begins where a block does; with the third, the first one ends with the first byte of a block.
     root, written = bucket(), [np.random.default_rng(i).bytes(length) for i in range(35)]
     (root / "x").write_bytes(write(tmp_path / "x", written))
-    records = StoreRecords(root, [Path("x")], [35], length)
+    records = StoreRecords(root, [root / "x"], [35], length)
     assert [records.__getitems__([i])[0] for i in range(35)] == written
 
 
@@ -177,7 +177,7 @@ def test_long_runs_are_cut_into_requests(tmp_path, monkeypatch):
     (root / "x").write_bytes(write(tmp_path / "x", written))
     monkeypatch.setattr(store_records, "REQUEST_BYTES", 5600)
     Counted.forget()
-    assert StoreRecords(root, [Path("x")], [100], 500).__getitems__(range(100)) == written
+    assert StoreRecords(root, [root / "x"], [100], 500).__getitems__(range(100)) == written
     assert len(Counted.reads) == 10 and max(size for _, size in Counted.reads) <= 5600 and Counted.calls == 1
 
 
@@ -188,7 +188,7 @@ def test_no_damage_passes_for_records(tmp_path_factory, data, length):
     written = [np.random.default_rng(i).bytes(length) for i in range(5)]
     content = bytearray(write(tmp_path_factory.mktemp("damage") / "x", written))
     (root / "x").write_bytes(bytes(content))
-    records = StoreRecords(root, [Path("x")], [5], length)
+    records = StoreRecords(root, [root / "x"], [5], length)
     chunk = 40 + 2 + (1 if length < 128 else 2 if length < 2**14 else 3) + length  # header, prefix, record
     end = 40 + 5 * chunk
     end += 24 * (1 + end // (BLOCK - 24))
