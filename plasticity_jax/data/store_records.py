@@ -7,6 +7,7 @@ length, so neither footer nor index is needed. That a chunk is the right one, an
 library also checks when it reads a local file.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -129,15 +130,24 @@ def read_objects(objects: Sequence[UPath], starts: Sequence[int] = (), ends: Seq
     """
     paths = [each.path for each in objects]
     contents = objects[0].fs.cat_ranges(paths, list(starts) or [0] * len(paths), list(ends) or [None] * len(paths), on_error="return")
-    for each, content in zip(objects, contents, strict=True):
+    for each, content, start, end in itertools.zip_longest(objects, contents, starts, ends):
         if isinstance(content, FileNotFoundError):
             raise _missing(each) from content
         if isinstance(content, BaseException):
+            size = _size(each)
+            if end is not None and size is not None and size < end:  # for a range behind the end, drivers have errors of their own
+                raise _short(each, size, end) from content
             raise _unreadable(each, content) from content
-    for each, content, start, end in zip(objects, contents, starts, ends, strict=False):
-        if len(content) != end - start:
+        if end is not None and len(content) != end - start:
             raise _short(each, start + len(content), end)
     return contents
+
+
+def _size(file: UPath) -> int | None:
+    try:
+        return file.fs.size(file.path)
+    except Exception:  # the store does not answer at all
+        return None
 
 
 def _missing(file: UPath) -> UserError:
@@ -145,11 +155,11 @@ def _missing(file: UPath) -> UserError:
 
 
 def _short(file: UPath, size: int, needed: int) -> UserError:
-    return UserError(f"{file} ends after {size} bytes, and its records take {needed}; {AGAIN}.")
+    return UserError(f"{file} ends after {size} bytes, and its records reach to {needed}; {AGAIN}.")
 
 
 def _unreadable(place: UPath, error: BaseException) -> UserError:
-    return UserError(f"{place} cannot be read ({reason(error)}); run the command again when the store answers, which goes on where it was.")
+    return UserError(f"{place} cannot be read ({reason(error)}); run the command again when it can, and it resumes.")
 
 
 def _position(offset: int) -> int:

@@ -334,6 +334,16 @@ def test_what_goes_wrong_while_reading_is_one_line(domains, monkeypatch):
     MEMORY.pipe_file(name, whole[:1000])
     said = refusal(lambda: list(batches(records, **about)))  # through grain's threads
     assert "train.array_record ends after " in said
+    real = Counted.cat_file
+
+    def strict(self, path, start=None, end=None, **options):
+        if start >= self.size(path):
+            raise RuntimeError("416: range not satisfiable")
+        return real(self, path, start, end, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Counted, "cat_file", strict)
+        assert "train.array_record ends after 1000 bytes" in refusal(lambda: records.tokens([len(records) - 1]))
     MEMORY.pipe_file(name, whole[:100] + bytes(len(whole) - 100))
     assert "train.array_record is damaged at record " in refusal(lambda: list(batches(records, **about)))
     MEMORY.rm(name)
