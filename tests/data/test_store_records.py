@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from plasticity_jax.data import store_records
 from plasticity_jax.data.highwayhash import highwayhash64
 from plasticity_jax.data.loader import TokenRecords, batch_at, batches, order
+from plasticity_jax.data.packing import SplitWriter, token_dtype
 from plasticity_jax.data.prepare import TOKENS, prepare_corpus
 from plasticity_jax.data.store_records import StoreRecords
 from plasticity_jax.data.streaming import open_corpus, prepare_stream
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs import storage
+from plasticity_jax.runs.jsonfiles import write_json
 from plasticity_jax.runs.storage import location, upload
 
 MEMORY = fsspec.filesystem("memory")
@@ -255,6 +257,19 @@ def test_a_corpus_on_a_store_is_that_of_the_disk(corpus, stored, tmp_path, monke
         for name in ("domain_of", "document_of"):
             assert np.array_equal(getattr(there, name), getattr(here, name)) and getattr(there, name).dtype == getattr(here, name).dtype
     assert not (tmp_path / "cache").exists(), "nothing is copied"
+
+
+def test_tokens_of_a_large_vocabulary(tmp_path):
+    place, dtype = bucket(), token_dtype(100_000)
+    written = np.random.default_rng(0).integers(0, 100_000, (30, 65))
+    writer = SplitWriter(tmp_path, "train", dtype)
+    for record in written:
+        writer.write(record, 0)
+    writer.close()
+    manifest = {"seq_len": 64, "vocab_size": 100_000, "dtype": dtype.str, "domains": ["web"], "fingerprint": ""}
+    write_json(tmp_path / "tokens.json", manifest | {"splits": {"train": {"web": {"records": 30}}}})
+    upload(tmp_path, place)
+    assert np.array_equal(TokenRecords(place, "train").tokens(range(30)), written)
 
 
 @pytest.mark.parametrize("process", range(3))
