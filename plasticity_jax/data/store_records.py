@@ -3,8 +3,8 @@
 Where a record lies follows from its number. An array_record file that is written with `group_size:1,uncompressed` is a Riegeli file with one
 chunk per record: a header of 40 bytes, a prefix of a few bytes, and the record. The chunks follow one another without gaps, after a first
 header that belongs to the file, and every 64 KiB of the file begin with a block header of 24 bytes. Records of equal length make chunks of equal
-length, so neither footer nor index is needed. That a chunk is the right one, and undamaged, is known from the checksum in its header, which the
-library also checks when it reads a local file.
+length, so neither footer nor index is needed. That a chunk lies where it is looked for, undamaged, is known from the checksum in its header,
+which the library also checks when it reads a local file.
 """
 
 import itertools
