@@ -508,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     worker = supervise.become_worker()
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
-    for library in ("absl", "asyncio"):  # a failed write raises in our code too; they would add a trace per array
+    for library in ("absl", "asyncio", "gcsfs"):  # what fails raises in our code too; they would add a trace per array or request
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         rest, overrides = split_overrides(argv)

@@ -2,32 +2,38 @@
 
 import contextlib
 import functools
+import io
 import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
+from upath import UPath
 
 from plasticity_jax.data.packing import MANIFEST, index_path, records_path
-from plasticity_jax.errors import UserError
+from plasticity_jax.data.store_records import AGAIN, StoreRecords, read_objects
+from plasticity_jax.errors import UserError, reason
 from plasticity_jax.runs.jsonfiles import read_json
-from plasticity_jax.runs.storage import AnyPath, local_copy, location
+from plasticity_jax.runs.storage import AnyPath, is_local, location
+
+if TYPE_CHECKING:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 # tokens, targets, loss_mask, segment_ids, positions; each [B, T].
 Batch = dict[str, np.ndarray]
 
-READ_THREADS = 2
 PREFETCH_BATCHES = 8
+# A thread that reads from a store waits most of the time, so all batches ahead are asked for at once.
+DISK_THREADS, STORE_THREADS = 2, PREFETCH_BATCHES
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """Records of a split in a separate file. ArrayRecordDataSource requires the names of the last four fields."""
+@dataclass
+class _File:
+    """The first records of a file. ArrayRecordDataSource requires these names."""
 
-    directory: Path
-    documents: int  # of the split, in this shard
     filename: str
     skip: int
     take: int
@@ -38,22 +44,20 @@ class TokenRecords:
     """Random access to the packed records of a split, written by `write_token_records` or `prepare_stream`.
 
     Args:
-      directory: the folder with tokens.json. A remote folder is copied to this machine once.
+      directory: the folder with tokens.json. On a store, the records asked for are read by byte range (`StoreRecords`), and nothing is copied.
       split: "train" or "held_out".
     Attributes:
       domain_of: index into `domains` of each record.
       document_of: index, within the split, of the document that each record starts in.
+      read_threads: how many threads read at the same time with profit.
     Raises:
-      UserError: there are no finished records, or no such split.
+      UserError: there are no finished records, or no such split; on a store, also if files are missing or too short.
     """
 
     def __init__(self, directory: AnyPath, split: str):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
         directory = location(directory)
         if not (directory / MANIFEST).is_file():
             raise UserError(f"{directory} holds no finished token records ({MANIFEST} is missing); run `plasticity prepare` for this study")
-        directory = local_copy(directory, MANIFEST)  # the library only reads local files
         manifest = read_json(directory / MANIFEST)
         if split not in manifest["splits"]:
             raise UserError(f"split {split!r} is unknown; {directory} has {' and '.join(manifest['splits'])}")
@@ -63,42 +67,67 @@ class TokenRecords:
         self.fingerprint: str = manifest["fingerprint"]
         self.domains: tuple[str, ...] = tuple(manifest["domains"])
         self._directory, self._dtype = directory, np.dtype(manifest["dtype"])
-        self._shards = []
-        for entry in manifest.get("shards", ()):
-            folder, n = directory / entry["name"], entry[split]
-            self._shards.append(_Shard(folder, entry[f"{split}_documents"], str(records_path(folder, split)), skip=0, take=n, examples_in_shard=n))
-        if not self._shards:
-            self._source = ArrayRecordDataSource(str(records_path(directory, split)))
+        shards = manifest.get("shards", ())
+        self._folders = [Path(shard["name"]) for shard in shards] or [Path()]  # below the directory
+        self._counts = [shard[split] for shard in shards] or [sum(count["records"] for count in manifest["splits"][split].values())]
+        self._documents = [shard[f"{split}_documents"] for shard in shards]  # in each shard; empty if there are none
+        files = [records_path(folder, split) for folder in self._folders]
+        if is_local(directory):
+            self.read_threads, self._records = DISK_THREADS, _on_disk([directory / file for file in files], self._counts)
         else:
-            _allow_open_files(len(self._shards))
-            self._source = ArrayRecordDataSource([shard for shard in self._shards if shard.take])
+            record_bytes = (self.seq_len + 1) * self._dtype.itemsize
+            self.read_threads, self._records = STORE_THREADS, StoreRecords(directory, _on_store(directory, files), self._counts, record_bytes)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._records)
 
     @functools.cached_property
     def domain_of(self) -> Int[np.ndarray, " n"]:
-        if self._shards:  # a streamed corpus has a single domain
+        if self._documents:  # a streamed corpus has a single domain
             return np.broadcast_to(np.int32(0), (len(self),))
-        return np.load(index_path(self._directory, self.split, "domain_of"), allow_pickle=False)
+        return self._per_record("domain_of")[0]
 
     @functools.cached_property
     def document_of(self) -> Int[np.ndarray, " n"]:
-        if not self._shards:
-            return np.load(index_path(self._directory, self.split, "document_of"), allow_pickle=False)
-        first, parts = 0, []
-        for shard in self._shards:
-            inside = np.load(index_path(shard.directory, self.split, "document_of"), mmap_mode="r", allow_pickle=False)[: shard.take]
-            parts.append(inside + np.int64(first))
-            first += shard.documents
-        return np.concatenate(parts)
+        inside = self._per_record("document_of")
+        if not self._documents:
+            return inside[0]
+        firsts = np.cumsum([0, *self._documents[:-1]], dtype=np.int64)
+        return np.concatenate([part + first for part, first in zip(inside, firsts, strict=True)])
 
     def tokens(self, indices: Sequence[int] | np.ndarray) -> Int[np.ndarray, "b record_length"]:
         """int32 [len(indices), T + 1]: the records at `indices`, in that order."""
         if len(indices) == 0:
             return np.empty((0, self.seq_len + 1), np.int32)
-        contents = self._source.__getitems__([int(index) for index in indices])
+        contents = self._records.__getitems__([int(index) for index in indices])
         return np.frombuffer(b"".join(contents), self._dtype).reshape(len(contents), -1).astype(np.int32)
+
+    def _per_record(self, name: str) -> list[np.ndarray]:
+        """The array of that name in each folder of records, for the records used."""
+        files = [index_path(folder, self.split, name) for folder in self._folders]
+        directory = self._directory
+        contents = [(directory / file).read_bytes() for file in files] if is_local(directory) else read_objects(_on_store(directory, files))
+        arrays = []
+        for file, content, n in zip(files, contents, self._counts, strict=True):
+            try:
+                arrays.append(np.load(io.BytesIO(content), allow_pickle=False)[:n])
+            except (ValueError, EOFError) as error:
+                raise UserError(f"{directory / file} is damaged ({reason(error)}); {AGAIN}") from error
+        return arrays
+
+
+def _on_store(directory: UPath, files: list[Path]) -> list[UPath]:
+    return [directory / file.as_posix() for file in files]
+
+
+def _on_disk(files: list[Path], counts: list[int]) -> "ArrayRecordDataSource":
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    used = [_File(str(file), skip=0, take=n, examples_in_shard=n) for file, n in zip(files, counts, strict=True) if n]
+    if not used:  # an empty list is refused
+        return ArrayRecordDataSource(str(files[0]))
+    _allow_open_files(len(files))
+    return ArrayRecordDataSource(used)
 
 
 def _allow_open_files(n: int) -> None:
@@ -192,7 +221,7 @@ def batches(
         lambda step: batch_at(records, seed=seed, batch_size=batch_size, step=int(step), isolate=isolate, rows=rows)
     )
     if prefetch:
-        options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
+        options = grain.ReadOptions(num_threads=records.read_threads, prefetch_buffer_size=PREFETCH_BATCHES)
     else:
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return iter(dataset.to_iter_dataset(options))

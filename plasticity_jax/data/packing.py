@@ -82,6 +82,7 @@ class SplitWriter:
 
         self.document_of = array("q")
         self._directory, self._split, self._dtype = directory, split, dtype
+        # By these options `StoreRecords` knows where a record lies.
         self._writer = ArrayRecordWriter(str(records_path(directory, split)), "group_size:1,uncompressed")
 
     def __len__(self) -> int:

@@ -1,7 +1,8 @@
 """Where files lie: a local disk, or an object store named by a URL such as gs://bucket/folder. The one path type, and what differs between the two.
 
 A path is `pathlib.Path` on a disk and `upath.UPath` on a store; both read, list and join alike. Only what a store cannot do as a disk does is here:
-files that appear whole, trees of files, and copies for libraries that read only local files. A store knows no folders: `make_folder` does nothing there.
+files that appear whole, trees of files, and a local place for what libraries can only write locally. A store knows no folders: `make_folder` does
+nothing there.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ _EXTRAS = {
     "abfss": "adlfs",
 }
 
-# Where copies of what lies on a store are kept on this machine; the variable is for machines whose home is small.
+# Where what goes to a store is made on this machine; the variable is for machines whose home is small.
 CACHE_VARIABLE, _CACHE = "PLASTICITY_CACHE", "~/.cache/plasticity_jax"
 
 
@@ -155,38 +156,6 @@ def upload(folder: Path, target: UPath, *, last: str | None = None) -> None:
         write_bytes(target / last, (folder / last).read_bytes())
 
 
-def download(source: UPath, folder: Path) -> None:
-    """Copies the files below a folder of a store to a local folder, which appears whole or not at all; nothing is done if it is there.
-
-    Raises:
-      FileNotFoundError: the store holds nothing below `source`.
-    """
-    if folder.is_dir():
-        return
-    found = source.fs.find(source.path, detail=True)
-    if not found:
-        raise FileNotFoundError(errno.ENOENT, "nothing lies there", str(source))
-    root = f"{source.path.rstrip('/')}/"
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        # A store takes any name; none may lead out of the folder.
-        targets = [partial / name.removeprefix(root) for name in found]
-        if any(not name.startswith(root) or ".." in target.parts for name, target in zip(found, targets, strict=True)):
-            raise UserError(f"{source} holds an object whose name leads out of it; remove the object.")
-        for target in targets:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        with _Transfer(f"download {source.name}", total=sum(entry["size"] for entry in dict(found).values())) as transfer:
-            source.fs.get(list(found), [str(target) for target in targets], callback=transfer)  # pyright: ignore[reportArgumentType]
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process of this machine was faster
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 class _Transfer(Callback):
     """What fsspec reports of a transfer, as our progress in bytes."""
 
@@ -214,27 +183,12 @@ class _OneFile(Callback):
         self._progress.update(inc)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- copies of a store
+# --------------------------------------------------------------------------------------------------------------------------- staging
 
 
 def cache_folder() -> Path:
-    """The folder on this machine for copies of what lies on a store: ~/.cache/plasticity_jax, or what $PLASTICITY_CACHE names."""
+    """The folder on this machine for what goes to a store when it is finished: ~/.cache/plasticity_jax, or what $PLASTICITY_CACHE names."""
     return Path(os.environ.get(CACHE_VARIABLE) or _CACHE).expanduser()
-
-
-def local_copy(folder: AnyPath, manifest: str) -> Path:
-    """A folder that can be read as local files: itself, or its copy, made once per machine and content.
-
-    Args:
-      folder: finished, and never changed without its manifest.
-      manifest: name of the file in it that tells one content from another.
-    """
-    if is_local(folder):
-        return folder
-    digest = hashlib.sha256((folder / manifest).read_bytes()).hexdigest()
-    copy = cache_folder() / "copies" / f"{folder.name}-{digest[:32]}"
-    download(folder, copy)
-    return copy
 
 
 @contextlib.contextmanager

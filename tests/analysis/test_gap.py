@@ -48,7 +48,7 @@ def write_corpus(folder, sizes: dict[str, tuple[int, int]], *, blocks_per_docume
         "dtype": "<u2",
         "domains": list(DOMAINS),
         "fingerprint": "0",
-        "splits": {split: {} for split in sizes},
+        "splits": {split: {name: {"records": n} for name, n in zip(DOMAINS, counts)} for split, counts in sizes.items()},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return folder

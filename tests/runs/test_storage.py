@@ -1,6 +1,5 @@
 """One path type for disks and stores, tried on fsspec's store in memory."""
 
-import json
 import os
 import uuid
 from pathlib import Path
@@ -15,11 +14,9 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.runs import storage
 from plasticity_jax.runs.jsonfiles import read_json, write_json
 from plasticity_jax.runs.storage import (
-    download,
     free_bytes,
     is_local,
     joined,
-    local_copy,
     location,
     relative,
     remove_tree,
@@ -124,60 +121,17 @@ def test_relative_places_lead_back(bucket, tmp_path):
     assert joined(tmp_path / "run", relative(bucket, tmp_path / "run")) == bucket
 
 
-def test_trees_go_to_a_store_and_back(bucket, tmp_path):
+def test_trees_go_to_a_store(bucket, tmp_path):
     files = {"a.txt": b"1", "sub/b.bin": bytes(range(256)) * 1000, "sub/deeper/c": b""}
     for name, content in files.items():
         (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "here" / name).write_bytes(content)
-    upload(tmp_path / "here", bucket / "there")
-    download(bucket / "there", tmp_path / "back")
-    assert {p.relative_to(tmp_path / "back").as_posix(): p.read_bytes() for p in (tmp_path / "back").rglob("*") if p.is_file()} == files
-    remove_tree(bucket / "there")
-    assert not (bucket / "there").exists()
-    remove_tree(bucket / "there")
-    with pytest.raises(FileNotFoundError):
-        download(bucket / "there", tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-
-
-def test_a_download_that_breaks_off_leaves_nothing(bucket, tmp_path, monkeypatch):
-    for name in ("a", "b"):
-        (bucket / "there" / name).write_bytes(b"x")
-    calls = []
-
-    def broken(self, remote, local, **options):
-        calls.append(remote)
-        if len(calls) == 2:
-            raise OSError("reset by peer")
-        Path(local).write_bytes(b"x")
-
-    monkeypatch.setattr(MEMORY.__class__, "get_file", broken)
-    with pytest.raises(OSError, match="reset"):
-        download(bucket / "there", tmp_path / "copy")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_object_leads_out_of_the_folder_it_is_copied_to(bucket, tmp_path):
-    (bucket / "good").write_bytes(b"x")
-    MEMORY.store[f"{bucket.path}/there/../../evil"] = MEMORY.store[f"{bucket.path}/good"]
-    with pytest.raises(UserError, match="leads out of it"):
-        download(bucket / "there", tmp_path / "copy")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_local_copy_is_made_once_per_content(bucket, monkeypatch, tmp_path):
-    folder = bucket / "tokens"
-    (folder / "tokens.json").write_text(json.dumps({"fingerprint": 1}))
-    (folder / "train").write_bytes(b"one")
-    copy = local_copy(folder, "tokens.json")
-    assert is_local(copy) and (copy / "train").read_bytes() == b"one"
-    with monkeypatch.context() as patch:
-        patch.setattr(MEMORY.__class__, "get_file", None)  # a second copy would call it
-        assert local_copy(folder, "tokens.json") == copy
-    (folder / "train").write_bytes(b"two")
-    (folder / "tokens.json").write_text(json.dumps({"fingerprint": 2}))
-    assert (local_copy(folder, "tokens.json") / "train").read_bytes() == b"two"
-    assert local_copy(tmp_path, "tokens.json") is tmp_path
+    there = bucket / "there"
+    upload(tmp_path / "here", there)
+    assert {name.removeprefix(f"{there.path}/"): MEMORY.cat_file(name) for name in there.fs.find(there.path)} == files
+    remove_tree(there)
+    assert not there.exists()
+    remove_tree(there)
 
 
 def test_staged_files_reach_the_store_only_when_all_went_well(bucket, cache):

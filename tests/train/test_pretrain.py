@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import uuid
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.load import load_model
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json, read_jsonl, to_json
+from plasticity_jax.runs.storage import location, upload
 from plasticity_jax.train import loop
 
 pytestmark = pytest.mark.slow
@@ -105,6 +107,16 @@ def test_resume_is_bitwise(world: World, monkeypatch, n_steps):
     assert untimed(world.root / name) == untimed(world.root / "base")
     timed = ("seconds", "tokens_per_second")
     assert {k: v for k, v in result.items() if k not in timed} == {k: v for k, v in world.results["base"].items() if k not in timed}
+
+
+def test_a_corpus_on_a_store_gives_the_same_run(world: World, monkeypatch):
+    store = location(f"memory://{uuid.uuid4().hex}/corpus")
+    upload(world.corpus, store)
+    monkeypatch.setattr(world, "corpus", store)
+    world.pretrain({"stored": 0.1}, CONFIG)
+    assert untimed(world.root / "stored") == untimed(world.root / "base")
+    for a, b in zip(state_of(world.root / "stored", 20), state_of(world.root / "base", 20), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_chosen_steps_are_kept_and_change_no_result(world: World, monkeypatch):

@@ -53,6 +53,7 @@ def write_corpus(directory: Path, config: StudyConfig) -> None:
     tokenizer.save(directory / "tokenizer.json")
     tokens = directory / "tokens"
     tokens.mkdir()
+    counts = {}
     for split in ("train", "held_out"):
         writer = ArrayRecordWriter(str(records_path(tokens, split)), "group_size:1,uncompressed")
         domain_of, document_of = [], []
@@ -63,6 +64,7 @@ def write_corpus(directory: Path, config: StudyConfig) -> None:
                 domain_of.append(d)
                 document_of.append(document)
         writer.close()
+        counts[split] = {name: {"records": domain_of.count(d)} for d, name in enumerate(texts)}
         np.save(index_path(tokens, split, "domain_of"), np.asarray(domain_of, np.int32))
         np.save(index_path(tokens, split, "document_of"), np.asarray(document_of, np.int32))
     manifest = {
@@ -71,7 +73,7 @@ def write_corpus(directory: Path, config: StudyConfig) -> None:
         "dtype": "<u2",
         "domains": list(texts),
         "fingerprint": "f00d",
-        "splits": {"train": {}, "held_out": {}},
+        "splits": counts,
     }
     (tokens / MANIFEST).write_text(json.dumps(manifest))
     _finish(directory, Run("tiny", "prepare", "corpus", {}), config)
