@@ -171,7 +171,9 @@ class TrainConfig:
         (), 'checkpoints kept beside the last: steps, or "log:N" for N from 1 to the last, evenly in log'
     )
     keep_optimizer: bool = execution(False, "keep the optimizer's state of finished runs, pretrained or tuned: twice the parameters on disk")
-    grad_accum_steps: PositiveInt = execution(1, "parts in which a batch is processed, to save memory; a divisor of batch_size")
+    grad_accum_steps: PositiveInt = execution(
+        1, "parts in which a batch is processed, to save memory; filled with empty rows where it does not divide"
+    )
     scan_layers: bool = execution(False, "loop over layers instead of unrolling them: compiles faster, runs slower on a CPU")
     remat: Literal["none", "dots", "full"] = execution(
         "none", "recompute in the backward pass: none | dots (all but matmuls) | full (all but block inputs)"
@@ -313,7 +315,9 @@ class FinetuneConfig:
     seeds: Annotated[tuple[int, ...], MinLen(1)] = result((0,), "seeds of the order of the rows; every member is fine-tuned with each")
     log_every: PositiveInt = execution(20, "steps between log lines")
     checkpoint_every: PositiveInt = execution(500, "steps between checkpoints")
-    grad_accum_steps: PositiveInt = execution(1, "parts in which a batch is processed, to save memory; a divisor of batch_size")
+    grad_accum_steps: PositiveInt = execution(
+        1, "parts in which a batch is processed, to save memory; filled with empty rows where it does not divide"
+    )
 
     def check(self, config: "StudyConfig") -> None:
         check_grad_accum("finetune", self)
@@ -494,7 +498,7 @@ def check_increasing(path: str, buckets: tuple[int, ...]) -> None:
 
 
 def check_grad_accum(name: str, section: TrainConfig | FinetuneConfig) -> None:
-    """Raises UserError unless a batch splits evenly."""
+    """Raises UserError unless every part of a batch has a row."""
     size, parts = section.batch_size, section.grad_accum_steps
-    if size % parts:
-        raise UserError(f"{name}.batch_size={size} is not divisible by {name}.grad_accum_steps={parts}; set grad_accum_steps to a divisor of it.")
+    if parts > size:
+        raise UserError(f"{name}.grad_accum_steps={parts} is above {name}.batch_size={size}; lower it to at most the batch size.")

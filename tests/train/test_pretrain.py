@@ -147,6 +147,15 @@ def test_recorded_steps_change_no_result_and_hold_the_steps(world: World):
     assert list(folder.glob("**/*.xplane.pb")) and (folder / "memory.prof").stat().st_size and not (world.root / "plain" / "profile").exists()
 
 
+def test_a_batch_that_parts_do_not_divide_is_filled_with_rows_that_do_not_count(world: World):
+    """Four rows in three parts are six rows, two of them empty."""
+    [result] = world.pretrain({"filled": 0.1}, change(CONFIG, "train", grad_accum_steps=3))
+    assert result["tokens"] == world.results["base"]["tokens"]
+    assert result["held_out"]["loss"] == pytest.approx(world.results["base"]["held_out"]["loss"], rel=OF_LOSSES)
+    for a, b in zip(state_of(world.root / "filled", 20), state_of(world.root / "base", 20), strict=True):
+        assert np.linalg.norm(a - b) <= OF_PARAMS * np.linalg.norm(b)
+
+
 def test_resume_really_resumes(world: World, monkeypatch):
     from plasticity_jax.train import pretrain
 
