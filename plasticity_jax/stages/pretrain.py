@@ -38,6 +38,7 @@ class Pretrained:
     train_loss: float | None
     held_out: dict[str, Any] | None
     norms: dict[str, float]
+    mfu: float | None = None
 
 
 def pretrain_run(config: StudyConfig, member: Member) -> Run:
@@ -113,6 +114,7 @@ def _member_rows(results: "StudyResults") -> Rows:
                 tokens=found.tokens if found else None,
                 tokens_per_parameter=found.tokens / found.parameters if found else None,
                 tokens_per_second=found.tokens_per_second if found else None,
+                mfu=found.mfu if found else None,
                 seconds=found.seconds if found else None,
                 train_loss=number(found.train_loss) if found else None,
                 held_out_loss=number(held_out.get("loss")),

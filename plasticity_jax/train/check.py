@@ -15,10 +15,10 @@ from typing import Any
 
 import jax
 
-from plasticity_jax.config import ModelConfig, StudyConfig, for_device, grid_members, member_config
+from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.kernels import choose_kernel
-from plasticity_jax.model.param_count import count_matmul_params
+from plasticity_jax.model.param_count import flops_per_token
 from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel import hardware
 from plasticity_jax.parallel.batches import padded_batch_size
@@ -74,15 +74,6 @@ class Answer(Measured):
     def temporary(self) -> int:
         """Bytes of everything else: activations, gradients, batches."""
         return max(self.total - self.params - self.optimizer, 0)
-
-
-def flops_per_token(model: ModelConfig, seq_len: int) -> int:
-    """Model FLOPs of one training token, forward and backward: 6 N + 12 L H Dh T.
-
-    N is `count_matmul_params`. Attention counts all T x T scores, including those that the causal mask hides; recomputation does not count.
-    Source: PaLM (arXiv 2204.02311), appendix B.
-    """
-    return 6 * count_matmul_params(model) + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
 
 
 def grid_flops(config: StudyConfig) -> float:

@@ -39,6 +39,7 @@ class LoopSettings:
       max_loss: in nats per token; a model whose loss is higher, or not finite, has diverged.
       total_tokens: total number of targets per model, for the progress bar.
       profile_steps: the first and the last step to record (see `profile.StepProfile`); None for none.
+      peak_tokens_per_second: of the devices at their peak FLOP/s, for the model FLOPs utilization (MFU) of the log; None where it is not known.
     """
 
     steps: int
@@ -49,6 +50,7 @@ class LoopSettings:
     total_tokens: int
     keep_steps: tuple[int, ...] = ()
     profile_steps: tuple[int, int] | None = None
+    peak_tokens_per_second: float | None = None
 
 
 @dataclass
@@ -175,6 +177,16 @@ def train(
     return state
 
 
+def utilization(track: Track, settings: LoopSettings) -> float | None:
+    """Model FLOPs utilization over the training so far: tokens per second as a fraction of what the devices' peak allows. None where it is not known.
+
+    Members of one program share its time, so each of them has the utilization of the program.
+    """
+    if not settings.peak_tokens_per_second or not track.seconds:
+        return None
+    return track.tokens / track.seconds / settings.peak_tokens_per_second
+
+
 class _Clock:
     """Seconds since the last `lap`, without pauses."""
 
@@ -239,7 +251,10 @@ class _Loop:
                 self._save(step, state)
         losses = [float(loss) for loss, track in zip(numbers["loss"], self.tracks) if not track.diverged]
         if losses:
-            self.progress.update(int(numbers["tokens"].sum()), note="loss " + " ".join(f"{loss:.3f}" for loss in losses))
+            note = "loss " + " ".join(f"{loss:.3f}" for loss in losses)
+            if self.settings.peak_tokens_per_second:
+                note += f", MFU {utilization(self.tracks[0], self.settings):.0%}"
+            self.progress.update(int(numbers["tokens"].sum()), note=note)
 
     def _settle_one(self, i: int, track: Track, step: int, numbers: dict[str, float], state: State | None) -> None:
         loss = numbers["loss"]
@@ -248,6 +263,8 @@ class _Loop:
         due = self.due(step)
         if due or track.diverged or self._log_due(step):
             row = {"tokens": track.tokens, **numbers, "seconds": track.seconds}
+            if (mfu := utilization(track, self.settings)) is not None:
+                row["mfu"] = mfu
             if self.held_out is not None and state is not None and self._held_out_due(step) and not track.diverged:
                 row["held_out"] = self.held_out(self._model(i, state["params"]))
             if track.log is not None:

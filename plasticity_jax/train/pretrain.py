@@ -14,8 +14,9 @@ from plasticity_jax.data.loader import TokenRecords, batches
 from plasticity_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.forward import Forward
+from plasticity_jax.model.param_count import flops_per_token
 from plasticity_jax.model.transformer import abstract_params, count_params
-from plasticity_jax.parallel import arrays, processes
+from plasticity_jax.parallel import arrays, hardware, processes
 from plasticity_jax.parallel.batches import global_batches, local_rows, padded_batch_size
 from plasticity_jax.parallel.mesh import check_members, make_mesh
 from plasticity_jax.parallel.sharding import format_sharding_table, param_shardings, sharding_table
@@ -23,7 +24,7 @@ from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.held_out import HeldOutBlocks, first_blocks, held_out_loss
 from plasticity_jax.train.initial import params_sha256
-from plasticity_jax.train.loop import LoopSettings, Track, train
+from plasticity_jax.train.loop import LoopSettings, Track, train, utilization
 from plasticity_jax.train.optimizer import OptimizerSettings, Params, Schedule, decay_table, timescale_steps, warmup_steps
 from plasticity_jax.train.restore import param_norms, starting_state
 from plasticity_jax.train.step import StepSettings, compile_train_step, execution_of, hyper_parameters, stack
@@ -83,7 +84,8 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
       seed: of the order of the batches.
       corpus, init: directories of the finished prepare and init runs.
     Returns:
-      Per member, on the first process (empty on the others): diverged (None or the reason), steps, tokens, seconds (of training), tokens_per_second, parameters, weight_decay, peak_lr,
+      Per member, on the first process (empty on the others): diverged (None or the reason), steps, tokens, seconds (of training), tokens_per_second, mfu (model FLOPs
+      utilization; None on devices of unknown peak), parameters, weight_decay, peak_lr,
       lr_times_decay, timescale_steps and timescale_share (None without decay), decay_table, compute_dtype, train_loss (mean over the last 20
       steps, nats per token), held_out (see `held_out.held_out_loss`; None if diverged), norms (L2 norm of every parameter; empty if diverged).
     """
@@ -119,6 +121,7 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
             loss_chunks=config.train.loss_chunks,
         )
 
+    loop = _loop_settings(config, mesh)
     curve_blocks = first_blocks(held_out_records, tokens_per_domain=config.train.eval_tokens)
     tracks = [Track(member.path, keep=2 if vmapped else 1) for member in members]
     alive = [i for i, track in enumerate(tracks) if not track.diverged]
@@ -151,7 +154,7 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
             ),
             tracks=[tracks[i] for i in alive],
             members=vmapped,
-            settings=_loop_settings(config),
+            settings=loop,
             held_out=lambda params: score(params, curve_blocks),
         )
         params = state["params"]
@@ -164,7 +167,7 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
             track.stop(f"held-out loss {held_out['loss']} after the last step")
         norms = {} if track.diverged else param_norms(final[i])
         if processes.primary():  # only its results are kept, and only it has the log at hand
-            results.append(_facts(member, track) | {"held_out": None if track.diverged else held_out, "norms": norms})
+            results.append(_facts(member, track, loop) | {"held_out": None if track.diverged else held_out, "norms": norms})
         else:
             results.append({})
     return results
@@ -187,8 +190,9 @@ def _hyper(member: MemberRun) -> dict[str, Any]:
     )
 
 
-def _loop_settings(config: StudyConfig) -> LoopSettings:
-    train_config = config.train
+def _loop_settings(config: StudyConfig, mesh: Mesh) -> LoopSettings:
+    train_config, known = config.train, hardware.of_kind(mesh.devices.flat[0].device_kind)
+    peak = known and known.peak_flops * mesh.size / flops_per_token(config.model, train_config.seq_len)
     return LoopSettings(
         steps=train_config.steps,
         log_every=train_config.log_every,
@@ -198,6 +202,7 @@ def _loop_settings(config: StudyConfig) -> LoopSettings:
         total_tokens=train_config.steps * train_config.batch_size * train_config.seq_len,
         keep_steps=train_config.kept_steps,
         profile_steps=train_config.profile_steps,
+        peak_tokens_per_second=peak,
     )
 
 
@@ -224,7 +229,7 @@ def _record_provenance(member: MemberRun, initial: Params, step_0_sha256: str, r
     }
 
 
-def _facts(member: MemberRun, track: Track) -> dict[str, Any]:
+def _facts(member: MemberRun, track: Track, loop: LoopSettings) -> dict[str, Any]:
     config, weight_decay = member.config, member.weight_decay
     timescale = timescale_steps(weight_decay, config.train.peak_lr, config.decay.kind)
     last = track.rows()[-1]
@@ -234,6 +239,7 @@ def _facts(member: MemberRun, track: Track) -> dict[str, Any]:
         "tokens": last["tokens"],
         "seconds": last["seconds"],
         "tokens_per_second": last["tokens"] / last["seconds"] if last["seconds"] else None,
+        "mfu": utilization(track, loop),
         "parameters": count_params(config.model),
         "weight_decay": weight_decay,
         "peak_lr": config.train.peak_lr,

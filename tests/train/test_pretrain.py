@@ -105,7 +105,7 @@ def test_resume_is_bitwise(world: World, monkeypatch, n_steps):
     for a, b in zip(state_of(world.root / name, 20), state_of(world.root / "base", 20), strict=True):
         np.testing.assert_array_equal(a, b)
     assert untimed(world.root / name) == untimed(world.root / "base")
-    timed = ("seconds", "tokens_per_second")
+    timed = ("seconds", "tokens_per_second", "mfu")
     assert {k: v for k, v in result.items() if k not in timed} == {k: v for k, v in world.results["base"].items() if k not in timed}
 
 
@@ -132,8 +132,24 @@ def test_chosen_steps_are_kept_and_change_no_result(world: World, monkeypatch):
     assert sorted(int(path.name) for path in (world.root / "kept" / "checkpoints").iterdir()) == [3, 11, 20]
     for a, b in zip(state_of(world.root / "kept", 20), state_of(world.root / "base", 20), strict=True):
         np.testing.assert_array_equal(a, b)
-    timed = ("seconds", "tokens_per_second")
+    timed = ("seconds", "tokens_per_second", "mfu")
     assert {k: v for k, v in result.items() if k not in timed} == {k: v for k, v in world.results["base"].items() if k not in timed}
+
+
+def test_model_flops_utilization_where_the_peak_is_known(world: World, monkeypatch):
+    from plasticity_jax.model.param_count import flops_per_token
+    from plasticity_jax.parallel import hardware
+
+    assert world.results["base"]["mfu"] is None and not any("mfu" in row for row in read_jsonl(world.root / "base" / "metrics.jsonl"))
+    known = hardware.Hardware("slow", "cpu", 1e9, hardware.GIB, 0, 1)
+    monkeypatch.setattr(hardware, "of_kind", lambda kind: known)
+    found = world.pretrain({"timed": 0.1, "timed too": 0.2}, CONFIG)
+    for name, result in zip(("timed", "timed too"), found, strict=True):
+        last = read_jsonl(world.root / name / "metrics.jsonl")[-1]
+        expected = last["tokens"] * flops_per_token(CONFIG.model, CONFIG.train.seq_len) / last["seconds"] / 1e9
+        assert result["mfu"] == last["mfu"] == pytest.approx(expected)
+    # Both shared the time of one program, whose throughput counts.
+    assert found[0]["mfu"] == pytest.approx(found[1]["mfu"])
 
 
 def test_recorded_steps_change_no_result_and_hold_the_steps(world: World):
