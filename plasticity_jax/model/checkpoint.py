@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
+from orbax.checkpoint import v1
 from orbax.checkpoint._src.serialization import ocdbt_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils as ts_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
@@ -83,23 +84,27 @@ class Checkpoints:
         check_checkpoint_place(self._place)
         self.directory = self._place.absolute() if is_local(self._place) else epath.Path(str(self._place))
         absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns about every sharding and every missing item that is meant
-        together = {} if jax.process_count() == 1 else {"multiprocessing_options": _processes(self._place, alone)}
+        processes_of = None if jax.process_count() == 1 else _processes(self._place, alone)
+        self._reading = v1.Context(multiprocessing_options=None if processes_of is None else v1.options.MultiprocessingOptions(**processes_of))
+        self._manager: ocp.CheckpointManager | None = None
+        if read_only:
+            return
+        together: dict[str, Any] = {} if processes_of is None else {"multiprocessing_options": ocp.options.MultiprocessingOptions(**processes_of)}
         self._only_here = bool(together) and (alone or processes.count() == 1)
-        self._lane = lanes.active() if together and not read_only else None
+        self._lane = lanes.active() if together else None
         some = self._only_here or self._lane is not None
-        if some and not read_only:
+        if some:
             self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else AnyPreservationPolicy([LatestN(keep), CustomSteps(keep_steps)]),
-            create=not read_only and not some,
-            read_only=read_only,
-            enable_async_checkpointing=asynchronous and not read_only,
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), CustomSteps(keep_steps)]),
+            create=not some,
+            enable_async_checkpointing=asynchronous,
             # Made in the background, a folder is awaited by the number of saves so far in the process: not the same on all processes where one has saved
             # by itself, and not fixed where lanes save at once.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=not together and lanes.active() is None),
             **together,
         )
-        self._frugal, self._together = save_bytes is not None, together
+        self._frugal = save_bytes is not None
         # Of the two handlers of the one format, the plainer has all the settings that memory depends on.
         handler = (
             functools.partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=save_bytes / 1e9)  # pyright: ignore[reportArgumentType]
@@ -116,6 +121,7 @@ class Checkpoints:
         trees = {"params": params} if optimizer is None else {"params": params, "optimizer": optimizer}
         sums = {name: checksums(tree) for name, tree in trees.items()}
         items = {name: self._save_args(tree) for name, tree in trees.items()}
+        assert self._manager is not None, "opened for reading only"
         with _saving:
             self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(sums)))
 
@@ -129,7 +135,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The largest step that is whole, or None."""
-        return self._manager.latest_step()
+        return max(finished_steps(self._place), default=None)
 
     def latest_step(self) -> int:
         """The largest step that is whole. Raises UserError if there is none."""
@@ -169,31 +175,21 @@ class Checkpoints:
         Raises:
           UserError: as `restore_params`.
         """
-        alone = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)
-        leaves, structure = jax.tree.flatten(alone)
-        leaves[index] = jax.tree.leaves(abstract)[index]
-        alone = structure.unflatten(leaves)
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), alone)
-        try:
-            handler = ocp.PyTreeCheckpointHandler(**self._together)
-            tree = handler.restore(self.directory / str(step) / "params", args=ocp.args.PyTreeRestore(alone, restore_args=as_numpy))  # pyright: ignore[reportArgumentType]
-            array = jax.tree.leaves(tree)[index]
-            if array.shape != leaves[index].shape:
-                raise ValueError(f"an array has shape {array.shape} and not {leaves[index].shape}")
-            expected = self._manager.restore(step, args=ocp.args.Composite(checksums=ocp.args.JsonRestore()))["checksums"]["params"]
-            if _weighted_sum_on_host(array) != expected[index]:
-                raise ValueError("the checksums of its params differ from those saved")
-        except Exception as error:
-            raise self._unreadable(step, error) from error
-        return array
+        leaves: list[Any] = [v1.PLACEHOLDER] * len(jax.tree.leaves(abstract))
+        wanted = jax.tree.leaves(abstract)[index]
+        leaves[index] = np.broadcast_to(np.zeros((), wanted.dtype), wanted.shape)  # asks for a NumPy array, and takes no memory
+        restored = self._restore(step, params=jax.tree.structure(abstract).unflatten(leaves))
+        return jax.tree.leaves(restored["params"])[index]
 
     def wait(self) -> None:
         """Returns when every save so far is whole."""
-        self._manager.wait_until_finished()
+        if self._manager is not None:
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the last save and releases the threads."""
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -203,12 +199,13 @@ class Checkpoints:
 
     def _restore(self, step: int, **abstract: Any) -> Any:
         _silence_abandoned_reads()
-        items = {name: ocp.args.StandardRestore(_placed(tree)) for name, tree in abstract.items()}
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonRestore()))
-            for name in abstract:
-                if checksums(restored[name]) != restored["checksums"][name]:
-                    raise ValueError(f"the checksums of its {name} differ from those saved")
+            with self._reading:
+                restored = v1.load_checkpointables(
+                    str(self.directory / str(step)), {name: _placed(tree) for name, tree in abstract.items()} | {"checksums": None}
+                )
+            for name, tree in abstract.items():
+                _check(name, tree, restored[name], restored["checksums"][name])
             return restored
         except Exception as error:  # Orbax and tensorstore raise many types for a missing file, a bad checksum or another shape
             raise self._unreadable(step, error) from error
@@ -230,15 +227,26 @@ def _silence_abandoned_reads() -> None:
     sys.unraisablehook = show_others
 
 
-def _processes(directory: AnyPath, alone: bool) -> Any:
+def _check(name: str, asked: Any, restored: Any, expected: list[int]) -> None:
+    """Raises ValueError unless what was restored has the shapes asked for and the checksums saved with it."""
+    places = [number for number, x in enumerate(jax.tree.leaves(asked)) if x is not v1.PLACEHOLDER]
+    shapes, found = jax.tree.leaves(asked), jax.tree.leaves(restored)
+    for number in places:
+        if found[number].shape != shapes[number].shape:
+            raise ValueError(f"an array has shape {found[number].shape} and not {shapes[number].shape}")
+    if checksums([found[number] for number in places]) != [expected[number] for number in places]:
+        raise ValueError(f"the checksums of its {name} differ from those saved")
+
+
+def _processes(directory: AnyPath, alone: bool) -> dict[str, Any]:
     """Which processes Orbax waits for, and under which name: two saves at once, as of two members, would else wait for one another's barriers."""
     name = "_".join(directory.parts[-3:])
     lane = lanes.active()
     if not alone and lane is None:
-        return ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
+        return {"barrier_sync_key_prefix": name}
     members = {jax.process_index()} if alone or lane is None else set(lane.ranks)
     first = min(members)
-    return ocp.options.MultiprocessingOptions(primary_host=first, active_processes=members, barrier_sync_key_prefix=f"{name}_{first}")
+    return {"primary_host": first, "active_processes": members, "barrier_sync_key_prefix": f"{name}_{first}"}
 
 
 def _registry(first: int) -> Any:
@@ -314,4 +322,10 @@ def _weighted_sums(leaves: list[jax.Array]) -> list[jax.Array]:
 def _placed(tree: Any) -> Any:
     """A shape without a sharding goes to the first device; without this, Orbax would ask for the devices that saved it."""
     one_device = jax.sharding.SingleDeviceSharding(lanes.local_device())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or one_device), tree)
+
+    def one(x):
+        if x is v1.PLACEHOLDER or isinstance(x, np.ndarray):
+            return x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or one_device)
+
+    return jax.tree.map(one, tree)
