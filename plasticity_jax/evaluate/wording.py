@@ -143,6 +143,7 @@ _MONTH = "January|February|March|April|May|June|July|August|September|October|No
 _OPENING = "The|This|That|It|There|So|Therefore|Thus|Hence|We|You|They|He|She|Total|Exactly|About|Approximately|Only|Just|Rs|[A-Z]{3}"
 _WORDS_BEFORE = re.compile(rf"(?:(?:(?={_OPENING}|[a-z]){_WORD}|a|A)[,:]?\s+)++(?=[-+(\[\\$.\d]|[a-zA-Z]\s*=)")
 _UNIT_LETTER = r"(?:[mgsLlhNJWVAKCF])"
+_CIRCUMSTANCE = re.compile(rf"([-+]?[\d.,/]+(?:\s+{_WORD}){{1,3}}?)\s+(?:in|at|on|from|during|with|after|before|when|if)\s.*")  # "6 miles in 2 hours"
 _UNIT_OF_FORMULAS = (
     "dollars?|cents?|euros?|pounds?|[cmk]?m|kg|units?|square|cubic|inch(?:es)?|feet|ft|miles?|degrees?|percent|hours?|minutes?|days?|years?"
 )
@@ -152,6 +153,7 @@ _WORDS_AFTER = re.compile(
     rf"(?:(?:\s*/\s*|\s+)(?!{_MONTH})(?:{_WORD}|{_UNIT_LETTER}){_POWER},?)*$"
 )
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)", re.ASCII)
+_IN_PARENTHESES = re.compile(r"(?<=\d)\s+\([^()]*\)\.?$")
 _SCIENTIFIC_ALONE = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE](?P<power>[-+]?\d{1,3})(?!\w)", re.ASCII)
 _LONG_WORD = re.compile(rf"(?<![A-Za-z\\])(?=[A-Za-z]{{3}}){_WORD}")
 
@@ -169,6 +171,7 @@ def formula(text: str) -> str:
         text = bare(", ".join(spans) if joined else spans[-1])
     text = _THOUSANDS.sub(lambda number: _SEPARATOR.sub("", number[0]), _CURRENCY.sub("", text))
     text = bare(_WORDS_BEFORE.sub("", text, count=1) if _WORDS_BEFORE.match(text) else text)
+    text = _CIRCUMSTANCE.sub(r"\1", text)
     text = ", ".join(_without_unit(part) for part in _CONNECTORS.split(text))
     text = _ROOT.sub(r"\\sqrt{\1}", _PI.sub(r"\\pi ", text.replace("**", "^")))
     text = _SCIENTIFIC.sub(r"\1\\cdot 10^{\2}", _MIXED.sub(r"\1\\frac{\2}{\3}", text))
@@ -177,7 +180,7 @@ def formula(text: str) -> str:
 
 def exact_number(text: str) -> Decimal | None:
     """The value of a text whose first clause is one number, such as "1,234.", "-$5", "1e3" or "3 apples", but not "1,3,2" or "3 or 4"."""
-    plain = own_clause(text)
+    plain = _IN_PARENTHESES.sub("", own_clause(text))
     plain = bare(_SCIENTIFIC_ALONE.sub(_expanded, bare(plain)))
     if plain.startswith("(") and plain.endswith(")"):
         plain = plain[1:-1]
