@@ -69,7 +69,7 @@ def evaluate(
       folder: the run's directory.
       what: is being done, for the progress.
     Returns:
-      On the first process (empty on the others): metrics (see `metrics.metrics`; "accuracy" and "accuracy_by_length" where options are compared),
+      On the first process (empty on the others): metrics (see `metrics.metrics`; "accuracy", "acc_norm" and "acc_bytes" where options are compared),
       problems, n_samples, failures (fractions of wrong, unanswered and timed-out completions: greedy, samples), per_problem (greedy 0/1, samples
       number right, majority 0/1), subsets (test set → its metrics), macro (their mean), majority_class (accuracy of always giving the most common
       gold answer), cut_prompts (how many lost their beginning), unended (fraction of completions at the token limit), source_splits (of the rows).
@@ -226,9 +226,10 @@ def _compare_options(
     write_jsonl(folder / OPTIONS, rows)
     by = {
         "accuracy": np.array([choice.best for choice in choices]) == right,
-        "accuracy_by_length": np.array([choice.best_by_length for choice in choices]) == right,
+        "acc_norm": np.array([choice.best_by_length for choice in choices]) == right,
+        "acc_bytes": np.array([choice.best_by_bytes for choice in choices]) == right,
     }
-    counted = by["accuracy_by_length" if task.by_length else "accuracy"]
+    counted = by["acc_norm" if task.by_length else "accuracy"]
     nothing = {"wrong": float(1 - counted.mean()), "no answer": 0.0, "timed out": 0.0}
     return {
         "metrics": {name: float(correct.mean()) for name, correct in by.items()},
