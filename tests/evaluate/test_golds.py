@@ -57,7 +57,7 @@ def test_another_gold_is_right_only_where_math_verify_finds_the_formulas_equal(g
     import math_verify
 
     draw = random.Random(0)
-    sample = [gold for gold in draw.sample(golds, 40) if "text" not in gold and "_" not in gold]
+    sample = [gold for gold in draw.sample(golds, 25) if "text" not in gold and "_" not in gold]
     others = [draw.choice(sample) for _ in sample]
     found = grading.judge(
         [(extract_answer(PHRASINGS[i % len(PHRASINGS)].format(other)), gold) for i, (other, gold) in enumerate(zip(others, sample))]
