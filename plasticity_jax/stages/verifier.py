@@ -129,6 +129,7 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
 SAMPLES = Stage(
     name="samples",
     title="graded samples for the verifier",
+    version=2,
     run=evaluate.run,
     record=evaluate.Evaluated,
     parents={"model": "finetune", "task": "prepare"},
