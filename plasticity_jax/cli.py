@@ -183,13 +183,32 @@ def _finetune(arguments) -> int:
 @_command(
     "evaluate",
     "generate answers to a task's test rows and grade them",
-    _flag("--model", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=MODEL_HELP),
-    _flag("--task", required=True, metavar="T"),
+    _flag("--model", type=_place, metavar="RUN_OR_HF_DIR", help=MODEL_HELP),
+    _flag("--task", metavar="T"),
+    _flag(
+        "--regrade",
+        action="store_true",
+        help="generate nothing: grade the study's finished completions again, or those of --model and --task, into runs beside the first ones",
+    ),
+    _flag("--faithful", action="store_true", help="with --regrade: grade as the original; by default as the completions were graded"),
+    _flag("--clean", action="store_true", help="with --regrade: grade the clean way"),
     FAIL_FAST,
 )
 def _evaluate(arguments) -> int:
     from plasticity_jax.stages.evaluate import evaluate_run
     from plasticity_jax.study.on_model import run_on_model
+    from plasticity_jax.study.regrade import regrade_completions
+
+    if arguments.faithful and arguments.clean:
+        raise UserError("--faithful and --clean exclude each other; give one of the two, or neither to grade as before.")
+    if arguments.regrade:
+        faithful = True if arguments.faithful else False if arguments.clean else None
+        return _said(regrade_completions(arguments.config, arguments.workdir, model=arguments.model, task=arguments.task, faithful=faithful))
+    if arguments.faithful or arguments.clean:
+        raise UserError("--faithful and --clean go with --regrade; an evaluation that generates follows the config (--config.faithful=True).")
+    missing = [flag for flag, given in (("--model", arguments.model), ("--task", arguments.task)) if given is None]
+    if missing:
+        raise UserError(f"plasticity evaluate: the following arguments are required: {', '.join(missing)} (see plasticity evaluate --help)")
 
     def runs(own, model):
         return [evaluate_run(own, model, arguments.task)]

@@ -2,55 +2,77 @@
 
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
-from decimal import Decimal
 
 from plasticity_jax.data.tasks.boxed import last_boxed
+from plasticity_jax.evaluate.wording import bare, exact_number, in_ascii, own_clause, with_bold_tags
 
 MARKER = "answer is"
 MAJORITY_WINDOW = 128  # characters at the end of a completion that the majority reads; paper section 5.4
-GRADERS = ("exact", "number", "letter")  # "math" is `grading.Grading`'s
+GRADERS = ("exact", "number", "letter", "letter-strict", "letter-first-word")  # "math" is `grading.Grading`'s
 
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)", re.ASCII)
-# What may precede a letter: "(B)", "**B**", "\\text{(B)}". Possessive quantifiers keep the time linear on hostile texts.
-_OPENING = r"[\s(\[{\"'`*$]*+(?:\\(?:text|textbf|textrm|mathrm|mathbf)\s*+\{)?+[\s(\[{\"'`*]*+"
-# A letter is an answer by itself, or if more than a space separates it from what follows: "A dog" begins with an article, "A and B" names two.
-_SET_OFF = r"(?:[\s)\]}\"'`*$.:;,!?]*+$|[)\]}\"'`*$]*[.:)\]}](?!\w)|[)\]}\"'`*$.:;,]*+[ \t]*+\n|\s++[-–—]++\s)"
-_LETTER = re.compile(_OPENING + "([A-Ja-j])" + _SET_OFF)
-_TWO_LETTERS = re.compile(_OPENING + r"[A-J]\W*+(?:and|or)\W++[A-J](?!\w)", re.IGNORECASE)
-_AROUND_NUMBERS = string.punctuation.replace("-", "").replace("+", "").replace(".", "") + string.whitespace
+_THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
+_STATED = re.compile(
+    r"(?P<remark>(?:this|that|above|my) )?(?:"
+    r"\banswers? (?:to|for) [^.:?!\n]{1,80}? (?:is|are)\b|answer(?: choice| option)?\s++is\b|answers\s++are\b|correct (?:option|choice|letter) is\b|"
+    r"\banswer[*_`]{0,3}[ \t]?:(?:\*\*|__|`)?|\bfinal answer[*_ ]{0,4}\n|<answer>|(?:^|\n)[ \t]*####(?=[ \t]))",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?](?=\s)|\n(?=\s*\S)")
+_COLON = re.compile(r"(?<!\d):|:(?!\d)")
+# What stands before a colon and is the answer itself, not its announcement: an option's letter, yes or no, or something with a digit or a formula.
+_ANSWERS_ALREADY = re.compile(
+    r"[\s(\[*\"'_`“‘]*(?:(?:option |choice )?(?-i:[A-J])[\s)\]*\"'_`”’.]*$|(?:yes|no|maybe|true|false)\b|.*[\d$\\(])", re.IGNORECASE | re.DOTALL
+)
+
+_LEAD = re.compile(
+    r"(?:(?:the|my|it is|it's|is|would be|must be|should be)\s+|(?:(?:correct|best|right|final|most likely)\s+)?"
+    r"(?:answer|option|choice|letter)s?(?:\s+(?:is|would be))?\s*:?\s*(?=\W*[A-J](?!\w)))++",
+    re.IGNORECASE,
+)
+_LETTER = re.compile(r"[\s(\[{\"'`*_$#>\-]*+(?:\\[(\[]\s*+)?+(?:\\[a-z]+\s*+\{[\s(\"'`*]*+)?+([A-Ja-j])(?![^\W_]|[_.'][^\W_])")
+# What may follow a letter that is an answer: nothing, punctuation, closing marks, a reason. "A dog" begins with an article.
+_ENDS = re.compile(r"\s*+(?:$|[\"'`*_$)\]}.:;,!?/(–—]|-(?!\w)|\\[)\]])|[ \t]*+\n")
+_REASON = re.compile(r"\s++(?:because|since|as|so|due|given|is|was|would|which|for the|seems|based|followed|therefore)(?!\w)", re.IGNORECASE)
+_ANOTHER = re.compile(
+    r"[^\w\n,/&]*+(?:(?:and|or|/|,|&)[^\w\n,/&]*+)++(?:(?:option|choice) )?\W?(?:(?-i:[A-J])(?![^\W_])(?!')|[A-J](?=\W*$))", re.IGNORECASE
+)
 
 
-def extract_answer(text: str) -> str | None:
+def extract_answer(text: str, *, faithful: bool = False) -> str | None:
     """The answer that a completion states.
 
-    The content of the last `\\boxed{...}` with balanced braces; without one, the text after the last "answer is", or after its last colon if it has
-    one. Time is linear in the text's length.
+    The content of the last `\\boxed{...}` with balanced braces; without one, the text after the last "answer is" or its like ("Answer:", "The answer to
+    the question is", "####", "<answer>"), after the last colon of its first sentence if that only announces the answer. Reasoning before the last
+    "</think>" does not count. Time is linear in the text's length.
 
+    Args:
+      faithful: as in the original: the last box, or the text after the last "answer is" in this spelling, and after its last colon.
     Returns:
-      The answer, stripped of surrounding white space; None if there is none or it is empty.
+      The answer with all that follows it, stripped of surrounding white space; None if there is none or it is empty.
     Source: paper section 5.2.
     """
+    if not faithful:
+        text = _after_thoughts(text)
     answer = last_boxed(text)
     if answer is None:
-        _, marker, answer = text.rpartition(MARKER)
-        if not marker:
-            return None
-        answer = answer.rpartition(":")[2]
-    return answer.strip() or None
+        answer = _after_marker(text) if faithful else _after_statement(text)
+    return (answer or "").strip() or None
 
 
 def judge(answer: str | None, gold: str, grader: str, *, faithful: bool = False) -> bool:
-    """Whether an answer is right.
+    """Whether an answer is right. Only the answer's own clause counts, see `wording.own_clause`.
 
     Args:
       answer: what `extract_answer` found; None is wrong.
       gold: the right answer.
-      grader: "exact" compares the first words without surrounding punctuation, ignoring case; "number" compares exact decimal values after
-        stripping punctuation around them and commas inside, and a text that is not a number is wrong; "letter" compares the options' letters, A to J in
-        either case, with which the texts begin ("B", "(c)", "D. Paris", but neither "A dog" nor "A and B"), and otherwise the texts, stripped of
-        punctuation around them.
-      faithful: "letter" knows A to D only, as in the original, so that only "E" itself equals the gold "E".
+      grader: "exact" compares the first words, ignoring case, surrounding punctuation and markup. "number" compares exact decimal values; currency,
+        unit and separators of thousands are left aside, and a text that is not one number is wrong. "letter-strict" compares the options' letters, A to
+        J in either case, with which the texts begin ("B", "(c)", "D. Paris", "C because", but neither "A dog" nor "A and B"), and otherwise the texts.
+        "letter-first-word" compares the first words without punctuation at their ends, ignoring case. "letter" is the second of these where
+        `faithful`, and otherwise the first.
+      faithful: the whole answer counts, as in the original, and markup that is not punctuation counts too.
     Raises:
       ValueError: an unknown grader.
     Source: paper section 5.3.
@@ -58,9 +80,7 @@ def judge(answer: str | None, gold: str, grader: str, *, faithful: bool = False)
     _check_grader(grader)
     if answer is None:
         return False
-    if grader == "letter":
-        return _option(answer, faithful) == _option(gold, faithful)
-    read = _number if grader == "number" else _first_word
+    read = _reader(grader, faithful)
     found = read(answer)
     return found is not None and found == read(gold)
 
@@ -87,7 +107,7 @@ def majority_index(completions: Sequence[str], grader: str | None = None, *, fai
     sizes: dict[tuple, int] = {}
     first: dict[tuple, int] = {}
     for index, completion in enumerate(completions):
-        answer = extract_answer(completion[-MAJORITY_WINDOW:])
+        answer = extract_answer(completion[-MAJORITY_WINDOW:], faithful=faithful)
         cluster = ("none", index) if answer is None else _cluster(answer, grader, faithful)
         sizes[cluster] = sizes.get(cluster, 0) + 1
         first.setdefault(cluster, index)
@@ -96,43 +116,104 @@ def majority_index(completions: Sequence[str], grader: str | None = None, *, fai
 
 def majority_answer(completions: Sequence[str], grader: str | None = None, *, faithful: bool = False) -> str | None:
     """The answer of the completion at `majority_index`; None if it has none."""
-    return extract_answer(completions[majority_index(completions, grader, faithful=faithful)][-MAJORITY_WINDOW:])
+    return extract_answer(completions[majority_index(completions, grader, faithful=faithful)][-MAJORITY_WINDOW:], faithful=faithful)
+
+
+def _after_thoughts(text: str) -> str:
+    """What follows the last "</think>"; nothing if reasoning was begun and never ended."""
+    tags = list(_THOUGHT.finditer(text))
+    return text if not tags else text[tags[-1].end() :] if tags[-1][1] else ""
+
+
+def _after_marker(text: str) -> str:
+    _, marker, answer = text.rpartition(MARKER)
+    return answer.rpartition(":")[2] if marker else ""
+
+
+def _after_statement(text: str) -> str:
+    statements = list(_STATED.finditer(text))
+    # "I hope this answer is correct" is a remark on the answer.
+    stated = next((found for found in reversed(statements) if not found["remark"]), statements[-1] if statements else None)
+    if stated is None:
+        return ""
+    start = stated.end()
+    while start < len(text) and text[start] in ": \t\n":
+        start += 1
+    end = _SENTENCE_END.search(text, start)
+    colons = [colon for colon in _COLON.finditer(text, start, end.start() if end else len(text)) if not _is_inside(text, start, colon.start())]
+    if not colons or (_ANSWERS_ALREADY.match(text[start : min(colons[0].start(), start + MAJORITY_WINDOW)]) and text[colons[0].end() :].strip()):
+        return text[start:]
+    return text[colons[-1].end() :]
+
+
+def _is_inside(text: str, start: int, place: int) -> bool:
+    before = text[max(start, place - 2 * MAJORITY_WINDOW) : place]
+    return before.count("(") > before.count(")") or before.count("$") % 2 == 1 or before.count("{") > before.count("}")
+
+
+def _reader(grader: str, faithful: bool):
+    if grader == "letter":
+        grader = "letter-first-word" if faithful else "letter-strict"
+    if grader == "letter-strict":
+        return _option
+    if grader == "letter-first-word":
+        return _plain_first_word
+    if grader == "number":
+        return exact_number
+    return _first_word_as_published if faithful else _first_word
 
 
 def _cluster(answer: str, grader: str | None, faithful: bool) -> tuple:
-    if grader == "letter":
-        return _option(answer, faithful)
-    if grader == "exact":
-        word = _first_word(answer)
-        if word is not None:
-            return ("word", word)
-    else:
-        number = _number(answer)
-        if number is not None:
-            return ("number", number)
+    read = exact_number if grader is None else _reader(grader, faithful)
+    found = read(answer)
+    if found is not None:
+        return (grader, found)
     text = " ".join(answer.casefold().split())
     return ("text", text.strip(string.punctuation + " ") or text)
 
 
 def _first_word(text: str) -> str | None:
-    """The first word that is not only punctuation, case-folded."""
-    stripped = (word.strip(string.punctuation) for word in text.split())
-    return next((word.casefold() for word in stripped if word), None)
+    """The first word that is not only punctuation, without markup and case-folded."""
+    words = re.split(r"[\s—–]+|--+", re.sub(r"\\[a-z]+\s*(?=\{)|\\[()\[\]]", " ", bare(text)))
+    return next((word.casefold() for word in map(_without_punctuation, words) if word), None)
 
 
-def _option(text: str, faithful: bool) -> tuple[str, str]:
-    """("letter", the option's letter), or ("text", the text without surrounding punctuation)."""
-    match = _LETTER.match(text)
-    letter = match[1].upper() if match and not _TWO_LETTERS.match(text) else None
-    if letter is not None and not (faithful and letter > "D"):
-        return "letter", letter
-    return "text", text.strip(string.punctuation + string.whitespace)
+def _without_punctuation(word: str) -> str:
+    first, last = 0, len(word)
+    while first < last and unicodedata.category(word[first])[0] in "PSC":
+        first += 1
+    while last > first and unicodedata.category(word[last - 1])[0] in "PSC":
+        last -= 1
+    return word[first:last]
 
 
-def _number(text: str) -> Decimal | None:
-    """The value of a text that is one number, such as "1,234.", "$5" or "(-0.5)", but not "3 apples"."""
-    bare = text.strip(_AROUND_NUMBERS).rstrip(string.punctuation + string.whitespace).replace(",", "")
-    return Decimal(bare) if _NUMBER.fullmatch(bare) else None
+def _first_word_as_published(text: str) -> str | None:
+    return next((word.casefold() for word in (word.strip(string.punctuation) for word in text.split()) if word), None)
+
+
+def _plain_first_word(text: str) -> str | None:
+    """The first word, punctuation at its end off, case-folded. Source: the original's newer evaluator."""
+    words = text.split(maxsplit=1)
+    return words[0].rstrip(string.punctuation).casefold() if words else None
+
+
+def _option(text: str) -> tuple[str, str]:
+    """("letter", the option's letter), or ("text", the clause without what only marks it)."""
+    plain = with_bold_tags(in_ascii(text))
+    lead = _LEAD.match(plain)
+    letter = _letter(plain[lead.end() :] if lead else plain)
+    return ("letter", letter) if letter else ("text", bare(own_clause(plain)).strip(string.punctuation + string.whitespace))
+
+
+def _letter(text: str) -> str | None:
+    found = _LETTER.match(text)
+    if found is None or _ANOTHER.match(text, found.end()):
+        return None
+    letter, rest = found[1], found.end()
+    if _ENDS.match(text, rest) or _REASON.match(text, rest):
+        return letter.upper()
+    # "C he went": no English word is one capital letter, but the article and the pronoun.
+    return letter if letter in "BCDEFGHJ" and text[rest : rest + 1].isspace() else None
 
 
 def _check_grader(grader: str) -> None:

@@ -30,7 +30,7 @@ from plasticity_jax.model.forward import Forward
 from plasticity_jax.model.load import LoadedModel
 from plasticity_jax.parallel import processes
 from plasticity_jax.runs.directory import COMPLETIONS, OPTIONS, PROBLEMS
-from plasticity_jax.runs.jsonfiles import to_json, write_jsonl
+from plasticity_jax.runs.jsonfiles import iter_jsonl, to_json, write_jsonl
 from plasticity_jax.runs.logs import AppendLog, read_log, remove_log
 from plasticity_jax.runs.storage import AnyPath
 
@@ -88,10 +88,11 @@ def evaluate(
       problems: rows of the task.
       forward: how to run the models.
     Returns:
-      For each model, on the first process (empty on the others): metrics (see `metrics.metrics`; "accuracy" and "accuracy_by_length" where options are compared),
-      problems, n_samples, failures (fractions of wrong, unanswered and timed-out completions: greedy, samples), per_problem (greedy 0/1, samples
-      number right, majority 0/1), subsets (test set → its metrics), macro (their mean), majority_class (accuracy of always giving the most common
-      gold answer), cut_prompts (how many lost their beginning), unended (fraction of completions at the token limit), source_splits (of the rows).
+      For each model, on the first process (empty on the others): metrics (see `metrics.metrics`; "accuracy", "acc_norm" and "acc_bytes" where options
+      are compared), problems, n_samples, failures (fractions of wrong, unanswered and timed-out completions: greedy, samples), per_problem (greedy 0/1,
+      samples number right, majority 0/1), subsets (test set → its metrics), macro (their mean), majority_class (accuracy of always giving the most
+      common gold answer), cut_prompts (how many lost their beginning), unended (fraction of completions at the token limit), source_splits (of the
+      rows).
     """
     if task.grader == "likelihood":
         found = [_compare_options(scored.model, task, problems, settings.batch_size, forward, scored.folder, scored.name) for scored in models]
@@ -199,7 +200,7 @@ def graded(
     problems: Sequence[Example], texts: Sequence[Sequence[str]], ended: Sequence[Sequence[bool]], task: Task, faithful: bool, workers: int
 ) -> list[dict[str, Any]]:
     """Grades each problem's completions, the greedy one first; returns the rows of completions.jsonl."""
-    flat = [(extract_answer(text), problem.answer) for problem, of_problem in zip(problems, texts) for text in of_problem]
+    flat = [(extract_answer(text, faithful=faithful), problem.answer) for problem, of_problem in zip(problems, texts) for text in of_problem]
     with Grading(task.grader, faithful=faithful, workers=workers) as grading:
         verdicts = iter(grading.judge(flat))
         chosen = grading.majority([of_problem[1:] for of_problem in texts])
@@ -220,6 +221,21 @@ def graded(
                 }
             )
     return rows
+
+
+def regraded(source: AnyPath, folder: AnyPath, task: Task, faithful: bool, workers: int) -> dict[str, Any]:
+    """Grades the completions in one run's directory again, into another's: problems.jsonl, completions.jsonl, and the results that follow from them."""
+    about, before = list(iter_jsonl(source / PROBLEMS)), list(iter_jsonl(source / COMPLETIONS))
+    problems = [
+        Example(row["id"], row["problem"], "", row["gold"], "", row["source_split"], row["subset"])  # graders read no more
+        for row in about
+    ]
+    width = len(before) // len(problems)
+    texts, ended = ([[row[name] for row in before[first : first + width]] for first in range(0, len(before), width)] for name in ("text", "ended"))
+    rows = graded(problems, texts, ended, task, faithful, workers)
+    write_jsonl(folder / PROBLEMS, about)
+    write_jsonl(folder / COMPLETIONS, rows)
+    return summarized(problems, rows)
 
 
 def summarized(problems: Sequence[Example], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -258,9 +274,10 @@ def _compare_options(
     write_jsonl(folder / OPTIONS, rows)
     by = {
         "accuracy": np.array([choice.best for choice in choices]) == right,
-        "accuracy_by_length": np.array([choice.best_by_length for choice in choices]) == right,
+        "acc_norm": np.array([choice.best_by_length for choice in choices]) == right,
+        "acc_bytes": np.array([choice.best_by_bytes for choice in choices]) == right,
     }
-    counted = by["accuracy_by_length" if task.by_length else "accuracy"]
+    counted = by["acc_norm" if task.by_length else "accuracy"]
     nothing = {"wrong": float(1 - counted.mean()), "no answer": 0.0, "timed out": 0.0}
     return {
         "metrics": {name: float(correct.mean()) for name, correct in by.items()},

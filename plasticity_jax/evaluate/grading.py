@@ -16,6 +16,7 @@ from plasticity_jax.data.pool import available_cores
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate import grading_worker
 from plasticity_jax.evaluate.answers import GRADERS, MAJORITY_WINDOW, extract_answer, judge, majority_index
+from plasticity_jax.evaluate.wording import formula, own_clause
 from plasticity_jax.progress import Progress
 
 SECONDS = 4.0  # limit of a comparison; paper section 5.3
@@ -41,9 +42,9 @@ class Grading:
     """Judges answers with one grader. A context manager, because "math" keeps processes running.
 
     Args:
-      grader: "exact", "number", "letter" (see `answers.judge`), or "math": equal according to math-verify in either order, or equal as texts up to
-        surrounding white space. Only "math" starts processes, when the first comparison needs them.
-      faithful: see `answers.judge`.
+      grader: one of `answers.GRADERS` (see `answers.judge`), or "math": equal as formulas according to math-verify, in either order, or as texts, see
+        `grading_worker.compare`. Only "math" starts processes, when the first comparison needs them.
+      faithful: see `answers.judge`; "math" is then `grading_worker.compare_as_published` of the whole answer.
       workers: number of processes; 0 takes one per core available to this process.
       seconds: wall time of one comparison, after which its process is killed and replaced.
       memory_bytes: address space of a process. Beyond it, an answer is wrong if the parser survives and "timed out" if it does not.
@@ -74,8 +75,9 @@ class Grading:
     def judge(self, pairs: Sequence[tuple[str | None, str]]) -> list[Verdict]:
         """Verdicts on (answer, gold), in order. An answer is what `extract_answer` returned, None included."""
         if self.grader == "math":
-            self._compare(((answer, gold) for answer, gold in pairs if answer is not None), "grade answers")
-            return [Verdict.NO_ANSWER if answer is None else self._verdict(answer, gold) for answer, gold in pairs]
+            read = [(None if answer is None else self._formula(answer), gold if self.faithful else formula(gold)) for answer, gold in pairs]
+            self._compare(((answer, gold) for answer, gold in read if answer is not None), "grade answers")
+            return [Verdict.NO_ANSWER if answer is None else self._verdict(answer, gold) for answer, gold in read]
         return [
             Verdict.NO_ANSWER if answer is None else Verdict.RIGHT if judge(answer, gold, self.grader, faithful=self.faithful) else Verdict.WRONG
             for answer, gold in pairs
@@ -93,7 +95,7 @@ class Grading:
             return [majority_index(of_problem, self.grader, faithful=self.faithful) for of_problem in completions]
         if not all(completions):
             raise ValueError("a problem has no completions; a majority needs at least one.")
-        answers = [[extract_answer(text[-MAJORITY_WINDOW:]) for text in of_problem] for of_problem in completions]
+        answers = [[self._stated(text[-MAJORITY_WINDOW:]) for text in of_problem] for of_problem in completions]
         distinct = [list(dict.fromkeys(answer for answer in of_problem if answer is not None)) for of_problem in answers]
         # An answer that cannot even be compared with itself in time would reach the limit again with every other answer.
         contested = [of_problem for of_problem in distinct if len(of_problem) > 1]
@@ -111,17 +113,29 @@ class Grading:
                 cluster[problem][answer] = next(equal, answer)
         return [_largest(of_problem, own) for of_problem, own in zip(answers, cluster)]
 
+    def _stated(self, text: str) -> str | None:
+        answer = extract_answer(text, faithful=self.faithful)
+        return None if answer is None else self._formula(answer)
+
+    def _formula(self, answer: str) -> str:
+        """What is compared of an answer."""
+        return answer if self.faithful else formula(own_clause(answer))
+
     def _comparable(self, answer: str, cluster: dict[str, str]) -> list[str]:
         if not cluster or self._known[answer, answer] is Verdict.TIMED_OUT:
             return []
         return [other for other in dict.fromkeys(cluster.values()) if self._known[other, other] is not Verdict.TIMED_OUT]
 
     def _verdict(self, answer: str, gold: str) -> Verdict:
-        return Verdict.RIGHT if answer.strip() == gold.strip() else self._known[answer, gold]
+        return Verdict.RIGHT if self._equal_texts(answer, gold) else self._known[answer, gold]
+
+    def _equal_texts(self, answer: str, gold: str) -> bool:
+        """Whether two answers are equal without a process. The original knows no such rule."""
+        return not self.faithful and answer == gold
 
     def _compare(self, pairs: Iterable[Pair], what: str, equal_texts: bool = False) -> None:
         """Looks up or computes the verdict of each pair. Equal texts are skipped unless `equal_texts`."""
-        unknown = [pair for pair in dict.fromkeys(pairs) if pair not in self._known and (equal_texts or pair[0].strip() != pair[1].strip())]
+        unknown = [pair for pair in dict.fromkeys(pairs) if pair not in self._known and (equal_texts or not self._equal_texts(*pair))]
         if unknown:
             with Progress(what, total=len(unknown), unit="comparisons") as progress:
                 self._known.update(self._compare_in_processes(unknown, progress))
@@ -150,10 +164,11 @@ class Grading:
 
     def _compare_until_broken(self, waiting: dict[Pair, bool], progress: Progress) -> Iterator[tuple[Pair, Verdict]]:
         pool, futures = self._running_pool(), {}
+        compare = grading_worker.compare_as_published if self.faithful else grading_worker.compare
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def schedule(pair: Pair) -> None:
-            future = pool.schedule(grading_worker.compare, args=pair, timeout=self.seconds)
+            future = pool.schedule(compare, args=pair, timeout=self.seconds)
             futures[future] = pair
             future.add_done_callback(done.put)
 

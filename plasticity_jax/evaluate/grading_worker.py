@@ -13,19 +13,21 @@ import resource
 import signal
 import sys
 import types
+from typing import Any
+
+from plasticity_jax.evaluate.wording import MAX_CHARACTERS, TEXT_COMMAND, formula, has_word
 
 START_SECONDS = 120  # limit of a process's imports on a busy machine
 
-# Parsing takes about a millisecond per character. No benchmark has an answer nearly this long.
-MAX_CHARACTERS = 2000
-
 _PR_SET_PDEATHSIG = 1
-_DELIMITED = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
-_WORD = re.compile(r"(?<!\S)[A-Za-z]{3,}\b")
-_MATHEMATICAL = frozenset(
-    "sqrt sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp lim max min gcd lcm det mod inf infty infinity alpha beta "
-    "gamma delta theta lambda sigma omega phi psi".split()
-)
+_SPACES = re.compile(r"\\[,;:! ]|~|\s+")
+_BRACED = re.compile(r"\{(\w)\}")
+_FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
+_SIZES = re.compile(r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle)(?![A-Za-z])")
+# math-verify drops what is below a number (a base) or a bracket, and reads words as products of their letters.
+_BASE = re.compile(r"[\d)}\]]\s*_")
+_TIME_OF_DAY = re.compile(r"(?::00)?\s*([ap])\.?\s?m\.?$", re.IGNORECASE)
+_WORDS = re.compile(r"[A-Za-z][A-Za-z .,'()-]*[A-Za-z)]")
 
 
 class Process(multiprocessing.context.SpawnProcess):
@@ -75,31 +77,66 @@ def start(parent: int, memory_bytes: int) -> None:
 
 
 def compare(answer: str, gold: str) -> bool:
-    """Whether math-verify considers two answers equal, in either order: its `verify` is not symmetric.
+    """Whether two answers are equal: as texts, or as formulas that math-verify reads completely, in either order, as its `verify` is not symmetric.
 
-    Each is read as LaTeX. One with words, such as "12 dollars", is read as prose whose last number or formula counts. A text longer than
-    `MAX_CHARACTERS`, or one that breaks the parser, equals nothing.
-
-    Source: paper section 5.3.
+    What it cannot read is compared as text only. Several answers, such as "1331 and 1728", are equal if all of them are, in any order. A text longer
+    than `MAX_CHARACTERS`, or one that breaks the parser, equals nothing.
     """
-    from math_verify import verify
-
     if max(len(answer), len(gold)) > MAX_CHARACTERS:
         return False
     try:
-        first, second = _parsed(answer), _parsed(gold)
-        return bool(verify(second, first, timeout_seconds=None) or verify(first, second, timeout_seconds=None))
+        first, second = formula(answer), formula(gold)
+        if _as_text(first) == _as_text(second):
+            return bool(first)
+        if _is_words(first) or _is_words(second):
+            return False
+        return _verified(_read(first), _read(second))
     except Exception:
         return False
 
 
-def _parsed(text: str) -> list:
+def compare_as_published(answer: str, gold: str) -> bool:
+    """The comparison of the original: both strings go to math-verify as they are, so that only LaTeX between delimiters is read as LaTeX.
+
+    Source: paper section 5.3.
+    """
     from math_verify import parse
 
-    text = " ".join(text.split()).rstrip(".,;:! ")
-    if _DELIMITED.search(text):
-        return parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-    # Bare answers are read as LaTeX only between dollars, and there words would be products of variables.
-    words = [word for word in _WORD.findall(text) if word.lower() not in _MATHEMATICAL]
-    found = parse(text, parsing_timeout=None) if words and "\\" not in text else []  # pyright: ignore[reportArgumentType]
-    return found or parse(f"${text}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+    if max(len(answer), len(gold)) > MAX_CHARACTERS:
+        return False
+    try:
+        return _verified(*(parse(text, parsing_timeout=None) for text in (answer, gold)))  # pyright: ignore[reportArgumentType]
+    except Exception:
+        return False
+
+
+def _verified(first: list, second: list) -> bool:
+    from math_verify import verify
+
+    return bool(verify(second, first, timeout_seconds=None) or verify(first, second, timeout_seconds=None))
+
+
+def _read(text: str) -> list:
+    """The formula as math-verify reads it, or [] if it does not read all of it."""
+    from math_verify import LatexExtractionConfig, parse
+
+    if _BASE.search(text) or _TIME_OF_DAY.search(_without_commands(text)):
+        return []
+    settings: Any = {"extraction_mode": "first_match", "fallback_mode": "no_fallback", "parsing_timeout": None}
+    return parse(f"${text}$", [LatexExtractionConfig()], **settings)
+
+
+def _is_words(text: str) -> bool:
+    """Whether a text is an answer in words, such as "even" or "June". Variables have one letter, or two in a product."""
+    plain = _without_commands(text)
+    return _WORDS.fullmatch(plain) is not None and has_word(plain)
+
+
+def _as_text(text: str) -> str:
+    plain = _TIME_OF_DAY.sub(lambda half: half[1].lower() + "m", _without_commands(text))
+    text = _BRACED.sub(r"\1", _SPACES.sub("", _SIZES.sub("", _FRACTION.sub(r"\\frac", plain))))
+    return re.sub(r"[().,'-]", "", text).casefold() if _is_words(plain) else text
+
+
+def _without_commands(text: str) -> str:
+    return TEXT_COMMAND.sub(r"\1", text)

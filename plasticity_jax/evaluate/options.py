@@ -15,16 +15,19 @@ class Choice(NamedTuple):
 
     Attributes:
       log_likelihoods: of each option after the prompt, in nats.
-      lengths: of each option, in bytes of UTF-8.
+      lengths: of each option, in characters.
+      byte_lengths: the same in bytes of UTF-8.
       best: index of the option with the highest log-likelihood; ties go to the first.
-      best_by_length: the same with log-likelihoods divided by the lengths.
+      best_by_length, best_by_bytes: the same with log-likelihoods divided by the lengths, or by the byte lengths.
       cut: whether an option's prompt was too long and lost its beginning.
     """
 
     log_likelihoods: list[float]
     lengths: list[int]
+    byte_lengths: list[int]
     best: int
     best_by_length: int
+    best_by_bytes: int
     cut: bool
 
 
@@ -50,7 +53,8 @@ def choose(
       One per example, in order.
     Raises:
       UserError: an example without options, or an option without text.
-    Source: acc and acc_norm of lm-evaluation-harness, which counts bytes as `len(choice.encode())` without the space before a choice.
+    Source: acc, acc_norm and acc_bytes of lm-evaluation-harness 0.4.13 (`ConfigurableTask.process_results`), which counts `len(choice)` and
+      `len(choice.encode("utf-8"))` without the space before a choice.
     """
     for example in examples:
         if not example.options or not all(example.options):
@@ -58,7 +62,7 @@ def choose(
     texts = [pair for example in examples for pair in _pairs(example)]
     pairs = list(zip(tokenizer.encode_batch([prompt for prompt, _ in texts]), tokenizer.encode_batch([scored for _, scored in texts]), strict=True))
     scores = iter(log_likelihoods(model, pairs, forward=forward, batch_size=batch_size, max_length=max_length, what=what))
-    return [_choice([next(scores) for _ in example.options], [len(option.encode("utf-8")) for option in example.options]) for example in examples]
+    return [_choice([next(scores) for _ in example.options], example.options) for example in examples]
 
 
 def _pairs(example: Example) -> list[tuple[str, str]]:
@@ -69,7 +73,9 @@ def _pairs(example: Example) -> list[tuple[str, str]]:
     return [(format_prompt(f"{example.prompt} {begin}".strip()), example.ending) for begin in begins]
 
 
-def _choice(scores: list, lengths: list[int]) -> Choice:
+def _choice(scores: list, options: Sequence[str]) -> Choice:
     totals = [score.total for score in scores]
-    by_length = [total / length for total, length in zip(totals, lengths, strict=True)]
-    return Choice(totals, lengths, totals.index(max(totals)), by_length.index(max(by_length)), any(score.cut for score in scores))
+    lengths, byte_lengths = [len(option) for option in options], [len(option.encode("utf-8")) for option in options]
+    by_length, by_bytes = ([total / length for total, length in zip(totals, found, strict=True)] for found in (lengths, byte_lengths))
+    best, best_by_length, best_by_bytes = (found.index(max(found)) for found in (totals, by_length, by_bytes))
+    return Choice(totals, lengths, byte_lengths, best, best_by_length, best_by_bytes, any(score.cut for score in scores))

@@ -59,7 +59,7 @@ def zero_shot(
       max_length: tokens that the model reads at once; of longer prompts the beginning is lost, and `cut` counts them.
       faithful: whether texts begin with the beginning-of-text token, where the model has one.
     Returns:
-      Set → acc, acc_norm (by the option's bytes; None where the set has none), stderr (of acc), n, correct (0/1 of each problem, by acc), cut (options
+      Set → acc, acc_norm (by the option's characters; None where the set has none), stderr (of acc), n, correct (0/1 of each problem, by acc), cut (options
       whose prompt was too long), source.
     Raises:
       UserError: the harness or the wheel is missing, or a model without a tokenizer.

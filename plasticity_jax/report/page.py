@@ -191,7 +191,7 @@ def render_page(results: StudyResults, parts: Sequence[Part], csv_files: list[st
         macro_metrics=[
             name
             for name in (macro[0] if macro else ())
-            if "@" in name and "unbiased" not in name or name in ("orm_score", "accuracy", "accuracy_by_length")
+            if "@" in name and "unbiased" not in name or name in ("orm_score", "accuracy", "acc_norm", "acc_bytes")
         ],
         forgetting=forgetting(results),
         summary=summary_rows(results),

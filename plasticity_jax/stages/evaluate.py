@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from plasticity_jax.config import StudyConfig, result_fields
+from plasticity_jax.runs.directory import CONFIG, RunDirectory
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import task_run, task_settings
@@ -111,6 +112,38 @@ def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
     return int(weights + of_row * settings.batch_size / row_shards(mesh) / tensor)
 
 
+def regraded_run(source: Run, faithful: bool | None) -> Run:
+    """The run that grades the completions of another one again: as the original, or not; None: as they were graded. Its field "graded" says which."""
+    way = "faithful" if (source.fields.get("faithful", False) if faithful is None else faithful) else "clean"
+    fields, parents = source.fields | {"graded": way}, {"completions": source.id}
+    return replace(source, name=f"{source.name}-graded-{way}", fields=fields, parents=parents, version=STAGE.version)
+
+
+def is_regraded(run: Run) -> bool:
+    """Whether a run graded the completions of another one."""
+    return run.stage == STAGE.name and "graded" in run.fields
+
+
+def regrade(directory: RunDirectory, run: Run, source: RunDirectory) -> Evaluated:
+    """Grades the completions of a finished evaluate run again.
+
+    Writes problems.jsonl and completions.jsonl as the source has them, with the new answers, verdicts and majorities.
+
+    Args:
+      directory, run: of the run that `regraded_run` gives.
+      source: where the completions are; it stays as it is.
+    Returns:
+      The new record. What no grader decides is that of the source: cut prompts, and seconds, which generation took.
+    """
+    from plasticity_jax.data.tasks import get_task
+    from plasticity_jax.evaluate.evaluate import regraded
+
+    before, task = STAGE.read(source.results()), get_task(run.task_name)
+    results = regraded(source.path, directory.path, task, run.fields["graded"] == "faithful", source.config().evaluate.grade_workers)
+    kept = {"n_samples": before.n_samples, "cut_prompts": before.cut_prompts, "source_splits": before.source_splits, "seconds": before.seconds}
+    return Evaluated(**results, **kept)
+
+
 def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
     from plasticity_jax.evaluate.generate import lower_completions
     from plasticity_jax.model.forward import Forward
@@ -166,6 +199,23 @@ def _metric_rows(results: "StudyResults") -> Rows:
                         rows.append(row | {"reference": first.name} | with_interval("difference", difference))
                     for name, metrics in score.subsets.items():
                         rows += [member_row(m, task=task, when=when, test_set=name, metric=metric, value=value) for metric, value in metrics.items()]
+    return rows
+
+
+def regraded_rows(results: "StudyResults") -> Rows:
+    """Every metric of completions that were graded again, beside its value as first graded."""
+    first, members = {s.run.id: s for s in results.runs}, {name: m for m in results.members for name in (m.member.base, m.name)}
+    rows = []
+    for file in sorted(results.path.glob(f"{STAGE.name}/*/{CONFIG}")):
+        again = RunDirectory(file.parent)
+        source = first.get(again.run().parents.get("completions", "")) if again.done and is_regraded(again.run()) else None
+        if source is None or source.run.member not in members:
+            continue
+        run, before, after = again.run(), STAGE.read(RunDirectory(source.path).results()).metrics, STAGE.read(again.results()).metrics
+        about = {"task": run.task, "when": run.fields["when"], "finetune_seed": source.run.seed, "graded": run.fields["graded"]}
+        rows += [
+            member_row(members[source.run.member], **about, metric=metric, first=before.get(metric), again=value) for metric, value in after.items()
+        ]
     return rows
 
 
@@ -334,7 +384,7 @@ def _draw_correlation(results: "StudyResults") -> "Drawing":
 STAGE = Stage(
     name="evaluate",
     title="answers to the test rows of every task, graded",
-    version=2,
+    version=3,
     run=run,
     record=Evaluated,
     parents={"model": ("pretrain", "finetune"), "task": "prepare"},
@@ -346,6 +396,11 @@ STAGE = Stage(
         "scores": Table(_score_rows, on_page=False),
         "metrics": Table(_metric_rows, on_page=False),
         "macro": Table(macro_rows, on_page=False),
+        "regraded": Table(
+            regraded_rows,
+            title="Completions graded again",
+            caption="Metrics of the same completions as first graded, and graded again the clean way or as the original does (evaluate --regrade).",
+        ),
         "gains": Table(gain_rows, on_page=False),
         "correlation": Table(correlation_rows, on_page=False),
     },

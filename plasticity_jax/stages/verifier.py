@@ -129,6 +129,7 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
 SAMPLES = Stage(
     name="samples",
     title="graded samples for the verifier",
+    version=2,
     run=evaluate.run,
     batched=evaluate.STAGE.batched,
     record=evaluate.Evaluated,

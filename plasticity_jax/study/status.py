@@ -5,11 +5,12 @@ from typing import Any
 from plasticity_jax.runs.directory import CONFIG, RunDirectory
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
+from plasticity_jax.stages.evaluate import is_regraded
 from plasticity_jax.study.graph import read_study, study_files
 
 
 def study_status(workdir: AnyPath) -> list[dict[str, Any]]:
-    """One row per run of every study below the workdir, of imported models and what was done with them, and of what no study lists any more (stale)."""
+    """One row per run of every study below the workdir, of imported models and what was done with them, of completions graded again, and of what no study lists any more (stale)."""
     rows = []
     for path in study_files(workdir):
         _, runs = read_study(path)
@@ -22,7 +23,7 @@ def study_status(workdir: AnyPath) -> list[dict[str, Any]]:
             if f"{directory.path.parent.name}/{directory.path.name}" in listed:
                 continue
             run = directory.run()
-            if _rests_on_import(run, path.parent):
+            if _rests_on_import(run, path.parent) or is_regraded(run):
                 state, reason = directory.state()
             else:
                 state, reason = "stale", "not in study.json: its config, code version or a parent has changed"

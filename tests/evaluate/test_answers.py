@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plasticity_jax.evaluate.answers import extract_answer, judge, majority_answer, majority_index
+from plasticity_jax.evaluate.answers import GRADERS, extract_answer, judge, majority_answer, majority_index
 
 PLAIN = st.text(alphabet=string.ascii_letters + string.digits + " .,+-", min_size=1).filter(lambda text: text.strip())
 # Balanced braces, as in \frac{1}{2}.
@@ -34,10 +34,38 @@ BALANCED = st.recursive(PLAIN, lambda inner: st.builds("{}{{{}}}{}".format, PLAI
         ("\\boxed{  }", None),
         ("no idea", None),
         ("", None),
+        # What only announces the answer ends with a colon; what is the answer already does not.
+        ("The answer is A: He went", "A: He went"),
+        ("The answer is yes: the study shows it", "yes: the study shows it"),
+        ("The answer is 5. Note: check", "5. Note: check"),
+        ("The answer is 3:4", "3:4"),
+        ("The answer is 5 (check: 2+3=5)", "5 (check: 2+3=5)"),
+        ("The Answer Is B", "B"),
+        ("The answer to the second question is 7", "7"),
+        ("**Final Answer:** 42", "42"),
+        ("**Final Answer**\n$5$", "$5$"),
+        ("#### 72", "72"),
+        ("The answer is 5. I hope this answer is correct.", "5. I hope this answer is correct."),
+        ("<think>\\boxed{3}, the answer is 3</think>The answer is 4", "4"),
+        ("<think>\\boxed{3}, the answer is 3", None),
     ],
 )
 def test_extraction_examples(text, answer):
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "faithful", "clean"),
+    [
+        ("The answer is 3:4", "4", "3:4"),
+        ("The answer is A: He went", "He went", "A: He went"),
+        ("Answer: C", None, "C"),
+        ("<think>\\boxed{3}</think> The answer is 4", "3", "4"),
+        ("The answer is 5. I hope this answer is correct.", "correct.", "5. I hope this answer is correct."),
+    ],
+)
+def test_faithful_extraction_knows_one_marker_and_every_colon(text, faithful, clean):
+    assert (extract_answer(text, faithful=True), extract_answer(text)) == (faithful, clean)
 
 
 @given(before=PLAIN, first=BALANCED, last=BALANCED, after=PLAIN)
@@ -82,6 +110,38 @@ def test_an_answer_is_stripped_text_of_the_completion(text):
         ("١٣٢", "132", "number", False),
         ("nan", "nan", "number", False),
         ("0.30000000000000001", "0.3", "number", False),
+        ("\u2212132", "-132", "number", True),
+        ("-$132", "-132", "number", True),
+        ("-132", "\u2212132", "number", True),
+        ("\u20ac132", "132", "number", True),
+        ("\u00a3132.", "132", "number", True),
+        ("132 \u20ac", "132", "number", True),
+        ("132 apples", "132", "number", True),
+        ("132 apples and 5 pears", "132", "number", False),
+        ("132 cm^2", "132", "number", True),
+        ("1.32e2", "132", "number", True),
+        ("1e3", "1000", "number", True),
+        ("1e999999999", "1", "number", False),
+        ("1,3,2", "132", "number", False),
+        ("13,2", "132", "number", False),
+        ("1320,000", "1320000", "number", False),
+        ("1,320,000.5", "1320000.5", "number", True),
+        ("1{,}320", "1320", "number", True),
+        ("1\u202f320", "1320", "number", True),
+        ("1 320", "1320", "number", False),
+        ("132 (carry 1)", "132", "number", True),
+        ("132 because 47+85=132", "132", "number", True),
+        ("**132**", "132", "number", True),
+        ("\\(132\\)", "132", "number", True),
+        ("132!", "132", "number", False),
+        ("\u201cyes\u201d", "yes", "exact", True),
+        ("yes\u2014the study shows it", "yes", "exact", True),
+        ("\\text{yes}", "yes", "exact", True),
+        ("$\\textbf{yes}$.", "yes", "exact", True),
+        ("<b>Yes</b>, it does", "yes", "exact", True),
+        ("yes: it does", "yes", "exact", True),
+        ("yes-no", "yes", "exact", False),
+        ("yes/no", "yes", "exact", False),
         (None, "132", "number", False),
         (None, "positive", "exact", False),
     ],
@@ -96,50 +156,128 @@ def test_number_grader_agrees_with_integers(first, second):
     assert judge(f" {first}", str(second), "number") is (first == second)
 
 
+# Around a letter: nothing of it is part of the answer.
+LETTERED = [
+    "{}",
+    " {}. ",
+    "({})",
+    "[{}]",
+    "{{{}}}",
+    "{})",
+    "**{}**",
+    "__{}__",
+    "_{}_",
+    "*{}*",
+    "`{}`",
+    '"{}"',
+    "“{}”",
+    "‘{}’",
+    "«{}»",
+    "<b>{}</b>",
+    "$ {} $",
+]
+LETTERED += [
+    r"\({}\)",
+    r"\[{}\]",
+    r"\text{{{}}}",
+    r"\text{{({})}}",
+    r"\textbf{{{}}}",
+    r"$\mathrm{{{}}}$",
+    r"\boxed{{{}}}",
+    "- {}",
+    "**({})**",
+    "(**{}**)",
+]
+LETTERED += [
+    "option {}",
+    "Option ({})",
+    "choice {}.",
+    "Answer: {}",
+    "the answer is ({}) because",
+    "the correct option is {}",
+    "the correct answer is **{}**",
+]
+# The letter and what a model adds to it.
+EXPLAINED = [
+    "{} because it is hot",
+    "{}, because it is hot",
+    "{} (Paris)",
+    "{}. Paris",
+    "{}: Paris",
+    "{}) Paris",
+    "{} - Paris",
+    "{} – Paris",
+    "{} — Paris",
+]
+EXPLAINED += [
+    "{}—Paris",
+    "{}\nso it is",
+    "({}) Paris",
+    "**{}** Paris",
+    "**{}.** Paris",
+    "<b>{}</b> Paris",
+    "{} is correct",
+    "{}; Paris",
+    "{}. A dog",
+    "{}, a dog",
+]
+
+
+@pytest.mark.parametrize("form", LETTERED + EXPLAINED)
+def test_a_letter_in_any_form_is_that_letter(form):
+    for letter in "ABCDEFGHIJ":
+        for written in (letter, letter.lower()):
+            assert [gold for gold in "ABCDEFGHIJ" if judge(form.format(written), gold, "letter")] == [letter], form.format(written)
+
+
 @pytest.mark.parametrize(
-    ("answer", "letter"),
+    "text", ["A dog", "A man went", "a man", "a.m.", "A.M.", "I think so", "i.e.", "A and B", "A or B.", "(A) and (B)", "A, B", "A/B"]
+)
+@pytest.mark.parametrize("grader", ["letter", "letter-strict"])
+def test_articles_abbreviations_and_two_letters_are_no_letter(text, grader):
+    assert [gold for gold in "ABCDEFGHIJ" if judge(text, gold, grader)] == []
+
+
+@pytest.mark.parametrize("text", ["K", "Paris", "", "Because...", "B-flat", "Ab", "AB", "not C", "A & B", "both A and B", "c he went"])
+def test_other_words_are_no_letter(text):
+    assert [gold for gold in "ABCDEFGHIJ" if judge(text, gold, "letter")] == []
+
+
+def test_a_letter_before_a_word_is_one_unless_it_is_a_word_itself():
+    assert judge("C he went", "C", "letter") and not judge("A he went", "A", "letter")
+    assert not judge("c he went", "C", "letter")
+
+
+# The original's newer evaluator: the first word, punctuation at its end off, case ignored.
+@pytest.mark.parametrize(
+    ("text", "strict", "first_word"),
     [
-        ("B", "B"),
-        ("(C)", "C"),
-        ("D. text", "D"),
-        ("c", "C"),
-        ("c)", "C"),
-        ("**B**", "B"),
-        ("\\text{(B)}", "B"),
-        ("\\textbf{A}", "A"),
-        ("$B$", "B"),
-        ("B: Paris", "B"),
-        ("B - Paris", "B"),
-        ("B\nso", "B"),
-        (" J. ", "J"),
-        ("E", "E"),
-        ("e", "E"),
-        ("A and B", None),
-        ("A or B.", None),
-        ("(A) and (B)", None),
-        ("A, B", None),
-        ("A/B", None),
-        ("Because...", None),
-        ("A dog", None),
-        ("B because", None),
-        ("a.m.", None),
-        ("K", None),
-        ("Paris", None),
-        ("", None),
+        ("B", "B", "B"),
+        ("b.", "B", "B"),
+        ("E because", "E", "E"),
+        ("A dog", None, "A"),
+        ("A and B", None, "A"),
+        ("(B)", "B", None),
+        ("**B**", "B", None),
+        ("option B", "B", None),
+        ("B) Paris", "B", "B"),
+        ("B/C", None, None),
+        ("“B”", "B", None),
     ],
 )
-def test_letter_of_an_answer(answer, letter):
-    assert [gold for gold in "ABCDEFGHIJ" if judge(answer, gold, "letter")] == ([letter] if letter else [])
-    assert judge(answer, "A. first", "letter") is (letter == "A")
-    # The original knows A to D alone: of the others, only the letter itself is right, apart from punctuation around it.
-    faithful = [gold for gold in "ABCDEFGHIJ" if judge(answer, gold, "letter", faithful=True)]
-    assert faithful == ([letter] if letter and (letter in "ABCD" or answer.strip(" .") == letter) else [])
+def test_strict_letters_and_first_words(text, strict, first_word):
+    for grader, faithful, letter in (
+        ("letter", False, strict),
+        ("letter", True, first_word),
+        *(("letter-strict", faithful, strict) for faithful in (False, True)),
+        *(("letter-first-word", faithful, first_word) for faithful in (False, True)),
+    ):
+        assert [gold for gold in "ABCDEFGHIJ" if judge(text, gold, grader, faithful=faithful)] == ([letter] if letter else []), (grader, faithful)
 
 
 def test_letter_falls_back_on_the_text():
     assert judge("Paris.", "Paris", "letter") and judge(" (New York)", "New York", "letter")
     assert not judge("Paris", "paris", "letter") and not judge("A dog", "A", "letter")
-    assert not judge("E. text", "E", "letter", faithful=True)
 
 
 def test_majority_by_letter():
@@ -166,12 +304,12 @@ def test_majority_by_letter():
 )
 def test_hostile_texts_take_linear_time(text):
     answer = extract_answer(text)
-    for grader in ("exact", "number", "letter"):
+    for grader in GRADERS:
         assert judge(answer, "Z", grader) is False
 
 
 def test_unknown_grader_is_refused():
-    with pytest.raises(ValueError, match="'fuzzy' is unknown; use one of exact, number, letter"):
+    with pytest.raises(ValueError, match="'fuzzy' is unknown; use one of exact, number, letter, letter-strict, letter-first-word"):
         judge("1", "1", "fuzzy")
     with pytest.raises(ValueError, match="'fuzzy'"):
         majority_index(["1"], "fuzzy")

@@ -16,7 +16,7 @@ import pytest
 
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate import grading_worker
-from plasticity_jax.evaluate.answers import extract_answer
+from plasticity_jax.evaluate.answers import GRADERS, extract_answer
 from plasticity_jax.evaluate.grading import Grading, Verdict
 from plasticity_jax.evaluate.grading_worker import MAX_CHARACTERS
 
@@ -54,6 +54,76 @@ MATHEMATICS = [
     ("[1,2)", "[1,2]", False),
     ("yes", "no", False),
     ("", "1", False),
+    # Several answers: all of them, in any order.
+    ("1728", "1331 and 1728", False),
+    ("1728 and 1331", "1331 and 1728", True),
+    ("1331, 1728", "1331 and 1728", True),
+    ("$1{,}331$ and $1{,}728$", "1331 \\text{ and } 1728", True),
+    ("1331 and 1729", "1331 and 1728", False),
+    ("9 or 10", "9", False),
+    # What math-verify does not read, or not completely, is compared as text.
+    ("1+\\frac{1}{\\mathrm{e}}", "1-\\frac{1}{\\mathrm{e}}", False),
+    ("1 - \\dfrac{1}{\\mathrm{e}}", "1-\\frac{1}{\\mathrm{e}}", True),
+    ("2516_9", "2516_8", False),
+    ("2516", "2516_8", False),
+    ("2516_{8}", "2516_8", True),
+    ("0.\\overline{7}", "0.\\overline{6}", False),
+    ("neve", "even", False),
+    ("Even.", "\\text{even}", True),
+    ("May 20", "\\text{June 20}", False),
+    ("10 am", "10\\text{ a.m.}", True),
+    ("10 pm", "10\\text{ a.m.}", False),
+    ("11 5/6", "71/6", True),
+    ("11\\frac{5}{6}", "71/6", True),
+    ("11 1/6", "71/6", False),
+    ("9!", "9", False),
+    ("nine", "9", False),
+    ("9x", "9", False),
+    ("sqrt(12)", "2\\sqrt{3}", True),
+    ("pi/2", "\\frac{\\pi}{2}", True),
+]
+# What is written around the answer 9: markup, currencies, units, words.
+AROUND_NINE = [
+    "**9**",
+    "**9**.",
+    "`9`",
+    "$9$",
+    "$9",
+    "\\$9",
+    "-(-9)",
+    "€9",
+    "£9",
+    "9 €",
+    "USD 9",
+    "9 USD",
+    "9 cm^2",
+    "9 cm²",
+    "9 m^3",
+    "9 km/h",
+    "9 square units",
+]
+AROUND_NINE += [
+    "9\\text{ cm}^2",
+    "9\\,\\text{cm}",
+    "9\\mathrm{~cm}",
+    "9 dollars per day",
+    "about 9",
+    "The total is 9 apples",
+    "x = 9",
+    "9.0",
+    "\\boxed{9}",
+    "<b>9</b>",
+]
+# And what is written after it.
+AROUND_NINE += [
+    "9 because 3*3 = 9",
+    "9, which is 3^2",
+    "9. So 3 is right",
+    "9 (see step 2)",
+    "9 — not 8",
+    "9\n\nCheck: 2+7",
+    "$9$, since 3 + 6 = 9",
+    "9 dollars for 7 days",
 ]
 HOSTILE = [
     "9^{9^{9^{9}}}",
@@ -82,7 +152,7 @@ def test_text_graders_start_no_process(grader, monkeypatch):
 def test_faithful_reaches_the_grader():
     for faithful, verdict in ((False, "right"), (True, "wrong")):
         with Grading("letter", faithful=faithful) as grading:
-            assert grading.judge([("E. text", "E")]) == [verdict]
+            assert grading.judge([("(E)", "E")]) == [verdict]
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +161,55 @@ def mathematical():
         yield grading
 
 
+@pytest.fixture(scope="module")
+def published():
+    with Grading("math", faithful=True, workers=1, seconds=20.0) as grading:
+        yield grading
+
+
 def test_workers_judge_as_a_reader_does(mathematical):
     found = mathematical.judge([(answer, gold) for answer, gold, _ in MATHEMATICS])
     assert [(*pair[:2], verdict == "right") for pair, verdict in zip(MATHEMATICS, found)] == MATHEMATICS
 
 
+def test_neither_wording_nor_explanations_decide(mathematical):
+    for gold, verdict in (("9", "right"), ("8", "wrong"), ("19", "wrong"), ("9^2", "wrong")):
+        found = mathematical.judge([(answer, gold) for answer in AROUND_NINE])
+        assert [answer for answer, got in zip(AROUND_NINE, found) if got != verdict] == [], gold
+
+
+# The original gives math-verify the bare strings, which it reads as LaTeX between delimiters only.
+@pytest.mark.parametrize(
+    ("answer", "gold", "clean", "faithful"),
+    [
+        ("x+1", "x+1", "right", "wrong"),
+        ("\\sqrt{2}", "\\sqrt{2}", "right", "wrong"),
+        ("(1,2)", "(1,2)", "right", "wrong"),
+        ("3\\sqrt{2}", "3", "wrong", "right"),
+        ("1728", "1331 and 1728", "wrong", "right"),
+        ("9 because 3*3=27", "9", "right", "wrong"),
+        ("\\frac{1}{2}", "0.5", "right", "right"),
+        ("$\\sqrt{2}$", "$\\sqrt{2}$", "right", "right"),
+    ],
+)
+def test_faithful_mathematics_is_math_verify_on_bare_strings(mathematical, published, answer, gold, clean, faithful):
+    import math_verify
+
+    first, second = (math_verify.parse(text, parsing_timeout=None) for text in (answer, gold))
+    assert (math_verify.verify(first, second, timeout_seconds=None) or math_verify.verify(second, first, timeout_seconds=None)) == (
+        faithful == "right"
+    )
+    assert (mathematical.judge([(answer, gold)]), published.judge([(answer, gold)])) == ([clean], [faithful])
+    if answer != gold:  # equal texts are one answer in any majority
+        texts = [f"\\boxed{{{answer}}}", f"\\boxed{{{gold}}}", "\\boxed{77}", "\\boxed{77.0}"]
+        assert published.majority([texts]) == [0 if faithful == "right" else 2]
+
+
 def test_workers_agree_with_math_verify_in_this_process(mathematical):
     import math_verify
 
-    pairs = [(answer, gold) for answer, gold, _ in MATHEMATICS if "$" not in answer and " is " not in answer and "dollars" not in answer and answer]
+    unlike = ("$", " is ", "dollars", "_", " and ", "mathrm", "overline", "neve", "Even", "May", "m", "pi/2", "11 ", "nine", "9!")
+    pairs = [(answer, gold) for answer, gold, _ in MATHEMATICS if answer and not any(part in answer + gold for part in unlike)]
     expected = []
     for answer, gold in pairs:
         first, second = (math_verify.parse(f"${text}$", parsing_timeout=None) for text in (answer, gold))
@@ -360,7 +470,7 @@ def test_ten_thousand_fuzzed_completions_get_a_verdict_from_every_text_grader():
     texts = _fuzzed(10_000)
     answers = [extract_answer(text) for text in texts]
     assert any(answers) and any(answer is None for answer in answers)
-    for grader in ("exact", "number", "letter"):
+    for grader in GRADERS[:3]:  # the others are rules of the third
         for faithful in (False, True):
             with Grading(grader, faithful=faithful) as grading:
                 verdicts = grading.judge([(answer, "A") for answer in answers])

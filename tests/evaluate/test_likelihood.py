@@ -12,7 +12,8 @@ from plasticity_jax.config import ModelConfig
 from plasticity_jax.data.tasks import Example
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
-from plasticity_jax.evaluate.likelihood import _score, log_likelihoods
+from plasticity_jax.evaluate import options
+from plasticity_jax.evaluate.likelihood import Likelihood, _score, log_likelihoods
 from plasticity_jax.evaluate.options import choose
 from plasticity_jax.evaluate.zero_shot import check_installed
 from plasticity_jax.model.forward import Forward, _compiled
@@ -149,10 +150,19 @@ def test_the_likeliest_option_is_chosen_in_the_template_with_and_without_its_len
     for row, choice in zip(examples, choices, strict=True):
         prompt = model.tokenizer.encode(f"Human: {row.prompt}\nAssistant:")
         totals = [expected(model, prompt, model.tokenizer.encode(option))[0] for option in row.options]
-        lengths = [len(option.encode()) for option in row.options]
-        assert choice.log_likelihoods == pytest.approx(totals, abs=1e-4) and choice.lengths == lengths
+        lengths, byte_lengths = [len(option) for option in row.options], [len(option.encode()) for option in row.options]
+        assert choice.log_likelihoods == pytest.approx(totals, abs=1e-4) and (choice.lengths, choice.byte_lengths) == (lengths, byte_lengths)
         assert choice.best == int(np.argmax(totals)) and choice.best_by_length == int(np.argmax(np.array(totals) / lengths))
+        assert choice.best_by_bytes == int(np.argmax(np.array(totals) / byte_lengths))
     assert any(choice.best != choice.best_by_length for choice in choices)  # the length matters
+
+
+def test_acc_norm_counts_characters_and_acc_bytes_bytes_as_the_harness_does(model, monkeypatch):
+    totals = iter([-5.0, -6.0])
+    monkeypatch.setattr(options, "log_likelihoods", lambda model, pairs, **settings: [Likelihood(next(totals), False, 1, False) for _ in pairs])
+    [choice] = choose(model, model.tokenizer, [example("where", ["ééé", "abcd"])], **SETTINGS)
+    # -5/3 against -6/4 per character, -5/6 against -6/4 per byte.
+    assert (choice.best, choice.best_by_length, choice.best_by_bytes) == (0, 1, 0)
 
 
 def test_of_options_with_a_common_ending_the_ending_alone_is_scored_after_each_beginning(model):
@@ -165,10 +175,10 @@ def test_of_options_with_a_common_ending_the_ending_alone_is_scored_after_each_b
 
 def test_equal_options_go_to_the_first_and_an_empty_one_is_refused(model):
     [choice] = choose(model, model.tokenizer, [example("key?", [" the mat"] * 3)], **SETTINGS)
-    assert (choice.best, choice.best_by_length) == (0, 0)
-    for options in ([" mat", ""], [""]):
+    assert (choice.best, choice.best_by_length, choice.best_by_bytes) == (0, 0, 0)
+    for texts in ([" mat", ""], [""]):
         with pytest.raises(UserError, match="each option needs text"):
-            choose(model, model.tokenizer, [example("key?", options)], **SETTINGS)
+            choose(model, model.tokenizer, [example("key?", texts)], **SETTINGS)
 
 
 def test_without_the_harness_the_refusal_names_the_command(monkeypatch):

@@ -115,7 +115,7 @@ class Task:
       chance_note: one line about the score of guessing.
       build: (wheels, settings) -> rows. The first n training rows do not depend on how many are requested.
       sets: sets of original rows whose location the config must give (`TaskConfig.files`); () if the task includes its rows.
-      by_length: with grader "likelihood", whether the log-likelihood is divided by the option's length in bytes (`acc_norm` of lm-evaluation-harness)
+      by_length: with grader "likelihood", whether the log-likelihood is divided by the option's length in characters (`acc_norm` of lm-evaluation-harness)
         for the reported accuracy.
     """
 

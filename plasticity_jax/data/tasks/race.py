@@ -101,7 +101,7 @@ def _row(name: str, row_id: str, article: str, question: str, options: list[str]
 
 RACE = Task(
     name=NAME,
-    grader="exact",
+    grader="letter",
     labels=tuple(LETTERS[:N_OPTIONS]),
     packages=(),
     chance_note="one of four options: about 0.25 of the rows",
