@@ -10,6 +10,7 @@ from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
 from plasticity_jax.stages.stage import Context, Figure, Plan, Planned, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -85,6 +86,12 @@ def _program(run: Run) -> str:
     train = {name: value for name, value in run.fields["train"].items() if name not in ("peak_lr", "warmup_fraction")}
     fields = {name: value for name, value in run.fields.items() if name != "weight_decay"}
     return to_json([fields | {"train": train}, run.parents])
+
+
+def _work(ahead: Ahead) -> Iterable[Work]:
+    from plasticity_jax.train.check import pretraining_flops
+
+    yield Work(flops=pretraining_flops(ahead.config))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ report
@@ -208,6 +215,7 @@ STAGE = Stage(
     check=_check,
     devices="all",
     batched=(_program, run_batch),
+    work=_work,
     tables={
         "members": Table(_member_rows, on_page=False),
         "curves": Table(_curve_rows, on_page=False),
