@@ -291,13 +291,14 @@ def _report(arguments) -> int:
 
 @_command(
     "check",
-    "compile the programs of every stage for hardware that need not be here: do they fit, and what does the grid take?",
+    "compile the programs of every stage for hardware that need not be here: do they fit, and what does the study take?",
     _flag("--topology", required=True, metavar="T", help="such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8"),
     _flag("--stages", metavar="A,B", help="only these stages, comma-separated; the training step is always compiled"),
     _flag(
         "--search", action="store_true", help="look for the fewest parts and the lightest remat that fit with some memory to spare (a few compiles)"
     ),
     _flag("--mfu", type=float, metavar="FRACTION", help="of the devices' peak FLOP/s; launch.mfu by default"),
+    _flag("--workdir", type=_place, metavar="W", help="folder of the study, if its data is prepared: hours from the rows and lengths that are there"),
     JSON,
     workdir=False,
     several=False,
@@ -311,6 +312,7 @@ def _check(arguments) -> int:
     from plasticity_jax.runs.jsonfiles import to_json
     from plasticity_jax.stages import stages
     from plasticity_jax.study import check as study_check
+    from plasticity_jax.study import hours
     from plasticity_jax.train.check import check, lines, search, to_record
 
     chosen = _choices("--stages", arguments.stages, tuple(stages()))
@@ -322,10 +324,11 @@ def _check(arguments) -> int:
     place = target(arguments.topology)
     answer = (search if arguments.search else check)(config, place)
     rows = study_check.check_stages(answer, place, chosen)
+    estimated = hours.study_hours(config, place, arguments.workdir)
     if arguments.json:
-        print(to_json(to_record(answer, place) | {"stages": study_check.to_record(rows)}))
+        print(to_json(to_record(answer, place) | {"stages": study_check.to_record(rows), "hours": hours.to_record(estimated)}))
     else:
-        print("\n".join([*lines(answer, place), *study_check.lines(rows)]))
+        print("\n".join([*lines(answer, place), *study_check.lines(rows), *hours.lines(estimated, place, config.launch.mfu)]))
     return 0 if answer.fits and all(row.fits for row in rows) else 1
 
 

@@ -133,7 +133,7 @@ def lower_scores(config: StudyConfig, mesh: Mesh) -> Any:
       UserError: the network of `reward.model` is not known, because the folder is not here.
     """
     reward, dtype = config.reward, config.train.compute_dtype
-    model = config.model if reward.model is None else _network(location(reward.model))
+    model = network(config)
     forward = Forward.of(config, model, mesh)
     if reward.scorer == "log-probability":
         return lower_likelihoods(forward, model, abstract_loaded(model, mesh, dtype), batch_size=reward.batch_size, max_length=reward.max_length)
@@ -143,7 +143,11 @@ def lower_scores(config: StudyConfig, mesh: Mesh) -> Any:
     return lower_row_scores(forward, decoder, params, batch_size=reward.batch_size, max_length=reward.max_length)
 
 
-def _network(path: AnyPath) -> ModelConfig:
+def network(config: StudyConfig) -> ModelConfig:
+    """The network that rates the completions of a study. Raises UserError where it is that of a `reward.model` that is not here."""
+    if config.reward.model is None:
+        return config.model
+    path = location(config.reward.model)
     if not path.is_dir():
         raise UserError(f"reward.model={path} is not here, so the size of its network is not known; put the folder there.")
     return read_description(path, (*FAMILIES, FAMILY)).model if is_hugging_face(path) else open_run(path).config().model

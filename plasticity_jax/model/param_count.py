@@ -17,12 +17,3 @@ def count_matmul_params(config: ModelConfig) -> int:
     attention = 2 * config.d_model * (config.n_heads + config.n_kv_heads) * config.head_dim
     mlp = 3 * config.d_model * config.d_ff
     return config.n_layers * (attention + mlp) + config.vocab_size * config.d_model
-
-
-def flops_per_token(model: ModelConfig, seq_len: int) -> int:
-    """Model FLOPs of one training token, forward and backward: 6 N + 12 L H Dh T.
-
-    N is `count_matmul_params`. Attention counts all T x T scores, including those that the causal mask hides; recomputation does not count.
-    Source: PaLM (arXiv 2204.02311), appendix B.
-    """
-    return 6 * count_matmul_params(model) + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len

@@ -95,19 +95,19 @@ def _gpu(topology: str, hardware: Hardware, number: int) -> Sequence[Any]:
         raise UserError(f"--topology={topology} needs the GPU compiler; pip install 'plasticity_jax[cuda]'.") from error
 
 
-# Per card: streaming multiprocessors (SMs), FP32 lanes per SM, shared memory per SM and its maximum per block, L2 bytes, clock in GHz, bytes/s,
-# compute capability. Sources: NVIDIA's A100 and H100 white papers, CUDA's table of compute capabilities.
+# Per card: streaming multiprocessors (SMs), FP32 lanes per SM, shared memory per SM and its maximum per block, L2 bytes, clock in GHz, compute
+# capability. Sources: NVIDIA's A100 and H100 white papers, CUDA's table of compute capabilities.
 _CARDS = {
-    "a100": (108, 64, 167936, 166912, 40 * 2**20, 1.41, 2039 * 10**9, (8, 0)),
-    "a100-40": (108, 64, 167936, 166912, 40 * 2**20, 1.41, 1555 * 10**9, (8, 0)),
-    "h100": (132, 128, 233472, 232448, 50 * 2**20, 1.98, 3352 * 10**9, (9, 0)),
-    "h200": (132, 128, 233472, 232448, 50 * 2**20, 1.98, 4800 * 10**9, (9, 0)),
+    "a100": (108, 64, 167936, 166912, 40 * 2**20, 1.41, (8, 0)),
+    "a100-40": (108, 64, 167936, 166912, 40 * 2**20, 1.41, (8, 0)),
+    "h100": (132, 128, 233472, 232448, 50 * 2**20, 1.98, (9, 0)),
+    "h200": (132, 128, 233472, 232448, 50 * 2**20, 1.98, (9, 0)),
 }
 
 
 def _target_config(hardware: Hardware) -> str:
     """XLA's description of a card (`GpuTargetConfigProto` as text)."""
-    cores, lanes, shared, shared_optin, cache, clock, bandwidth, (major, minor) = _CARDS[hardware.name]
+    cores, lanes, shared, shared_optin, cache, clock, (major, minor) = _CARDS[hardware.name]
     return f"""gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -122,7 +122,7 @@ def _target_config(hardware: Hardware) -> str:
   block_dim_limit_z: 65535
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
-  memory_bandwidth: {bandwidth}
+  memory_bandwidth: {int(hardware.bandwidth)}
   l2_cache_size: {cache}
   clock_rate_ghz: {clock}
   device_memory_size: {hardware.memory}

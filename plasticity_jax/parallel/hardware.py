@@ -1,13 +1,15 @@
-"""Peak FLOP/s, memory and devices per host of known accelerators."""
+"""Peak FLOP/s, memory, its bandwidth, and devices per host of known accelerators."""
 
 import functools
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 GIB = 2**30
-MATMUL_SIZE, MATMUL_ROUNDS = 1024, 5
+MATMUL_SIZE, SUM_SIZE, ROUNDS = 1024, 2**25, 5
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Hardware:
       name: as in a topology, such as "v5e".
       kind: jax's `device_kind`.
       peak_flops: dense bf16 FLOP/s, as its maker states it; for an unknown device, the measured speed of a matmul.
+      bandwidth: bytes/s that are read from memory, as its maker states it; for an unknown device, the measured speed of a sum.
       memory: bytes.
       reserve: bytes of memory that programs cannot use: the runtime's, and on GPUs the library workspaces and the CUDA context.
       per_host: number of devices of a full host.
@@ -26,6 +29,7 @@ class Hardware:
     name: str
     kind: str
     peak_flops: float
+    bandwidth: float
     memory: int
     reserve: int
     per_host: int
@@ -36,19 +40,19 @@ class Hardware:
         return self.memory - self.reserve
 
 
-# Peaks: Google Cloud's pages of each TPU version; NVIDIA's data sheets of A100, H100 and H200 (SXM, without sparsity). A TPU's reserve is what its
+# Peaks and bandwidths: Google Cloud's pages of each TPU version; NVIDIA's data sheets of A100, H100 and H200 (SXM, without sparsity). A TPU's reserve is what its
 # compiler leaves out: its refusals name 30.75, 15.75, 95.74 and 31.25 GiB as available. A GPU's is ours, for the CUDA context, NCCL, and cuDNN's
 # workspace, which the compiler reads as zero.
 _GPU_RESERVE = 4 * GIB
 KNOWN = (
-    Hardware("v4", "TPU v4", 275e12, 32 * GIB, 5 * GIB // 4, 4),
-    Hardware("v5e", "TPU v5 lite", 197e12, 16 * GIB, GIB // 4, 4),
-    Hardware("v5p", "TPU v5", 459e12, 96 * GIB, 26 * GIB // 100, 4),
-    Hardware("v6e", "TPU v6 lite", 918e12, 32 * GIB, 3 * GIB // 4, 4),
-    Hardware("a100", "NVIDIA A100-SXM4-80GB", 312e12, 80 * GIB, _GPU_RESERVE, 8),
-    Hardware("a100-40", "NVIDIA A100-SXM4-40GB", 312e12, 40 * GIB, _GPU_RESERVE, 8),
-    Hardware("h100", "NVIDIA H100 80GB HBM3", 989e12, 80 * GIB, _GPU_RESERVE, 8),
-    Hardware("h200", "NVIDIA H200", 989e12, 141 * 10**9, _GPU_RESERVE, 8),
+    Hardware("v4", "TPU v4", 275e12, 1200e9, 32 * GIB, 5 * GIB // 4, 4),
+    Hardware("v5e", "TPU v5 lite", 197e12, 819e9, 16 * GIB, GIB // 4, 4),
+    Hardware("v5p", "TPU v5", 459e12, 2765e9, 96 * GIB, 26 * GIB // 100, 4),
+    Hardware("v6e", "TPU v6 lite", 918e12, 1640e9, 32 * GIB, 3 * GIB // 4, 4),
+    Hardware("a100", "NVIDIA A100-SXM4-80GB", 312e12, 2039e9, 80 * GIB, _GPU_RESERVE, 8),
+    Hardware("a100-40", "NVIDIA A100-SXM4-40GB", 312e12, 1555e9, 40 * GIB, _GPU_RESERVE, 8),
+    Hardware("h100", "NVIDIA H100 80GB HBM3", 989e12, 3352e9, 80 * GIB, _GPU_RESERVE, 8),
+    Hardware("h200", "NVIDIA H200", 989e12, 4800e9, 141 * 10**9, _GPU_RESERVE, 8),
 )
 # (regex over jax's device_kind, name); the first match wins.
 _KINDS = (
@@ -75,7 +79,7 @@ def of_kind(device_kind: str) -> Hardware | None:
 
 @functools.lru_cache(maxsize=4)
 def measured(device_kind: str, sharing: int) -> Hardware:
-    """Describes local hardware of an unknown kind. Measures a float32 matmul on the first jax device, once.
+    """Describes local hardware of an unknown kind. Measures a float32 matmul and a sum on the first jax device, once.
 
     Args:
       sharing: number of devices that share this host's compute and memory, as simulated CPU devices do.
@@ -83,13 +87,17 @@ def measured(device_kind: str, sharing: int) -> Hardware:
     import jax
     import jax.numpy as jnp
 
-    x = jnp.ones((MATMUL_SIZE, MATMUL_SIZE))
-    product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(x, x))
-    seconds = []
-    for _ in range(MATMUL_ROUNDS):
-        start = time.perf_counter()
-        jax.block_until_ready(product(x, x))
-        seconds.append(time.perf_counter() - start)
+    def fastest(function: Callable[..., Any], *arguments: Any) -> float:
+        """Seconds of the fastest of a few calls."""
+        call, seconds = jax.jit(function), []
+        jax.block_until_ready(call(*arguments))
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            jax.block_until_ready(call(*arguments))
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    square, large = jnp.ones((MATMUL_SIZE, MATMUL_SIZE)), jnp.ones(SUM_SIZE)
+    flops, bandwidth = 2 * MATMUL_SIZE**3 / fastest(jnp.matmul, square, square), large.nbytes / fastest(jnp.sum, large)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware(device_kind, device_kind, 2 * MATMUL_SIZE**3 / min(seconds) / sharing, memory // sharing, 0, sharing)
+    return Hardware(device_kind, device_kind, flops / sharing, bandwidth / sharing, memory // sharing, 0, sharing)

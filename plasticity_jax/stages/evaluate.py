@@ -11,6 +11,7 @@ from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import task_run, task_settings
 from plasticity_jax.stages.stage import Batched, Context, Figure, Plan, Planned, Program, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.work import Ahead, Work, padded_to
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -158,6 +159,60 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
         f"generation, {settings.batch_size} x ({settings.prompt_buckets[-1]} + {most})",
         lambda: lower_completions(config.model, params, settings, most, Forward.of(config, config.model, mesh, dtype)),
         "lower evaluate.batch_size, evaluate.prompt_buckets or max_new_tokens, or set evaluate.weights='sharded'",
+    )
+
+
+def work(ahead: Ahead) -> Iterable[Work]:
+    """Reading the prompts and decoding to the last token; for tasks whose options are compared, reading them all."""
+    return _likelihood_work(ahead) if by_likelihood(ahead.run.task_name) else _generation_work(ahead)
+
+
+def _generation_work(ahead: Ahead) -> Iterable[Work]:
+    """Decoding reads the weights on every device and all caches once per token, or computes, whichever takes longer."""
+    from plasticity_jax.model.flops import cached_values, decode_flops, forward_flops
+    from plasticity_jax.model.param_count import count_matmul_params
+    from plasticity_jax.parallel.batches import row_shards
+
+    config, fields, task, mesh = ahead.config, ahead.run.fields, ahead.task(), ahead.mesh
+    model, settings, split, slots = config.model, config.evaluate, fields["split"], fields["max_new_tokens"]
+    per_prompt, longest, shards = fields["n_samples"] + 1, settings.prompt_buckets[-1], row_shards(mesh)
+    prompts = max(1, settings.batch_size // per_prompt // shards) * shards
+    lengths = task.prompt_lengths(split, longest=longest)
+    if lengths is not None:
+        buckets, assumes = padded_to(lengths, settings.prompt_buckets, prompts), ()
+    else:
+        buckets = [(longest, -(-task.counts[split] // prompts) * prompts)]
+        assumes = (*task.assumes(split), f"prompts of {longest} tokens")
+    size = 2 if config.train.compute_dtype == "bfloat16" else 4
+    weights = size * count_matmul_params(model) * mesh.size / mesh.shape["tensor"]
+    reading, decoding, read = 0.0, 0.0, 0.0
+    for length, rows in buckets:
+        steps = (slots - 1) * rows // prompts
+        reading += forward_flops(model, rows, length, outputs=1)
+        decoding += steps * decode_flops(model, prompts * per_prompt, length + slots)
+        read += steps * (weights + size * cached_values(model) * prompts * (length + per_prompt * slots))
+    yield Work(flops=reading, assumes=assumes)
+    yield Work(flops=decoding, bytes=read, assumes=(*assumes, f"{task.name}: completions of {slots} tokens"))
+
+
+MOST_OPTIONS = 5  # of a row of the tasks that come with the package, some of ARC's
+
+
+def _likelihood_work(ahead: Ahead) -> Iterable[Work]:
+    import numpy as np
+
+    from plasticity_jax.data.batching import power_of_two_buckets
+    from plasticity_jax.evaluate.likelihood import MIN_LENGTH
+    from plasticity_jax.model.flops import forward_flops
+
+    config, task, split = ahead.config, ahead.task(), ahead.run.fields["split"]
+    lengths, longest, assumes = task.option_lengths(split), config.finetune.length_buckets[-1], ()
+    if lengths is None:
+        lengths = np.full(MOST_OPTIONS * task.counts[split], longest)
+        assumes = (*task.assumes(split), f"{task.name}: {MOST_OPTIONS} options per row, each of {longest} tokens with its prompt")
+    buckets = power_of_two_buckets([range(max(lengths))], MIN_LENGTH)
+    yield Work(
+        flops=sum(forward_flops(config.model, n, length) for length, n in padded_to(lengths, buckets, config.evaluate.batch_size)), assumes=assumes
     )
 
 
@@ -392,6 +447,7 @@ STAGE = Stage(
     devices="all",
     batched=Batched(_program, run_batch, _bytes),
     programs=_programs,
+    work=work,
     tables={
         "scores": Table(_score_rows, on_page=False),
         "metrics": Table(_metric_rows, on_page=False),

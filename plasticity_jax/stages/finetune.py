@@ -10,6 +10,7 @@ from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import task_run, task_settings
 from plasticity_jax.stages.pretrain import pretrain_run
 from plasticity_jax.stages.stage import Batched, Context, Plan, Planned, Program, Stage
+from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -113,6 +114,24 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
         yield Program(f"training step, {recipe.batch_size} x {length}", lower, way_out)
 
 
+def _work(ahead: Ahead) -> Iterable[Work]:
+    """Training on every batch as it is padded, in rows and in length."""
+    from plasticity_jax.model.flops import flops_per_token
+    from plasticity_jax.parallel.batches import padded_batch_size
+    from plasticity_jax.train.finetune import schedule
+
+    config, recipe, task = ahead.config, ahead.config.finetune, ahead.task()
+    epochs, longest = ahead.run.fields["epochs"], recipe.length_buckets[-1]
+    size = padded_batch_size(ahead.mesh, recipe.batch_size, recipe.grad_accum_steps, "finetune")
+    lengths = task.row_lengths(max_length=longest, too_long=recipe.too_long)
+    if lengths is not None:
+        batches, assumes = [length for length, _ in schedule(lengths, recipe, epochs=epochs, seed=ahead.run.seed or 0)], ()
+    else:
+        batches = [longest] * (epochs * -(-task.counts["train"] // recipe.batch_size))
+        assumes = (*task.assumes("train"), f"batches of rows of {longest} tokens")
+    yield Work(flops=sum(float(size * length * flops_per_token(config.model, length)) for length in batches), assumes=assumes)
+
+
 STAGE = Stage(
     name="finetune",
     title="fine-tuned models",
@@ -125,4 +144,5 @@ STAGE = Stage(
     devices="all",
     batched=Batched(_program, run_batch, _bytes),
     programs=_programs,
+    work=_work,
 )

@@ -10,6 +10,7 @@ from plasticity_jax.config.schema import PositiveInt, result
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.stages.stage import Column, Context, Figure, Program, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -86,6 +87,13 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
         f"loss, {forward.batch_size(BLOCKS_PER_BATCH)} x {train.seq_len}",
         lambda: lower_record_nats(forward, config.model, params, batch_size=BLOCKS_PER_BATCH, **options),
     )
+
+
+def _work(ahead: Ahead) -> Iterable[Work]:
+    from plasticity_jax.model.flops import forward_flops
+
+    config, seq_len = ahead.config, ahead.config.train.seq_len
+    yield Work(flops=2 * forward_flops(config.model, config.gap.tokens_per_side // seq_len, seq_len))
 
 
 def gap_of(member: "MemberResults") -> float | None:
@@ -224,6 +232,7 @@ STAGE = Stage(
     run=run,
     devices="all",
     programs=_programs,
+    work=_work,
     fields=lambda config, model: {"compute_dtype": config.train.compute_dtype},
     record=Gap,
     config=GapConfig,

@@ -10,6 +10,7 @@ from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
 from plasticity_jax.stages.stage import Batched, Context, Figure, Plan, Planned, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -94,6 +95,12 @@ def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
     from plasticity_jax.train.pretrain import step_settings
 
     return training_bytes(step_settings(config, mesh), mesh, config.train.batch_size, config.train.seq_len)
+
+
+def _work(ahead: Ahead) -> Iterable[Work]:
+    from plasticity_jax.train.check import pretraining_flops
+
+    yield Work(flops=pretraining_flops(ahead.config))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ report
@@ -218,6 +225,7 @@ STAGE = Stage(
     check=_check,
     devices="all",
     batched=Batched(_program, run_batch, _bytes),
+    work=_work,
     tables={
         "members": Table(_member_rows, on_page=False),
         "curves": Table(_curve_rows, on_page=False),

@@ -12,6 +12,7 @@ from plasticity_jax.config.schema import NonNegativeFloat, PositiveInt, check_ch
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import probe_set_run
 from plasticity_jax.stages.stage import Context, Figure, Program, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,6 +84,18 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
         forward = Forward.of(config, config.model, mesh)
         way_out = "lower probe.max_length, or raise mesh.fsdp"
         yield Program(f"states, texts of {length}", lambda: lower_states(forward, config.model, params, length), way_out)
+
+
+def _work(ahead: Ahead) -> Iterable[Work]:
+    """Reading the texts; fitting the probes, on the first process, is left out."""
+    from plasticity_jax.analysis.probes import SHORTEST_BUCKET
+    from plasticity_jax.data.batching import power_of_two_buckets
+    from plasticity_jax.model.flops import forward_flops
+
+    settings = ahead.config.probe
+    texts, length = settings.train_rows + settings.test_rows, power_of_two_buckets([range(settings.max_length)], SHORTEST_BUCKET)[-1]
+    assumes = tuple(f"{name}: {texts:,} texts of {length} tokens" for name in settings.sets)
+    yield Work(flops=len(settings.sets) * forward_flops(ahead.config.model, texts, length, outputs=0), assumes=assumes)
 
 
 def of_set(member: "MemberResults", name: str) -> dict[str, Any] | None:
@@ -199,6 +212,7 @@ STAGE = Stage(
     run=run,
     devices="all",
     programs=_programs,
+    work=_work,
     fields=lambda config, model: {"compute_dtype": config.train.compute_dtype},
     record=Probes,
     config=ProbeConfig,

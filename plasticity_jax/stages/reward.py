@@ -14,7 +14,9 @@ from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import is_local, location
 from plasticity_jax.stages.evaluate import by_likelihood
+from plasticity_jax.stages.prepare import task_settings
 from plasticity_jax.stages.stage import Context, Plan, Planned, Program, Stage
+from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -124,6 +126,21 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
         yield Program(name, lambda: lower_scores(config, mesh), "lower reward.batch_size or reward.max_length, or raise mesh.fsdp")
 
 
+def _work(ahead: Ahead) -> Iterable[Work]:
+    """Reading every completion with its problem, as if no two were alike."""
+    from plasticity_jax.data.batching import length_buckets
+    from plasticity_jax.evaluate.reward import network
+    from plasticity_jax.model.flops import forward_flops
+
+    config, task, reward = ahead.config, ahead.task(), ahead.config.reward
+    n = task.counts["test"] * (config.evaluate.n_samples + 1)
+    most = config.evaluate.prompt_buckets[-1] + task_settings(config, task.name).max_new_tokens
+    length = next((bucket for bucket in length_buckets(reward.max_length) if bucket >= most), reward.max_length)
+    outputs = None if reward.scorer == "log-probability" else 0
+    assumes = (*task.assumes("test"), f"texts of {length} tokens")
+    yield Work(flops=forward_flops(network(config), n, length, outputs=outputs), assumes=assumes)
+
+
 STAGE = Stage(
     name="reward",
     title="rewards of the completions",
@@ -135,5 +152,6 @@ STAGE = Stage(
     check=_check,
     devices="all",
     programs=_programs,
+    work=_work,
     job="rewards",
 )

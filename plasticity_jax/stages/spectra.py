@@ -10,6 +10,7 @@ from annotated_types import Ge, Le
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.config.schema import PositiveFraction, result
 from plasticity_jax.stages.stage import Column, Context, Figure, Program, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,6 +79,15 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
 
     params = abstract_loaded(config.model, mesh, "float32")
     yield Program("singular values", lambda: lower_spectra(config.model, params, config.spectra.fold_norms, mesh))
+
+
+def _work(ahead: Ahead) -> Iterable[Work]:
+    """QR of every head's four factors, their products, and singular values alone. Source: Golub and Van Loan, Matrix Computations, 5.2.1 and 8.6."""
+    model = ahead.config.model
+    d, r = model.d_model, model.head_dim
+    factors = 2 * (model.n_heads + model.n_kv_heads) * (2 * d * r**2 - 2 * r**3 / 3)
+    products = 2 * model.n_heads * (2 * r**3 + 8 * r**3 / 3)
+    yield Work(flops=model.n_layers * (factors + products))
 
 
 def pseudo_ranks(member: "MemberResults", product: str) -> "np.ndarray | None":
@@ -171,6 +181,7 @@ STAGE = Stage(
     run=run,
     devices="all",
     programs=_programs,
+    work=_work,
     record=Spectra,
     config=SpectraConfig,
     parents={"model": "pretrain"},

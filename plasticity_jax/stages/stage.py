@@ -16,6 +16,7 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
+from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -241,6 +242,7 @@ class Stage:
       batched: where several runs can be carried out as one program (`grid.mode`).
       may_diverge: beginning of the roles of which some parents may have diverged, so long as one is left.
       programs: (config, mesh) → its largest programs, which `plasticity check` compiles.
+      work: what one of its runs computes, from which `plasticity check` estimates hours; None for a stage whose hours are not estimated.
       checkpoints: whether it writes checkpoints of a model.
       job: the cluster job that carries out all runs of the stage; "" for a stage that has a command of its own or is part of `plasticity analyze`.
       tables, figures, columns: what it adds to the report, by name.
@@ -265,6 +267,7 @@ class Stage:
     batched: "Batched | None" = None
     may_diverge: str | None = None
     programs: "Callable[[StudyConfig, Mesh], Iterable[Program]]" = _no_programs
+    work: Callable[[Ahead], Iterable[Work]] | None = None
     checkpoints: bool = False
     job: str = ""
     tables: Mapping[str, Table] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import evaluate
 from plasticity_jax.stages.prepare import task_settings
 from plasticity_jax.stages.stage import Context, Plan, Planned, Program, Stage
+from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -126,6 +127,21 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
         yield Program(what, lambda: lower_step(config, mesh), way_out)
 
 
+def _work(ahead: Ahead) -> Iterable[Work]:
+    """Training on the samples of all members, as if no two were alike, and scoring those held out."""
+    from plasticity_jax.data.batching import length_buckets
+    from plasticity_jax.model.flops import forward_flops
+
+    config, task, recipe = ahead.config, ahead.task(), ahead.config.verifier
+    samplers = sum(role.startswith(SAMPLES_ROLE) for role in ahead.run.parents)
+    n = task.counts["verifier"] * (recipe.n_samples + 1) * samplers
+    most = config.evaluate.prompt_buckets[-1] + task_settings(config, task.name).max_new_tokens
+    length = next((b for b in length_buckets(config.reward.max_length, config.finetune.length_buckets) if b >= most), config.reward.max_length)
+    passes = 3 * recipe.epochs * (1 - recipe.held_out_fraction) + recipe.held_out_fraction
+    assumes = (*task.assumes("verifier"), f"texts of {length} tokens")
+    yield Work(flops=passes * forward_flops(config.model, n, length, outputs=0), assumes=assumes)
+
+
 SAMPLES = Stage(
     name="samples",
     title="graded samples for the verifier",
@@ -136,6 +152,7 @@ SAMPLES = Stage(
     parents={"model": "finetune", "task": "prepare"},
     plan=_plan_samples,
     devices="all",
+    work=evaluate.work,
     job="rewards",
 )
 
@@ -150,6 +167,7 @@ STAGE = Stage(
     plan=_plan,
     devices="all",
     programs=_programs,
+    work=_work,
     may_diverge=SAMPLES_ROLE,
     job="rewards",
 )

@@ -12,6 +12,7 @@ from plasticity_jax.config.schema import PositiveInt, execution, result
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import pinned
 from plasticity_jax.stages.stage import Context, Program, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -89,6 +90,28 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
         yield Program(f"likelihoods, {size} x {length}", lower, "lower zero_shot.batch_size, or raise mesh.fsdp")
 
 
+# Examples and the most options of each set, as published.
+EXAMPLES = {
+    "hellaswag": (10_042, 4),
+    "winogrande": (1_267, 2),
+    "piqa": (1_838, 2),
+    "openbookqa": (500, 4),
+    "arc_easy": (2_376, 5),
+    "arc_challenge": (1_172, 5),
+}
+
+
+def _work(ahead: Ahead) -> Iterable[Work]:
+    from plasticity_jax.model.flops import forward_flops
+
+    config, settings = ahead.config, ahead.config.zero_shot
+    texts, length = (
+        sum(min(EXAMPLES[name][0], settings.limit or EXAMPLES[name][0]) * EXAMPLES[name][1] for name in settings.sets),
+        config.train.seq_len,
+    )
+    yield Work(flops=forward_flops(config.model, texts, length), assumes=(f"zero-shot sets: {texts:,} continuations of {length} tokens",))
+
+
 def forgetting_rows(results: "StudyResults") -> Rows:
     """Zero-shot accuracy of each set: of the base model, and after fine-tuning on each task; the drop is before − after."""
     rows = []
@@ -118,6 +141,7 @@ STAGE = Stage(
     check=_check,
     devices="all",
     programs=_programs,
+    work=_work,
     job="zero_shot",
     tables={"forgetting": Table(forgetting_rows, on_page=False)},
 )

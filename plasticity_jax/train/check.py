@@ -17,8 +17,8 @@ import jax
 
 from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError
+from plasticity_jax.model.flops import flops_per_token
 from plasticity_jax.model.kernels import choose_kernel
-from plasticity_jax.model.param_count import flops_per_token
 from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel import hardware
 from plasticity_jax.parallel.batches import padded_batch_size
@@ -77,9 +77,15 @@ class Answer(Measured):
 
 
 def grid_flops(config: StudyConfig) -> float:
-    """Model FLOPs of pretraining every member of the grid."""
-    owns = [member_config(config, member) for member in grid_members(config)]
-    return sum(float(flops_per_token(o.model, o.train.seq_len)) * o.train.steps * o.train.batch_size * o.train.seq_len for o in owns)
+    """Model FLOPs of pretraining every base model of the grid; members that differ in their fine-tuning share one."""
+    bases = {member.base: member_config(config, member) for member in grid_members(config)}
+    return sum(map(pretraining_flops, bases.values()))
+
+
+def pretraining_flops(config: StudyConfig) -> float:
+    """Model FLOPs of pretraining one member with its own config."""
+    train = config.train
+    return float(flops_per_token(config.model, train.seq_len)) * train.steps * train.batch_size * train.seq_len
 
 
 def grid_device_hours(config: StudyConfig, peak_flops: float) -> float:
@@ -183,7 +189,7 @@ def lines(answer: Answer, target: Target) -> list[str]:
         f"model FLOPs per token: {flops:,} (6 N + 12 L H Dh T)",
         "collectives per device and step: " + (", ".join(f"{kind} {gib(size)}" for kind, size in answer.collectives.items()) or "none"),
         f"compiled in {answer.compile_seconds:.0f} s",
-        f"at {config.launch.mfu:.0%} MFU: {speed:,.0f} tokens/s; the whole grid {hours / len(target.devices):,.3g} hours, {hours:,.3g} device-hours",
+        f"at {config.launch.mfu:.0%} MFU: {speed:,.0f} tokens/s; the grid's pretraining {hours / len(target.devices):,.3g} hours, {hours:,.3g} device-hours",
     ]
     if not answer.fits:
         text += ["the largest buffers:"] + [f"  {gib(size)}  {what}" for size, what in answer.largest]

@@ -90,7 +90,7 @@ def finetune(members: Sequence[Tuned], examples: Sequence[Example], *, epochs: i
             f"{what}: no training row is left, {rows.n_dropped} are longer than {recipe.length_buckets[-1]} tokens and "
             f"{rows.n_empty} have no response; raise the last of finetune.length_buckets or set finetune.too_long='cut'."
         )
-    schedule = _schedule(rows, recipe, epochs=epochs, seed=seed)
+    steps = schedule(rows.lengths, recipe, epochs=epochs, seed=seed)
     mesh = make_mesh(config.mesh)
     check_members(mesh, len(members))
     padded = padded_batch_size(mesh, recipe.batch_size, recipe.grad_accum_steps, "finetune")
@@ -101,26 +101,26 @@ def finetune(members: Sequence[Tuned], examples: Sequence[Example], *, epochs: i
     final: dict[int, Any] = {}
     if alive:
         paths = [tracks[i].directory for i in alive]
-        state, start = starting_state(settings, mesh, [initials[i] for i in alive], paths, steps=len(schedule), members=vmapped)
+        state, start = starting_state(settings, mesh, [initials[i] for i in alive], paths, steps=len(steps), members=vmapped)
         if start:
-            log.info("resumes at step %d of %d", start, len(schedule))
+            log.info("resumes at step %d of %d", start, len(steps))
         recipes = [members[i].config.finetune for i in alive]
-        hypers = [tuning_numbers(own, steps=len(schedule), weight_decay=own.weight_decay) for own in recipes]
+        hypers = [tuning_numbers(own, steps=len(steps), weight_decay=own.weight_decay) for own in recipes]
         params = train(
             f"finetune {what}",
             state,
             train_step=compile_train_step(settings, mesh, members=vmapped),
             hyper=stack(hypers) if vmapped else hypers[0],
-            batches=global_batches(_batches(rows, schedule[start:], recipe.batch_size, base.text_tokenizer.pad_id), mesh, None, padded),
+            batches=global_batches(_batches(rows, steps[start:], recipe.batch_size, base.text_tokenizer.pad_id), mesh, None, padded),
             tracks=[tracks[i] for i in alive],
             members=vmapped,
             settings=LoopSettings(
-                steps=len(schedule),
+                steps=len(steps),
                 log_every=recipe.log_every,
                 checkpoint_every=recipe.checkpoint_every,
                 eval_every=None,
                 max_loss=config.train.max_loss,
-                total_tokens=_n_targets(rows, schedule),
+                total_tokens=_n_targets(rows, steps),
             ),
             held_out=None,
         )["params"]
@@ -160,11 +160,12 @@ def _facts(track: Track, rows: SftRows, update: float | None) -> dict[str, Any]:
     }
 
 
-def _schedule(rows: SftRows, recipe: FinetuneConfig, *, epochs: int, seed: int) -> list[tuple[int, Any]]:
+def schedule(lengths: Sequence[int] | np.ndarray, recipe: FinetuneConfig, *, epochs: int, seed: int) -> list[tuple[int, Any]]:
+    """(length, indices of the rows) of every batch of a fine-tuning, for rows of these lengths in tokens."""
     if recipe.packing:
-        return plan_packed(rows.lengths, sequence_length=recipe.length_buckets[-1], batch_size=recipe.batch_size, epochs=epochs, seed=seed)
+        return plan_packed(lengths, sequence_length=recipe.length_buckets[-1], batch_size=recipe.batch_size, epochs=epochs, seed=seed)
     return plan(
-        rows.lengths,
+        lengths,
         buckets=recipe.length_buckets,
         batch_size=recipe.batch_size,
         epochs=epochs,

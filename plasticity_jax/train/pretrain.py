@@ -13,8 +13,8 @@ from plasticity_jax.config import StudyConfig
 from plasticity_jax.data.loader import TokenRecords, batches
 from plasticity_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.model.flops import flops_per_token
 from plasticity_jax.model.forward import Forward
-from plasticity_jax.model.param_count import flops_per_token
 from plasticity_jax.model.transformer import abstract_params, count_params
 from plasticity_jax.parallel import arrays, hardware, processes
 from plasticity_jax.parallel.batches import global_batches, local_rows, padded_batch_size

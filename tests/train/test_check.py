@@ -11,12 +11,12 @@ from worlds import CONFIG, change
 
 from plasticity_jax.config import GridConfig, ModelConfig
 from plasticity_jax.errors import UserError
+from plasticity_jax.model.flops import flops_per_token
 from plasticity_jax.model.transformer import abstract_params, apply, count_params
 from plasticity_jax.parallel.deviceless import target
 from plasticity_jax.train.check import (
     Answer,
     check,
-    flops_per_token,
     grid_device_hours,
     largest_values,
     refuse_over_budget,

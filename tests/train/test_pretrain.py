@@ -137,7 +137,7 @@ def test_chosen_steps_are_kept_and_change_no_result(world: World, monkeypatch):
 
 
 def test_model_flops_utilization_where_the_peak_is_known(world: World, monkeypatch):
-    from plasticity_jax.model.param_count import flops_per_token
+    from plasticity_jax.model.flops import flops_per_token
     from plasticity_jax.parallel import hardware
 
     assert world.results["base"]["mfu"] is None and not any("mfu" in row for row in read_jsonl(world.root / "base" / "metrics.jsonl"))

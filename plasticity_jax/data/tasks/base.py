@@ -115,6 +115,7 @@ class Task:
       chance_note: one line about the score of guessing.
       build: (wheels, settings) -> rows. The first n training rows do not depend on how many are requested.
       sets: sets of original rows whose location the config must give (`TaskConfig.files`); () if the task includes its rows.
+      published: training and test rows that its files hold once filtered, as published; None where they are not known. For estimates only.
       by_length: with grader "likelihood", whether the log-likelihood is divided by the option's length in characters (`acc_norm` of lm-evaluation-harness)
         for the reported accuracy.
     """
@@ -126,6 +127,7 @@ class Task:
     chance_note: str
     build: Callable[["Wheels", RowSettings], Rows]
     sets: tuple[str, ...] = ()
+    published: tuple[int | None, int | None] = (None, None)
     by_length: bool = False
 
 

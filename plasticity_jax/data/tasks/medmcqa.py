@@ -79,4 +79,5 @@ MEDMCQA = Task(
     chance_note="one of four options: about 0.25 of the rows",
     build=build,
     sets=("train", "validation"),
+    published=(PUBLISHED.kept, 4_183),
 )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from plasticity_jax.data.tasks.base import Rows, RowSettings, Task
 from plasticity_jax.data.tasks.boxed import last_boxed
-from plasticity_jax.data.tasks.math_tests import CHANCE, SETS, math_test_rows
+from plasticity_jax.data.tasks.math_tests import CHANCE, ROWS, SETS, math_test_rows
 from plasticity_jax.data.tasks.published import EMPTY, Candidate, Dropped, Published, Row, build_rows, example_of, is_empty, read_set
 
 NAME = "MetaMathQA"
@@ -32,4 +32,6 @@ def _train(settings: RowSettings) -> Iterator[Row]:
         yield Candidate(example_of("train", row_id, query, response, answer), (query, row["original_question"]))
 
 
-METAMATHQA = Task(name=NAME, grader="math", labels=(), packages=(), chance_note=CHANCE, build=build, sets=("train", *SETS))
+METAMATHQA = Task(
+    name=NAME, grader="math", labels=(), packages=(), chance_note=CHANCE, build=build, sets=("train", *SETS), published=(PUBLISHED.kept, ROWS)
+)

@@ -55,4 +55,5 @@ PUBMEDQA = Task(
     chance_note="yes is the answer of about 0.55 of the test rows",
     build=build,
     sets=("pqa_artificial", "pqa_labeled"),
+    published=(PUBLISHED.kept, 1_000),
 )

@@ -107,4 +107,5 @@ RACE = Task(
     chance_note="one of four options: about 0.25 of the rows",
     build=build,
     sets=("train", "validation", "test"),
+    published=(PUBLISHED.kept, 4_934),
 )
