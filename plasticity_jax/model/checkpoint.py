@@ -64,7 +64,7 @@ class Checkpoints:
       read_only: only for reading; creates and deletes nothing.
       save_bytes: only for saving: one array after the other, in pieces, so that at most about this much memory is needed beside the arrays; more
         than the largest array has. None saves all at once.
-      alone: of several processes, only this one uses the checkpoints; its arrays lie on its own devices. Otherwise all do the same at the same time.
+      alone: of several processes, only this one saves; its arrays lie on its own devices. Otherwise all save the same at the same time.
     Raises:
       UserError: a store other than gs://.
     """
@@ -84,12 +84,10 @@ class Checkpoints:
         check_checkpoint_place(self._place)
         self.directory = self._place.absolute() if is_local(self._place) else epath.Path(str(self._place))
         absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns about every sharding and every missing item that is meant
-        processes_of = None if jax.process_count() == 1 else _processes(self._place, alone)
-        self._reading = v1.Context(multiprocessing_options=None if processes_of is None else v1.options.MultiprocessingOptions(**processes_of))
         self._manager: ocp.CheckpointManager | None = None
         if read_only:
             return
-        together: dict[str, Any] = {} if processes_of is None else {"multiprocessing_options": ocp.options.MultiprocessingOptions(**processes_of)}
+        together = {} if jax.process_count() == 1 else {"multiprocessing_options": _processes(self._place, alone)}
         self._only_here = bool(together) and (alone or processes.count() == 1)
         self._lane = lanes.active() if together else None
         some = self._only_here or self._lane is not None
@@ -200,7 +198,7 @@ class Checkpoints:
     def _restore(self, step: int, **abstract: Any) -> Any:
         _silence_abandoned_reads()
         try:
-            with self._reading:
+            with _reading():
                 restored = v1.load_checkpointables(
                     str(self.directory / str(step)), {name: _placed(tree) for name, tree in abstract.items()} | {"checksums": None}
                 )
@@ -211,7 +209,7 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
-        said = reason(error).split(". ")[0]
+        said = reason(error.__cause__ or error).split(". ")[0]  # Orbax puts the whole tree into its own error
         return UserError(f"checkpoint {self._place / str(step)} cannot be read ({said}); delete the run's directory and run its stage again.")
 
 
@@ -238,15 +236,24 @@ def _check(name: str, asked: Any, restored: Any, expected: list[int]) -> None:
         raise ValueError(f"the checksums of its {name} differ from those saved")
 
 
-def _processes(directory: AnyPath, alone: bool) -> dict[str, Any]:
+def _reading() -> v1.Context:
+    """Every process reads its own shards and waits for none: Orbax numbers what a process has read so far, which may differ between them."""
+    context = v1.Context()
+    if jax.process_count() > 1:
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
+    return context
+
+
+def _processes(directory: AnyPath, alone: bool) -> Any:
     """Which processes Orbax waits for, and under which name: two saves at once, as of two members, would else wait for one another's barriers."""
     name = "_".join(directory.parts[-3:])
     lane = lanes.active()
     if not alone and lane is None:
-        return {"barrier_sync_key_prefix": name}
+        return ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
     members = {jax.process_index()} if alone or lane is None else set(lane.ranks)
     first = min(members)
-    return {"primary_host": first, "active_processes": members, "barrier_sync_key_prefix": f"{name}_{first}"}
+    return ocp.options.MultiprocessingOptions(primary_host=first, active_processes=members, barrier_sync_key_prefix=f"{name}_{first}")
 
 
 def _registry(first: int) -> Any:

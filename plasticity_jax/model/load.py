@@ -173,16 +173,16 @@ def restore(path: AnyPath, abstract: Any, shardings: Any = None, *, step: int | 
     """
     if shardings is not None:
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    with open_checkpoints(path, alone=shardings is None) as checkpoints:
+    with open_checkpoints(path) as checkpoints:
         return checkpoints.restore_params(checkpoints.latest_step() if step is None else checkpoints.kept_step(step), abstract)
 
 
-def open_checkpoints(path: AnyPath, *, alone: bool = True) -> Checkpoints:
-    """The checkpoints below a run's directory, for reading. Raises UserError if there is none. `alone` is that of `Checkpoints`."""
+def open_checkpoints(path: AnyPath) -> Checkpoints:
+    """The checkpoints below a run's directory, for reading. Raises UserError if there is none."""
     folder = path / CHECKPOINTS
     if not folder.is_dir():
         raise UserError(f"{path} has no checkpoints folder; delete the run's directory and run its stage again.")
-    checkpoints = Checkpoints(folder, read_only=True, alone=alone)
+    checkpoints = Checkpoints(folder, read_only=True)
     if checkpoints.latest() is None:
         checkpoints.close()
         raise UserError(f"{folder} holds no finished checkpoint; delete the run's directory and run its stage again.")
