@@ -294,7 +294,7 @@ def _check(arguments) -> int:
     from plasticity_jax.stages import stages
     from plasticity_jax.study import check as study_check
     from plasticity_jax.study import hours
-    from plasticity_jax.train.check import check, lines, search, to_record
+    from plasticity_jax.train.check import lines, to_record
 
     chosen = _choices("--stages", arguments.stages, tuple(stages()))
     config = arguments.config
@@ -303,14 +303,18 @@ def _check(arguments) -> int:
             raise UserError(f"--mfu={arguments.mfu} is a fraction of the peak; it must be above 0 and at most 1.")
         config = replace(config, launch=replace(config.launch, mfu=arguments.mfu))
     place = target(arguments.topology)
-    answer = (search if arguments.search else check)(config, place)
-    rows = study_check.check_stages(answer, place, chosen)
+    cases = study_check.cases(config, place)
+    answers = study_check.check_pretraining(cases, place, search=arguments.search)
+    ways_out = study_check.remedies(answers, place)
+    rows = study_check.check_stages(cases, place, chosen)
     estimated = hours.study_hours(config, place, arguments.workdir)
     if arguments.json:
-        print(to_json(to_record(answer, place) | {"stages": study_check.to_record(rows), "hours": hours.to_record(estimated)}))
+        record = to_record(answers[0], place) | {"others": [to_record(answer, place) for answer in answers[1:]], "ways_out": ways_out}
+        print(to_json(record | {"stages": study_check.to_record(rows), "hours": hours.to_record(estimated)}))
     else:
-        print("\n".join([*lines(answer, place), *study_check.lines(rows), *hours.lines(estimated, place, config.launch.mfu)]))
-    return 0 if answer.fits and all(row.fits for row in rows) else 1
+        steps = [line for answer in answers for line in lines(answer, place)]
+        print("\n".join([*steps, *ways_out, *study_check.lines(rows), *hours.lines(estimated, place, config.launch.mfu)]))
+    return 0 if answers[0].fits and all(row.fits for row in rows) else 1
 
 
 @_command(

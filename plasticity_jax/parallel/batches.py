@@ -45,6 +45,18 @@ def padded_batch_size(mesh: Mesh, batch_size: int, grad_accum_steps: int, name: 
     return padded
 
 
+def part_counts(mesh: Mesh, batch_size: int) -> list[int]:
+    """Numbers of parts that a batch can be computed in, ascending, without more padding than in one part."""
+    per_shard = -(-batch_size // row_shards(mesh))
+    return [parts for parts in range(1, per_shard + 1) if per_shard % parts == 0]
+
+
+def smaller_batches(mesh: Mesh, batch_size: int, multiple: int = 1) -> tuple[int, ...]:
+    """Batch sizes below one, descending, that the row shards share evenly; `multiple` rows stay together."""
+    unit = multiple * row_shards(mesh)
+    return tuple(range((-(-batch_size // unit) - 1) * unit, 0, -unit))
+
+
 @functools.lru_cache(maxsize=64)
 def _warn_once(line: str) -> None:
     log.warning("%s", line)

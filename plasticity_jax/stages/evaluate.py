@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from plasticity_jax.config import StudyConfig, result_fields
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import task_run, task_settings
-from plasticity_jax.stages.stage import Context, Figure, Plan, Planned, Program, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Context, Figure, Knob, Plan, Planned, Program, Rows, Stage, Table, member_row, number
 from plasticity_jax.stages.work import Ahead, Work, padded_to
 
 if TYPE_CHECKING:
@@ -82,9 +82,13 @@ def run(context: Context) -> Evaluated | None:
     return Evaluated(**results, seconds=time.monotonic() - start) if results else None
 
 
-def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
+def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
+    import jax
+
     from plasticity_jax.evaluate.generate import lower_completions
     from plasticity_jax.model.load import abstract_loaded
+    from plasticity_jax.parallel.batches import smaller_batches
+    from plasticity_jax.parallel.sharding import device_bytes, inference_shardings
 
     limits = [task_settings(config, task).max_new_tokens for task in config.tasks if not by_likelihood(task)]
     if not limits:
@@ -93,8 +97,11 @@ def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
     params = abstract_loaded(config.model, mesh, dtype)
     yield Program(
         f"generation, {settings.batch_size} x ({settings.prompt_buckets[-1]} + {most})",
-        lambda: lower_completions(config.model, params, settings, most, dtype, mesh),
-        "lower evaluate.batch_size, evaluate.prompt_buckets or max_new_tokens, or raise mesh.tensor (decoding holds whole matrices)",
+        lambda own: lower_completions(own.model, params, own.evaluate, most, dtype, mesh),
+        (Knob("evaluate.batch_size", smaller_batches(mesh, settings.batch_size, settings.n_samples + 1)),),
+        device_bytes(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, inference_shardings(mesh, params))),
+        axis="tensor",  # decoding holds whole matrices
+        way_out="lower evaluate.prompt_buckets or max_new_tokens",
     )
 
 
