@@ -83,7 +83,7 @@ def format_sharding_table(table: dict[str, dict[str, Any]]) -> Iterable[str]:
         yield f"{path:<{width}}  [{shape}]  over [{spec}]  →  [{part}] per device"
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Sharding of batch arrays [B, T]: rows over data and fsdp together. All members share the batch."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 

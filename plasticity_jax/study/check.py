@@ -24,6 +24,7 @@ from plasticity_jax.stages import Plan, Program, stages
 from plasticity_jax.study.hours import with_compute_dtype
 from plasticity_jax.train import check as training
 from plasticity_jax.train.check import Answer, Measured, gib, resolved
+from plasticity_jax.train.pretrain import step_settings
 
 log = logging.getLogger("plasticity_jax")
 
@@ -106,13 +107,23 @@ def cases(config: StudyConfig, target: Target) -> list[Case]:
 
 
 def check_pretraining(found: Sequence[Case], target: Target, *, search: bool = False) -> list[Answer]:
-    """Compiles the training step of every case, or searches for its settings, which its config then has. The one that needs most memory comes first."""
-    answers = []
+    """Compiles the training steps of the cases, or searches for their settings, which the cases' configs then have.
+
+    Returns:
+      One answer per different step; the one that needs most memory comes first.
+    """
+    answers: dict[Any, Answer] = {}
     for case in found:
-        answer = (training.search if search else training.check)(case.config, target, case.groups[PRETRAIN])
-        case.config = answer.config
-        answers.append(answer)
-    return sorted(answers, key=lambda answer: (answer.fits, -answer.total))
+        train, mesh = case.config.train, make_mesh(case.config.mesh, target.devices)
+        key = step_settings(case.config, mesh), train.batch_size, train.seq_len, mesh, case.groups[PRETRAIN]
+        if key not in answers:
+            answers[key] = (training.search if search else training.check)(case.config, target, case.groups[PRETRAIN])
+        case.config = replace(case.config, train=replace(train, **_searched(answers[key].config)))
+    return sorted(answers.values(), key=lambda answer: (answer.fits, -answer.total))
+
+
+def _searched(config: StudyConfig) -> dict[str, Any]:
+    return {name: getattr(config.train, name) for name in ("grad_accum_steps", "remat")}
 
 
 def check_stages(found: Sequence[Case], target: Target, chosen: Sequence[str]) -> list[Row]:

@@ -36,7 +36,7 @@ class Execution:
     """Settings that change speed, memory and rounding only.
 
     Attributes:
-      grad_accum_steps: gradient accumulation steps per batch; divides the batch size.
+      grad_accum_steps: gradient accumulation steps per batch; divides its rows, padding included (`batches.padded_batch_size`).
       scan_layers: scan over layers instead of unrolling them.
       remat: what the backward pass recomputes; see `transformer.hidden_states`.
       attention: "xla" or a kernel.

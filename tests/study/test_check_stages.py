@@ -62,6 +62,7 @@ def test_members_whose_programs_are_equal_are_one_case_and_others_are_compiled_t
     swept = load_config(TINY, [*LIGHT, ("grid.fields", "(('finetune.peak_lr', (1e-3, 2e-3)), ('finetune.batch_size', (8, 16)))")])
     found = cases(swept, cpu)
     assert sorted(case.config.finetune.batch_size for case in found) == [8, 16]
+    assert len(check_pretraining(found, cpu)) == 1
     rows = check_stages(found, cpu, ("finetune", "gap"))
     assert [(row.stage, row.what) for row in rows] == [
         ("finetune", "training step, 8 x 32"),
