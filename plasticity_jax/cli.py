@@ -309,11 +309,12 @@ def _check(arguments) -> int:
     from dataclasses import replace
 
     from plasticity_jax.parallel.deviceless import target
+    from plasticity_jax.parallel.lanes import divided
     from plasticity_jax.runs.jsonfiles import to_json
     from plasticity_jax.stages import stages
     from plasticity_jax.study import check as study_check
     from plasticity_jax.study import hours
-    from plasticity_jax.train.check import check, lines, search, to_record
+    from plasticity_jax.train.check import lines, resolved, to_record
 
     chosen = _choices("--stages", arguments.stages, tuple(stages()))
     config = arguments.config
@@ -322,14 +323,19 @@ def _check(arguments) -> int:
             raise UserError(f"--mfu={arguments.mfu} is a fraction of the peak; it must be above 0 and at most 1.")
         config = replace(config, launch=replace(config.launch, mfu=arguments.mfu))
     place = target(arguments.topology)
-    answer = (search if arguments.search else check)(config, place)
-    rows = study_check.check_stages(answer, place, chosen)
-    estimated = hours.study_hours(config, place, arguments.workdir)
+    part = replace(place, devices=divided(place.devices, resolved(config, place).launch.parallel_runs)[0])  # what one run gets
+    cases = study_check.cases(config, part)
+    answers = study_check.check_pretraining(cases, part, search=arguments.search)
+    ways_out = study_check.remedies(answers, part)
+    rows = study_check.check_stages(cases, part, chosen)
+    estimated = hours.study_hours(config, part, arguments.workdir)
     if arguments.json:
-        print(to_json(to_record(answer, place) | {"stages": study_check.to_record(rows), "hours": hours.to_record(estimated)}))
+        record = to_record(answers[0], part) | {"others": [to_record(answer, part) for answer in answers[1:]], "ways_out": ways_out}
+        print(to_json(record | {"stages": study_check.to_record(rows), "hours": hours.to_record(estimated)}))
     else:
-        print("\n".join([*lines(answer, place), *study_check.lines(rows), *hours.lines(estimated, place, config.launch.mfu)]))
-    return 0 if answer.fits and all(row.fits for row in rows) else 1
+        steps = [line for answer in answers for line in lines(answer, part)]
+        print("\n".join([*steps, *ways_out, *study_check.lines(rows), *hours.lines(estimated, place, config.launch.mfu)]))
+    return 0 if answers[0].fits and all(row.fits for row in rows) else 1
 
 
 @_command(

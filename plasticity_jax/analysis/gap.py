@@ -18,7 +18,6 @@ from plasticity_jax.progress import Progress
 from plasticity_jax.runs.storage import AnyPath
 
 BOOTSTRAP_SAMPLES = 2000
-BLOCKS_PER_BATCH = 32  # rounded up for the mesh
 RECORDS_PER_READ = 4096
 EARLY, LATE = 0.25, 0.75  # first and last quarter of the reading
 
@@ -171,7 +170,15 @@ def _mean_or_none(values: np.ndarray) -> float | None:
 
 
 def measure_gap(
-    model: LoadedModel, pretraining: StudyConfig, corpus: AnyPath, *, forward: Forward, reading_seed: int, tokens_per_side: int, seed: int
+    model: LoadedModel,
+    pretraining: StudyConfig,
+    corpus: AnyPath,
+    *,
+    forward: Forward,
+    reading_seed: int,
+    tokens_per_side: int,
+    seed: int,
+    batch_size: int,
 ) -> dict[str, Any]:
     """Compares a model's loss on text that its pretraining read with its loss on held-out text.
 
@@ -183,6 +190,7 @@ def measure_gap(
       reading_seed: seed of the order of its batches.
       tokens_per_side: tokens wanted on each side; fewer where a domain has too few.
       seed: of the choice of blocks and of the bootstrap.
+      batch_size: blocks at a time; rounded up for the mesh.
     Returns:
       On the first process (empty on the others): seen, held_out: mean losses in nats per token; gap = held_out − seen, with its 95% interval (bootstrap over documents within domains);
       domains: the same per domain, with the number of blocks on each side; seen_early and seen_late: mean over the blocks last read in the first and
@@ -209,7 +217,7 @@ def measure_gap(
             split.tokens,
             indices[side],
             seq_len=split.seq_len,
-            batch_size=BLOCKS_PER_BATCH,
+            batch_size=batch_size,
             isolate=isolate,
             loss_chunks=training.loss_chunks,
             what=f"loss on {split.split} blocks",

@@ -28,7 +28,7 @@ GRADIENT_TOLERANCE = 2e-6
 STALLED_ITERATIONS = 8
 
 SHORTEST_BUCKET = 16
-TOKENS_PER_BATCH = 8192
+TOKENS_PER_BATCH = 8192  # where nothing else is asked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +217,12 @@ def _largest(tree) -> Float[Array, ""]:
 
 
 def features(
-    model: "LoadedModel", texts: Sequence[str], tokenizer: "Tokenizer", max_length: int, forward: "Forward | None" = None
+    model: "LoadedModel",
+    texts: Sequence[str],
+    tokenizer: "Tokenizer",
+    max_length: int,
+    forward: "Forward | None" = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> Float[np.ndarray, "layers n d"]:
     """States at the last token of each text: after the embedding, then after each block.
 
@@ -227,6 +232,7 @@ def features(
       tokenizer: the model's.
       max_length: in tokens; a longer text loses its end.
       forward: how to run the model; None for one device, in float32.
+      tokens_per_batch: read at once, with padding; at least one text per row shard.
     Returns:
       float32 [n_layers + 1, len(texts), d_model].
     Raises:
@@ -245,7 +251,7 @@ def features(
     padded = padded_batches(
         rows,
         buckets=power_of_two_buckets(rows, SHORTEST_BUCKET),
-        tokens_per_batch=TOKENS_PER_BATCH,
+        tokens_per_batch=tokens_per_batch,
         multiple_of=forward.row_shards,
         pad_id=tokenizer.pad_id,
     )
@@ -263,14 +269,21 @@ def _last_states(forward: "Forward", config: ModelConfig, params: dict, batch: A
     return jnp.concatenate([embed_BxD[None], blocks_LxBxD]).swapaxes(0, 1).astype(jnp.float32)
 
 
-def lower_states(forward: "Forward", config: ModelConfig, params: dict, length: int) -> Any:
-    """The program of `features` for texts of up to `length` tokens, lowered for the mesh's devices."""
+def longest_batch(forward: "Forward", length: int, tokens_per_batch: int) -> tuple[int, int]:
+    """Rows and length of the batches of texts of up to `length` tokens."""
     longest = power_of_two_buckets([range(length)], SHORTEST_BUCKET)[-1]
-    rows = forward.batch_size(max(1, TOKENS_PER_BATCH // longest))
+    return forward.batch_size(max(1, tokens_per_batch // longest)), longest
+
+
+def lower_states(forward: "Forward", config: ModelConfig, params: dict, length: int, tokens_per_batch: int) -> Any:
+    """The program of `features` for texts of up to `length` tokens, lowered for the mesh's devices."""
+    rows, longest = longest_batch(forward, length, tokens_per_batch)
     return forward.lower(_last_states, (config,), params, {"tokens": (rows, longest), "lengths": (rows,)})
 
 
-def probe_layers(model: "LoadedModel", name: str, rows: dict, *, forward: "Forward", max_length: int, l2: Sequence[float], seed: int) -> dict:
+def probe_layers(
+    model: "LoadedModel", name: str, rows: dict, *, forward: "Forward", max_length: int, l2: Sequence[float], seed: int, tokens_per_batch: int
+) -> dict:
     """Probes every layer of a model on one probe set.
 
     Args:
@@ -279,6 +292,7 @@ def probe_layers(model: "LoadedModel", name: str, rows: dict, *, forward: "Forwa
       forward: how to run the model. With several processes, all call this; the probes are fitted on the first.
       max_length: tokens; a longer text loses its end.
       l2, seed: as in `fit_probe`.
+      tokens_per_batch: as in `features`.
     Returns:
       On the first process (empty on the others): layers ("embed", "block1", ...); per layer, accuracy, accuracy_norm_free (features divided by their norm), per_class, l2, and correct ([n_test],
       1 where right); majority (accuracy of always giving the most common test label), n_train, n_test, classes, dropped_leaks.
@@ -288,7 +302,7 @@ def probe_layers(model: "LoadedModel", name: str, rows: dict, *, forward: "Forwa
     texts = [text for split in ("train", "test") for text, _ in rows[split]]
     n_train = len(rows["train"])
     y_train, y_test = ([label for _, label in rows[split]] for split in ("train", "test"))
-    states_LxNxD = features(model, texts, model.text_tokenizer, max_length, forward)
+    states_LxNxD = features(model, texts, model.text_tokenizer, max_length, forward, tokens_per_batch)
     if not processes.primary():
         return {}
     layers = ["embed"] + [f"block{i + 1}" for i in range(len(states_LxNxD) - 1)]

@@ -172,7 +172,7 @@ class TrainConfig:
     )
     keep_optimizer: bool = execution(False, "keep the optimizer's state of finished runs, pretrained or tuned: twice the parameters on disk")
     grad_accum_steps: PositiveInt = execution(
-        1, "parts in which a batch is processed, to save memory; filled with empty rows where it does not divide"
+        1, "parts of a batch computed one after the other, to save memory; rows without targets fill up the last"
     )
     scan_layers: bool = execution(False, "loop over layers instead of unrolling them: compiles faster, runs slower on a CPU")
     remat: Literal["none", "dots", "full"] = execution(
@@ -193,7 +193,6 @@ class TrainConfig:
         return tuple(sorted({round(self.steps ** (i / (n - 1))) for i in range(n)}))
 
     def check(self, config: "StudyConfig") -> None:
-        check_grad_accum("train", self)
         if isinstance(self.keep_steps, str) and not re.fullmatch(r"log:([2-9]|[1-9]\d{1,3})", self.keep_steps):
             raise UserError(f'train.keep_steps={self.keep_steps!r} must be steps, such as (1,10,100), or "log:N" with N from 2 to 9999.')
         if self.kept_steps and self.kept_steps[-1] > self.steps:
@@ -316,11 +315,10 @@ class FinetuneConfig:
     log_every: PositiveInt = execution(20, "steps between log lines")
     checkpoint_every: PositiveInt = execution(500, "steps between checkpoints")
     grad_accum_steps: PositiveInt = execution(
-        1, "parts in which a batch is processed, to save memory; filled with empty rows where it does not divide"
+        1, "parts of a batch computed one after the other, to save memory; rows without targets fill up the last"
     )
 
     def check(self, config: "StudyConfig") -> None:
-        check_grad_accum("finetune", self)
         check_increasing("finetune.length_buckets", self.length_buckets)
 
 
@@ -495,10 +493,3 @@ def check_increasing(path: str, buckets: tuple[int, ...]) -> None:
     """Raises UserError unless the buckets are strictly increasing."""
     if list(buckets) != sorted(set(buckets)):
         raise UserError(f"{path}={buckets} must be strictly increasing.")
-
-
-def check_grad_accum(name: str, section: TrainConfig | FinetuneConfig) -> None:
-    """Raises UserError unless every part of a batch has a row."""
-    size, parts = section.batch_size, section.grad_accum_steps
-    if parts > size:
-        raise UserError(f"{name}.grad_accum_steps={parts} is above {name}.batch_size={size}; lower it to at most the batch size.")

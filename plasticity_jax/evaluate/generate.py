@@ -250,11 +250,12 @@ def _stack(shardings: tuple[Any, tuple[NamedSharding, ...]], members: int) -> Ca
     return jax.jit(lambda models: jax.tree.map(lambda *of_members: jnp.stack(of_members), *models), out_shardings=tree.unflatten(leaves))
 
 
-def lower_completions(config: ModelConfig, params: Any, settings: EvaluateConfig, max_new_tokens: int, forward: Forward) -> Any:
+def lower_completions(config: ModelConfig, params: Any, settings: EvaluateConfig, max_new_tokens: int, forward: Forward, *, members: int = 1) -> Any:
     """The program of an evaluation for its longest prompts, lowered for the devices of the mesh of `forward`.
 
     Args:
       params: shapes and shardings, as of a loaded model; decoding reads them as `layout_for` says.
+      members: models that are evaluated as one program.
     """
     mesh, layout = forward.mesh, layout_for(settings.weights, config, forward)
     assert mesh is not None
@@ -267,7 +268,12 @@ def lower_completions(config: ModelConfig, params: Any, settings: EvaluateConfig
     traced = TracedSettings(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32,) * 3 + (jnp.int32,) * 2))
     if not layout.sharded:
         params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, inference_shardings(mesh, params))
-    return complete.lower(plan_of(config, sampling, max_new_tokens, forward.compute_dtype, layout), params, batch, traced)
+    if members > 1:
+        tree, shardings = _member_shardings(layout, params)
+        shapes = [jax.ShapeDtypeStruct((members, *x.shape), x.dtype, sharding=s) for x, s in zip(jax.tree.leaves(params), shardings, strict=True)]
+        params = tree.unflatten(shapes)
+    plan = plan_of(config, sampling, max_new_tokens, forward.compute_dtype, layout, members=members > 1)
+    return complete.lower(plan, params, batch, traced)
 
 
 def _prompts_per_batch(batch_size: int, sampling: Sampling, mesh: Mesh | None) -> int:

@@ -132,15 +132,21 @@ def lower_scores(config: StudyConfig, mesh: Mesh) -> Any:
     Raises:
       UserError: the network of `reward.model` is not known, because the folder is not here.
     """
-    reward, dtype = config.reward, config.train.compute_dtype
-    model = network(config)
-    forward = Forward.of(config, model, mesh)
+    reward, model, params = config.reward, network(config), abstract_scorer(config, mesh)
+    forward, shape = Forward.of(config, model, mesh), {"batch_size": reward.batch_size, "max_length": reward.max_length}
     if reward.scorer == "log-probability":
-        return lower_likelihoods(forward, model, abstract_loaded(model, mesh, dtype), batch_size=reward.batch_size, max_length=reward.max_length)
+        return lower_likelihoods(forward, model, params, **shape)
+    return lower_row_scores(forward, without_output(model), params, **shape)
+
+
+def abstract_scorer(config: StudyConfig, mesh: Mesh) -> Any:
+    """Shapes and shardings of the parameters that rate. Raises UserError as `network` does."""
+    model, dtype = network(config), config.train.compute_dtype
+    if config.reward.scorer == "log-probability":
+        return abstract_loaded(model, mesh, dtype)
     decoder = without_output(model)
     head = jax.ShapeDtypeStruct((model.d_model,), np.float32, sharding=scalar_shardings(mesh, decoder)["head"])
-    params = {"decoder": abstract_loaded(decoder, mesh, dtype), "head": head}
-    return lower_row_scores(forward, decoder, params, batch_size=reward.batch_size, max_length=reward.max_length)
+    return {"decoder": abstract_loaded(decoder, mesh, dtype), "head": head}
 
 
 def network(config: StudyConfig) -> ModelConfig:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Int
 
 from plasticity_jax.errors import UserError
@@ -19,12 +19,12 @@ Batch = dict[str, np.ndarray]
 log = logging.getLogger("plasticity_jax")
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of shards that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in batch_sharding(mesh).spec[0])
 
 
-def padded_batch_size(mesh: Mesh, batch_size: int, grad_accum_steps: int, name: str) -> int:
+def padded_batch_size(mesh: Mesh | AbstractMesh, batch_size: int, grad_accum_steps: int, name: str) -> int:
     """The rows of a batch as the devices hold it: `batch_size`, and rows without targets that fill it up, so that any batch runs on any mesh.
 
     Args:
@@ -43,6 +43,18 @@ def padded_batch_size(mesh: Mesh, batch_size: int, grad_accum_steps: int, name: 
             "padding, which costs as much time as real rows"
         )
     return padded
+
+
+def part_counts(mesh: Mesh | AbstractMesh, batch_size: int) -> list[int]:
+    """Numbers of parts that a batch can be computed in, ascending, without more padding than in one part."""
+    per_shard = -(-batch_size // row_shards(mesh))
+    return [parts for parts in range(1, per_shard + 1) if per_shard % parts == 0]
+
+
+def smaller_batches(mesh: Mesh, batch_size: int, multiple: int = 1) -> tuple[int, ...]:
+    """Batch sizes below one, descending, that the row shards share evenly; `multiple` rows stay together."""
+    unit = multiple * row_shards(mesh)
+    return tuple(range((-(-batch_size // unit) - 1) * unit, 0, -unit))
 
 
 @functools.lru_cache(maxsize=64)

@@ -81,6 +81,15 @@ def local_device() -> Any:
     return next(device for device in devices() if device.process_index == jax.process_index())
 
 
+def divided(devices: Sequence[Any], number: int) -> list[list[Any]]:
+    """Devices in equal parts, those of a process side by side. Raises UserError if they cannot be divided."""
+    size, rest = divmod(len(devices), number)
+    if rest:
+        raise UserError(f"launch.parallel_runs={number} does not divide the {len(devices)} devices; set it to a divisor of {len(devices)}.")
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
 def split(number: int) -> list[Lane]:
     """The devices in equal lanes, each of whole processes or within one.
 
@@ -89,15 +98,9 @@ def split(number: int) -> list[Lane]:
     """
     import jax
 
-    everything = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    size, rest = divmod(len(everything), number)
-    if rest:
-        raise UserError(f"launch.parallel_runs={number} does not divide the {len(everything)} devices; set it to a divisor of {len(everything)}.")
-    lanes = []
-    for index in range(number):
-        mine = everything[index * size : (index + 1) * size]
-        lanes.append(Lane(index, tuple(mine), tuple(sorted({device.process_index for device in mine}))))
-    owned = jax.local_device_count()
+    parts = divided(jax.devices(), number)
+    lanes = [Lane(index, tuple(part), tuple(sorted({device.process_index for device in part}))) for index, part in enumerate(parts)]
+    size, owned = len(parts[0]), jax.local_device_count()
     if size % owned and owned % size:
         raise UserError(
             f"launch.parallel_runs={number} gives {size} devices to each run, which cuts processes of {owned} devices; choose it so that a run gets "

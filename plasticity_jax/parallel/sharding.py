@@ -61,6 +61,11 @@ def inference_shardings(mesh: Mesh | AbstractMesh, abstract: Any) -> Any:
     return jax.tree.map(lambda s: NamedSharding(mesh, _without_fsdp(s.spec)), param_shardings(mesh, abstract))
 
 
+def device_bytes(placed: Any) -> int:
+    """Bytes per device of a tree of arrays, or of their shapes, with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(placed))
+
+
 def sharding_table(mesh: Mesh | AbstractMesh, abstract: Any) -> dict[str, dict[str, Any]]:
     """Maps each parameter path to its `shape`, its `spec` (mesh axis of every axis, or None) and `per_device`, the shape of its shards."""
     leaves, shardings = jax.tree.leaves(abstract), jax.tree.leaves(param_shardings(mesh, abstract))
@@ -78,7 +83,7 @@ def format_sharding_table(table: dict[str, dict[str, Any]]) -> Iterable[str]:
         yield f"{path:<{width}}  [{shape}]  over [{spec}]  →  [{part}] per device"
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Sharding of batch arrays [B, T]: rows over data and fsdp together. All members share the batch."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 

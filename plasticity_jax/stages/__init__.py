@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from plasticity_jax.errors import reason
 from plasticity_jax.plugins import Discovered, discover
-from plasticity_jax.stages.stage import Column, Context, Figure, Plan, Program, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Column, Context, Figure, Knob, Plan, Program, Stage, Table, member_row, number
 from plasticity_jax.stages.work import Ahead, Work
 
-__all__ = ["Ahead", "Column", "Context", "Figure", "Plan", "Program", "Stage", "Table", "Work", "guarded", "member_row", "number", "stages"]
+__all__ = ["Ahead", "Column", "Context", "Figure", "Knob", "Plan", "Program", "Stage", "Table", "Work", "guarded", "member_row", "number", "stages"]
 
 log = logging.getLogger("plasticity_jax")
 

@@ -10,7 +10,7 @@ from plasticity_jax.runs.directory import CONFIG, RunDirectory
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import task_run, task_settings
-from plasticity_jax.stages.stage import Batched, Context, Figure, Plan, Planned, Program, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Batched, Context, Figure, Knob, Plan, Planned, Program, Rows, Stage, Table, member_row, number
 from plasticity_jax.stages.work import Ahead, Work, padded_to
 
 if TYPE_CHECKING:
@@ -145,20 +145,32 @@ def regrade(directory: RunDirectory, run: Run, source: RunDirectory) -> Evaluate
     return Evaluated(**results, **kept)
 
 
-def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
-    from plasticity_jax.evaluate.generate import lower_completions
+def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
+    import jax
+
+    from plasticity_jax.evaluate.generate import layout_for, lower_completions
     from plasticity_jax.model.forward import Forward
     from plasticity_jax.model.load import abstract_loaded
+    from plasticity_jax.parallel.batches import smaller_batches
+    from plasticity_jax.parallel.sharding import device_bytes, inference_shardings
 
     limits = [task_settings(config, task).max_new_tokens for task in config.tasks if not by_likelihood(task)]
     if not limits:
         return
     settings, dtype, most = config.evaluate, config.train.compute_dtype, max(limits)
-    params = abstract_loaded(config.model, mesh, dtype)
+    params, forward = abstract_loaded(config.model, mesh, dtype), Forward.of(config, config.model, mesh, dtype)
+    layout = layout_for(settings.weights, config.model, forward)
+    whole = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, inference_shardings(mesh, params))
     yield Program(
         f"generation, {settings.batch_size} x ({settings.prompt_buckets[-1]} + {most})",
-        lambda: lower_completions(config.model, params, settings, most, Forward.of(config, config.model, mesh, dtype)),
-        "lower evaluate.batch_size, evaluate.prompt_buckets or max_new_tokens, or set evaluate.weights='sharded'",
+        lambda own: lower_completions(own.model, params, own.evaluate, most, forward, members=members),
+        (
+            Knob("evaluate.batch_size", smaller_batches(mesh, settings.batch_size, settings.n_samples + 1)),
+            Knob("evaluate.weights", () if layout.sharded else ("sharded",)),
+        ),
+        members * device_bytes(params if layout.sharded else whole),
+        axis="fsdp" if layout.sharded else "tensor",  # over fsdp matrices are whole
+        way_out="lower evaluate.prompt_buckets or max_new_tokens",
     )
 
 

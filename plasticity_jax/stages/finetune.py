@@ -8,7 +8,7 @@ from plasticity_jax.config import Member, StudyConfig, result_fields
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import task_run, task_settings
-from plasticity_jax.stages.pretrain import pretrain_run
+from plasticity_jax.stages.pretrain import pretrain_run, training_knobs
 from plasticity_jax.stages.stage import Batched, Context, Plan, Planned, Program, Stage
 from plasticity_jax.stages.work import Ahead, Work
 
@@ -97,21 +97,15 @@ def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
     return training_bytes(step_settings(config, config.model, mesh), mesh, config.finetune.batch_size, config.finetune.length_buckets[-1])
 
 
-def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
-    from plasticity_jax.parallel.batches import padded_batch_size
-    from plasticity_jax.train.finetune import step_settings
-    from plasticity_jax.train.step import compile_train_step, next_token_arguments
-
-    recipe = config.finetune
-    rows, length = padded_batch_size(mesh, recipe.batch_size, recipe.grad_accum_steps, "finetune"), recipe.length_buckets[-1]
-    settings = step_settings(config, config.model, mesh)
-
-    def lower():
-        return compile_train_step(settings, mesh, members=False).lower(*next_token_arguments(settings, rows, length))
+def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
+    from plasticity_jax.train.finetune import lower_step, step_settings
+    from plasticity_jax.train.step import state_bytes
 
     if config.tasks:
-        way_out = "raise finetune.grad_accum_steps, lower the last of finetune.length_buckets, or set train.remat='full'"
-        yield Program(f"training step, {recipe.batch_size} x {length}", lower, way_out)
+        held = sum(state_bytes(step_settings(config, config.model, mesh), mesh, members=members).values())
+        what = f"training step, {config.finetune.batch_size} x {config.finetune.length_buckets[-1]}"
+        way_out = "lower the last of finetune.length_buckets"
+        yield Program(what, lambda own: lower_step(own, mesh, members), training_knobs(config, mesh, "finetune"), held, way_out=way_out)
 
 
 def _work(ahead: Ahead) -> Iterable[Work]:

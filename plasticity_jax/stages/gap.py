@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from plasticity_jax.config import StudyConfig
-from plasticity_jax.config.schema import PositiveInt, result
+from plasticity_jax.config.schema import PositiveInt, execution, result
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
-from plasticity_jax.stages.stage import Column, Context, Figure, Program, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Column, Context, Figure, Knob, Program, Rows, Stage, Table, member_row, number
 from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class GapConfig:
 
     tokens_per_side: PositiveInt = result(65536, "tokens per domain, seen and held out each")
     seed: int = result(0, "seed of the choice of records")
+    batch_size: PositiveInt = execution(32, "sequences scored at once; rounded up for the mesh")
 
     def check(self, config: StudyConfig) -> None:
         if self.tokens_per_side < config.train.seq_len:
@@ -71,21 +72,26 @@ def run(context: Context) -> Gap | None:
         reading_seed=made_by.run().seed or 0,
         tokens_per_side=settings.tokens_per_side,
         seed=settings.seed,
+        batch_size=settings.batch_size,
     )
     return Gap(**facts, seconds=time.monotonic() - start) if facts else None
 
 
-def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
-    from plasticity_jax.analysis.gap import BLOCKS_PER_BATCH
+def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
     from plasticity_jax.model.forward import Forward, lower_record_nats
     from plasticity_jax.model.load import abstract_loaded
+    from plasticity_jax.parallel.batches import smaller_batches
+    from plasticity_jax.parallel.sharding import device_bytes
 
     train, params = config.train, abstract_loaded(config.model, mesh, config.train.compute_dtype)
     options = {"seq_len": train.seq_len, "isolate": config.data.isolate_documents, "loss_chunks": train.loss_chunks}
     forward = Forward.of(config, config.model, mesh)
     yield Program(
-        f"loss, {forward.batch_size(BLOCKS_PER_BATCH)} x {train.seq_len}",
-        lambda: lower_record_nats(forward, config.model, params, batch_size=BLOCKS_PER_BATCH, **options),
+        f"loss, {forward.batch_size(config.gap.batch_size)} x {train.seq_len}",
+        lambda own: lower_record_nats(forward, config.model, params, batch_size=own.gap.batch_size, **options),
+        (Knob("gap.batch_size", smaller_batches(mesh, config.gap.batch_size)),),
+        device_bytes(params),
+        way_out="raise train.loss_chunks",
     )
 
 

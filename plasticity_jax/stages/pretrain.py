@@ -9,7 +9,7 @@ from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
-from plasticity_jax.stages.stage import Batched, Context, Figure, Plan, Planned, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Batched, Context, Figure, Knob, Plan, Planned, Program, Rows, Stage, Table, member_row, number
 from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
@@ -95,6 +95,26 @@ def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
     from plasticity_jax.train.pretrain import step_settings
 
     return training_bytes(step_settings(config, mesh), mesh, config.train.batch_size, config.train.seq_len)
+
+
+def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
+    from plasticity_jax.train.check import lower_step
+    from plasticity_jax.train.pretrain import step_settings
+    from plasticity_jax.train.step import state_bytes
+
+    train = config.train
+    held = sum(state_bytes(step_settings(config, mesh), mesh, members=members).values())
+    what = f"training step, {train.batch_size} x {train.seq_len}"
+    yield Program(what, lambda own: lower_step(own, mesh, members), training_knobs(config, mesh, "train"), held, way_out="lower train.seq_len")
+
+
+def training_knobs(config: StudyConfig, mesh: "Mesh", section: str) -> tuple[Knob, Knob]:
+    """More parts of a batch of a section, then more remat, which all training shares."""
+    from plasticity_jax.parallel.batches import part_counts
+
+    recipe, remat = getattr(config, section), ("none", "dots", "full")
+    parts = tuple(parts for parts in part_counts(mesh, recipe.batch_size) if parts > recipe.grad_accum_steps)
+    return Knob(f"{section}.grad_accum_steps", parts), Knob("train.remat", remat[remat.index(config.train.remat) + 1 :])
 
 
 def _work(ahead: Ahead) -> Iterable[Work]:
@@ -225,6 +245,7 @@ STAGE = Stage(
     check=_check,
     devices="all",
     batched=Batched(_program, run_batch, _bytes),
+    programs=_programs,
     work=_work,
     tables={
         "members": Table(_member_rows, on_page=False),

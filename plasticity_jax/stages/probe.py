@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import MinLen
 
 from plasticity_jax.config import StudyConfig
-from plasticity_jax.config.schema import NonNegativeFloat, PositiveInt, check_choice, result
+from plasticity_jax.config.schema import NonNegativeFloat, PositiveInt, check_choice, execution, result
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import probe_set_run
-from plasticity_jax.stages.stage import Context, Figure, Program, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Context, Figure, Knob, Program, Rows, Stage, Table, member_row, number
 from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class ProbeConfig:
     max_length: PositiveInt = result(128, "tokens; a longer text loses its end")
     l2: Annotated[tuple[NonNegativeFloat, ...], MinLen(1)] = result((1e-4, 1e-3, 1e-2, 1e-1), "candidate penalties, chosen on a validation split")
     seed: int = result(0, "seed of the splits")
+    tokens_per_batch: PositiveInt = execution(8192, "tokens read at once, with padding; at least one text per row shard")
 
     def check(self, config: StudyConfig) -> None:
         from plasticity_jax.data.probe_sets import PROBE_SETS
@@ -70,20 +71,29 @@ def run(context: Context) -> Probes:
     start, settings = time.monotonic(), context.section
     model = context.model(with_tokenizer=True, dtype=context.compute_dtype)
     recipe = {"forward": context.forward(model), "max_length": settings.max_length, "l2": settings.l2, "seed": settings.seed}
+    recipe["tokens_per_batch"] = settings.tokens_per_batch
     sets = {name: probe_layers(model, name, read_probe_set(context.parents[f"probe-{name}"]), **recipe) for name in settings.sets}
     return Probes(sets, time.monotonic() - start)
 
 
-def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
-    from plasticity_jax.analysis.probes import lower_states
+def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
+    from plasticity_jax.analysis.probes import longest_batch, lower_states
     from plasticity_jax.model.forward import Forward
     from plasticity_jax.model.load import abstract_loaded
+    from plasticity_jax.parallel.batches import smaller_batches
+    from plasticity_jax.parallel.sharding import device_bytes
 
     params, length = abstract_loaded(config.model, mesh, config.train.compute_dtype), config.probe.max_length
     if config.probe.sets:
         forward = Forward.of(config, config.model, mesh)
-        way_out = "lower probe.max_length, or raise mesh.fsdp"
-        yield Program(f"states, texts of {length}", lambda: lower_states(forward, config.model, params, length), way_out)
+        rows, longest = longest_batch(forward, length, config.probe.tokens_per_batch)
+        yield Program(
+            f"states, texts of {length}",
+            lambda own: lower_states(forward, config.model, params, length, own.probe.tokens_per_batch),
+            (Knob("probe.tokens_per_batch", tuple(longest * fewer for fewer in smaller_batches(mesh, rows))),),
+            device_bytes(params),
+            way_out="lower probe.max_length",
+        )
 
 
 def _work(ahead: Ahead) -> Iterable[Work]:

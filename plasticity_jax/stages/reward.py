@@ -15,7 +15,7 @@ from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import is_local, location
 from plasticity_jax.stages.evaluate import by_likelihood
 from plasticity_jax.stages.prepare import task_settings
-from plasticity_jax.stages.stage import Context, Plan, Planned, Program, Stage
+from plasticity_jax.stages.stage import Context, Knob, Plan, Planned, Program, Stage
 from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
@@ -118,12 +118,16 @@ def run(context: Context) -> Rewarded | None:
     return Rewarded(**results, seconds=time.monotonic() - start) if results else None
 
 
-def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
-    from plasticity_jax.evaluate.reward import lower_scores
+def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
+    from plasticity_jax.evaluate.reward import abstract_scorer, lower_scores
+    from plasticity_jax.parallel.batches import smaller_batches
+    from plasticity_jax.parallel.sharding import device_bytes
 
     if config.reward.scorer != "none" and config.tasks:
         name = f"{config.reward.scorer}, {config.reward.batch_size} x {config.reward.max_length}"
-        yield Program(name, lambda: lower_scores(config, mesh), "lower reward.batch_size or reward.max_length, or raise mesh.fsdp")
+        knob = Knob("reward.batch_size", smaller_batches(mesh, config.reward.batch_size))
+        held = device_bytes(abstract_scorer(config, mesh))
+        yield Program(name, lambda own: lower_scores(own, mesh), (knob,), held, way_out="lower reward.max_length")
 
 
 def _work(ahead: Ahead) -> Iterable[Work]:

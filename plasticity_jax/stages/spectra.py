@@ -73,12 +73,13 @@ def run(context: Context) -> Spectra:
     )
 
 
-def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
+def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
     from plasticity_jax.analysis.spectra import lower_spectra
     from plasticity_jax.model.load import abstract_loaded
+    from plasticity_jax.parallel.sharding import device_bytes
 
     params = abstract_loaded(config.model, mesh, "float32")
-    yield Program("singular values", lambda: lower_spectra(config.model, params, config.spectra.fold_norms, mesh))
+    yield Program("singular values", lambda own: lower_spectra(own.model, params, own.spectra.fold_norms, mesh), held=device_bytes(params))
 
 
 def _work(ahead: Ahead) -> Iterable[Work]:

@@ -165,18 +165,37 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Knob:
+    """A config field that makes a program smaller.
+
+    Attributes:
+      field: dotted, such as "finetune.grad_accum_steps".
+      values: what to set it to instead, each of which makes the program smaller than the one before.
+    """
+
+    field: str
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Program:
     """A program of a stage, for `plasticity check`.
 
     Attributes:
       what: which one, in a few words, with its largest shapes.
-      lower: lowers it for the mesh's devices, which need not be here.
-      way_out: what to change if it does not fit.
+      lower: lowers it for the mesh's devices, which need not be here; it is called with the config, and with others that differ in its knobs.
+      knobs: what can be changed if it does not fit. The second is tried where no value of the first is enough.
+      held: bytes per device that no knob makes smaller: parameters, and moments of the optimizer.
+      axis: mesh axis that splits them.
+      way_out: what is left to change if no knob is enough, and no larger mesh.
     """
 
     what: str
-    lower: Callable[[], Any]
-    way_out: str = "raise mesh.fsdp, or take more devices"
+    lower: Callable[[StudyConfig], Any]
+    knobs: tuple[Knob, ...] = ()
+    held: int = 0
+    axis: str = "fsdp"
+    way_out: str = "take devices with more memory"
 
 
 @dataclass(frozen=True)
@@ -194,7 +213,7 @@ class Batched:
     bytes: "Callable[[StudyConfig, Mesh], int]"
 
 
-def _no_programs(config: StudyConfig, mesh: "Mesh") -> "Iterable[Program]":
+def _no_programs(config: StudyConfig, mesh: "Mesh", members: int) -> "Iterable[Program]":
     return ()
 
 
@@ -241,7 +260,7 @@ class Stage:
         no accelerator either.
       batched: where several runs can be carried out as one program (`grid.mode`).
       may_diverge: beginning of the roles of which some parents may have diverged, so long as one is left.
-      programs: (config, mesh) → its largest programs, which `plasticity check` compiles.
+      programs: (config, mesh, members) → its largest programs, which `plasticity check` compiles; `members` runs are carried out by one call.
       work: what one of its runs computes, from which `plasticity check` estimates hours; None for a stage whose hours are not estimated.
       checkpoints: whether it writes checkpoints of a model.
       job: the cluster job that carries out all runs of the stage; "" for a stage that has a command of its own or is part of `plasticity analyze`.
@@ -266,7 +285,7 @@ class Stage:
     devices: str = "first"
     batched: "Batched | None" = None
     may_diverge: str | None = None
-    programs: "Callable[[StudyConfig, Mesh], Iterable[Program]]" = _no_programs
+    programs: "Callable[[StudyConfig, Mesh, int], Iterable[Program]]" = _no_programs
     work: Callable[[Ahead], Iterable[Work]] | None = None
     checkpoints: bool = False
     job: str = ""

@@ -11,6 +11,7 @@ from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import evaluate
 from plasticity_jax.stages.prepare import task_settings
+from plasticity_jax.stages.pretrain import training_knobs
 from plasticity_jax.stages.stage import Context, Plan, Planned, Program, Stage
 from plasticity_jax.stages.work import Ahead, Work
 
@@ -118,13 +119,16 @@ def run(context: Context) -> Verified | None:
     return Verified(**facts) if facts else None
 
 
-def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
-    from plasticity_jax.train.verifier import lower_step
+def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
+    from plasticity_jax.model.scalar_head import without_output
+    from plasticity_jax.train.step import state_bytes
+    from plasticity_jax.train.verifier import lower_step, step_settings
 
     if config.reward.scorer == "verifier" and config.tasks:
         what = f"training step, {config.verifier.batch_size} x {config.reward.max_length}"
-        way_out = "raise verifier.grad_accum_steps, lower reward.max_length, or set train.remat='full'"
-        yield Program(what, lambda: lower_step(config, mesh), way_out)
+        held = sum(state_bytes(step_settings(config, without_output(config.model), mesh), mesh, members=1).values())
+        knobs = training_knobs(config, mesh, "verifier")
+        yield Program(what, lambda own: lower_step(own, mesh), knobs, held, way_out="lower reward.max_length")
 
 
 def _work(ahead: Ahead) -> Iterable[Work]:

@@ -1,6 +1,5 @@
 """Zero-shot: six multiple-choice sets by lm-evaluation-harness, on base models and after fine-tuning, to show what is forgotten."""
 
-import functools
 import importlib.metadata
 import time
 from collections.abc import Iterable, Sequence
@@ -11,7 +10,7 @@ from plasticity_jax.config import StudyConfig
 from plasticity_jax.config.schema import PositiveInt, execution, result
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import pinned
-from plasticity_jax.stages.stage import Context, Program, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Context, Knob, Program, Rows, Stage, Table, member_row, number
 from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
@@ -76,18 +75,23 @@ def run(context: Context) -> ZeroShot:
     return ZeroShot(sets, {"lm_eval": importlib.metadata.version("lm_eval")}, time.monotonic() - start)
 
 
-def _programs(config: StudyConfig, mesh: "Mesh") -> Iterable[Program]:
+def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
     from plasticity_jax.evaluate.likelihood import lower_likelihoods
     from plasticity_jax.model.forward import Forward
     from plasticity_jax.model.load import abstract_loaded
+    from plasticity_jax.parallel.batches import smaller_batches
+    from plasticity_jax.parallel.sharding import device_bytes
 
     length, size = config.train.seq_len, config.zero_shot.batch_size
     params = abstract_loaded(config.model, mesh, config.train.compute_dtype)
     if config.zero_shot.sets:
         forward = Forward.of(config, config.model, mesh)
-        options = {"batch_size": size, "max_length": length}
-        lower = functools.partial(lower_likelihoods, forward, config.model, params, **options)
-        yield Program(f"likelihoods, {size} x {length}", lower, "lower zero_shot.batch_size, or raise mesh.fsdp")
+        yield Program(
+            f"likelihoods, {size} x {length}",
+            lambda own: lower_likelihoods(forward, config.model, params, batch_size=own.zero_shot.batch_size, max_length=length),
+            (Knob("zero_shot.batch_size", smaller_batches(mesh, size)),),
+            device_bytes(params),
+        )
 
 
 # Examples and the most options of each set, as published.

@@ -45,7 +45,7 @@ def study_hours(config: StudyConfig, target: Target, workdir: AnyPath | None = N
     Args:
       workdir: where the study's prepared data lies, from which rows and their lengths are known; None bounds them.
     """
-    config = _with_dtype(config, target)
+    config = with_compute_dtype(config, target)
     plan = Plan(config, stages().values())
     found, finished = [], _finder(config, workdir)
     for name, stage in stages().items():
@@ -71,7 +71,7 @@ def study_hours(config: StudyConfig, target: Target, workdir: AnyPath | None = N
     return found
 
 
-def _with_dtype(config: StudyConfig, target: Target) -> StudyConfig:
+def with_compute_dtype(config: StudyConfig, target: Target) -> StudyConfig:
     """The study's config with its compute dtype chosen, which the runs' hashes hold; hardware rules apply to each member."""
     return replace(config, train=replace(config.train, compute_dtype=resolved(config, target).train.compute_dtype))
 

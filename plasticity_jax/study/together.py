@@ -2,10 +2,14 @@
 
 import logging
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import stages
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 log = logging.getLogger("plasticity_jax")
 
@@ -25,16 +29,26 @@ def grouped(runs: Sequence[Run], configs: dict[str, StudyConfig], todo: Collecti
       configs: id of a run → the config to carry it out with.
       todo: ids of runs.
     """
-    alike: dict[str, list[Run]] = {}
-    for run in runs:
-        batched, mode = stages()[run.stage].batched, configs[run.id].grid.mode
-        alike.setdefault(batched.key(run) if batched and mode != "sequential" else run.id, []).append(run)
+    from plasticity_jax.parallel.mesh import make_mesh
+
     found = []
-    for group in alike.values():
-        size = _size(configs[group[0].id], group)
+    for group in alike(runs, configs):
+        size = 1
+        if len(group) > 1:
+            own = configs[group[0].id]
+            size = group_size(own, group, make_mesh(own.mesh))
         found += [group[start : start + size] for start in range(0, len(group), size)]
     waiting = [[run for run in group if run.id in todo] for group in found]
     return sorted((group for group in waiting if group), key=lambda group: runs.index(group[0]))
+
+
+def alike(runs: Sequence[Run], configs: dict[str, StudyConfig]) -> list[list[Run]]:
+    """The runs by what one program can serve; each by itself with `grid.mode` "sequential"."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        batched, mode = stages()[run.stage].batched, configs[run.id].grid.mode
+        found.setdefault(batched.key(run) if batched and mode != "sequential" else run.id, []).append(run)
+    return list(found.values())
 
 
 def check_groups(runs: Sequence[Run], configs: dict[str, StudyConfig]) -> None:
@@ -58,14 +72,11 @@ def members_that_fit(members: int, bytes_of_one: int, limit: int, axis: int) -> 
     return min(members, -(-members // (groups * axis)) * axis)
 
 
-def _size(config: StudyConfig, group: Sequence[Run]) -> int:
-    """How many runs of a group of alike ones are carried out together."""
+def group_size(config: StudyConfig, group: Sequence[Run], mesh: "Mesh") -> int:
+    """How many runs of a group of alike ones are carried out together on this mesh."""
     stage, members = stages()[group[0].stage], len(group)
     if config.grid.mode != "auto" or members == 1 or stage.batched is None:
         return members
-    from plasticity_jax.parallel.mesh import make_mesh
-
-    mesh = make_mesh(config.mesh)
     axis, device = mesh.shape["member"], mesh.devices.flat[0]
     limit = None if device.platform == "cpu" else _limit(device)
     if limit is None:

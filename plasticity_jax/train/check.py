@@ -4,6 +4,7 @@ import bisect
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import logging
 import math
 import re
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import UserError
@@ -21,13 +23,13 @@ from plasticity_jax.model.flops import flops_per_token
 from plasticity_jax.model.kernels import choose_kernel
 from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel import hardware
-from plasticity_jax.parallel.batches import padded_batch_size
+from plasticity_jax.parallel.batches import padded_batch_size, part_counts
 from plasticity_jax.parallel.collectives import collective_bytes, largest_arrays
 from plasticity_jax.parallel.deviceless import Target
-from plasticity_jax.parallel.mesh import make_mesh
+from plasticity_jax.parallel.mesh import check_members, make_mesh
 from plasticity_jax.parallel.sharding import param_shardings
 from plasticity_jax.train.pretrain import step_settings
-from plasticity_jax.train.step import compile_train_step, next_token_arguments, state_shardings
+from plasticity_jax.train.step import lower_train_step, next_token_batch, state_bytes
 
 log = logging.getLogger("plasticity_jax")
 
@@ -63,10 +65,12 @@ class Answer(Measured):
     """The training step of a config, compiled.
 
     Attributes:
+      members: models that it trains.
       params, optimizer: bytes of the state's shards.
     """
 
     config: StudyConfig
+    members: int
     params: int
     optimizer: int
 
@@ -111,18 +115,27 @@ def refuse_over_budget(config: StudyConfig) -> None:
         )
 
 
-def check(config: StudyConfig, target: Target) -> Answer:
+def lower_step(config: StudyConfig, mesh: Mesh, members: int) -> Any:
+    """The training step of one model, or of `members` models as one program, lowered for the mesh's devices. Raises UserError for a mesh that does not fit."""
+    train = config.train
+    check_members(mesh, members)
+    rows = padded_batch_size(mesh, train.batch_size, train.grad_accum_steps, "train")
+    return lower_train_step(step_settings(config, mesh), mesh, next_token_batch(rows, train.seq_len), members=members)
+
+
+def check(config: StudyConfig, target: Target, members: int = 1) -> Answer:
     """Compiles the train step of a config for a target, once.
 
     Args:
       config: as loaded; the hardware rules of the target's devices are applied here.
+      members: models that are trained as one program.
     Raises:
       UserError: the mesh does not match the number of devices.
     """
-    return _compile(resolved(config, target), target)
+    return _compile(resolved(config, target), target, members)
 
 
-def search(config: StudyConfig, target: Target) -> Answer:
+def search(config: StudyConfig, target: Target, members: int = 1) -> Answer:
     """Finds the fewest parts that fit in `SEARCH_FRACTION` of the memory with remat "dots", then drops remat if that fits too.
 
     "dots" recomputes attention and elementwise operations, a few percent of the FLOPs. More parts would cost more than that, because each gathers all
@@ -133,13 +146,11 @@ def search(config: StudyConfig, target: Target) -> Answer:
     """
     config = resolved(config, target)
     mesh = make_mesh(config.mesh, target.devices)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch = config.train.batch_size
-    parts = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n % rows == 0] or [1]
+    parts = part_counts(mesh, config.train.batch_size)
 
     @functools.cache
     def answer(grad_accum_steps: int, remat: str) -> Answer:
-        return _compile(_with(config, grad_accum_steps=grad_accum_steps, remat=remat), target)
+        return _compile(_with(config, grad_accum_steps=grad_accum_steps, remat=remat), target, members)
 
     def fits(found: Answer) -> bool:
         return found.fits and found.total <= SEARCH_FRACTION * found.limit
@@ -163,6 +174,7 @@ def to_record(answer: Answer, target: Target) -> dict[str, Any]:
         "devices": len(target.devices),
         "fits": answer.fits,
         "bytes": {name: getattr(answer, name) for name in ("params", "optimizer", "temporary", "total", "limit")},
+        "members": answer.members,
         "microbatch": train.batch_size // train.grad_accum_steps,
         "remat": train.remat,
         "flops_per_token": flops_per_token(answer.config.model, train.seq_len),
@@ -182,7 +194,8 @@ def lines(answer: Answer, target: Target) -> list[str]:
     speed = config.launch.mfu * known.peak_flops * len(target.devices) / flops
     text = [
         f"{target.topology}: {len(target.devices)} x {known.kind}, mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.items()),
-        f"batch {train.batch_size} x {train.seq_len} in {train.grad_accum_steps} parts of {train.batch_size // train.grad_accum_steps}, remat {train.remat}",
+        f"batch {train.batch_size} x {train.seq_len} in {train.grad_accum_steps} parts of {train.batch_size // train.grad_accum_steps}, remat {train.remat}"
+        + (f", {answer.members} members as one program" if answer.members > 1 else ""),
         f"{'fits' if answer.fits else 'does not fit'}: {gib(answer.total)} of {gib(answer.limit)} per device ({share:.0%})",
         f"per device: parameters {gib(answer.params)}, optimizer {gib(answer.optimizer)}, activations and other temporaries {gib(answer.temporary)}, "
         f"free {gib(free)}",
@@ -243,31 +256,31 @@ def _with(config: StudyConfig, **train: Any) -> StudyConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
 
 
-def _compile(config: StudyConfig, target: Target) -> Answer:
-    train = config.train
-    mesh = make_mesh(config.mesh, target.devices)
-    rows = padded_batch_size(mesh, train.batch_size, train.grad_accum_steps, "train")
-    settings = step_settings(config, mesh)
-    state, *_ = arguments = next_token_arguments(settings, rows, train.seq_len)
-    params, optimizer = _shard_bytes(state, state_shardings(settings, mesh, members=False))
+def _compile(config: StudyConfig, target: Target, members: int) -> Answer:
+    train, mesh = config.train, make_mesh(config.mesh, target.devices)
+    held = state_bytes(step_settings(config, mesh), mesh, members=members)
     what = f"compile for {target.topology}, {train.grad_accum_steps} parts, remat {train.remat}"
-    found = measure(lambda: compile_train_step(settings, mesh, members=False).lower(*arguments), target, what, at_least=params + optimizer)
-    return Answer(config=config, params=params, optimizer=optimizer, **vars(found))
+    found = measure(lambda: lower_step(config, mesh, members), target, what, at_least=sum(held.values()))
+    return Answer(config=config, members=members, **held, **vars(found))
 
 
-def measure(lower: Callable[[], Any], target: Target, what: str, *, at_least: int = 0) -> Measured:
+def measure(lower: Callable[[], Any], target: Target, what: str, *, at_least: int = 0, known: dict[str, Measured] | None = None) -> Measured:
     """Compiles a program for a target, once.
 
     Args:
       lower: lowers it, for the target's devices.
       what: label of the progress display.
       at_least: bytes of the arguments, where the compiler refuses and names no size.
+      known: digest of a lowered program → what compiling it gave; an equal one is not compiled again.
     """
     limit, start = target.hardware.limit, time.monotonic()
-    refusal, lowered, compiled = "", None, None
+    refusal, digest, lowered, compiled = "", "", None, None
     with _ticking(what):
         try:
             lowered = lower()
+            digest = "" if known is None else hashlib.sha256(lowered.as_text().encode()).hexdigest()
+            if known and digest in known:
+                return known[digest]
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if lowered is None or "RESOURCE_EXHAUSTED" not in str(error):
@@ -282,17 +295,10 @@ def measure(lower: Callable[[], Any], target: Target, what: str, *, at_least: in
         total = program_bytes(compiled.memory_analysis(), target.devices[0].platform)
         largest, collectives = largest_arrays(hlo, LARGEST), collective_bytes(hlo)
     fits = compiled is not None and total <= limit
-    return Measured(fits=fits, total=total, limit=limit, largest=largest, collectives=collectives, compile_seconds=seconds)
-
-
-def _shard_bytes(state: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, int]:
-    """Bytes per device of the parameters and the optimizer state."""
-
-    def of(name: str) -> int:
-        pairs = zip(jax.tree.leaves(state[name]), jax.tree.leaves(shardings[name]), strict=True)
-        return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
-
-    return of("params"), of("optimizer")
+    found = Measured(fits=fits, total=total, limit=limit, largest=largest, collectives=collectives, compile_seconds=seconds)
+    if known is not None:
+        known[digest] = found
+    return found
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from plasticity_jax.parallel.sharding import param_shardings
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.loop import LoopSettings, Track, train
 from plasticity_jax.train.restore import relative_update, starting_state
-from plasticity_jax.train.step import Batch, StepSettings, compile_train_step, execution_of, stack
+from plasticity_jax.train.step import Batch, StepSettings, compile_train_step, execution_of, lower_train_step, next_token_batch, stack
 from plasticity_jax.train.tuning import tuning_numbers, tuning_optimizer
 
 log = logging.getLogger("plasticity_jax")
@@ -42,6 +42,15 @@ def step_settings(config: StudyConfig, model: ModelConfig, mesh: Mesh) -> StepSe
         config.train, model, mesh, batch_size=recipe.batch_size, seq_len=recipe.length_buckets[-1], grad_accum_steps=recipe.grad_accum_steps
     )
     return StepSettings(model, optimizer, config.train.compute_dtype, z_loss=0.0, isolate_documents=recipe.packing, execution=execution)
+
+
+def lower_step(config: StudyConfig, mesh: Mesh, members: int) -> Any:
+    """The step of the longest batches, of one model or of `members` models as one program, lowered for the mesh's devices."""
+    recipe = config.finetune
+    check_members(mesh, members)
+    rows = padded_batch_size(mesh, recipe.batch_size, recipe.grad_accum_steps, "finetune")
+    batch = next_token_batch(rows, recipe.length_buckets[-1])
+    return lower_train_step(step_settings(config, config.model, mesh), mesh, batch, members=members)
 
 
 @dataclass

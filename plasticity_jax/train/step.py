@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class Execution:
     """Settings that change speed, memory and rounding only.
 
     Attributes:
-      grad_accum_steps: gradient accumulation steps per batch; divides the batch size.
+      grad_accum_steps: gradient accumulation steps per batch; divides its rows, padding included (`batches.padded_batch_size`).
       scan_layers: scan over layers instead of unrolling them.
       remat: what the backward pass recomputes; see `transformer.hidden_states`.
       attention: "xla" or a kernel.
@@ -240,15 +241,34 @@ def compile_train_step(settings: StepSettings, mesh: Mesh, *, members: bool) -> 
     return jax.jit(step, in_shardings=(state, batch_sharding(mesh), scalars), out_shardings=(state, scalars), donate_argnums=0)
 
 
+def lower_train_step(settings: StepSettings, mesh: Mesh, batch: Batch, *, members: int) -> Any:
+    """The step of a model, or of `members` models as one program, lowered for the mesh's devices and a batch of `jax.ShapeDtypeStruct`."""
+    state, batch, hyper = abstract_arguments(settings, batch)
+    if members > 1:
+        state, hyper = jax.tree.map(lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype), (state, hyper))
+    return compile_train_step(settings, mesh, members=members > 1).lower(state, batch, hyper)
+
+
+def state_bytes(settings: StepSettings, mesh: Mesh, *, members: int) -> dict[str, int]:
+    """Bytes per device of the "params" and of the "optimizer" state of `members` models that are trained as one program."""
+    state, shardings = abstract_arguments(settings, {})[0], state_shardings(settings, mesh, members=members > 1)
+
+    def bytes_of(leaf: Any, sharding: NamedSharding) -> int:
+        shape = (members, *leaf.shape) if members > 1 else leaf.shape
+        return math.prod(sharding.shard_shape(shape)) * leaf.dtype.itemsize
+
+    return {name: sum(map(bytes_of, jax.tree.leaves(state[name]), jax.tree.leaves(shardings[name]))) for name in ("params", "optimizer")}
+
+
 def abstract_arguments(settings: StepSettings, batch: Batch) -> tuple[State, Batch, Hyper]:
-    """Shapes of the arguments of a compiled step, for a batch of `jax.ShapeDtypeStruct`."""
+    """Shapes of the arguments of a compiled step for one model, for a batch of `jax.ShapeDtypeStruct`."""
     params = settings.objective.abstract_params(settings.model)
     state = jax.eval_shape(functools.partial(initial_state, settings), params)
     hyper = jax.eval_shape(lambda: hyper_parameters(weight_decay=0.0, peak_lr=0.0, warmup=1, total=1))
     return state, batch, hyper
 
 
-def next_token_arguments(settings: StepSettings, rows: int, seq_len: int) -> tuple[State, Batch, Hyper]:
-    """`abstract_arguments` for a batch [rows, seq_len] of next tokens."""
+def next_token_batch(rows: int, seq_len: int) -> Batch:
+    """Shapes of a batch [rows, seq_len] of next tokens."""
     types = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32, "segment_ids": jnp.int32, "positions": jnp.int32}
-    return abstract_arguments(settings, {name: jax.ShapeDtypeStruct((rows, seq_len), dtype) for name, dtype in types.items()})
+    return {name: jax.ShapeDtypeStruct((rows, seq_len), dtype) for name, dtype in types.items()}

@@ -41,7 +41,7 @@ from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.loop import LoopSettings, Track, train
 from plasticity_jax.train.restore import starting_state
-from plasticity_jax.train.step import Batch, Objective, StepSettings, Sums, abstract_arguments, compile_train_step, execution_of
+from plasticity_jax.train.step import Batch, Objective, StepSettings, Sums, compile_train_step, execution_of, lower_train_step
 from plasticity_jax.train.tuning import tuning_numbers, tuning_optimizer
 
 log = logging.getLogger("plasticity_jax")
@@ -253,7 +253,7 @@ def lower_step(config: StudyConfig, mesh: Mesh) -> Any:
     rows = padded_batch_size(mesh, recipe.batch_size, recipe.grad_accum_steps, "verifier")
     shapes = {"tokens": ((rows, config.reward.max_length), jnp.int32), "lengths": ((rows,), jnp.int32), "labels": ((rows,), jnp.float32)}
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
-    return compile_train_step(settings, mesh, members=False).lower(*abstract_arguments(settings, batch))
+    return lower_train_step(settings, mesh, batch, members=1)
 
 
 def _batches(rows: list[list[int]], right: np.ndarray, schedule: list, recipe: VerifierConfig) -> Iterator[Batch]:

@@ -152,9 +152,8 @@ def model(tokenizer):
     return type("Model", (), {"config": CONFIG, "params": init_params(CONFIG, seed=1), "tokenizer": tokenizer})()
 
 
-def test_features_are_the_states_at_the_last_real_token(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(probes, "TOKENS_PER_BATCH", 64)  # several batches, the last one short
-    states = features(model, TEXTS, tokenizer, max_length=40)
+def test_features_are_the_states_at_the_last_real_token(model, tokenizer):
+    states = features(model, TEXTS, tokenizer, max_length=40, tokens_per_batch=64)  # several batches, the last one short
     alone = jax.jit(functools.partial(apply, CONFIG, capture=("embed", "block_out")))
     assert states.shape == (3, len(TEXTS), 16) and states.dtype == np.float32
     for i, text in enumerate(TEXTS):

@@ -168,9 +168,9 @@ def test_the_command_line_wins_over_a_hardware_rule(caplog, tmp_path):
 
 
 def test_a_hardware_rule_that_does_not_fit_is_refused_on_its_device():
-    config = load_config(TINY, [("hardware", "(('H100',{'train.grad_accum_steps':9}),)")])
+    config = load_config(TINY, [("hardware", "(('H100',{'train.loss_chunks':3}),)")])
     assert for_device(config, "cpu") == config
-    with pytest.raises(UserError, match="train.grad_accum_steps=9 is above train.batch_size=8"):
+    with pytest.raises(UserError, match="train.seq_len=64 is not divisible by train.loss_chunks=3"):
         for_device(config, "NVIDIA H100 80GB HBM3")
     assert "hardware: train.grad_accum_steps=0 must be greater than 0" in refusal(TINY, [("hardware", "(('H100',{'train.grad_accum_steps':0}),)")])
     assert "hardware: train.scan_layers=1 must be a valid boolean" in refusal(TINY, [("hardware", "(('H100',{'train.scan_layers':1}),)")])

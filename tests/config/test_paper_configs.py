@@ -12,6 +12,7 @@ from running import plasticity
 from plasticity_jax.config import StudyConfig, for_device, grid_members, load_config, member_config
 from plasticity_jax.config.presets import presets
 from plasticity_jax.model.transformer import abstract_params
+from plasticity_jax.parallel.batches import padded_batch_size, part_counts
 from plasticity_jax.parallel.deviceless import GPUS, TPUS
 from plasticity_jax.parallel.hardware import named
 from plasticity_jax.parallel.mesh import axis_sizes
@@ -129,7 +130,7 @@ def test_the_command_in_the_docstring_prints_the_plan_that_the_docstring_states(
 @pytest.mark.parametrize("name", PAPER)
 @pytest.mark.parametrize("faithful", [False, True])
 def test_every_member_can_be_laid_out_on_the_slices_that_the_docstring_names(name, faithful):
-    """Without devices: the mesh resolves, it divides every parameter, and the parts divide the batches."""
+    """Without devices: the mesh resolves, it divides every parameter, and no batch needs padding but those smaller than the slice."""
     (line,) = re.findall(r"Devices:.*", (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8"))
     config, slices = load(name, faithful=faithful), SLICE.findall(line)
     assert len(slices) >= 2
@@ -138,5 +139,9 @@ def test_every_member_can_be_laid_out_on_the_slices_that_the_docstring_names(nam
         assert known is not None
         for own in (for_device(member_config(config, member), known.kind) for member in grid_members(config)):
             sizes = axis_sizes(own.mesh, math.prod(map(int, shape.split("x"))))
-            param_shardings(AbstractMesh(tuple(sizes.values()), tuple(sizes)), abstract_params(own.model))
-            assert own.train.batch_size % own.train.grad_accum_steps == own.finetune.batch_size % own.finetune.grad_accum_steps == 0
+            mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+            param_shardings(mesh, abstract_params(own.model))
+            assert padded_batch_size(mesh, own.train.batch_size, own.train.grad_accum_steps, "train") == own.train.batch_size
+            tuned = padded_batch_size(mesh, own.finetune.batch_size, own.finetune.grad_accum_steps, "finetune")
+            assert tuned == max(own.finetune.batch_size, sizes["data"] * sizes["fsdp"])
+            assert own.train.grad_accum_steps in part_counts(mesh, own.train.batch_size)

@@ -102,12 +102,14 @@ def test_xla_counts_the_same_for_a_fine_tuning_step_and_a_batch_of_the_gap():
     from plasticity_jax.model.load import abstract_loaded
     from plasticity_jax.parallel.mesh import make_mesh
     from plasticity_jax.train.finetune import step_settings
-    from plasticity_jax.train.step import make_train_step, next_token_arguments
+    from plasticity_jax.train.step import abstract_arguments, make_train_step, next_token_batch
 
     mesh = make_mesh(CONFIG.mesh)
     rows, length = 16, 192
     settings = step_settings(CONFIG, WIDE, mesh)
-    counted = jax.jit(make_train_step(settings)).lower(*next_token_arguments(settings, rows, length)).compile().cost_analysis()["flops"]
+    counted = (
+        jax.jit(make_train_step(settings)).lower(*abstract_arguments(settings, next_token_batch(rows, length))).compile().cost_analysis()["flops"]
+    )
     assert counted == pytest.approx(rows * length * flops_per_token(WIDE, length), rel=0.1)
     forward = Forward("float32", "xla", False, mesh)
     lowered = lower_record_nats(forward, WIDE, abstract_loaded(WIDE, mesh, "float32"), batch_size=32, seq_len=64, isolate=False, loss_chunks=0)

@@ -75,6 +75,7 @@ def test_a_check_says_the_bytes_of_the_state():
         "devices",
         "fits",
         "bytes",
+        "members",
         "microbatch",
         "remat",
         "flops_per_token",
@@ -100,12 +101,12 @@ def test_search_ends_at_the_whole_batch_without_remat_where_all_fits():
 def bytes_by_setting(found, *, of_row: dict[str, int], limit: int):
     """A stand-in for a compilation: the memory of a config is its rows times what a row takes with its remat policy. Adds each config to `found`."""
 
-    def compiled(config, place):
+    def compiled(config, place, members):
         train = config.train
         found.append((train.grad_accum_steps, train.remat))
         total = train.batch_size // train.grad_accum_steps * of_row[train.remat]
         measured = {"fits": total <= limit, "total": total, "limit": limit, "largest": [], "collectives": {}, "compile_seconds": 0.0}
-        return Answer(config=config, params=0, optimizer=0, **measured)
+        return Answer(config=config, members=members, params=0, optimizer=0, **measured)
 
     return compiled
 

@@ -15,7 +15,7 @@ from plasticity_jax.model.transformer import count_params
 from plasticity_jax.parallel.deviceless import target
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.stages import stages
-from plasticity_jax.study.check import check_stages
+from plasticity_jax.study.check import cases, check_pretraining, check_stages
 from plasticity_jax.train.check import check, program_bytes, refused_bytes
 from plasticity_jax.train.memory import training_bytes
 from plasticity_jax.train.pretrain import step_settings
@@ -38,10 +38,23 @@ def test_every_stage_compiles_for_four_chips():
     place = target("v5e:2x2")
     own = {"reward.scorer": "verifier", "reward.max_length": "128", "train.compute_dtype": "bfloat16", "mesh.data": "1", "mesh.fsdp": "4"}
     verified = [(f"tasks.{task}.verifier_rows", "20") for task in load_config(TINY, []).tasks]
-    rows = check_stages(check(load_config(TINY, [*own.items(), *verified]), place), place, tuple(stages()))
+    rows = check_stages(cases(load_config(TINY, [*own.items(), *verified]), place), place, tuple(stages()))
     assert {row.stage for row in rows} == {"finetune", "evaluate", "verifier", "reward", "probe", "spectra", "gap"}
     assert all(row.found is not None and row.fits for row in rows)
     assert all(row.found.collectives for row in rows if row.found and row.stage != "evaluate")  # whose matrices are small enough to be whole
+
+
+def test_members_on_their_own_chips_take_what_one_model_takes():
+    """Two members on four chips each: a chip holds the shard of one model, as on four chips alone."""
+    own = [("train.compute_dtype", "bfloat16"), ("grid.timescales", "(None, 0.2)"), ("mesh.data", "1"), ("mesh.fsdp", "4")]
+    eight, four = target("v5e:2x4"), target("v5e:2x2")
+    [together] = cases(load_config(TINY, [*own, ("grid.mode", "vmapped"), ("mesh.member", "2")]), eight)
+    [alone] = cases(load_config(TINY, own), four)
+    assert (together.groups["pretrain"], together.groups["finetune"]) == (2, 2)
+    (found,), (one,) = check_pretraining([together], eight), check_pretraining([alone], four)
+    assert found.fits and (found.members, found.params) == (2, one.params) and found.total == pytest.approx(one.total, rel=0.2)
+    (found,), (one,) = check_stages([together], eight, ("finetune",)), check_stages([alone], four, ("finetune",))
+    assert found.members == 2 and found.found.total == pytest.approx(one.found.total, rel=0.2)
 
 
 def test_the_memory_of_a_program_is_what_the_compiler_refuses_by():

@@ -88,6 +88,18 @@ def test_several_bases_as_one_program_agree_with_one_by_one(world: World):
     assert np.abs(np.asarray(one["head"]["kernel"]) - np.asarray(load_model(world.root / "alone-base").params["head"]["kernel"])).max() > 1e-3
 
 
+def test_parts_that_do_not_divide_the_batch_give_the_same_models(world: World):
+    """Pretraining in 3 parts of 4 rows and fine-tuning in 3 parts of 8: the tensors, the loss and the targets of unsplit batches, to rounding."""
+    split = change(change(CONFIG, "train", grad_accum_steps=3), "finetune", grad_accum_steps=3)
+    found = {"split": world.pretrain({"split": 0.1}, split)[0], "base": world.results["base"]}
+    found |= {name: world.finetune(name, "base", config) for name, config in (("tuned-whole", CONFIG), ("tuned-split", split))}
+    for whole, other in (("base", "split"), ("tuned-whole", "tuned-split")):
+        assert found[other]["tokens"] == found[whole]["tokens"] and found[other]["steps"] == found[whole]["steps"]
+        assert found[other]["train_loss"] == pytest.approx(found[whole]["train_loss"], rel=1e-4)
+        pairs = zip(*(jax.tree.leaves(load_model(world.root / name).params) for name in (whole, other)), strict=True)
+        assert all(np.linalg.norm(np.subtract(a, b)) <= OF_PARAMS * np.linalg.norm(a) for a, b in pairs)
+
+
 def test_resume_is_bitwise(world: World, monkeypatch):
     whole = world.finetune("whole", "base", CONFIG)
     real = finetune._batches

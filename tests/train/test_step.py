@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from worlds import CONFIG, MODEL, OF_LOSSES, OF_PARAMS
 
 from plasticity_jax.data.loader import as_batch
 from plasticity_jax.model.transformer import abstract_params, apply, init_params
+from plasticity_jax.parallel.batches import global_batches, padded_batch_size
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.train.precision import resolve_compute_dtype
 from plasticity_jax.train.pretrain import step_settings
@@ -88,6 +90,28 @@ def test_microbatches_and_padding_change_nothing(state):
             assert other_metrics["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-12)
             assert other_metrics["tokens"] == metrics["tokens"]
             assert close(expected["params"], other["params"], 1e-10)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_parts_that_do_not_divide_the_batch_are_filled_up_and_change_nothing(state, parts, caplog):
+    """Seven rows in parts of equal rows: loss, targets and every tensor of the update are those of the unsplit batch, in float64."""
+    batch = as_batch(np.random.default_rng(3).integers(2, MODEL.vocab_size, (7, 17)))
+    batch["loss_mask"][6, :9] = 0
+    with caplog.at_level(logging.WARNING, "plasticity_jax"):
+        padded = [padded_batch_size(MESH, 7, parts, f"seven-{parts}") for _ in range(2)]
+    assert padded == [-(-7 // parts) * parts] * 2
+    (warned,) = caplog.records
+    assert f"{padded[0] - 7} of {padded[0]} rows are padding" in warned.getMessage()
+    (filled,) = global_batches([batch], MESH, None, padded[0])
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
+        hyper = hyper_parameters(weight_decay=0.1, peak_lr=1e-2, warmup=2, total=20)
+        settings = [dataclasses.replace(s, compute_dtype="float64", z_loss=1e-3) for s in (SETTINGS, executed(grad_accum_steps=parts))]
+        (expected, metrics), (other, other_metrics) = (jax.jit(make_train_step(s))(wide, b, hyper) for s, b in zip(settings, (batch, filled)))
+        for name in ("loss", "tokens", "z_loss", "grad_norm"):
+            assert float(other_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-12), name
+        for tensor, same in zip(jax.tree.leaves(expected), jax.tree.leaves(other), strict=True):
+            assert close(tensor, same, 1e-10)
 
 
 ALTERNATIVES = (
