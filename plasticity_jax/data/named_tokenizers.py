@@ -85,13 +85,15 @@ def open_tokenizer(setting: str, wheels: Wheels, *, vocab_size: int):
 
 
 def setting_fingerprint(setting: str) -> str | None:
-    """sha256 (hex) of the files of a `data.tokenizer` that is a path. None for a name, or if the files do not exist (yet)."""
+    """sha256 (hex) of the files that define a `data.tokenizer` that is a path. None for a name, or if the files do not exist (yet)."""
+    from plasticity_jax.data.tokenizer import CONFIG_FILE, GENERATION_FILES, SPECIALS_FILE, TOKENIZER_FILE
+
     path = location(setting).expanduser()
     if setting == TRAINED or setting in NAMED or not path.exists():
         return None
     if path.is_dir():
-        path = path / "tokenizer.json"
-    files = [path] if path.suffix == ".model" else [path, path.with_name("tokenizer_config.json")]
+        path = path / TOKENIZER_FILE
+    files = [path, *(path.with_name(name) for name in (CONFIG_FILE, SPECIALS_FILE, *GENERATION_FILES))]
     digest = hashlib.sha256()
     for file in files:
         if file.is_file():

@@ -139,7 +139,7 @@ def _generate(
         max_new_tokens=protocol.max_new_tokens,
         buckets=settings.prompt_buckets,
         batch_size=settings.batch_size,
-        eos_id=model.text_tokenizer.eos_id,
+        eos_id=model.text_tokenizer.eos_ids,
         pad_id=model.text_tokenizer.pad_id,
         compute_dtype=forward.compute_dtype,
         what=what,

@@ -216,7 +216,7 @@ def continue_text(model: Any, prompt: str, *, max_new_tokens: int, temperature: 
         max_new_tokens=max_new_tokens,
         buckets=(len(tokens),),
         batch_size=1,
-        eos_id=model.tokenizer.eos_id,
+        eos_id=model.tokenizer.eos_ids,
         pad_id=model.tokenizer.pad_id,
         compute_dtype=jnp.float32,
     )

@@ -210,7 +210,7 @@ class HarnessModel(TemplateLM):
             max_new_tokens=max_new_tokens,
             buckets=length_buckets(longest, (MIN_LENGTH,)),
             batch_size=self._batch_size,
-            eos_id=self.tokenizer.eos_id,
+            eos_id=self.tokenizer.eos_ids,
             pad_id=self.tokenizer.pad_id,
             compute_dtype=self._forward.compute_dtype,
             what=self._what,

@@ -303,7 +303,7 @@ def _draw_correlation(results: "StudyResults") -> "Drawing":
 STAGE = Stage(
     name="evaluate",
     title="answers to the test rows of every task, graded",
-    version=2,
+    version=3,
     run=run,
     record=Evaluated,
     parents={"model": ("pretrain", "finetune"), "task": "prepare"},
