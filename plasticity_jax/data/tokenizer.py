@@ -45,7 +45,7 @@ class Tokenizer:
     SentencePiece adds a space before every text, which `decode` removes, and reads "▁" as a space.
 
     `encode` adds no beginning or end of text and never emits a special token, even if the text spells one out. Special tokens enter token
-    streams only through `eos_id`, `pad_id` and `bos_id`.
+    streams only through `eos_id`, `pad_id`, `bos_id`, and `prefix_ids` and `suffix_ids`.
 
     Args:
       backend: a tokenizer of the tokenizers library.
@@ -159,6 +159,36 @@ class Tokenizer:
         else:
             config.unlink(missing_ok=True)
         write_bytes(path, self._backend.to_str(pretty=True).encode())
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """What the tokenizer's own post-processor puts before a text, such as Llama 3's beginning of text; often nothing."""
+        return self._frame[0]
+
+    @property
+    def suffix_ids(self) -> tuple[int, ...]:
+        """What the tokenizer's own post-processor puts after a text; almost always nothing."""
+        return self._frame[1]
+
+    def before_prompts(self, *, faithful: bool) -> tuple[int, ...]:
+        """What an evaluation puts before a prompt: `prefix_ids`, or in a faithful study the beginning of text wherever there is one.
+
+        The original's tokenizer put it before prompts, though not before the rows of fine-tuning. Source: paper section 4.1.
+        """
+        return self.prefix_ids if not faithful else () if self.bos_id is None else (self.bos_id,)
+
+    @functools.cached_property
+    def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        found = self._backend.encode("a", add_special_tokens=True)
+        text = [place for place, special in enumerate(found.special_tokens_mask) if not special]
+        return tuple(found.ids[: text[0]]), tuple(found.ids[text[-1] + 1 :])
+
+    def without_frame(self) -> "Tokenizer":
+        """This tokenizer with a post-processor that adds nothing: the one of a model that is trained on what `encode` returns."""
+        if not (self.prefix_ids or self.suffix_ids):
+            return self
+        backend = tokenizers.Tokenizer.from_str(json.dumps(json.loads(self._backend.to_str()) | {"post_processor": None}))
+        return Tokenizer(backend, self._specials, self.eos_ids)
 
     @functools.cached_property
     def token_bytes(self) -> Int[np.ndarray, " vocab"]:

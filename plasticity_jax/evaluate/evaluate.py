@@ -75,7 +75,7 @@ def evaluate(
       gold answer), cut_prompts (how many lost their beginning), unended (fraction of completions at the token limit), source_splits (of the rows).
     """
     if task.grader == "likelihood":
-        results = _compare_options(model, task, problems, settings.batch_size, forward, folder, what)
+        results = _compare_options(model, task, problems, settings.batch_size, protocol.faithful, forward, folder, what)
     else:
         results = _answer(model, task, problems, settings, protocol, forward, folder, what)
     if not processes.primary():  # the first process grades and writes
@@ -98,10 +98,8 @@ def _answer(
     what: str,
 ) -> dict[str, Any]:
     prompts = [format_prompt(problem.prompt) for problem in problems]
-    tokens = model.text_tokenizer.encode_batch(prompts)
-    if protocol.faithful and model.text_tokenizer.bos_id is not None:
-        # The original's tokenizer put it before prompts here, though not before the rows of fine-tuning. Source: paper section 4.1.
-        tokens = [[model.text_tokenizer.bos_id, *prompt] for prompt in tokens]
+    begin = model.text_tokenizer.before_prompts(faithful=protocol.faithful)
+    tokens = [[*begin, *prompt] for prompt in model.text_tokenizer.encode_batch(prompts)]
     generated = _generate(model, tokens, settings, protocol, forward, folder / GENERATED, what)
     if not processes.primary():
         return {}
@@ -215,9 +213,9 @@ def summarized(problems: Sequence[Example], rows: Sequence[dict[str, Any]]) -> d
 
 
 def _compare_options(
-    model: LoadedModel, task: Task, problems: Sequence[Example], batch_size: int, forward: Forward, folder: AnyPath, what: str
+    model: LoadedModel, task: Task, problems: Sequence[Example], batch_size: int, faithful: bool, forward: Forward, folder: AnyPath, what: str
 ) -> dict[str, Any]:
-    choices = choose(model, model.text_tokenizer, problems, forward=forward, batch_size=batch_size, what=what)
+    choices = choose(model, model.text_tokenizer, problems, forward=forward, batch_size=batch_size, faithful=faithful, what=what)
     if not processes.primary():
         return {}
     right = [problem.options.index(problem.response) for problem in problems]

@@ -209,6 +209,7 @@ def continue_text(model: Any, prompt: str, *, max_new_tokens: int, temperature: 
     tokens = model.tokenizer.encode(prompt)
     if not tokens:
         raise UserError("--prompt is empty; give at least one character to continue from.")
+    tokens = [*model.tokenizer.prefix_ids, *tokens]
     [[completion]] = generate(
         model,
         [tokens],

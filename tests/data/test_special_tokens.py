@@ -3,7 +3,10 @@
 import json
 
 import pytest
-from special_tokens import CASES, SPECIALS, tokenizer_folder
+from hypothesis import given
+from hypothesis import strategies as st
+from special_tokens import CASES, SPECIALS, backend, tokenizer_folder
+from tokenizers import processors
 
 from plasticity_jax.data.named_tokenizers import open_tokenizer, setting_fingerprint
 from plasticity_jax.data.tokenizer import Tokenizer, copy_tokenizer
@@ -66,3 +69,40 @@ def test_a_copy_has_every_file_and_no_stale_one(tmp_path):
     found = {path.relative_to(tmp_path / "b").as_posix(): path.read_bytes() for path in (tmp_path / "b").rglob("*") if path.is_file()}
     wanted = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert found == wanted | {"results.json": b"stale"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- before and after a text
+
+RULES = {
+    "before": processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)]),
+    "around": processors.TemplateProcessing(single="<s> <|eot|> $A </s>", special_tokens=[("<s>", 256), ("<|eot|>", 259), ("</s>", 257)]),
+    "in a sequence": processors.Sequence(
+        [processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])]
+    ),
+    "nothing": processors.ByteLevel(trim_offsets=False),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@given(text=st.text(max_size=20))
+def test_what_a_post_processor_puts_around_a_text_is_found(name, text):
+    made = backend()
+    made.post_processor = RULES[name]
+    made.encode_special_tokens = True
+    tokenizer = Tokenizer(made)
+    assert [*tokenizer.prefix_ids, *tokenizer.encode(text), *tokenizer.suffix_ids] == made.encode(text, add_special_tokens=True).ids
+    plain = tokenizer.without_frame()
+    assert (plain.prefix_ids, plain.suffix_ids) == ((), ()) and plain.encode(text) == tokenizer.encode(text)
+    assert (plain.eos_ids, plain.pad_id, plain.vocab_size) == (tokenizer.eos_ids, tokenizer.pad_id, tokenizer.vocab_size)
+
+
+def test_a_corpus_has_no_beginning_of_text_and_its_runs_know_that(tmp_path):
+    made = backend()
+    made.post_processor = RULES["before"]
+    folder = tokenizer_folder(tmp_path / "hf", {"tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>"}}, made)
+    assert Tokenizer.load(folder).prefix_ids == (256,)
+    tokenizer = open_tokenizer(str(folder), Wheels(tmp_path), vocab_size=300)
+    (tmp_path / "run").mkdir()
+    tokenizer.save(tmp_path / "run" / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "run")
+    assert again.prefix_ids == () and (again.bos_id, again.eos_id) == (256, 257) and again.fingerprint == tokenizer.fingerprint
