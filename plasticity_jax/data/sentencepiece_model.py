@@ -4,7 +4,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models
 
 from plasticity_jax.data.pretokenize import SPACE, sentencepiece_normalizer, sentencepiece_pre_tokenizer
-from plasticity_jax.data.tokenizer import Tokenizer
+from plasticity_jax.data.tokenizer import Tokenizer, read_specials
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.storage import AnyPath
 
@@ -12,12 +12,13 @@ from plasticity_jax.runs.storage import AnyPath
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 
 
-def from_sentencepiece(content: bytes, name: str) -> Tokenizer:
+def from_sentencepiece(content: bytes, name: str, folder: AnyPath | None = None) -> Tokenizer:
     """The tokenizer of a SentencePiece `.model` file.
 
     Args:
       content: of the file.
       name: of the file, for messages.
+      folder: whose other files may define special tokens (`read_specials`).
     Raises:
       UserError: the file is not such a model, or uses features that Llama's does not: unigram, no byte fallback, character normalization or
         user-defined pieces.
@@ -45,12 +46,14 @@ def from_sentencepiece(content: bytes, name: str) -> Tokenizer:
     backend.add_special_tokens([AddedToken(p.piece, normalized=False, special=True) for p in model.pieces if p.type in (UNKNOWN, CONTROL)])
     spec = model.trainer_spec
     ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "pad_token": spec.pad_id, "unk_token": spec.unk_id}
-    return Tokenizer(backend, {key: model.pieces[index].piece for key, index in ids.items() if index >= 0})
+    specials = {key: model.pieces[index].piece for key, index in ids.items() if index >= 0}
+    found, eos_ids = ({}, ()) if folder is None else read_specials(folder, backend)
+    return Tokenizer(backend, specials | found, eos_ids)
 
 
 def read_sentencepiece(path: AnyPath) -> Tokenizer:
-    """`from_sentencepiece` of a file."""
-    return from_sentencepiece(path.read_bytes(), str(path))
+    """`from_sentencepiece` of a file, with the special tokens that the files beside it define."""
+    return from_sentencepiece(path.read_bytes(), str(path), path.parent)
 
 
 def _parse(content: bytes, name: str):

@@ -41,11 +41,14 @@ class Corpus:
 
 def open_corpus(*, files: str | None, tfds: str | None, tfds_split: str, text_field: str) -> Corpus:
     """Opens the corpus of a folder (`files`) or of a TFDS data set, without reading it. Raises UserError if it does not exist."""
-    from plasticity_jax.data.corpus_files import check_folder, file_parts, folder_name
+    from plasticity_jax.data.corpus_files import check_folder, file_parts, folder_name, report_left_out, survey
     from plasticity_jax.data.corpus_tfds import data_set_name, example_parts
 
     if files is not None:
         check_folder(files)
+        found = survey(files)
+        if found is not None:
+            report_left_out(f"data.files={files}", found.left_out, len(found.files))
         return Corpus(folder_name(files), lambda: file_parts(files, text_field))
     if tfds is None:
         raise ValueError("neither files nor tfds is given")

@@ -13,6 +13,8 @@ from plasticity_jax.config import ModelConfig
 from plasticity_jax.evaluate.sampling import Sampling, draw, keep_top_k, keep_top_p, penalize, tokens_seen
 from plasticity_jax.model.cache import Layout, PromptCache, RowCache, decode, read_prompts
 
+EOS_IDS = 8  # Llama 3.1 has three. A program serves all sets of up to this many
+
 
 class Plan(NamedTuple):
     """Static settings of a compiled program, besides shapes. What is switched off is left out of the program."""
@@ -35,7 +37,7 @@ class TracedSettings(NamedTuple):
     temperature: Any
     top_p: Any
     repetition_penalty: Any
-    eos_id: Any
+    eos_ids: Any  # int32 [a multiple of EOS_IDS]; -1, which is no token, fills it up
     pad_id: Any
 
 
@@ -58,7 +60,7 @@ class Decoded(NamedTuple):
     """Tokens decoded so far.
 
     Attributes:
-      step: number of tokens per row, including `pad_id` after the end-of-text token.
+      step: number of tokens per row, including `pad_id` after an end-of-text token.
       token_B: the last token of each row.
     """
 
@@ -174,7 +176,7 @@ def _read_one(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> 
         seen_BxV = jnp.repeat(seen_PxV, n_rows, axis=0)
     token_B, seen_BxV = _choose(plan, batch, traced, 0, jnp.repeat(logits_PxV, n_rows, axis=0), seen_BxV)
     out_NxB = jnp.full((plan.max_new_tokens, n_prompts * n_rows), traced.pad_id, jnp.int32).at[0].set(token_B)
-    ended_B = (token_B == traced.eos_id) | ~jnp.repeat(batch.filled_P, n_rows)
+    ended_B = jnp.isin(token_B, traced.eos_ids) | ~jnp.repeat(batch.filled_P, n_rows)
     return Decoded(jnp.int32(1), token_B, ended_B, out_NxB), prompt, Memory(cache, seen_BxV)
 
 
@@ -200,7 +202,7 @@ def _decode_one(
         logits_BxV, cache = decode(plan.config, params, token_B, step - 1, prompt, cache, compute_dtype=plan.compute_dtype, layout=plan.layout)
         token_B, seen_BxV = _choose(plan, batch, traced, step, logits_BxV, seen_BxV)
         token_B = jnp.where(ended_B, traced.pad_id, token_B)
-        decoded = Decoded(step + 1, token_B, ended_B | (token_B == traced.eos_id), out_NxB.at[step].set(token_B))
+        decoded = Decoded(step + 1, token_B, ended_B | jnp.isin(token_B, traced.eos_ids), out_NxB.at[step].set(token_B))
         return decoded, Memory(cache, seen_BxV)
 
     return jax.lax.while_loop(unfinished, advance, (decoded, memory))

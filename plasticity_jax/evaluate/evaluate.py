@@ -95,7 +95,7 @@ def evaluate(
       rows).
     """
     if task.grader == "likelihood":
-        found = [_compare_options(scored.model, task, problems, settings.batch_size, forward, scored.folder, scored.name) for scored in models]
+        found = [_compare_options(scored, task, problems, settings.batch_size, protocol.faithful, forward) for scored in models]
     else:
         found = _answer(models, task, problems, settings, protocol, forward)
     if not processes.primary():  # the first process grades and writes
@@ -114,10 +114,8 @@ def _answer(
 ) -> list[dict[str, Any]]:
     prompts = [format_prompt(problem.prompt) for problem in problems]
     tokenizer = models[0].model.text_tokenizer
-    tokens = tokenizer.encode_batch(prompts)
-    if protocol.faithful and tokenizer.bos_id is not None:
-        # The original's tokenizer put it before prompts here, though not before the rows of fine-tuning. Source: paper section 4.1.
-        tokens = [[tokenizer.bos_id, *prompt] for prompt in tokens]
+    begin = tokenizer.before_prompts(faithful=protocol.faithful)
+    tokens = [[*begin, *prompt] for prompt in tokenizer.encode_batch(prompts)]
     of_models = _generate(models, tokens, settings, protocol, forward)
     if not processes.primary():
         return [{} for _ in models]
@@ -181,7 +179,7 @@ def _completed(
         "max_new_tokens": protocol.max_new_tokens,
         "buckets": settings.prompt_buckets,
         "batch_size": settings.batch_size,
-        "eos_id": model.text_tokenizer.eos_id,
+        "eos_id": model.text_tokenizer.eos_ids,
         "pad_id": model.text_tokenizer.pad_id,
         "compute_dtype": forward.compute_dtype,
         "what": ", ".join(scored.name for scored in models),
@@ -262,10 +260,9 @@ def summarized(problems: Sequence[Example], rows: Sequence[dict[str, Any]]) -> d
 # ------------------------------------------------------------------------------------------------------------------------------ options
 
 
-def _compare_options(
-    model: LoadedModel, task: Task, problems: Sequence[Example], batch_size: int, forward: Forward, folder: AnyPath, what: str
-) -> dict[str, Any]:
-    choices = choose(model, model.text_tokenizer, problems, forward=forward, batch_size=batch_size, what=what)
+def _compare_options(scored: Scored, task: Task, problems: Sequence[Example], batch_size: int, faithful: bool, forward: Forward) -> dict[str, Any]:
+    model, folder = scored.model, scored.folder
+    choices = choose(model, model.text_tokenizer, problems, forward=forward, batch_size=batch_size, faithful=faithful, what=scored.name)
     if not processes.primary():
         return {}
     right = [problem.options.index(problem.response) for problem in problems]

@@ -17,7 +17,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from plasticity_jax.config import EvaluateConfig, ModelConfig
 from plasticity_jax.data.batching import IN_FLIGHT, padded_batches
 from plasticity_jax.errors import UserError
-from plasticity_jax.evaluate.complete import Batch, Memory, Plan, TracedSettings, complete, continue_decoding, count_programs, plan_of, start_decoding
+from plasticity_jax.evaluate.complete import (
+    EOS_IDS,
+    Batch,
+    Memory,
+    Plan,
+    TracedSettings,
+    complete,
+    continue_decoding,
+    count_programs,
+    plan_of,
+    start_decoding,
+)
 from plasticity_jax.evaluate.sampling import Sampling
 from plasticity_jax.evaluate.stop_strings import cut_at_stop, stop_check
 from plasticity_jax.model.cache import Layout
@@ -45,7 +56,7 @@ class Completion(NamedTuple):
 
     Attributes:
       tokens: ids up to the token that ended the text, without the end-of-text token.
-      ended: whether the end-of-text token or the text itself ended it, rather than the limit on tokens.
+      ended: whether an end-of-text token or the text itself ended it, rather than the limit on tokens.
     """
 
     tokens: list[int]
@@ -60,7 +71,7 @@ def completions(
     max_new_tokens: int,
     buckets: tuple[int, ...],
     batch_size: int,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     pad_id: int,
     compute_dtype: Any,
     what: str = "generate",
@@ -80,7 +91,7 @@ def completions(
       max_new_tokens: maximum number of tokens per completion.
       buckets: prompt lengths in tokens, ascending; a prompt is padded on the left to the first that holds it. One program is compiled per bucket.
       batch_size: sequences decoded at once; short batches are filled up.
-      eos_id: ends a completion.
+      eos_id: ends a completion; or several, each of which does.
       pad_id: fills empty places; never read.
       compute_dtype: dtype of the matmuls and the cache.
       what: label of the progress display.
@@ -137,7 +148,7 @@ def _batches(
     *,
     buckets: tuple[int, ...],
     batch_size: int,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     pad_id: int,
     what: str = "generate",
     skip: Collection[int] = (),
@@ -150,7 +161,7 @@ def _batches(
         np.float32(sampling.temperature),
         np.float32(sampling.top_p),
         np.float32(sampling.repetition_penalty),
-        np.int32(eos_id),
+        _eos_ids(eos_id),
         np.int32(pad_id),
     )
     rows = _prompts_per_batch(batch_size, sampling, mesh)
@@ -265,7 +276,8 @@ def lower_completions(config: ModelConfig, params: Any, settings: EvaluateConfig
     dtypes = (jnp.int32, jnp.bool_, jnp.float32, jnp.bool_)
     arrays_of = [jax.ShapeDtypeStruct(x, t, sharding=NamedSharding(mesh, s)) for x, t, s in zip(shapes, dtypes, _SPECS, strict=True)]
     batch = Batch(*arrays_of)  # pyright: ignore[reportArgumentType]
-    traced = TracedSettings(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32,) * 3 + (jnp.int32,) * 2))
+    number, ids = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((EOS_IDS,), jnp.int32)
+    traced = TracedSettings(number, number, number, ids, jax.ShapeDtypeStruct((), jnp.int32))
     if not layout.sharded:
         params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, inference_shardings(mesh, params))
     if members > 1:
@@ -310,6 +322,7 @@ def continue_text(model: Any, prompt: str, *, max_new_tokens: int, temperature: 
     tokens = model.tokenizer.encode(prompt)
     if not tokens:
         raise UserError("--prompt is empty; give at least one character to continue from.")
+    tokens = [*model.tokenizer.prefix_ids, *tokens]
     [[completion]] = generate(
         model,
         [tokens],
@@ -317,7 +330,7 @@ def continue_text(model: Any, prompt: str, *, max_new_tokens: int, temperature: 
         max_new_tokens=max_new_tokens,
         buckets=(len(tokens),),
         batch_size=1,
-        eos_id=model.tokenizer.eos_id,
+        eos_id=model.tokenizer.eos_ids,
         pad_id=model.tokenizer.pad_id,
         compute_dtype=jnp.float32,
     )
@@ -337,7 +350,7 @@ class _Work:
 
     def __init__(self, plan: Plan, params: Any, batch: Batch, traced: TracedSettings, indices: list[int], is_end: IsEnd | None):
         self.indices = indices
-        self._plan, self._eos_id, self._is_end = plan, int(traced.eos_id), is_end
+        self._plan, self._eos_ids, self._is_end = plan, frozenset(traced.eos_ids.tolist()), is_end
         self._arguments = (plan, params, batch, traced)
         self._seen = 0  # tokens per row that the host has checked
         self._memory: Memory | None = None
@@ -379,8 +392,8 @@ class _Work:
         return [rows[start : start + n_rows] for start in range(0, len(rows), n_rows)]
 
     def _completion(self, tokens: list[int]) -> Completion:
-        ended = self._eos_id in tokens
-        tokens = tokens[: tokens.index(self._eos_id)] if ended else tokens
+        end = next((place for place, token in enumerate(tokens) if token in self._eos_ids), None)
+        tokens, ended = tokens[:end], end is not None
         if self._text_ends(tokens):
             # The fewest tokens that end the text; how many more were decoded depends on where segments end.
             shortest = bisect.bisect_left(range(len(tokens)), True, lo=1, key=lambda n: self._text_ends(tokens[:n]))
@@ -405,6 +418,11 @@ def _uniforms(prompts: list[Sequence[int]], rows: int, sampling: Sampling, max_n
             words = np.random.Philox(key=int.from_bytes(digest.digest()[:16], "little")).random_raw(max_new_tokens)
             uniforms[row, sampling.greedy + sample] = (words >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
     return uniforms.reshape(-1, max_new_tokens).T
+
+
+def _eos_ids(eos_id: int | Sequence[int]) -> np.ndarray:
+    ids = [eos_id] if isinstance(eos_id, int | np.integer) else list(eos_id)
+    return np.array([*ids, *[-1] * (-len(ids) % EOS_IDS)], np.int32)
 
 
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, buckets: tuple[int, ...], batch_size: int) -> None:

@@ -32,15 +32,16 @@ class HarnessModel(TemplateLM):
     """A model for `lm_eval.evaluate` and `lm_eval.simple_evaluate`.
 
     Texts become tokens as in the harness' Hugging Face backend (`HFLM`): spaces at the context's end move to the continuation, then both are encoded
-    together and split. The beginning-of-text token, or else the end-of-text token, precedes a continuation without context, and a text whose whole
-    likelihood is requested. Unlike there, text that spells out a special token stays text.
+    together and split, with what the tokenizer's own post-processor puts around a text, such as a beginning of text. The beginning-of-text token, or
+    else the end-of-text token, precedes a continuation without context, and a text whose whole likelihood is requested. Unlike there, text that spells
+    out a special token stays text.
 
     Args:
       model: with a tokenizer.
       batch_size: sequences computed at once.
       max_length: maximum number of tokens that the model reads. Longer texts lose their beginning; whole likelihoods are computed in windows.
       forward: how to run the model. With several processes, all make the same requests and get the same results.
-      add_bos_token: put the beginning-of-text token before every text, as the tokenizers of some models do.
+      add_bos_token: put the beginning-of-text token before every text, or nothing around any. None leaves it to the tokenizer's own post-processor.
       seed: of sampled completions.
       weights: where the matrices lie while completions are decoded, as `evaluate.weights`.
       what: label of the progress displays.
@@ -57,7 +58,7 @@ class HarnessModel(TemplateLM):
         batch_size: int,
         max_length: int,
         forward: Forward,
-        add_bos_token: bool = False,
+        add_bos_token: bool | None = None,
         seed: int = 0,
         weights: str = "auto",
         what: str = "harness",
@@ -96,6 +97,8 @@ class HarnessModel(TemplateLM):
         """Token ids of a text, with the beginning-of-text token first if `add_special_tokens`; None stands for `add_bos_token`."""
         tokens = self.tokenizer.encode(string)
         with_bos = self._add_bos_token if add_special_tokens is None else add_special_tokens
+        if with_bos is None:
+            return [*self.tokenizer.prefix_ids, *tokens, *self.tokenizer.suffix_ids]
         return [self.tokenizer.bos_id, *tokens] if with_bos and self.tokenizer.bos_id is not None else tokens
 
     # ------------------------------------------------------------------------------------------------------------------- likelihoods
@@ -212,7 +215,7 @@ class HarnessModel(TemplateLM):
             max_new_tokens=max_new_tokens,
             buckets=length_buckets(longest, (MIN_LENGTH,)),
             batch_size=self._batch_size,
-            eos_id=self.tokenizer.eos_id,
+            eos_id=self.tokenizer.eos_ids,
             pad_id=self.tokenizer.pad_id,
             compute_dtype=self._forward.compute_dtype,
             what=self._what,

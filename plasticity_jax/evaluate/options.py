@@ -40,6 +40,7 @@ def choose(
     batch_size: int,
     what: str,
     max_length: int | None = None,
+    faithful: bool = False,
 ) -> list[Choice]:
     """Rates the options of each example in the study's template.
 
@@ -49,6 +50,7 @@ def choose(
       model: a loaded model, or the pair (config, params).
       examples: with at least one option each.
       forward, batch_size, what, max_length: of `log_likelihoods`.
+      faithful: leave out what the tokenizer's own post-processor puts before a text.
     Returns:
       One per example, in order.
     Raises:
@@ -60,7 +62,9 @@ def choose(
         if not example.options or not all(example.options):
             raise UserError(f"example {example.id} has options {example.options}, and each option needs text; correct or drop the row.")
     texts = [pair for example in examples for pair in _pairs(example)]
-    pairs = list(zip(tokenizer.encode_batch([prompt for prompt, _ in texts]), tokenizer.encode_batch([scored for _, scored in texts]), strict=True))
+    begin = [] if faithful else tokenizer.prefix_ids
+    prompts = [[*begin, *prompt] for prompt in tokenizer.encode_batch([prompt for prompt, _ in texts])]
+    pairs = list(zip(prompts, tokenizer.encode_batch([scored for _, scored in texts]), strict=True))
     scores = iter(log_likelihoods(model, pairs, forward=forward, batch_size=batch_size, max_length=max_length, what=what))
     return [_choice([next(scores) for _ in example.options], example.options) for example in examples]
 

@@ -67,7 +67,7 @@ class LogProbability:
 
     def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
         tokenizer, reward = self._model.text_tokenizer, self._config.reward
-        begin = [tokenizer.bos_id] if self._config.faithful and tokenizer.bos_id is not None else []
+        begin = tokenizer.before_prompts(faithful=self._config.faithful)
         prompts = tokenizer.encode_batch([completion.prompt for completion in completions])
         texts = tokenizer.encode_batch([completion.text for completion in completions])
         ends = [[tokenizer.eos_id] if completion.ended or not text else [] for completion, text in zip(completions, texts, strict=True)]

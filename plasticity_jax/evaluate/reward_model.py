@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from jax.sharding import Mesh
 
-from plasticity_jax.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+from plasticity_jax.data.tokenizer import CONFIG_FILE, SPECIALS_FILE, TOKENIZER_FILE, special_settings
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.model.hf_config import Description, read_description, read_object
 from plasticity_jax.model.hf_import import check_tensors, file_hashes, read_params
@@ -115,8 +115,8 @@ def open_reward_model(folder: AnyPath, mesh: Mesh | None = None) -> tuple[Scalar
 
 def fingerprint(folder: Path) -> dict[str, str]:
     """Name → sha256 of every file that determines the rewards."""
-    beside = [folder / name for name in (TOKENIZER_FILE, CONFIG_FILE, *TEMPLATE_FILES)]
-    return file_hashes([folder / "config.json", *Weights(folder).files, *(file for file in beside if file.is_file())], folder.name)
+    beside = [folder / name for name in (TOKENIZER_FILE, CONFIG_FILE, SPECIALS_FILE, *TEMPLATE_FILES)]
+    return file_hashes([folder / "config.json", *Weights(folder).files, *(file for file in beside if file.is_file())], folder)
 
 
 def _open(folder: AnyPath) -> tuple[Description, Weights]:
@@ -160,7 +160,7 @@ def _open_chat(folder: AnyPath, description: Description) -> Chat:
     settings = read_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     source, place = _template(folder, settings)
     pad_id = description.carried.get("pad_token_id")
-    return Chat(_compiled(source, place), _special_texts(settings), backend, place, description.model.vocab_size, pad_id)
+    return Chat(_compiled(source, place), _special_texts(special_settings(folder)), backend, place, description.model.vocab_size, pad_id)
 
 
 def _special_texts(settings: dict[str, Any]) -> dict[str, str]:

@@ -57,7 +57,7 @@ def zero_shot(
     Args:
       forward: how to run the model.
       max_length: tokens that the model reads at once; of longer prompts the beginning is lost, and `cut` counts them.
-      faithful: whether texts begin with the beginning-of-text token, where the model has one.
+      faithful: whether texts begin with the beginning-of-text token wherever the model has one, instead of where its tokenizer puts one itself.
     Returns:
       Set → acc, acc_norm (by the option's characters; None where the set has none), stderr (of acc), n, correct (0/1 of each problem, by acc), cut (options
       whose prompt was too long), source.
@@ -75,7 +75,7 @@ def zero_shot(
             batch_size=settings.batch_size,
             max_length=max_length,
             forward=forward,
-            add_bos_token=faithful and model.tokenizer is not None and model.tokenizer.bos_id is not None,
+            add_bos_token=model.tokenizer is not None and model.tokenizer.bos_id is not None if faithful else None,
             what=f"zero-shot {name} {what}",
         )
         sets[name] = score_set(name, lm, wheels, settings.limit)

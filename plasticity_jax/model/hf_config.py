@@ -24,8 +24,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
     "partial_rotary_factor": (1, None),
     "rope_interleaved": (False, None),
-    "sliding_window": (None,),
-    "use_sliding_window": (False, None),
     "clip_qkv": (None,),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
@@ -48,6 +46,9 @@ _SAYS_NOTHING = {
     "num_labels",
     "problem_type",
 }
+
+# The forward passes of the architectures here do not read it; only the cache of transformers' generate forgets what is older.
+_WINDOW = "sliding_window"
 
 _ROPE_SCALING = {
     "factor": "factor",
@@ -90,6 +91,9 @@ def read_description(folder: AnyPath, families: Sequence[Family] = FAMILIES) -> 
     kinds = tree.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
         raise UserError(f"{path}: layer_types={str(kinds)[:100]} changes the network, and only 'full_attention' is supported; give another model.")
+    window, longest = tree.get(_WINDOW), tree.get("max_position_embeddings")
+    if isinstance(window, int) and isinstance(longest, int) and window < longest:
+        log.warning("%s: %s=%d is ignored, as in the forward pass of %s: every token sees all before it", path, _WINDOW, window, family.architecture)
     unknown = sorted(set(tree) - _READ - _SAYS_NOTHING)
     if unknown:
         log.info("%s: ignored, as in %s: %s", path, family.architecture, ", ".join(unknown))
@@ -196,15 +200,17 @@ def _scaling(path: AnyPath, key: str, rope: dict[str, Any]) -> RopeScaling | Non
         )
     if kind not in ("default", "llama3"):
         raise UserError(f"{path}: {key}.rope_type={kind!r} is not supported, only default and llama3; give another model.")
-    expected = _ROPE_SCALING if kind == "llama3" else {}
-    for name in settings:
-        if name not in expected:
-            raise UserError(f"{path}: {key}.{name}={settings[name]!r} is unknown for rope_type={kind!r}; remove it if it has no effect.")
     if kind == "default":
+        if settings:
+            unread = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+            log.info("%s: %s: ignored, as in transformers, because rope_type is default: %s", path, key, unread[:200])
         return None
+    for name in settings:
+        if name not in _ROPE_SCALING:
+            raise UserError(f"{path}: {key}.{name}={settings[name]!r} is unknown for rope_type={kind!r}; remove it if it has no effect.")
     values = {
         field: _number(path, {f"{key}.{name}": settings.get(name)}, f"{key}.{name}", int if field == "original_length" else float)
-        for name, field in expected.items()
+        for name, field in _ROPE_SCALING.items()
     }
     scaling = RopeScaling(**values)
     if scaling.low_freq_factor >= scaling.high_freq_factor:

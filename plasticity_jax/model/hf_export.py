@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from plasticity_jax.config import ModelConfig
-from plasticity_jax.data.tokenizer import END_OF_TEXT, PADDING, Tokenizer
+from plasticity_jax.data.tokenizer import CONFIG_FILE, END_OF_TEXT, PADDING, Tokenizer, copy_companions
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.hf_config import describe
-from plasticity_jax.model.hf_import import COMPANIONS, imported_from, is_hugging_face, read_tokenizer
+from plasticity_jax.model.hf_import import GENERATION_FILE, imported_from, is_hugging_face, read_tokenizer
 from plasticity_jax.model.hf_names import Part, family_of, parts
 from plasticity_jax.model.hf_tensors import DTYPES_BY_NAME, ToWrite, write_weights
 from plasticity_jax.model.load import open_checkpoints, open_model_run
@@ -24,7 +24,7 @@ from plasticity_jax.parallel.rules import param_paths
 from plasticity_jax.progress import Progress
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import write_json
-from plasticity_jax.runs.storage import AnyPath, is_local, upload, write_bytes
+from plasticity_jax.runs.storage import AnyPath, is_local, upload
 
 
 def export_model(path: AnyPath, out: AnyPath, dtype: str | None) -> None:
@@ -131,20 +131,19 @@ def _settings(directory: RunDirectory, tokenizer: Tokenizer | None, source: dict
     }
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if tokenizer is not None:
-        ids |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        ends = list(tokenizer.eos_ids)
+        ids |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": tokenizer.pad_id}
     return own | ids if source is None else own | source["carried"]
 
 
 def _write_companions(run: AnyPath, tokenizer: Tokenizer | None, settings: dict[str, Any], folder: Path) -> None:
-    for name in COMPANIONS:
-        if (run / name).is_file():
-            write_bytes(folder / name, (run / name).read_bytes())
+    copy_companions(run, folder)
     ids = {name: value for name, value in settings.items() if name.endswith("_token_id") and value is not None}
-    if ids and not (folder / "generation_config.json").exists():
-        write_json(folder / "generation_config.json", ids)
-    if tokenizer is not None and not (folder / "tokenizer_config.json").exists():  # a tokenizer trained here
+    if ids and not (folder / GENERATION_FILE).exists():
+        write_json(folder / GENERATION_FILE, ids)
+    if tokenizer is not None and not (folder / CONFIG_FILE).exists():  # a tokenizer trained here
         write_json(
-            folder / "tokenizer_config.json",
+            folder / CONFIG_FILE,
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": END_OF_TEXT,

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from plasticity_jax.config import DataConfig, ModelConfig, StudyConfig, check_config, to_dict
-from plasticity_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from plasticity_jax.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, companions, copy_companions
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.hf_config import Description, read_description, read_object
@@ -26,16 +26,14 @@ from plasticity_jax.parallel import lanes
 from plasticity_jax.parallel.rules import param_paths
 from plasticity_jax.progress import Progress
 from plasticity_jax.runs.directory import CHECKPOINTS, PROVENANCE, RunDirectory
-from plasticity_jax.runs.jsonfiles import read_json
+from plasticity_jax.runs.jsonfiles import read_json, write_json
 from plasticity_jax.runs.run import Run
-from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, is_local, joined, remove_tree, write_bytes
+from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, is_local, joined, remove_tree
 
 log = logging.getLogger("plasticity_jax")
 
-# Files beside the weights, of the tokenizer or of text generation; copied unchanged.
 SENTENCEPIECE_FILE = "tokenizer.model"
-COMPANIONS = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", SENTENCEPIECE_FILE,
-              "vocab.json", "merges.txt", "generation_config.json")  # fmt: skip
+GENERATION_FILE = "generation_config.json"
 
 # Old checkpoints store the rotary frequencies, which follow from config.json.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -231,8 +229,8 @@ def import_run(folder: AnyPath, config: StudyConfig) -> tuple[Run, StudyConfig]:
     """
     description, weights = open_folder(folder)
     read_tokenizer(folder, description.model)
-    companions = [folder / name for name in COMPANIONS if (folder / name).is_file()]
-    fields = {"files": file_hashes([folder / "config.json", *weights.files, *companions], folder.name), "model": to_dict(description.model)}
+    beside = [folder / name for name in companions(folder)]
+    fields = {"files": file_hashes([folder / "config.json", *weights.files, *beside], folder), "model": to_dict(description.model)}
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-.") or "model"
     config = with_network(config, description.model)
     check_config(config)
@@ -244,14 +242,10 @@ def with_network(config: StudyConfig, model: ModelConfig) -> StudyConfig:
     return replace(config, model=model, data=replace(config.data, tokenizer=DataConfig().tokenizer))
 
 
-def file_hashes(files: Sequence[AnyPath], what: str) -> dict[str, str]:
-    """Name → sha256 of each file.
-
-    Args:
-      what: label of the progress display.
-    """
-    with Progress(f"hash {what}", total=sum(file.stat().st_size for file in files), unit="bytes") as progress:
-        return {file.name: _sha256(file, progress) for file in files}
+def file_hashes(files: Sequence[AnyPath], folder: AnyPath) -> dict[str, str]:
+    """Name, relative to the folder → sha256 of each file."""
+    with Progress(f"hash {folder.name}", total=sum(file.stat().st_size for file in files), unit="bytes") as progress:
+        return {str(file).removeprefix(f"{folder}/"): _sha256(file, progress) for file in files}
 
 
 def _sha256(path: AnyPath, progress: Progress) -> str:
@@ -276,12 +270,16 @@ def import_model(folder: AnyPath, target: AnyPath, run: Run, config: StudyConfig
         description, weights = open_folder(folder)
         checkpoints = directory.path / CHECKPOINTS
         remove_tree(checkpoints)
-        for name in COMPANIONS:
-            if (folder / name).is_file():
-                write_bytes(directory.path / name, (folder / name).read_bytes())
+        copy_companions(folder, directory.path)
         tokenizer = read_tokenizer(folder, description.model)
         if tokenizer is not None and not (folder / TOKENIZER_FILE).is_file():
             tokenizer.save(directory.path / TOKENIZER_FILE)
+            if (folder / CONFIG_FILE).is_file():
+                written = read_object(directory.path / CONFIG_FILE)
+                write_json(directory.path / CONFIG_FILE, written | read_object(folder / CONFIG_FILE))
+        ids = {name: value for name, value in description.carried.items() if name.endswith("_token_id") and value is not None}
+        if ids and not (folder / GENERATION_FILE).is_file():  # transformers makes one of config.json, too
+            write_json(directory.path / GENERATION_FILE, ids)
         params = read_params(description, weights, folder.name)
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
         with Checkpoints(checkpoints, asynchronous=False, save_bytes=largest + 1) as saved:

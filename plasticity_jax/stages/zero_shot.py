@@ -135,6 +135,7 @@ def forgetting_rows(results: "StudyResults") -> Rows:
 
 STAGE = Stage(
     name="zero_shot",
+    version=2,
     title="the zero-shot suite of lm-evaluation-harness",
     run=run,
     record=ZeroShot,

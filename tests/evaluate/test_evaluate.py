@@ -11,6 +11,8 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import processors
 
 from plasticity_jax.config import EvaluateConfig, ModelConfig, StudyConfig, TaskConfig, TrainConfig
 from plasticity_jax.data.tasks import Example, Rows, write_task
@@ -192,6 +194,23 @@ def test_prompts_begin_with_the_beginning_of_text_in_faithful_studies_only(conte
     tokenizer = Tokenizer.load(context.parents["model"])
     plain = [tokenizer.encode(f"Human: Text {i}?\nAssistant:") for i in range(9)]
     assert read == [[1, *tokens] if faithful and bos else tokens for tokens in plain]
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+def test_prompts_begin_as_the_tokenizer_begins_a_text_outside_faithful_studies(context, monkeypatch, faithful):
+    path, read = context.parents["model"] / "tokenizer.json", []
+    plain = path.read_text()
+    ruled = tokenizers.Tokenizer.from_str(plain)
+    ruled.post_processor = processors.TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", 1)])
+    monkeypatch.setattr(
+        evaluate, "completions", lambda model, prompts, **options: read.extend(prompts) or [(range(len(prompts)), [[Completion([2], True)] * 5] * 9)]
+    )
+    path.write_text(ruled.to_str())
+    with context.directory.work(context.run, context.config) as directory:
+        stage.run(Context(dataclasses.replace(CONFIG, faithful=faithful), context.run, directory, context.parents))
+    path.write_text(plain)
+    assert read == [ruled.encode(f"Human: Text {i}?\nAssistant:", add_special_tokens=not faithful).ids for i in range(9)]
+    assert read[0][0] == 1 or faithful
 
 
 def test_a_model_without_tokenizer_is_refused(context):

@@ -119,6 +119,21 @@ def test_completions_end_before_the_end_of_text_token(model, prompts):
     assert len(expected[4][0].tokens) <= 2 and any(len(of_prompt[0].tokens) == 6 for of_prompt in expected)
 
 
+@pytest.mark.parametrize("n", [2, 8, pytest.param(11, marks=pytest.mark.nightly)])
+def test_each_of_several_end_of_text_tokens_ends_a_completion(model, prompts, n):
+    whole = run(model, prompts)
+    ends = [whole[4][0][2], whole[1][2][1], *range(100, 98 + n)]  # the others are no tokens of the model
+    expected = [
+        [next((Completion(tokens[:i], True) for i in range(len(tokens)) if tokens[i] in ends), Completion(tokens, False)) for tokens in of_prompt]
+        for of_prompt in whole
+    ]
+    before = count_programs()
+    batches = list(completions(model, prompts, sampling=PLAIN, **SETTINGS | {"eos_id": ends}))
+    assert {index: made for indices, of_batch in batches for index, made in zip(indices, of_batch)} == dict(enumerate(expected))
+    assert {tokens[len(made.tokens)] for of, found in zip(whole, expected) for tokens, made in zip(of, found) if made.ended} == set(ends[:2])
+    assert n > 8 or count_programs() == before
+
+
 def test_a_long_prompt_loses_its_beginning(model):
     prompt = list(range(2, 14))
     assert greedy(run(model, [prompt])) == greedy(run(model, [prompt[-8:]]))

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from plasticity_jax.cli import main
 from plasticity_jax.config import ModelConfig, RopeScaling, StudyConfig
-from plasticity_jax.data.tokenizer import Tokenizer
+from plasticity_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from plasticity_jax.model import Checkpoints, hf_export, hf_tensors, init_params, load_model
 from plasticity_jax.model.hf_export import export_model
 from plasticity_jax.model.hf_import import import_folder
@@ -195,16 +195,35 @@ def test_files_beside_the_weights_are_carried_along(tmp_path, tokenizer):
         "tokenizer_config.json": {"eos_token": {"content": "<|endoftext|>"}, "pad_token": "<|endoftext|>", "chat_template": "{{ messages }}"},
         "special_tokens_map.json": {"eos_token": "<|endoftext|>"},
         "generation_config.json": {"eos_token_id": [0, 7], "temperature": 0.6},
+        "chat_template.jinja": {},
+        "additional_chat_templates/tools.jinja": {},
     }
     for name, content in carried.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content))
     import_folder(folder, tmp_path / "run")
     assert load_model(tmp_path / "run").tokenizer.pad_id == tokenizer.eos_id
+    assert load_model(tmp_path / "run").tokenizer.eos_ids == load_model(folder).tokenizer.eos_ids == (0, 7)
+    copy_tokenizer(tmp_path / "run", make_run(tmp_path / "tuned", load_model(folder).config))  # as a fine-tuned run gets its files
+    export_model(tmp_path / "tuned", tmp_path / "tuned-hf", None)
+    for name in (*carried, "tokenizer.json"):
+        assert (tmp_path / "tuned-hf" / name).read_bytes() == (folder / name).read_bytes()
+    assert read_json(tmp_path / "tuned-hf" / "config.json")["eos_token_id"] == [0, 7]
     export_model(tmp_path / "run", tmp_path / "out", None)
     for name in (*carried, "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     assert read_json(tmp_path / "out" / "config.json")["eos_token_id"] == [0, 7]
     assert read_json(tmp_path / "out" / "config.json")["max_position_embeddings"] == LLAMA["max_position_embeddings"]
+
+
+def test_ends_of_text_that_config_json_alone_names_stay(tmp_path, tokenizer):
+    folder = write_folder(tmp_path / "hf", eos_token_id=[0, 7])
+    tokenizer.save(folder / "tokenizer.json")
+    import_folder(folder, tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "out", None)
+    for place in (folder, tmp_path / "run", tmp_path / "out"):
+        assert load_model(place).tokenizer.eos_ids == (0, 7)
+    assert read_json(tmp_path / "out" / "generation_config.json") == {"eos_token_id": [0, 7]}
 
 
 def test_a_sentencepiece_model_alone_becomes_a_tokenizer_json(tmp_path):
@@ -216,11 +235,14 @@ def test_a_sentencepiece_model_alone_becomes_a_tokenizer_json(tmp_path):
         normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     expected = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ x }}", "bos_token": "<s>"}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
     import_folder(folder, tmp_path / "run")
     export_model(tmp_path / "run", tmp_path / "out", None)
     for place in (folder, tmp_path / "run", tmp_path / "out"):
         tokenizer = load_model(place).tokenizer
-        assert tokenizer.encode(text) == expected.encode(text) and tokenizer.eos_id == expected.eos_id()
+        assert tokenizer.encode(text) == expected.encode(text) and tokenizer.eos_id == expected.eos_id() and tokenizer.eos_ids == (2, 9)
+        assert read_json(place / "tokenizer_config.json")["chat_template"] == "{{ x }}"
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 

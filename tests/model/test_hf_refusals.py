@@ -44,7 +44,6 @@ def refused(folder, tmp_path, capsys, *words) -> str:
         ({"mlp_bias": True}, ["mlp_bias=True"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "only 'silu'"]),
         ({"attention_dropout": 0.1}, ["attention_dropout=0.1"]),
-        ({"sliding_window": 4096}, ["sliding_window=4096"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
         ({"rope_interleaved": True}, ["rope_interleaved=True"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config={'bits': 4}"]),
@@ -270,3 +269,23 @@ def test_a_sound_folder_is_read_although_config_json_says_more(tmp_path, caplog)
     more = {"some_setting": 3, "sliding_window": None, "rope_scaling": None, "layer_types": ["full_attention"] * 2, "head_dim": 4}
     assert load_model(write_folder(tmp_path / "hf", **LLAMA | more)).config.d_head is None
     assert "ignored, as in LlamaForCausalLM: some_setting" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sliding_window": 64}, "sliding_window=64 is ignored, as in the forward pass of LlamaForCausalLM"),
+        ({"sliding_window": 4096, "use_sliding_window": True}, "ignored, as in LlamaForCausalLM: sliding_window, use_sliding_window"),
+        (
+            {"rope_scaling": {"rope_type": "default", "factor": 8.0}},
+            "rope_scaling: ignored, as in transformers, because rope_type is default: factor=8.0",
+        ),
+        ({"rope_scaling": {"type": "default", "factor": 8.0, "attention_factor": 2.0}}, "default: factor=8.0, attention_factor=2.0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 8.0}}, "rope_parameters: ignored, as in transformers"),
+    ],
+)
+def test_what_the_architecture_does_not_read_changes_nothing_and_is_said(settings, said, tmp_path, caplog):
+    """tests/parity/test_transformers.py holds the same settings against transformers."""
+    caplog.set_level("INFO", logger="plasticity_jax")
+    assert load_model(write_folder(tmp_path / "hf", **LLAMA | settings)).config == load_model(write_folder(tmp_path / "plain", **LLAMA)).config
+    assert said in caplog.text

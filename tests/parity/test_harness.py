@@ -15,6 +15,8 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from running import TINY
+from special_tokens import backend, tokenizer_folder
+from tokenizers import processors
 
 from plasticity_jax.config import ModelConfig, StudyConfig, TrainConfig, ZeroShotConfig
 from plasticity_jax.data.named_tokenizers import open_tokenizer
@@ -116,6 +118,42 @@ def test_greedy_completions_equal_the_hugging_face_backend(models):
     wanted = theirs.generate_until(requests("generate_until", *asked), disable_tqdm=True)
     assert ours(model).generate_until(requests("generate_until", *asked)) == wanted
     assert len(set(wanted)) > 3
+
+
+@pytest.fixture(scope="module", params=["<s> $A", "<s> $A </s>"])
+def ruled(request, tmp_path_factory):
+    """(our model, HFLM) of a folder whose post-processor puts tokens around every text."""
+    config = ModelConfig(vocab_size=261, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
+    params = jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, init_params(config, 6))
+    params["head"]["kernel"] = params["head"]["kernel"] * 6
+    folder = tmp_path_factory.mktemp("ruled")
+    run = RunDirectory(folder / "run")
+    with run.work(Run("study", "pretrain", "wd0", {}), StudyConfig(model=config, train=STUDY.train)):
+        with Checkpoints(run.path / "checkpoints") as checkpoints:
+            checkpoints.save(0, params)
+        made = backend()
+        made.post_processor = processors.TemplateProcessing(single=request.param, special_tokens=[("<s>", 256), ("</s>", 257)])
+        tokenizer_folder(
+            run.path, {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}}, made
+        )
+        run.finish({})
+    export_model(run.path, folder / "hf", None)
+    theirs = HFLM(pretrained=str(folder / "hf"), device="cpu", dtype="float32", batch_size=8, max_length=MAX_LENGTH)
+    return load_model(folder / "hf"), theirs
+
+
+def test_what_the_tokenizer_puts_around_a_text_is_that_of_the_hugging_face_backend(ruled):
+    model, theirs = ruled
+    pairs = [pair for pair in PAIRS if "long" not in pair[0]]
+    lm, plain = ours(model), ours(model, add_bos_token=False)
+    wanted = [total for total, _ in theirs.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)]
+    assert [total for total, _ in lm.loglikelihood(requests("loglikelihood", *pairs))] == pytest.approx(wanted, abs=1e-4)
+    assert [total for total, _ in plain.loglikelihood(requests("loglikelihood", *pairs))] != pytest.approx(wanted, abs=1e-2)
+    texts = [("A short text.",), (" ".join(row["goal"] for row in zero_shot.rows("piqa", WHEELS)[:8]),)]
+    wanted = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), disable_tqdm=True)
+    assert lm.loglikelihood_rolling(requests("loglikelihood_rolling", *texts)) == pytest.approx(wanted, rel=1e-6, abs=1e-4)
+    asked = [("How do I boil", {"until": ["\n\n\n"], "max_gen_toks": 12, "do_sample": False})]
+    assert lm.generate_until(requests("generate_until", *asked)) == theirs.generate_until(requests("generate_until", *asked), disable_tqdm=True)
 
 
 def test_samples_of_one_context_differ_and_are_the_same_again(models):

@@ -86,6 +86,26 @@ def test_an_import_computes_what_transformers_does_and_so_do_its_gradients(name,
     assert difference(gradient["embed"]["embedding"], model.model.embed_tokens.weight.grad.numpy()) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["llama", "olmo2"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sliding_window": 16},
+        {"sliding_window": 16, "use_sliding_window": True},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "factor": 8.0, "attention_factor": 2.0}},
+    ],
+)
+def test_settings_that_transformers_does_not_read_change_nothing_here_either(name, settings, tmp_path):
+    theirs(CASES[name], tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    settings = {key: value | {"rope_theta": CASES[name].rope_theta} if isinstance(value, dict) else value for key, value in settings.items()}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | settings))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.tensor(TOKENS)).logits.numpy()
+    assert difference(load_model(tmp_path / "hf")(TOKENS, capture=())[0], expected) < 1e-4
+
+
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
     """Of every case: our initial parameters with random gains, exported from a run with a tokenizer; and of one case, in bfloat16."""

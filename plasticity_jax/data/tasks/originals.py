@@ -1,24 +1,20 @@
 """Reads the rows of a published data set: Parquet, JSON lines, a JSON list or a prepared TFDS data set. Checks the columns."""
 
-import codecs
-import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
-from plasticity_jax.data.corpus_files import READ_BYTES, SUFFIXES, FilePart, decompressed, json_lines, listing, open_part, parquet_rows
+from plasticity_jax.data.corpus_files import COMPRESSIONS, FilePart, json_rows, kind_of, parquet_rows, report_left_out, survey
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.progress import Progress
 from plasticity_jax.runs.storage import location
 
 TFDS = "tfds:"
-# A file given by name may be plain .json. In folders, .json files usually describe the data set.
-FILE_SUFFIXES = (*SUFFIXES, ".json")
+KINDS = (".parquet", ".jsonl", ".ndjson", ".json")
+KNOWN_KINDS = f"{', '.join(KINDS)}, all but Parquet also with {', '.join(COMPRESSIONS)}"
 EXAMPLES_AT_ONCE = 256
 
-_BEGINNING, _BETWEEN = re.compile(r"\ufeff?[ \t\r\n]*\[?"), re.compile(r"[ \t\r\n,]*")
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 # Column → what its values are: str, int, list[...] of one, or a dict of these for a struct.
@@ -33,12 +29,14 @@ class Place:
       text: the location as the user wrote it.
       folder, names: of its files, and their sizes in bytes; `folder` is the data set's for TFDS.
       split: of a TFDS data set, None for files.
+      left_out: (name, reason) of what else lies in a folder.
     """
 
     text: str
     folder: str
     names: tuple[tuple[str, int], ...]
     split: str | None = None
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
 def find_places(places: str) -> list[Place | None]:
@@ -64,8 +62,13 @@ def _find(text: str) -> Place | None:
             return Place(text, str(path.parent), ((path.name, path.stat().st_size),))
     except (OSError, ValueError) as error:
         raise UserError(f"{text} cannot be read ({reason(error)}); check the address") from error
-    found = listing(text)
-    return None if found is None else Place(text, text, tuple(found))
+    found = survey(text)
+    if found is None:
+        return None
+    # A file given by name may be plain .json. In folders, .json files usually describe the data set.
+    rows = {name: kind_of(name) in KINDS and not name.lower().endswith(".json") for name, _ in found.files}
+    others = [(name, "not rows" if kind_of(name) in KINDS else "of another kind") for name in rows if not rows[name]]
+    return Place(text, text, tuple(file for file in found.files if rows[file[0]]), left_out=tuple(sorted([*found.left_out, *others])))
 
 
 def read_rows(places: str, columns: Columns, *, what: str, otherwise: Columns | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -87,6 +90,7 @@ def read_rows(places: str, columns: Columns, *, what: str, otherwise: Columns | 
     with Progress(f"read {what}", total=None, unit="rows") as progress:
         for index, (text, place) in enumerate(zip(split_places(places), find_places(places), strict=True)):
             place = _check_place(text, place, what)
+            report_left_out(f"{what}: {text}", place.left_out, len(place.names))
             prefix = f"{index + 1}/" if index else ""
             for number, (row_id, row) in enumerate(_rows_of(place, columns, otherwise, what), 1):
                 yield prefix + row_id, row
@@ -111,9 +115,9 @@ def _check_place(text: str, place: Place | None, what: str) -> Place:
         raise UserError(f"{what}: {text}: no such data set is prepared; prepare it with TFDS (file_format='array_record') or set $TFDS_DATA_DIR")
     if place is None:
         raise UserError(f"{what}: {text}: no such file or folder; give the place where the data set was downloaded")
-    known = [name for name, _ in place.names if name.endswith(FILE_SUFFIXES)]
+    known = [name for name, _ in place.names if kind_of(name) in KINDS]
     if place.split is None and not known:
-        raise UserError(f"{what}: {text} holds no file of a known kind ({', '.join(FILE_SUFFIXES)}); give the place that contains the data set")
+        raise UserError(f"{what}: {text} holds no file of a known kind ({KNOWN_KINDS}); give the place that contains the data set")
     return place
 
 
@@ -131,7 +135,7 @@ def _rows_of(place: Place, columns: Columns, otherwise: Columns | None, what: st
 def _raw_rows(part: FilePart, columns: Columns, otherwise: Columns | None, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if part.is_parquet:
         return parquet_rows(part, lambda schema: list(_choose(schema.names, columns, otherwise, what, f"{part.name} in {part.folder}")))
-    return json_list(part) if _holds_list(part) else json_lines(part)
+    return json_rows(part)
 
 
 def _choose(names: Any, columns: Columns, otherwise: Columns | None, what: str, where: str) -> Columns:
@@ -179,76 +183,6 @@ def _describe(kind: Any) -> str:
 def _short(value: Any) -> str:
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-# ------------------------------------------------------------------------------------------------------------------------- JSON list
-
-
-def _holds_list(part: FilePart) -> bool:
-    if ".json" not in part.name or ".jsonl" in part.name:
-        return False
-    try:
-        with open_part(part) as file:
-            return decompressed(file, part.name).read(READ_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{part.name} in {part.folder} is truncated or damaged ({reason(error)}); download it again") from error
-
-
-def json_list(part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the objects of a file with one JSON list as (number from 1, object), without reading the whole file at once.
-
-    Raises:
-      UserError: the file is truncated or damaged, or an element is not a JSON object in UTF-8. Names the element.
-    """
-    decoder, number, where = json.JSONDecoder(), 0, f"{part.name} in {part.folder}"
-    with open_part(part) as file:
-        try:
-            chunks = _text_chunks(decompressed(file, part.name))
-            text = next(chunks, "")
-            position = _end(_BEGINNING, text, 0)
-            while True:
-                position = _end(_BETWEEN, text, position)
-                if text.startswith("]", position):
-                    return
-                try:
-                    row, position = decoder.raw_decode(text, position)
-                except json.JSONDecodeError as error:
-                    text, position = text[position:], 0
-                    # Double the text, so that even a long element is parsed only a few times.
-                    more = _at_least(chunks, len(text))
-                    if not more:
-                        raise UserError(
-                            f"element {number + 1} of {where} is not valid JSON ({reason(error)}); repair the file or download it again"
-                        ) from error
-                    text += more
-                    continue
-                number += 1
-                if not isinstance(row, dict):
-                    raise UserError(f"element {number} of {where} is not a JSON object; every element must be an object with named fields")
-                yield number, row
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError, RecursionError) as error:
-            raise UserError(f"{where} is truncated or damaged after element {number} ({reason(error)}); download it again") from error
-
-
-def _text_chunks(file: Any) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    while chunk := file.read(READ_BYTES):
-        yield decoder.decode(chunk)
-    yield decoder.decode(b"", final=True)
-
-
-def _at_least(chunks: Iterator[str], size: int) -> str:
-    """Joins the next chunks to at least `size` characters, or fewer at the end of the file."""
-    found: list[str] = []
-    while sum(map(len, found)) <= size and (chunk := next(chunks, None)) is not None:
-        found.append(chunk)
-    return "".join(found)
-
-
-def _end(pattern: re.Pattern[str], text: str, position: int) -> int:
-    """Where a pattern that may match nothing ends."""
-    found = pattern.match(text, position)
-    return position if found is None else found.end()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- TFDS
