@@ -466,6 +466,7 @@ def _fuzzed(count: int) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_ten_thousand_fuzzed_completions_get_a_verdict_from_every_text_grader():
     texts = _fuzzed(10_000)
     answers = [extract_answer(text) for text in texts]
