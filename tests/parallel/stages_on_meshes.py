@@ -51,10 +51,8 @@ def opened(path, stage, work):
     return found
 
 
-def main(root: Path, tag: str, fsdp: int) -> dict:
-    config = dataclasses.replace(RECIPE, mesh=MeshConfig(data=1, fsdp=fsdp))
-    mesh = make_mesh(config.mesh)
-    mesh = mesh if mesh.size > 1 else None
+def examined(root: Path, config, mesh) -> tuple:
+    """The base model, and what is found by loading, running and examining it."""
     base, narrow, hf = (
         load_model(root / name, mesh=mesh, dtype=dtype) for name, dtype in (("base", "float32"), ("base", "bfloat16"), ("hf", "float32"))
     )
@@ -74,6 +72,20 @@ def main(root: Path, tag: str, fsdp: int) -> dict:
         "spectra": {name: values.tolist() for name, values in attention_spectra(base).items()},
         "logits": arrays.to_host(base(tokens, capture=())[0]).tolist(),
     }
+    return base, found
+
+
+def main(root: Path, tag: str, fsdp: int) -> dict:
+    config = dataclasses.replace(RECIPE, mesh=MeshConfig(data=1, fsdp=fsdp))
+    mesh = make_mesh(config.mesh)
+    mesh = mesh if mesh.size > 1 else None
+    base, found = examined(root, config, mesh)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    again = examined(root, config, mesh)[1]
+    found |= {"compiled again": len(compiled), "same again": again == found}
     uneven, rows = change(config, "finetune", batch_size=6), read_task(root / "task").train
 
     def tune(path):

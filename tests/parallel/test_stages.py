@@ -66,6 +66,11 @@ def test_a_mesh_changes_rounding_only(found, tag):
     assert one["verifier"]["auc"] > 0.9 and one["finetuned"]["relative_update"] > 0.01
 
 
+@pytest.mark.parametrize("tag", ["one", "eight", "two"])
+def test_a_second_model_of_the_same_shapes_compiles_nothing(found, tag):
+    assert found[tag]["same again"] and found[tag]["compiled again"] == 0
+
+
 @pytest.mark.parametrize("tag", ["eight", "two"])
 def test_no_device_holds_more_than_its_shard_of_the_model(found, tag):
     """The norms' gains, which are whole everywhere, are the rest."""
@@ -95,7 +100,7 @@ head = jax.ShapeDtypeStruct((256,), "float32", sharding=scalar_shardings(mesh, d
 scalar = {"decoder": abstract_loaded(decoder, mesh, "float32"), "head": head}
 programs = {
     "gap": lower_record_nats(forward, model, params, batch_size=8, seq_len=16, isolate=False, loss_chunks=1),
-    "probe": lower_states(forward, model, params, 1024),
+    "probe": lower_states(forward, model, params, 1024, 8192),
     "likelihood": lower_likelihoods(forward, model, params, batch_size=8, max_length=16),
     "reward": lower_row_scores(forward, decoder, scalar, batch_size=8, max_length=16),
     "spectra": lower_spectra(model, params, False, mesh),

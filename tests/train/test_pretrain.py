@@ -141,7 +141,7 @@ def test_model_flops_utilization_where_the_peak_is_known(world: World, monkeypat
     from plasticity_jax.parallel import hardware
 
     assert world.results["base"]["mfu"] is None and not any("mfu" in row for row in read_jsonl(world.root / "base" / "metrics.jsonl"))
-    known = hardware.Hardware("slow", "cpu", 1e9, hardware.GIB, 0, 1)
+    known = hardware.Hardware("slow", "cpu", 1e9, 1e9, hardware.GIB, 0, 1)
     monkeypatch.setattr(hardware, "of_kind", lambda kind: known)
     found = world.pretrain({"timed": 0.1, "timed too": 0.2}, CONFIG)
     for name, result in zip(("timed", "timed too"), found, strict=True):
