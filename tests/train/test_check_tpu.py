@@ -49,7 +49,7 @@ def test_members_on_their_own_chips_take_what_one_model_takes():
     own = [("train.compute_dtype", "bfloat16"), ("grid.timescales", "(None, 0.2)"), ("mesh.data", "1"), ("mesh.fsdp", "4")]
     eight, four = target("v5e:2x4"), target("v5e:2x2")
     [together] = cases(load_config(TINY, [*own, ("grid.mode", "vmapped"), ("mesh.member", "2")]), eight)
-    [alone] = cases(load_config(TINY, own), four)
+    [alone] = cases(load_config(TINY, [*own, ("grid.mode", "sequential")]), four)
     assert (together.groups["pretrain"], together.groups["finetune"]) == (2, 2)
     (found,), (one,) = check_pretraining([together], eight), check_pretraining([alone], four)
     assert found.fits and (found.members, found.params) == (2, one.params) and found.total == pytest.approx(one.total, rel=0.2)
