@@ -7,7 +7,9 @@ of MATH (5,000) that the original's grader, math-verify on bare strings, never f
 Takes about two minutes on one core.
 """
 
+import json
 import logging
+from pathlib import Path
 
 from plasticity_jax.data.tasks import gsm, mathematics
 from plasticity_jax.data.tasks.boxed import last_boxed
@@ -16,31 +18,7 @@ from plasticity_jax.data.wheels import Wheels, wheels_dir
 from plasticity_jax.evaluate.answers import extract_answer
 from plasticity_jax.evaluate.grading import Grading
 
-PHRASINGS = (
-    "The answer is {}.",
-    "The answer is **{}**.",
-    "The answer is ${}$.",
-    "The answer is: {}",
-    "**Final Answer:** {}",
-    "#### {}",
-    "The final answer is $\\boxed{{{}}}$. I hope it is correct.",
-    "So \\boxed{{{}}} is what we want, since 7 + 5 = 12.",
-    "The answer is $${}$$",
-    "The answer is ${}$ (see step 3).",
-    "The answer is ${}$ apples in total.",
-    "The answer is \\({}\\), because 3 + 4 = 7.",
-    "The answer is \\[{}\\]\nExplanation: we add 1 to 2.",
-    "The answer is {} because 12 is even.",
-    "The answer is {} — we used 3 steps.",
-    "Therefore, the answer is `{}`. There are 3 cases.",
-    "Answer: {}\n\nLet me check: 2 + 2 = 4.",
-    "The answer is {}\n\n| a | b |\n| 1 | 2 |",
-    "The answer is\n```\n{}\n```",
-    "<think>Maybe \\boxed{{17}}?</think>\nThe answer is {}",
-    "The answer is €{}.",
-    "The answer is {} dollars.",
-    "The answer is {} cm^2.",
-)
+PHRASINGS = json.loads((Path(__file__).parents[1] / "tests" / "evaluate" / "phrasings.json").read_text(encoding="utf-8"))
 
 
 def equal(first: str, second: str) -> bool:

@@ -1,6 +1,5 @@
 """Several processes as one run: how they start, and the messages they exchange. Imports jax only when needed."""
 
-import contextlib
 import json
 import logging
 import os
@@ -267,31 +266,30 @@ def first_wins(name: str) -> tuple[Callable[[Any], None], Callable[[], Any]]:
                 raise
 
     def read() -> Any:
-        try:
-            return json.loads(_client().key_value_try_get(key))
-        except Exception as error:
-            if "NOT_FOUND" not in str(error):
-                raise
-        return None
+        found = _try_read(key)
+        return None if found is None else json.loads(found)
 
     return propose, read
 
 
+def _try_read(key: str) -> str | None:
+    """The value of a key; None while nobody has set it. Does not wait."""
+    try:
+        return _client().key_value_try_get(key)
+    except Exception as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+    return None
+
+
 def raise_flag(name: str) -> None:
     """Raises a flag that every process of the run sees, whatever its lane."""
-    with contextlib.suppress(Exception):  # another has raised it
-        _client().key_value_set(f"plasticity/flag/{name}", "")
+    _client().key_value_set(f"plasticity/flag/{name}", "", allow_overwrite=True)
 
 
 def flag_raised(name: str) -> bool:
     """Whether any process has raised the flag. Does not wait."""
-    try:
-        _client().key_value_try_get(f"plasticity/flag/{name}")
-    except Exception as error:
-        if "NOT_FOUND" not in str(error):
-            raise
-        return False
-    return True
+    return _try_read(f"plasticity/flag/{name}") is not None
 
 
 def gather(name: str, value: Any, *, timeout: float | None = None) -> list[Any]:

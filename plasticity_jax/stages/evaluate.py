@@ -107,7 +107,7 @@ def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
     model, settings = config.model, config.evaluate
     width, tensor = 2 if config.train.compute_dtype == "bfloat16" else 4, mesh.shape["tensor"]
     sharded = layout_for(settings.weights, model, Forward.of(config, model, mesh)).sharded
-    longest = settings.prompt_buckets[-1] + max(task_settings(config, task).max_new_tokens for task in config.tasks)
+    longest = settings.prompt_buckets[-1] + max((task_settings(config, task).max_new_tokens for task in config.tasks), default=0)
     of_row = 2 * model.n_kv_heads * model.head_dim * model.n_layers * longest * width + 12 * model.vocab_size
     weights = width * count_params(model) / tensor / (mesh.shape["fsdp"] if sharded else 1)
     return int(weights + of_row * settings.batch_size / row_shards(mesh) / tensor)

@@ -12,7 +12,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
-from plasticity_jax.config import StudyConfig, to_dict
+from plasticity_jax.config import StudyConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel.deviceless import Target
@@ -21,7 +21,7 @@ from plasticity_jax.parallel.sharding import param_shardings
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.stages import Plan, Program, stages
 from plasticity_jax.study.hours import with_compute_dtype
-from plasticity_jax.study.together import alike, group_size
+from plasticity_jax.study.together import alike, group_size, shapes
 from plasticity_jax.train import check as training
 from plasticity_jax.train.check import Answer, Measured, gib, resolved
 from plasticity_jax.train.pretrain import step_settings
@@ -30,8 +30,6 @@ log = logging.getLogger("plasticity_jax")
 
 PRETRAIN = "pretrain"
 LARGEST_MESH = 2**14  # devices; where fewer do not hold a program, none is named
-# What members may differ in without needing another program.
-_TRACED = {"train": ("peak_lr", "warmup_fraction", "steps"), "finetune": ("peak_lr", "warmup_fraction", "weight_decay"), "data": ("max_tokens",)}
 
 
 @dataclass
@@ -97,10 +95,7 @@ def cases(config: StudyConfig, target: Target) -> list[Case]:
                 sizes[name, run.member] = max(sizes.get((name, run.member), 1), size)
     for own, member in plan.members:
         own = resolved(own, target)
-        tree = to_dict(replace(own, grid=type(own.grid)()))
-        for section, fields in _TRACED.items():
-            tree[section] = {name: value for name, value in tree[section].items() if name not in fields}
-        case = found.setdefault(to_json(tree), Case(own, {}))
+        case = found.setdefault(to_json(shapes(own)), Case(own, {}))
         for name in stages():
             size = max(sizes.get((name, member.name), 1), sizes.get((name, member.base), 1))
             case.groups[name] = max(case.groups.get(name, 1), size)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config, to_dict
+from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import StudyRefused, UserError, reason
 from plasticity_jax.parallel import lanes, processes
 from plasticity_jax.runs.directory import CHECKPOINTS, ERROR_LOG, STUDY, RunDirectory
@@ -22,12 +22,11 @@ from plasticity_jax.stages import Context, Stage, stages
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
 from plasticity_jax.study.graph import build_graph, run_configs, save_study, study_dir
-from plasticity_jax.study.together import check_groups, grouped
+from plasticity_jax.study.together import check_groups, grouped, shapes
 
 log = logging.getLogger("plasticity_jax")
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
-_TRACED = ("peak_lr", "warmup_fraction", "weight_decay", "steps")  # fields of a section whose values one program takes as arguments
 _STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")
 
 
@@ -404,11 +403,7 @@ def _serve_one(runs: Sequence[Run]) -> bool:
 
 def _program(config: StudyConfig, group: Sequence[Run]) -> str:
     """What runs need about the same device memory share: stage, task, number of members, and the config but for traced numbers."""
-    shapes = {
-        name: {field: value for field, value in section.items() if field not in _TRACED} if isinstance(section, dict) else section
-        for name, section in to_dict(config).items()
-    }
-    return to_json([group[0].stage, group[0].task, len(group), shapes])
+    return to_json([group[0].stage, group[0].task, len(group), shapes(config)])
 
 
 def _out_of_memory(error: BaseException | None) -> bool:

@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from plasticity_jax.config import StudyConfig
+from plasticity_jax.config import StudyConfig, to_dict
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import stages
 
@@ -13,7 +13,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("plasticity_jax")
 
+# Section → fields in which runs may differ that one compiled program serves, because it takes them as arguments, or its length has no part in it.
+_TRACED = {
+    "train": ("peak_lr", "warmup_fraction", "steps"),
+    "finetune": ("peak_lr", "warmup_fraction", "weight_decay"),
+    "verifier": ("peak_lr", "warmup_fraction", "weight_decay"),
+    "data": ("max_tokens",),
+}
 MEMORY_SHARE = 0.5  # of a device, which `grid.mode = "auto"` fills with members; the estimate of a member is within 15%
+
+
+def shapes(config: StudyConfig) -> dict[str, Any]:
+    """What the compiled programs of a member's config depend on."""
+    tree = to_dict(config)
+    del tree["grid"]  # the other members
+    return tree | {section: {name: value for name, value in tree[section].items() if name not in fields} for section, fields in _TRACED.items()}
 
 
 def grouped(runs: Sequence[Run], configs: dict[str, StudyConfig], todo: Collection[str]) -> list[list[Run]]:
@@ -38,8 +52,8 @@ def grouped(runs: Sequence[Run], configs: dict[str, StudyConfig], todo: Collecti
             own = configs[group[0].id]
             size = group_size(own, group, make_mesh(own.mesh))
         found += [group[start : start + size] for start in range(0, len(group), size)]
-    waiting = [[run for run in group if run.id in todo] for group in found]
-    return sorted((group for group in waiting if group), key=lambda group: runs.index(group[0]))
+    waiting, place = [[run for run in group if run.id in todo] for group in found], {run.id: number for number, run in enumerate(runs)}
+    return sorted((group for group in waiting if group), key=lambda group: place[group[0].id])
 
 
 def alike(runs: Sequence[Run], configs: dict[str, StudyConfig]) -> list[list[Run]]:

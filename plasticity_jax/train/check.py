@@ -190,7 +190,7 @@ def lines(answer: Answer, target: Target) -> list[str]:
     mesh = make_mesh(config.mesh, target.devices).shape
     free, share = answer.limit - answer.total, answer.total / answer.limit
     flops = flops_per_token(config.model, train.seq_len)
-    hours = grid_device_hours(config, known.peak_flops)
+    hours, everything = grid_device_hours(config, known.peak_flops), len(target.devices) * config.launch.parallel_runs
     speed = config.launch.mfu * known.peak_flops * len(target.devices) / flops
     text = [
         f"{target.topology}: {len(target.devices)} x {known.kind}, mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.items()),
@@ -202,7 +202,7 @@ def lines(answer: Answer, target: Target) -> list[str]:
         f"model FLOPs per token: {flops:,} (6 N + 12 L H Dh T)",
         "collectives per device and step: " + (", ".join(f"{kind} {gib(size)}" for kind, size in answer.collectives.items()) or "none"),
         f"compiled in {answer.compile_seconds:.0f} s",
-        f"at {config.launch.mfu:.0%} MFU: {speed:,.0f} tokens/s; the grid's pretraining {hours / len(target.devices):,.3g} hours, {hours:,.3g} device-hours",
+        f"at {config.launch.mfu:.0%} MFU: {speed:,.0f} tokens/s; the grid's pretraining {hours / everything:,.3g} hours, {hours:,.3g} device-hours",
     ]
     if not answer.fits:
         text += ["the largest buffers:"] + [f"  {gib(size)}  {what}" for size, what in answer.largest]

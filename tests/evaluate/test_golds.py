@@ -1,6 +1,8 @@
 """Published gold answers in the phrasings of models: what stands around or after an answer decides nothing, and other answers stay wrong."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -11,24 +13,7 @@ from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.evaluate.answers import extract_answer
 from plasticity_jax.evaluate.grading import Grading
 
-PHRASINGS = [
-    "The answer is {}.",
-    "The answer is **{}**.",
-    "The answer is: {}",
-    "**Final Answer:** {}",
-    "#### {}",
-    "The final answer is $\\boxed{{{}}}$. I hope it is correct.",
-    "The answer is $${}$$",
-    "The answer is ${}$ (see step 3).",
-    "The answer is \\({}\\), because 3 + 4 = 7.",
-    "The answer is \\[{}\\]\nExplanation: we add 1 to 2.",
-    "The answer is {} because 12 is even.",
-    "The answer is {} — we used 3 steps.",
-    "Therefore, the answer is `{}`. There are 3 cases.",
-    "Answer: {}\n\nLet me check: 2 + 2 = 4.",
-    "The answer is\n```\n{}\n```",
-    "<think>Maybe \\boxed{{17}}?</think>\nThe answer is {}",
-]
+PHRASINGS = json.loads((Path(__file__).parent / "phrasings.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from running import PATIENCE, TINY, end, environment, pausing, start, wait_until
+from running import PATIENCE, end, environment, pausing, start, wait_until
+from test_processes import CONFIG as ON_TWO
+from test_processes import pair
 
 from plasticity_jax.errors import StudyRefused, UserError
 from plasticity_jax.parallel import lanes, preemption, processes
 from plasticity_jax.progress import Progress
 
-CONFIG = ["--config", TINY, "--config.train.compute_dtype=float32", "--config.train.steps=24", "--config.train.checkpoint_every=8"]
-CONFIG += ["--config.train.log_every=1", "--config.train.eval_tokens=64", "--config.train.held_out_tokens=256", "--config.data.max_documents=100"]
-CONFIG += ["--config.train.seq_len=16", "--config.grid.timescales=(None,0.8,0.2)"]
+CONFIG = [*ON_TWO, "--config.grid.timescales=(None,0.8,0.2)"]
 STAGES = ["study", *CONFIG, "--stages", "prepare,init,pretrain,spectra"]
 SIDE_BY_SIDE = [*STAGES, "--config.launch.parallel_runs=2"]
 IN_ONE = """
@@ -199,17 +199,23 @@ def test_what_cannot_be_split_is_refused_before_anything_is_written(tmp_path):
 
 
 @pytest.mark.processes
-def test_each_of_two_processes_is_a_lane(one_by_one, tmp_path):
+def test_each_of_two_processes_is_a_lane_and_sigterm_to_one_lets_both_save(one_by_one, tmp_path):
     """XLA adds over its own devices and over processes in another order, so that only roundings agree; the runs of both processes are whole."""
     import jax
-    from test_processes import pair
 
     from plasticity_jax.model.load import load_model
 
     shutil.copytree(one_by_one, tmp_path / "work")
     for stage in ("pretrain", "spectra"):
         shutil.rmtree(tmp_path / "work" / "tiny" / stage)
-    ended = [end(process) for process in pair([*SIDE_BY_SIDE, "--workdir", tmp_path / "work"], devices=(4, 4))]
+    pauses = [pausing(tmp_path / str(number), 13) for number in (0, 1)]
+    command = [*SIDE_BY_SIDE, "--workdir", tmp_path / "work"]
+    two_of_them = pair(command, devices=(4, 4), environments=[environment for environment, _ in pauses])
+    wait_until(lambda: all(paused() for _, paused in pauses), *two_of_them)
+    two_of_them[1].send_signal(signal.SIGTERM)
+    for status, lines in map(end, two_of_them):
+        assert status == 130 and "saved at step" in lines[-1], lines
+    ended = [end(process) for process in pair(command, devices=(4, 4))]
     assert [status for status, _ in ended] == [0, 0], ended
     for _, lines in ended:  # each tells of its own runs
         assert any("/tiny/pretrain" in line or "] pretrain/" in line for line in lines), lines
