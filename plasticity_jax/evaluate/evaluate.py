@@ -151,7 +151,9 @@ def _generate(
     stores = [AppendLog(one.folder / GENERATED, keep=lambda row: True) for one in models] if processes.primary() else []
     tokenizer = models[0].model.text_tokenizer
     for indices, of_models in _completed(models, tokens, settings, protocol, forward, skip):
-        for store, of_model, completed in zip(stores, found, of_models, strict=bool(stores)):
+        if not stores:  # the first process keeps them
+            continue
+        for store, of_model, completed in zip(stores, found, of_models, strict=True):
             for index, of_problem in zip(indices, completed, strict=True):
                 if index not in of_model:
                     texts = [tokenizer.decode(completion.tokens) for completion in of_problem]

@@ -209,7 +209,10 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
-        said = reason(error.__cause__ or error).split(". ")[0]  # Orbax puts the whole tree into its own error
+        first: BaseException = error  # Orbax wraps it, and puts the whole tree into its own
+        while first.__cause__ is not None:
+            first = first.__cause__
+        said = reason(first).split(". ")[0]
         return UserError(f"checkpoint {self._place / str(step)} cannot be read ({said}); delete the run's directory and run its stage again.")
 
 

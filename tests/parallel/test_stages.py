@@ -68,7 +68,8 @@ def test_a_mesh_changes_rounding_only(found, tag):
 
 @pytest.mark.parametrize("tag", ["one", "eight", "two"])
 def test_a_second_model_of_the_same_shapes_compiles_nothing(found, tag):
-    assert found[tag]["same again"] and found[tag]["compiled again"] == 0
+    first, again = found[tag]["compiled"]
+    assert found[tag]["same again"] and first > 10 and again == 0
 
 
 @pytest.mark.parametrize("tag", ["eight", "two"])
