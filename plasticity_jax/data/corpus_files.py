@@ -291,13 +291,15 @@ def file_parts(folder: str, text_field: str) -> Iterator[FilePart | TextFilesPar
     """
     check_folder(folder)
     texts: list[tuple[str, int]] = []
+    held = 0  # bytes of them
     for name, size in listing(folder) or ():
         whole = FilePart(folder, name, size)
-        if texts and (whole.kind != ".txt" or sum(size for _, size in texts) >= PART_BYTES):
+        if texts and (whole.kind != ".txt" or held >= PART_BYTES):
             yield TextFilesPart(folder, tuple(texts))
-            texts = []
+            texts, held = [], 0
         if whole.kind == ".txt":
             texts.append((name, size))
+            held += size
         elif whole.is_parquet:
             yield from _parquet_parts(whole, text_field)
         else:
@@ -482,11 +484,12 @@ def csv_rows(part: FilePart, column: str) -> Iterator[tuple[int, dict[str, Any]]
                     "to one of them"
                 )
             _refuse_twice(part, [column], names)
+            place = names.index(column)
             for row in filter(None, rows):
                 number += 1
                 if len(row) != len(names):
                     raise UserError(f"{part.place(number)} has {len(row)} fields, and the first line names {len(names)}; repair or drop the row")
-                yield number, {column: row[names.index(column)]}
+                yield number, {column: row[place]}
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{part.name} in {part.folder} is not a table of UTF-8 text after row {number} ({reason(error)}); repair it") from error
         except _DAMAGED as error:
