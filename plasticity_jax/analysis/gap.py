@@ -111,14 +111,32 @@ def unigram_log_probabilities(records: TokenRecords, left_out: Int[np.ndarray, "
 
     Leaving out the blocks to score, the model has seen neither side, so that any remaining gap comes from how the sides were chosen.
     """
-    counts = np.ones(records.vocab_size, np.int64)
-    kept = np.setdiff1d(np.arange(len(records)), left_out)
-    with Progress("count tokens", total=len(kept), unit="records") as progress:
-        for start in range(0, len(kept), RECORDS_PER_READ):
-            tokens = records.tokens(kept[start : start + RECORDS_PER_READ])
-            counts += np.bincount(tokens.ravel(), minlength=records.vocab_size)
-            progress.update(len(tokens))
+    counts, left_out = 1 + _token_counts(records), np.unique(left_out)
+    for start in range(0, len(left_out), RECORDS_PER_READ):
+        counts -= _counted(records, left_out[start : start + RECORDS_PER_READ])
     return np.log(counts / counts.sum())
+
+
+_COUNTS: dict[tuple[str, str], Int[np.ndarray, " vocab"]] = {}  # (folder, split) → tokens of all records; of the last corpus only
+
+
+def _token_counts(records: TokenRecords) -> Int[np.ndarray, " vocab"]:
+    """How often each token occurs in all records: read once for all models that a command looks at."""
+    key = (str(records.directory), records.split)
+    if key not in _COUNTS:
+        total, indices = np.zeros(records.vocab_size, np.int64), np.arange(len(records))
+        with Progress("count tokens", total=len(records), unit="records") as progress:
+            for start in range(0, len(records), RECORDS_PER_READ):
+                part = indices[start : start + RECORDS_PER_READ]
+                total += _counted(records, part)
+                progress.update(len(part))
+        _COUNTS.clear()
+        _COUNTS[key] = total
+    return _COUNTS[key]
+
+
+def _counted(records: TokenRecords, indices: Int[np.ndarray, " m"]) -> Int[np.ndarray, " vocab"]:
+    return np.bincount(records.tokens(indices).ravel(), minlength=records.vocab_size)
 
 
 def summarise(

@@ -47,6 +47,7 @@ class TokenRecords:
       directory: the folder with tokens.json. On a store, the records asked for are read by byte range (`StoreRecords`), and nothing is copied.
       split: "train" or "held_out".
     Attributes:
+      directory: as given.
       domain_of: index into `domains` of each record.
       document_of: index, within the split, of the document that each record starts in.
       read_threads: how many threads read at the same time with profit.
@@ -66,7 +67,7 @@ class TokenRecords:
         self.vocab_size: int = manifest["vocab_size"]
         self.fingerprint: str = manifest["fingerprint"]
         self.domains: tuple[str, ...] = tuple(manifest["domains"])
-        self._directory, self._dtype = directory, np.dtype(manifest["dtype"])
+        self.directory, self._dtype = directory, np.dtype(manifest["dtype"])
         shards = manifest.get("shards", ())
         self._folders = [Path(shard["name"]) for shard in shards] or [Path()]  # below the directory
         self._counts = [shard[split] for shard in shards] or [sum(count["records"] for count in manifest["splits"][split].values())]
@@ -105,7 +106,7 @@ class TokenRecords:
     def _per_record(self, name: str) -> list[np.ndarray]:
         """The array of that name in each folder of records, for the records used."""
         files = [index_path(folder, self.split, name) for folder in self._folders]
-        directory = self._directory
+        directory = self.directory
         contents = [(directory / file).read_bytes() for file in files] if is_local(directory) else read_objects(_on_store(directory, files))
         arrays = []
         for file, content, n in zip(files, contents, self._counts, strict=True):
