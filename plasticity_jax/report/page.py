@@ -209,7 +209,7 @@ def _shown_tables(results: StudyResults) -> dict[str, dict[str, Any]]:
     for name, table in tables().items():
         rows = table.rows(results) if table.on_page else []
         names = list(dict.fromkeys(key for row in rows for key in row))
-        if table.on_page:
+        if rows or (table.on_page and not table.optional):
             shown[name] = {"title": table.title or name, "table": table, "columns": names, "rows": rows[:ROWS_SHOWN], "count": len(rows)}
     return shown
 

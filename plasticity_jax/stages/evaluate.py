@@ -468,6 +468,7 @@ STAGE = Stage(
             regraded_rows,
             title="Completions graded again",
             caption="Metrics of the same completions as first graded, and graded again the clean way or as the original does (evaluate --regrade).",
+            optional=True,
         ),
         "gains": Table(gain_rows, on_page=False),
         "correlation": Table(correlation_rows, on_page=False),

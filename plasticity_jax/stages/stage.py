@@ -112,12 +112,14 @@ class Table:
       title: heading on the page; by default the table's name.
       caption: one or two sentences below the heading: what a row is, units.
       on_page: False for a table that is a CSV file only.
+      optional: leave it out of the page while it has no rows, because not every study has any.
     """
 
     rows: "Callable[[StudyResults], Rows]"
     title: str = ""
     caption: str = ""
     on_page: bool = True
+    optional: bool = False
 
 
 @dataclass(frozen=True)

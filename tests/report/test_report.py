@@ -74,6 +74,7 @@ def words(study) -> str:
 
 def test_every_section_and_figure_is_there(page):
     assert SECTIONS <= set(page.ids)
+    assert "table-regraded" not in page.ids, "nothing was graded again"
     assert {f"figure-{name}" for name in figures()} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids)), "two figures share an id"
     for word in (
