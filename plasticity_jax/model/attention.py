@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from plasticity_jax.config import ModelConfig, RopeScaling
+from plasticity_jax.model import cpu
 from plasticity_jax.model.layers import Initializer, Linear, RMSNorm, at_least_float32
 
 # Cosines and sines; the batch axis is 1 if all rows share their positions.
@@ -24,7 +25,8 @@ def rope_tables(positions_BxT: Int[Array, "b T"], head_dim: int, theta: float, s
         kept_E = jnp.clip((turns_E - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0)
         frequency_E = frequency_E * (kept_E + (1.0 - kept_E) / scaling.factor)
     angle_BxTxE = positions_BxT[..., None].astype(frequency_E.dtype) * frequency_E
-    return jnp.cos(angle_BxTxE), jnp.sin(angle_BxTxE)
+    cos_BxTxE, sin_BxTxE = cpu.computed_once(jnp.cos(angle_BxTxE), jnp.sin(angle_BxTxE))
+    return cos_BxTxE, sin_BxTxE
 
 
 def apply_rope(x_BxTxHxD: Float[Array, "B T H D"], rope: Rope) -> Float[Array, "B T H D"]:
@@ -58,12 +60,19 @@ def attend(
     # The heads of a group are rows of one matmul, so keys and values are never repeated.
     q_BxKxGTxD = q_BxTxHxD.reshape(batch, queries, n_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q_BxKxGTxD = q_BxKxGTxD.reshape(batch, n_kv_heads, group * queries, head_dim)
-    scores = jnp.einsum("bkrd,bskd->bkrs", q_BxKxGTxD, k_BxSxKxD, preferred_element_type=at_least_float32(q_BxTxHxD.dtype))
+    wide = at_least_float32(q_BxTxHxD.dtype)
+    if cpu.allowed():
+        scores = cpu.matmul(q_BxKxGTxD, k_BxSxKxD.transpose(0, 2, 3, 1), wide)
+    else:
+        scores = jnp.einsum("bkrd,bskd->bkrs", q_BxKxGTxD, k_BxSxKxD, preferred_element_type=wide)
     scores_BxKxGxTxS = scores.reshape(batch, n_kv_heads, group, queries, keys) * head_dim**-0.5
     scores_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS, jnp.finfo(scores.dtype).min)
     probs_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1)
     rows_BxKxGTxS = probs_BxKxGxTxS.reshape(batch, n_kv_heads, group * queries, keys).astype(v_BxSxKxD.dtype)
-    out = jnp.einsum("bkrs,bskd->bkrd", rows_BxKxGTxS, v_BxSxKxD)
+    if cpu.allowed():
+        out = cpu.matmul(rows_BxKxGTxS, v_BxSxKxD.transpose(0, 2, 1, 3), v_BxSxKxD.dtype)
+    else:
+        out = jnp.einsum("bkrs,bskd->bkrd", rows_BxKxGTxS, v_BxSxKxD)
     out_BxTxKxGxD = out.reshape(batch, n_kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4)
     return out_BxTxKxGxD.reshape(q_BxTxHxD.shape), probs_BxKxGxTxS.reshape(batch, n_heads, queries, keys)
 

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from plasticity_jax.config import ModelConfig
+from plasticity_jax.model import cpu
 
 Initializer = nnx.Initializer  # (key, shape, dtype) → array
 
@@ -22,7 +23,7 @@ def project(
     """The matmul x · kernel in `dtype`; with `out_dtype`, accumulated and returned in that dtype."""
     # Two-dimensional operands: contracting batch and time at once, as the weight gradient would, is slow on CPUs.
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    out = jnp.matmul(rows, kernel.astype(dtype), preferred_element_type=out_dtype or dtype)
+    out = cpu.matmul(rows, kernel.astype(dtype), out_dtype or dtype)
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 

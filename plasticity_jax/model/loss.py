@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from plasticity_jax.model import cpu
 from plasticity_jax.model.layers import at_least_float32, project
 from plasticity_jax.parallel.sharding import ROWS, constrain
 
@@ -71,6 +72,7 @@ def vocabulary_losses(
     """
     chunks = math.gcd(chunks, targets_BxT.shape[1])
 
+    @cpu.forms(mesh, compute_dtype)
     def losses(x, targets):
         logits_BxTxV = project(x, kernel_DxV, compute_dtype, out_dtype=at_least_float32(compute_dtype))
         return token_losses(constrain(mesh, logits_BxTxV, ROWS, None, "tensor"), targets)

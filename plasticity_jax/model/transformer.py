@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from plasticity_jax.config import ModelConfig
+from plasticity_jax.model import cpu
 from plasticity_jax.model.attention import Attention, Rope, attend, attention_mask, rope_tables
 from plasticity_jax.model.layers import MLP, Embedding, Initializer, Linear, RMSNorm, at_least_float32, project
 from plasticity_jax.model.param_count import count_params as count_params
@@ -195,9 +196,10 @@ def hidden_states(
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     decoder_graph, block_graph = graphs(config)
     decoder = nnx.merge(decoder_graph, params | gather(mesh, {"embed": params["embed"]}, compute_dtype, sums=True))
-    rope = rope_of(config, jnp.arange(tokens_BxT.shape[1])[None] if positions is None else jnp.asarray(positions))
+    rope = cpu.forms(mesh, compute_dtype)(rope_of)(config, jnp.arange(tokens_BxT.shape[1])[None] if positions is None else jnp.asarray(positions))
     mask = attention_mask(tokens_BxT.shape[1], segment_ids) if attention == "xla" else None
 
+    @cpu.forms(mesh, compute_dtype)
     def run_block(x_BxTxD, layer: Params):
         block = nnx.merge(block_graph, gather(mesh, layer, compute_dtype, prefix="blocks", of_layer=True))
         q, k, v = block.qkv(x_BxTxD, rope, compute_dtype)
