@@ -1,4 +1,4 @@
-"""Intervals and correlations. Every interval is a 95% interval; the same seed gives the same interval."""
+"""Intervals, tests and correlations. Every interval is a 95% interval; the same seed gives the same interval. docs/statistics.md says what is used where."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,32 +32,24 @@ class Blocks(NamedTuple):
     document: Sequence | np.ndarray
 
 
-def bootstrap_mean(x: Series, *, samples: int, seed: int) -> Estimate:
-    """Mean of `x` with its percentile bootstrap interval.
+def bootstrap_mean(groups: Sequence[Series], *, samples: int, seed: int) -> Estimate:
+    """Mean over groups of their means with its percentile bootstrap interval; each group is resampled by itself.
 
     Args:
-      x: one value per problem, [n].
+      groups: one value per problem, [n] for each task. For a paired difference give the differences.
       samples: number of resamples.
       seed: of the resampling.
     Raises:
-      ValueError: `x` is empty or not one-dimensional, or `samples` is below 1.
+      ValueError: no group, one that is empty or not one-dimensional, or `samples` is below 1.
     """
-    x_n = _column(x, "x")
-    ones_n = np.ones_like(x_n)
-    return _estimate(x_n.mean(), _resampled_ratio(x_n, ones_n, len(x_n), samples, np.random.default_rng(seed)))
-
-
-def paired_bootstrap(a: Series, b: Series, *, samples: int, seed: int) -> Estimate:
-    """Mean of `a - b` with its percentile bootstrap interval; both are resampled with the same problems.
-
-    Args:
-      a, b: one value per problem, [n] each, the same problems in the same order.
-      samples, seed: as in `bootstrap_mean`.
-    Raises:
-      ValueError: the two differ in length, or as in `bootstrap_mean`.
-    """
-    a_n, b_n = _pair(a, b, "a", "b")
-    return bootstrap_mean(a_n - b_n, samples=samples, seed=seed)
+    if not len(groups):
+        raise ValueError("there is no group; give at least one.")
+    rng, means, resampled = np.random.default_rng(seed), [], []
+    for group in groups:
+        x_n = _column(group, "a group")
+        means.append(x_n.mean())
+        resampled.append(_resampled_ratio(x_n, np.ones_like(x_n), len(x_n), samples, rng))
+    return _estimate(float(np.mean(means)), np.mean(resampled, axis=0))
 
 
 def cluster_bootstrap_gap(seen: Blocks, held_out: Blocks, *, samples: int, seed: int) -> Estimate:
@@ -90,6 +82,135 @@ def cluster_bootstrap_gap(seen: Blocks, held_out: Blocks, *, samples: int, seed:
             gap += sign * n / total * loss_n.mean()
             resampled_s += sign * n / total * _resampled_ratio(sums_m, sizes_m, draws, samples, rng)
     return _estimate(gap, resampled_s)
+
+
+class Effect(NamedTuple):
+    """A mean over units, which are pretraining seeds as a rule, with its two-sided 95% interval and one-sided p values.
+
+    Attributes:
+      value: the mean.
+      low, high: ends of the interval.
+      error: standard error of the mean.
+      units: number of units; the t distribution has one degree of freedom less.
+      above: p value for the mean being above 0; small where it is.
+      below: the same for below 0.
+    """
+
+    value: float
+    low: float
+    high: float
+    error: float
+    units: int
+    above: float
+    below: float
+
+    @property
+    def p(self) -> float:
+        """Two-sided p value for the mean being 0."""
+        return min(1.0, 2 * min(self.above, self.below))
+
+    def within(self, delta: float) -> bool:
+        """Whether the interval lies inside (−delta, delta): two one-sided tests at 2.5% each. Source: Schuirmann 1987."""
+        return -delta < self.low and self.high < delta
+
+
+def unit_effect(groups: Sequence[np.ndarray], *, sampled: bool, floor: float = 0.0) -> Effect:
+    """Mean over groups, units and items, where the unit is what was drawn: a t interval over units, items paired within them.
+
+    Args:
+      groups: one [units, items] each, such as a contrast between λ by pretraining seed and problem of a task. Groups weigh alike.
+      sampled: whether the items stand for others of their kind, as problems do, and heads do not. Then what an item has in common over the units
+        counts as error too: the variance of the mean is (S − R)/U + C, with S the variance between units, R its part from items within a unit, and C
+        the variance of the mean over items of their means over units, less that part.
+      floor: variance of one unit's value that is known from within it, such as that of a bootstrap over documents.
+    Returns:
+      The effect, with units − 1 degrees of freedom. S is not taken to be below R or `floor`: few units agree by chance, and the items say how much
+      they must differ at least.
+    Raises:
+      ValueError: fewer than two units, groups that differ in their units, an empty group, or a number that is not finite.
+    Source: two crossed random factors, as in Clark 1973, "The language-as-fixed-effect fallacy", with the smallest of the degrees of freedom.
+    """
+    tables = [np.asarray(group, np.float64) for group in groups]
+    shapes = [table.shape for table in tables]
+    if not tables or any(len(shape) != 2 or shape[0] != shapes[0][0] or shape[1] < 1 for shape in shapes):
+        raise ValueError(f"groups have shapes {shapes}; give [units, items] with the same units and at least one item.")
+    units = shapes[0][0]
+    if units < 2:
+        raise ValueError(f"{units} unit has no spread; give at least two.")
+    if not all(np.all(np.isfinite(table)) for table in tables):
+        raise ValueError("a number is not finite; leave its unit out.")
+    value_u = np.mean([table.mean(axis=1) for table in tables], axis=0)
+    between, residual, shared = float(value_u.var(ddof=1)), 0.0, 0.0
+    for table in tables:
+        items = table.shape[1]
+        if items > 1:
+            rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+            of_item = float((rest**2).sum() / ((units - 1) * (items - 1)))
+            residual += of_item / items / len(tables) ** 2
+            if sampled:
+                shared += max(0.0, float(table.mean(axis=0).var(ddof=1)) - of_item / units) / items / len(tables) ** 2
+    return t_effect(float(value_u.mean()), float(np.sqrt(max(between, residual, floor) / units + shared)), units)
+
+
+def t_effect(value: float, error: float, units: int) -> Effect:
+    """An effect from its value and standard error, with the t distribution of units − 1 degrees of freedom."""
+    from scipy.stats import t
+
+    if error == 0:
+        return Effect(value, value, value, error, units, *((0.0, 1.0) if value > 0 else (1.0, 0.0) if value < 0 else (0.5, 0.5)))
+    reach, score = error * float(t.ppf((1 + LEVEL) / 2, units - 1)), value / error
+    return Effect(value, value - reach, value + reach, error, units, float(t.sf(score, units - 1)), float(t.cdf(score, units - 1)))
+
+
+def trend_weights(points: int) -> Float[np.ndarray, " points"]:
+    """[points] weights of a linear contrast over ranks: applied to values on a straight line, they give the last less the first.
+
+    Ranks of λ are those of the timescale, reversed, so no unit of either matters, and λ = 0, whose timescale is infinite, has its place.
+
+    Raises:
+      ValueError: fewer than two points.
+    """
+    if points < 2:
+        raise ValueError(f"{points} point has no trend; give at least two.")
+    x = np.linspace(-0.5, 0.5, points)
+    return x / (x**2).sum()
+
+
+def holm(p: Series) -> Float[np.ndarray, " n"]:
+    """[n] p values adjusted for their number by Holm's procedure, at most 1. Source: Holm 1979."""
+    p_n = _column(p, "p")
+    order, adjusted = np.argsort(p_n, kind="stable"), np.empty_like(p_n)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p_n[order] * np.arange(len(p_n), 0, -1)))
+    return adjusted
+
+
+def t_power(difference: float, deviation: float, units: int) -> float:
+    """Probability that a two-sided paired t test at 5% finds a difference and gives it the right sign.
+
+    Args:
+      difference: the true mean, above 0.
+      deviation: standard deviation of the paired differences between units.
+      units: number of pairs; below two nothing is ever found.
+    """
+    from scipy.stats import nct, t
+
+    if units < 2:
+        return 0.0
+    return float(nct.sf(t.ppf((1 + LEVEL) / 2, units - 1), units - 1, difference / deviation * np.sqrt(units)))
+
+
+def detectable(deviation: float, units: int, power: float) -> float:
+    """The smallest difference that `t_power` finds with probability `power`; infinite below two units."""
+    from scipy.optimize import brentq
+
+    if units < 2:
+        return float("inf")
+    return float(brentq(lambda difference: t_power(difference, deviation, units) - power, 1e-9 * deviation, 200 * deviation))
+
+
+def units_needed(difference: float, deviation: float, power: float, most: int = 1000) -> int | None:
+    """The fewest units with which `t_power` is at least `power`; None above `most`."""
+    return next((units for units in range(2, most + 1) if t_power(difference, deviation, units) >= power), None)
 
 
 def wilson_interval(successes: int, n: int, *, level: float = LEVEL) -> tuple[float, float]:

@@ -5,7 +5,7 @@ python tests/report/simulated_study.py            how often each claim gets a ve
 
 import argparse
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
