@@ -85,50 +85,81 @@ def cluster_bootstrap_gap(seen: Blocks, held_out: Blocks, *, samples: int, seed:
 
 
 class Effect(NamedTuple):
-    """A mean over units, which are pretraining seeds as a rule, with its two-sided 95% interval and one-sided p values.
+    """A mean over units, which are pretraining seeds as a rule, and what its uncertainty is made of.
+
+    At a two-sided level 1 − a, with t of units − 1 degrees of freedom and z of the normal distribution, both at 1 − a / 2, the interval is value ± h,
+    h² = max(t · between, z · least)² + (z · shared)². The p values are the levels at which it just touches 0.
 
     Attributes:
       value: the mean.
-      low, high: ends of the interval.
-      error: standard error of the mean.
-      units: number of units; the t distribution has one degree of freedom less.
-      above: p value for the mean being above 0; small where it is.
-      below: the same for below 0.
+      between: standard error from the spread over units.
+      least: standard error that the items within the units give by themselves; few units agree by chance, and are not taken to differ less.
+      shared: standard error from what items have in common over the units.
+      units: number of units.
+    Source: the sum of squared half widths is that of Graybill and Wang 1980 for sums of variances.
     """
 
     value: float
-    low: float
-    high: float
-    error: float
+    between: float
+    least: float
+    shared: float
     units: int
-    above: float
-    below: float
+
+    @property
+    def low(self) -> float:
+        return self.value - self._reach((1 - LEVEL) / 2)
+
+    @property
+    def high(self) -> float:
+        return self.value + self._reach((1 - LEVEL) / 2)
+
+    def above(self, margin: float = 0.0) -> float:
+        """One-sided p value for the mean being above `margin`; small where it is."""
+        return self._tail(self.value - margin)
+
+    def below(self, margin: float = 0.0) -> float:
+        """One-sided p value for the mean being below `margin`."""
+        return self._tail(margin - self.value)
 
     @property
     def p(self) -> float:
         """Two-sided p value for the mean being 0."""
-        return min(1.0, 2 * min(self.above, self.below))
+        return min(1.0, 2 * min(self.above(), self.below()))
 
     def within(self, delta: float) -> bool:
         """Whether the interval lies inside (−delta, delta): two one-sided tests at 2.5% each. Source: Schuirmann 1987."""
         return -delta < self.low and self.high < delta
 
+    def _reach(self, tail: float) -> float:
+        from scipy.special import ndtri, stdtrit
+
+        t, z = -float(stdtrit(self.units - 1, tail)), -float(ndtri(tail))
+        return float(np.hypot(max(t * self.between, z * self.least), z * self.shared))
+
+    def _tail(self, distance: float) -> float:
+        from scipy.optimize import brentq
+
+        if distance == 0:
+            return 0.5
+        if distance < 0:
+            return 1 - self._tail(-distance)
+        smallest = -30.0  # log of the smallest p that is told apart from 0
+        if self._reach(np.exp(smallest)) <= distance:
+            return 0.0
+        return float(np.exp(brentq(lambda log: self._reach(np.exp(log)) - distance, smallest, np.log(0.5))))
+
 
 def unit_effect(groups: Sequence[np.ndarray], *, sampled: bool, floor: float = 0.0) -> Effect:
-    """Mean over groups, units and items, where the unit is what was drawn: a t interval over units, items paired within them.
+    """Mean over groups, units and items, where the unit is what was drawn; items are paired within units.
 
     Args:
       groups: one [units, items] each, such as a contrast between λ by pretraining seed and problem of a task. Groups weigh alike.
       sampled: whether the items stand for others of their kind, as problems do, and heads do not. Then what an item has in common over the units
-        counts as error too: the variance of the mean is (S − R)/U + C, with S the variance between units, R its part from items within a unit, and C
-        the variance of the mean over items of their means over units, less that part.
+        counts as error too.
       floor: variance of one unit's value that is known from within it, such as that of a bootstrap over documents.
-    Returns:
-      The effect, with units − 1 degrees of freedom. S is not taken to be below R or `floor`: few units agree by chance, and the items say how much
-      they must differ at least.
     Raises:
       ValueError: fewer than two units, groups that differ in their units, an empty group, or a number that is not finite.
-    Source: two crossed random factors, as in Clark 1973, "The language-as-fixed-effect fallacy", with the smallest of the degrees of freedom.
+    Source: two crossed random factors, as in Clark 1973, "The language-as-fixed-effect fallacy".
     """
     tables = [np.asarray(group, np.float64) for group in groups]
     shapes = [table.shape for table in tables]
@@ -139,27 +170,18 @@ def unit_effect(groups: Sequence[np.ndarray], *, sampled: bool, floor: float = 0
         raise ValueError(f"{units} unit has no spread; give at least two.")
     if not all(np.all(np.isfinite(table)) for table in tables):
         raise ValueError("a number is not finite; leave its unit out.")
-    value_u = np.mean([table.mean(axis=1) for table in tables], axis=0)
-    between, residual, shared = float(value_u.var(ddof=1)), 0.0, 0.0
+    value_u = np.mean([table.mean(axis=1) for table in tables], axis=0).round(12)  # less is rounding of sums, which would look like agreement
+    least, shared = 0.0, 0.0
     for table in tables:
         items = table.shape[1]
         if items > 1:
             rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
             of_item = float((rest**2).sum() / ((units - 1) * (items - 1)))
-            residual += of_item / items / len(tables) ** 2
+            least += of_item / items / len(tables) ** 2
             if sampled:
                 shared += max(0.0, float(table.mean(axis=0).var(ddof=1)) - of_item / units) / items / len(tables) ** 2
-    return t_effect(float(value_u.mean()), float(np.sqrt(max(between, residual, floor) / units + shared)), units)
-
-
-def t_effect(value: float, error: float, units: int) -> Effect:
-    """An effect from its value and standard error, with the t distribution of units − 1 degrees of freedom."""
-    from scipy.stats import t
-
-    if error == 0:
-        return Effect(value, value, value, error, units, *((0.0, 1.0) if value > 0 else (1.0, 0.0) if value < 0 else (0.5, 0.5)))
-    reach, score = error * float(t.ppf((1 + LEVEL) / 2, units - 1)), value / error
-    return Effect(value, value - reach, value + reach, error, units, float(t.sf(score, units - 1)), float(t.cdf(score, units - 1)))
+    between, least = np.sqrt(value_u.var(ddof=1) / units), np.sqrt(max(least, floor) / units)
+    return Effect(float(value_u.mean().round(12)), float(between), float(least), float(np.sqrt(shared)), units)
 
 
 def trend_weights(points: int) -> Float[np.ndarray, " points"]:

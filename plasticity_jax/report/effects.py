@@ -135,6 +135,15 @@ def measured(results: StudyResults, measure: Measure, points: Sequence[Any]) -> 
     return {point: float(np.mean(values)) for point, values in found.items() if values}
 
 
+def left_out(results: StudyResults, measure: Measure, points: Sequence[Any]) -> str:
+    """Which results at these points cannot be used and why, as sentences with a space before each; empty where all can."""
+    members = [m for point in points for m in results.at(point)]
+    broken = [m.name for m in members if measure.groups(m) and measure.finite(m) is None]
+    missing = [m.name for m in members if not measure.groups(m)]
+    said = f" Not a finite number, so left out: {', '.join(broken)}." if broken else ""
+    return said + (f" No result: {', '.join(missing)}." if missing else "")
+
+
 def measures(results: StudyResults) -> list[Measure]:
     """Every measure that a stage declares, for those that some member has."""
     declared = [measure for stage in stages().values() for measure in guarded(stage, "measures", stage.measures, [])(results)]

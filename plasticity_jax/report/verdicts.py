@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from plasticity_jax.analysis.statistics import holm, t_effect
-from plasticity_jax.report.effects import Contrast, Measure, difference, measured, trend
+from plasticity_jax.analysis.statistics import holm
+from plasticity_jax.report.effects import Contrast, Measure, difference, left_out, measured, trend
 from plasticity_jax.report.results import StudyResults
 from plasticity_jax.stages import guarded, stages
 from plasticity_jax.study.sweep import DECAY
@@ -113,14 +113,17 @@ def judged(results: StudyResults, claim: str, source: str, rule: str, found: Fou
     return Verdict(claim, source, rule, found.evidence, verdict, *shown.interval, shown.over, shown.seeds, p, delta=found.delta)
 
 
+def finished_losses(results: StudyResults) -> dict[float, float]:
+    """λ → held-out loss, a mean over seeds, ascending; without λ that diverged with any seed."""
+    diverged = {m.point for m in results.members if m.state == "diverged"}
+    return {decay: loss for decay, loss in sorted(results.losses.items()) if decay not in diverged}
+
+
 def useful_range(results: StudyResults) -> list[float]:
     """λ from the smallest to the largest whose held-out loss, a mean over seeds, is at most USEFUL_LOSS above the lowest; none that diverged."""
-    diverged = {m.point for m in results.members if m.state == "diverged"}
-    losses = {decay: loss for decay, loss in results.losses.items() if decay not in diverged}
-    if not losses:
-        return []
-    largest = max(decay for decay, loss in losses.items() if loss <= min(losses.values()) + USEFUL_LOSS)
-    return sorted(decay for decay in losses if decay <= largest)
+    losses = finished_losses(results)
+    largest = max((decay for decay, loss in losses.items() if loss <= min(losses.values()) + USEFUL_LOSS), default=0.0)
+    return [decay for decay in losses if decay <= largest]
 
 
 def trend_found(results: StudyResults, measures: Sequence[Measure], sign: int, what: str) -> Found:
@@ -129,9 +132,11 @@ def trend_found(results: StudyResults, measures: Sequence[Measure], sign: int, w
     A trend supports a claim unless a step between neighbors goes the other way with confidence (Holm over the steps). Any measure that goes the other
     way contradicts it, at a level divided by their number.
     """
-    points = [d for d in useful_range(results) if all(d in measured(results, measure, [d]) for measure in measures)]
+    useful = useful_range(results)
+    points = [d for d in useful if all(d in measured(results, measure, [d]) for measure in measures)]
+    missing = "".join(dict.fromkeys(left_out(results, measure, useful) for measure in measures))
     if len(points) < 2:
-        return Found(f"Fewer than two λ of the useful range have {what}.")
+        return Found(f"Fewer than two λ of the useful range have {what}.{missing}")
     shown = ", ".join(f"{value:.3f} at λ={d:.4g}" for d, value in measured(results, measures[0], points).items())
     wholes, steps = [], []
     for measure in measures:
@@ -140,7 +145,7 @@ def trend_found(results: StudyResults, measures: Sequence[Measure], sign: int, w
         steps += between
     word = "Rise" if sign > 0 else "Fall"
     texts = [f"{word} of {measure.name} {whole.text}." for measure, whole in zip(measures, wholes)]
-    evidence = f"{measures[0].name}: {shown}. From λ={points[0]:.4g} to λ={points[-1]:.4g} along a line over ranks: " + " ".join(texts)
+    evidence = f"{measures[0].name}: {shown}. From λ={points[0]:.4g} to λ={points[-1]:.4g} along a line over ranks: " + " ".join(texts) + missing
     first = wholes[0]
     if first.value is None:
         return Found(evidence + " No pretraining seed has all of these λ.")
@@ -149,12 +154,15 @@ def trend_found(results: StudyResults, measures: Sequence[Measure], sign: int, w
     effects = [whole.effect for whole in wholes if whole.effect is not None]
     if len(effects) < len(wholes):
         return Found(evidence, first, delta=measures[0].delta)
-    back = holm([step.effect.below if step.effect is not None else 1.0 for step in steps])
-    supports = max(effect.above for effect in effects)
-    if min(back) <= ONE_SIDED:
+    back = holm([step.effect.below() if step.effect is not None else 1.0 for step in steps])
+    supports = max(effect.above() for effect in effects)
+    if supports <= ONE_SIDED and min(back) <= ONE_SIDED:
         supports, evidence = 1.0, evidence + " A step between neighboring λ goes the other way."
-    contradicts = min(1.0, len(effects) * min(effect.below for effect in effects))
-    return Found(evidence, first, supports, contradicts, effects[0].within(measures[0].delta), measures[0].delta, True)
+    contradicts = min(1.0, len(effects) * min(effect.below() for effect in effects))
+    delta = measures[0].delta
+    of_first = [whole.effect for whole in (first, *steps[: len(points) - 1])]
+    no_effect = all(effect is not None and effect.within(delta) for effect in of_first)
+    return Found(evidence, first, supports, contradicts, no_effect, delta, True)
 
 
 TREND_RULE = (
@@ -162,7 +170,8 @@ TREND_RULE = (
     f"{USEFUL_LOSS} nats above the lowest), then a t test over seeds"
 )
 WORDS_RULE = (
-    "Supports or contradicts if the 95% interval of the change excludes 0 on that side; “no effect larger than δ” if it lies within ±{delta}."
+    "Supports or contradicts if the 95% interval of the change excludes 0 on that side; “no effect larger than δ” if it, and that "
+    "of every step between neighbors, lies within ±{delta}."
 )
 
 
@@ -203,26 +212,26 @@ def loss_is_u_shaped(results: StudyResults) -> Verdict:
 
 
 def _u_shape(results: StudyResults) -> Found:
-    losses, measure = sorted(results.losses.items()), loss_measure()
-    shown = ", ".join(f"{loss:.3f} at λ={decay:.4g}" for decay, loss in losses) or "no finished member"
+    found, measure = finished_losses(results), loss_measure()
+    shown = ", ".join(f"{loss:.3f} at λ={decay:.4g}" for decay, loss in found.items()) or "no finished member"
     evidence = f"Held-out loss in nats per token: {shown}."
-    if len(losses) < 3:
+    if len(found) < 3:
         return Found(evidence + " Fewer than three λ have finished.")
-    (first, _), *inner, (last, _) = losses
-    inside, ends = [decay for decay, _ in inner], [first, last]
+    first, *inside, last = found
+    ends = [first, last]
 
     @functools.cache
     def lead(decay: float, other: float) -> Contrast:
         return difference(results, measure, decay, other)  # a lower loss is the better one
 
-    best, end = (min(among, key=lambda d: results.losses[d]) for among in (inside, ends))
+    best, end = (min(among, key=lambda d: found[d]) for among in (inside, ends))
     compared = lead(best, end)
     evidence += f" λ={end:.4g} less λ={best:.4g}: {compared.text}."
     effects = [lead(decay, other).effect for decay in inside for other in ends]
     if any(effect is None for effect in effects):
         return Found(evidence, compared, delta=LOSS_MARGIN)
     supports = some_lead(lead, inside, ends, LOSS_MARGIN)
-    contradicts = some_lead(lead, ends, inside, LOSS_MARGIN) if len(losses) == len(results.points) else 1.0
+    contradicts = some_lead(lead, ends, inside, LOSS_MARGIN) if len(found) == len(results.points) else 1.0
     no_effect = all(effect is not None and effect.within(LOSS_MARGIN) for effect in effects)
     return Found(evidence, compared, supports, contradicts, no_effect, LOSS_MARGIN, True)
 
@@ -237,7 +246,7 @@ def some_lead(lead: Callable[[Any, Any], Contrast], candidates: Sequence[Any], o
     found = []
     for candidate in candidates:
         effects = [lead(candidate, other).effect for other in others]
-        found.append(max((1.0 if e is None else t_effect(e.value - margin, e.error, e.units).above for e in effects), default=1.0))
+        found.append(max((1.0 if e is None else e.above(margin) for e in effects), default=1.0))
     return min(1.0, len(found) * min(found, default=1.0))
 
 
@@ -258,16 +267,16 @@ def downstream_prefers_more(results: StudyResults) -> Verdict:
 def _downstream(results: StudyResults) -> Found:
     if not results.learned:
         return Found(_nothing_learned(results))
-    measure, useful = score_measure(results.learned, gain=False), useful_range(results)
-    scores = measured(results, measure, list(results.losses))
+    measure, useful, finished = score_measure(results.learned, gain=False), useful_range(results), finished_losses(results)
+    scores = measured(results, measure, list(finished))
     if len(scores) < 2:
-        return Found("Fewer than two λ have a score on every learned task.")
+        return Found("Fewer than two λ have a score on every learned task." + left_out(results, measure, list(finished)))
 
     @functools.cache
     def lead(decay: float, other: float) -> Contrast:
         return difference(results, measure, other, decay)
 
-    losses = {d: results.losses[d] for d in scores}
+    losses = {d: finished[d] for d in scores}
     lowest, best = min(losses, key=lambda d: losses[d]), max(scores, key=lambda d: scores[d])
     optima = [d for d in sorted(losses) if losses[d] <= losses[lowest] + LOSS_MARGIN or _may_tie(results, lowest, d)]
     evidence = [f"Lowest loss at λ={' or '.join(f'{d:.4g}' for d in optima)}, best score {scores[best]:.3f} at λ={best:.4g}."]
@@ -291,7 +300,7 @@ def _downstream(results: StudyResults) -> Found:
 def _may_tie(results: StudyResults, lowest: float, decay: float) -> bool:
     """Whether the seeds leave open that this λ has the lowest loss; one seed leaves that to LOSS_MARGIN alone."""
     effect = difference(results, loss_measure(), lowest, decay).effect
-    return effect is not None and effect.above > 2 * ONE_SIDED
+    return effect is not None and effect.above() > 2 * ONE_SIDED
 
 
 def gain_rises(results: StudyResults) -> Verdict:
