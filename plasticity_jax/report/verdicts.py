@@ -289,6 +289,8 @@ def _downstream(results: StudyResults) -> Found:
             continue
         compared = lead(max(rest, key=lambda d: scores[d]), max(below, key=lambda d: scores[d]))
         shown = compared if shown.value is None else shown
+        if compared.constant:
+            return Found(evidence[0] + " The score is the same number for every model, so nothing can be compared.", compared)
         evidence.append(f"Best at or above λ={optimum:.4g} less best below it: {compared.text}.")
         supports = max(supports, some_lead(lead, [d for d in rest if d in useful], below))
         contradicts = max(contradicts, some_lead(lead, below, rest))

@@ -246,7 +246,7 @@ STAGE = Stage(
         "gap": Figure(
             "Seen / held-out gap",
             "Loss on held-out text less loss on text seen in training, on equal tokens. A unigram model must show no gap. 95% intervals over documents.",
-            lambda results: any(m.record("gap") for m in results.members),
+            lambda results: any(gap_of(m) is not None for m in results.members),
             _draw,
         )
     },
