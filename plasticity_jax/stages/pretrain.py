@@ -131,7 +131,7 @@ def _member_rows(results: "StudyResults") -> Rows:
     rows = []
     for m in results.members:
         found: Any = m.pretrain
-        held_out = found.held_out if found else {}
+        held_out = (found.held_out or {}) if found else {}
         rows.append(
             member_row(
                 m,

@@ -152,10 +152,10 @@ def _draw(results: "StudyResults") -> "Drawing":
         for point in results.points:
             found = [of for m in results.at(point) if (of := of_set(m, name))]
             if found:
-                accuracy = np.mean([f["accuracy"] for f in found], axis=0)
+                accuracy = np.mean([np.asarray(f["accuracy"], np.float64) for f in found], axis=0)  # "nan" is a word in results.json
                 axes.plot(range(len(accuracy)), accuracy, color=drawing.color(results, point), marker=drawing.marker(results, point))
                 axes.set_xticks(range(len(accuracy)), [layer.replace("block", "block ") for layer in found[0]["layers"]])
-                majority = found[0]["majority"]
+                majority = float(found[0]["majority"])
         axes.axhline(majority, color=drawing.MUTED, linewidth=1.0, linestyle=":", zorder=1)
         axes.annotate(
             "majority class",

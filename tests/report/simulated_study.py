@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from plasticity_jax.config import GridConfig, ProbeConfig, ReportConfig, StudyConfig, TaskConfig, grid_members
+from plasticity_jax.report.page import FAILURES
 from plasticity_jax.report.results import MemberResults, Outcomes, Score, StudyResults
 from plasticity_jax.report.verdicts import verdicts
+from plasticity_jax.stages.pretrain import Pretrained
 from plasticity_jax.study.power import study_power
 from plasticity_jax.study.sweep import study_axis
 
@@ -83,7 +85,7 @@ def _right(shape: tuple[np.ndarray, np.ndarray], point: int, shift: float, rng: 
 def _score(shape, point: int, shifts: list[float], rng) -> Score:
     greedy = [_right(shape, point, shift, rng) for shift in shifts]
     outcomes = tuple(Outcomes(found, None, None, 0, None, None) for found in greedy)
-    return Score({"pass@1": float(np.mean(greedy))}, np.mean(greedy, axis=0), {}, 0.1, (), outcomes)
+    return Score({"pass@1": float(np.mean(greedy))}, np.mean(greedy, axis=0), dict.fromkeys(FAILURES, 0.0), 0.1, (Path("simulated"),), outcomes)
 
 
 def _member(truth: Truth, member: Any, shapes: dict, documents: np.ndarray, rng: np.random.Generator) -> MemberResults:
@@ -118,7 +120,24 @@ def _member(truth: Truth, member: Any, shapes: dict, documents: np.ndarray, rng:
             )
         },
     }
-    pretrain: Any = SimpleNamespace(held_out={"loss": loss}, tokens=20_000, parameters=1000, diverged=None)
+    pretrain = Pretrained(
+        diverged=None,
+        steps=10,
+        tokens=20_000,
+        seconds=1.0,
+        tokens_per_second=1.0,
+        parameters=1000,
+        weight_decay=member.weight_decay,
+        peak_lr=1e-3,
+        lr_times_decay=1e-3 * member.weight_decay,
+        timescale_steps=None,
+        timescale_share=None,
+        decay_table={},
+        compute_dtype="float32",
+        train_loss=loss,
+        held_out={"loss": loss, "bits_per_byte": loss / 2, "domains": {}},
+        norms={},
+    )
     before = {name: _score(shapes[name], point, [base], rng) for name in ("one", "two")}
     after = {name: _score(shapes[name], point, tuned, rng) for name in ("one", "two")}
     return MemberResults(member, member.weight_decay, "done", "", pretrain, (), before, after, found, {})
