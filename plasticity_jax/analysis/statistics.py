@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -146,7 +146,8 @@ class Effect(NamedTuple):
         smallest = -30.0  # log of the smallest p that is told apart from 0
         if self._reach(np.exp(smallest)) <= distance:
             return 0.0
-        return float(np.exp(brentq(lambda log: self._reach(np.exp(log)) - distance, smallest, np.log(0.5))))
+        log_p: Any = brentq(lambda log: self._reach(np.exp(log)) - distance, smallest, np.log(0.5))
+        return float(np.exp(log_p))
 
 
 def unit_effect(groups: Sequence[np.ndarray], *, sampled: bool, floor: float = 0.0) -> Effect:
@@ -227,7 +228,8 @@ def detectable(deviation: float, units: int, power: float) -> float:
 
     if units < 2:
         return float("inf")
-    return float(brentq(lambda difference: t_power(difference, deviation, units) - power, 1e-9 * deviation, 200 * deviation))
+    found: Any = brentq(lambda difference: t_power(difference, deviation, units) - power, 1e-9 * deviation, 200 * deviation)
+    return float(found)
 
 
 def units_needed(difference: float, deviation: float, power: float, most: int = 1000) -> int | None:

@@ -33,7 +33,7 @@ class Measure:
     """
 
     name: str
-    groups: Callable[[MemberResults], Sequence[np.ndarray] | None]
+    groups: Callable[[MemberResults], Sequence[Any] | None]
     items: str
     delta: float
     unit: str = ""

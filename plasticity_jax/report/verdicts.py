@@ -189,10 +189,12 @@ def score_measure(tasks: Sequence[str], *, gain: bool) -> Measure:
         found = []
         for task in tasks:
             after = [outcome.greedy for outcome in member.after[task].outcomes]
-            before = member.before[task].greedy if gain else 0.0
-            if gain and len(before) != len(member.after[task].greedy):
-                return None
-            found.append([row - before for row in after])
+            if gain:
+                before = member.before[task].greedy
+                if len(before) != len(member.after[task].greedy):
+                    return None
+                after = [row - before for row in after]
+            found.append(after)
         return found
 
     return Measure("gain" if gain else "score after", groups, "problems", SCORE_MARGIN, "accuracy")

@@ -177,8 +177,8 @@ def probe_measure(sets: Sequence[str]) -> "Measure":
     from plasticity_jax.report.effects import Measure
 
     def groups(member: "MemberResults"):
-        found = [probe_correct(member, name) for name in sets]
-        return None if any(correct is None for correct in found) else found
+        found = [correct for name in sets if (correct := probe_correct(member, name)) is not None]
+        return found if len(found) == len(sets) else None
 
     return Measure("probe accuracy", groups, "test texts", PROBE_MARGIN, "accuracy")
 
