@@ -290,6 +290,29 @@ def _report(arguments) -> int:
 
 
 @_command(
+    "power",
+    "which differences between weight decays a config's study would see, and how many pretraining seeds it takes",
+    _flag(
+        "--seed-deviation",
+        type=float,
+        metavar="SD",
+        help="standard deviation of a model's mean accuracy over pretraining seeds (0.02; docs/statistics.md says from what)",
+    ),
+    JSON,
+    workdir=False,
+    several=False,
+    memory="",
+)
+def _power(arguments) -> int:
+    from plasticity_jax.runs.jsonfiles import to_json
+    from plasticity_jax.study.power import power_lines, study_power
+
+    found = study_power(arguments.config, arguments.seed_deviation)
+    print(to_json(found) if arguments.json else "\n".join(power_lines(found)))
+    return 0
+
+
+@_command(
     "check",
     "compile the programs of every stage for hardware that need not be here: do they fit, and what does the study take?",
     _flag("--topology", required=True, metavar="T", help="such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8"),

@@ -254,7 +254,7 @@ def test_a_study_over_the_learning_rate_alone(tmp_path, wheels_dir):
         (r["peak_lr"], r["held_out"]["loss"]) for r in found
     ]
     page = (tmp_path / "work" / "rates" / "report" / "index.html").read_text(encoding="utf-8")
-    assert "What does peak learning rate do" in page and "consistent with" not in page.split("<body>")[1]
+    assert "What does peak learning rate do" in page and "no verdict" not in page.split("<body>")[1]
     again = plasticity("finetune", *where, "--base", bases["wd0.1-peak_lr0.01"], "--task", "topic")
     assert again.returncode == 0 and "0 runs carried out" in again.stderr, again.stderr
     dry = plasticity("study", *where, "--dry-run").stdout

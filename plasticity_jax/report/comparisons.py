@@ -1,30 +1,13 @@
-"""Intervals of differences between two points of the swept field, from what is paired: problems, heads, blocks of text."""
+"""Intervals within one run, problems resampled: of a metric of one member, of the difference of two."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from plasticity_jax.config import ReportConfig
-from plasticity_jax.report.results import Score, StudyResults
+from plasticity_jax.report.results import Score
 
 Interval = tuple[float, float, float]  # mean, lower and upper end of the 95% interval
-
-
-def score_difference(results: StudyResults, low: Any, high: Any, tasks: Sequence[str], *, gain: bool) -> Interval | None:
-    """Mean over tasks of (value at `high` − value at `low`), paired by problem; the value is the greedy score after fine-tuning, or the gain.
-
-    Returns:
-      (mean, lower, upper); None unless both points have every task.
-    """
-    differences = []
-    for task in tasks:
-        pair = results.pair(low, high, lambda m, t=task: m.gain(t) if gain else m.after_task(t))
-        if pair is None:
-            return None
-        differences.append(pair[1] - pair[0])
-    return mean_of_means(differences, results) if differences else None
 
 
 def metric_interval(score: Score, name: str, settings: ReportConfig) -> Interval | None:
@@ -63,18 +46,6 @@ def _metric_draws(score: Score, name: str, settings: ReportConfig) -> np.ndarray
 def _times_drawn(problems: int, samples: int, seed: int) -> np.ndarray:
     """[S, P] how often each problem is in each resample."""
     return np.random.default_rng(seed).multinomial(problems, np.full(problems, 1 / problems), size=samples).astype(np.float64)
-
-
-def mean_of_means(values: Sequence[np.ndarray], results: StudyResults) -> Interval:
-    """Mean over groups of their means, each group resampled by itself. 95% percentile bootstrap."""
-    settings = results.config.report
-    generator = np.random.default_rng(settings.seed)
-    draws = np.zeros(settings.bootstrap_samples)
-    for group in values:
-        chosen = generator.integers(len(group), size=(settings.bootstrap_samples, len(group)))
-        draws += np.asarray(group)[chosen].mean(axis=1)
-    lower, upper = np.quantile(draws / len(values), [0.025, 0.975])
-    return float(np.mean([np.mean(group) for group in values])), float(lower), float(upper)
 
 
 def with_interval(name: str, interval: Interval | tuple[float | None, ...] | None) -> dict[str, float | None]:

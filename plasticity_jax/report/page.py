@@ -20,6 +20,7 @@ from plasticity_jax.progress import Progress
 from plasticity_jax.report.browse import completions
 from plasticity_jax.report.comparisons import metric_interval
 from plasticity_jax.report.drawing import STYLE
+from plasticity_jax.report.effects import pairwise_rows
 from plasticity_jax.report.figures import draw_figure, figures
 from plasticity_jax.report.results import MemberResults, Score, StudyResults, collect
 from plasticity_jax.report.sentences import answer, prepared_name, slice_answer, warnings
@@ -95,7 +96,7 @@ def write_report(study_dir: AnyPath) -> AnyPath:
                     written.add(_replace(out / "figures" / f"{full}.png", render(picture, "png")))
                 progress.update(1, note=part.prefix + name)
         numbers = {name: table.rows(results) for name, table in tables().items()}
-        numbers |= {"summary": summary_rows(results), "verdicts": verdict_rows(parts)}
+        numbers |= {"summary": summary_rows(results), "verdicts": verdict_rows(parts), "pairwise": pairwise_rows(results)}
         for name, rows in numbers.items():
             written.add(_replace(out / "tables" / f"{name}.csv", to_csv(rows).encode()))
         progress.update(1, note="tables")
@@ -166,6 +167,7 @@ def render_page(results: StudyResults, parts: Sequence[Part], csv_files: list[st
         "digits": _digits,
         "count": lambda value: "–" if value is None else f"{value:,.0f}",
         "plain": lambda value: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value),
+        "p_value": lambda value: "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
         "general": lambda value: "–" if value is None else f"{value:.3g}",
         "general_or_text": _cell,
         "spoken": lambda part: " ".join(slice_answer(part.results, part.verdicts)),
@@ -184,6 +186,7 @@ def render_page(results: StudyResults, parts: Sequence[Part], csv_files: list[st
         figures_of={section: [name for name, figure in figures().items() if figure.section == section] for section in SECTIONS},
         shown_tables=_shown_tables(results),
         columns=columns(),
+        pairwise=pairwise_rows,
         members=tables()["members"].rows(results),
         tasks=[_task_table(results, task) for task in results.tasks],
         correlation=correlation_rows,

@@ -234,15 +234,6 @@ class StudyResults:
         found = [v for m in self.at(point) if (v := value(m)) is not None]
         return np.mean(found, axis=0) if found else None
 
-    def pair(self, low: Any, high: Any, value: Callable[[MemberResults], Any]) -> tuple[Any, Any] | None:
-        """The values at two points, each averaged over the seeds that have both; None if no seed has."""
-        lows = {m.member.seed: v for m in self.at(low) if (v := value(m)) is not None}
-        highs = {m.member.seed: v for m in self.at(high) if (v := value(m)) is not None}
-        seeds = sorted(set(lows) & set(highs))
-        if not seeds:
-            return None
-        return np.mean([lows[s] for s in seeds], axis=0), np.mean([highs[s] for s in seeds], axis=0)
-
     @cached_property
     def losses(self) -> dict[Any, float]:
         """Point → held-out loss, for the points that have one, in their order."""
@@ -256,7 +247,7 @@ class StudyResults:
 
     def lower_bound(self, task: str) -> tuple[float, float] | None:
         """(95% lower bound of the best member's greedy score after fine-tuning, majority class); None if no member has one."""
-        scores = [m.after[task] for m in self.members if task in m.after]
+        scores = [m.after[task] for m in self.members if task in m.after and np.all(np.isfinite(m.after[task].greedy)) and len(m.after[task].greedy)]
         if not scores:
             return None
         best = max(scores, key=lambda score: score.greedy.mean())

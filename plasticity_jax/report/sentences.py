@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from plasticity_jax.report.comparisons import score_difference
+from plasticity_jax.report.effects import difference
 from plasticity_jax.report.results import StudyResults
-from plasticity_jax.report.verdicts import CANNOT_TELL, CONSISTENT, INCONSISTENT, LOSS_MARGIN, Verdict
+from plasticity_jax.report.verdicts import CONTRADICTS, LOSS_MARGIN, NO_EFFECT, ONE_RUN, SUPPORTS, Verdict, score_measure
 from plasticity_jax.stages import guarded, stages
 from plasticity_jax.study.sweep import DECAY, Axis, facet_axes
 
@@ -19,13 +19,15 @@ SENTENCES = {
     "loss": "Held-out loss was lowest at {best} ({lowest:.3f} nats per token{tie}) and highest at {worst} ({highest:.3f}).",
     "score": "After the same fine-tuning, accuracy averaged over {tasks} was highest at {best} ({score:.3f}){against}.",
     "first is best": ", the {first} {name}",
-    "difference": ", against {score:.3f} at {reference}; the difference of {mean:.3f} has a 95% interval of {lower:+.3f} to {upper:+.3f}, which {sure} "
-    "zero (picking the best afterwards flatters it)",
+    "difference": ", against {score:.3f} at {reference}; the difference of {mean:.3f} has a 95% interval of {lower:+.3f} to {upper:+.3f} over {over} "
+    "(picking the best afterwards flatters it)",
     "nothing learned": "No fine-tuned model scored above the majority class, so nothing can be said about plasticity.",
-    "claims": "Of {claims} claims of the paper, these numbers are consistent with {consistent} and inconsistent with {inconsistent}; for {open} they "
-    "cannot tell.",
+    "claims": "Of {claims} claims of the paper, these numbers support {supports}, contradict {contradicts}, and show no effect larger than δ for {none}; "
+    "for {open} they cannot tell.{holm}",
+    "holm": " After correction for the number of claims (Holm), {standing} of {given} verdicts {stand}.",
+    "no verdict": "One pretraining run: no verdict on any of the {claims} claims of the paper.",
     "one seed": "Every model was pretrained once, so chance in pretraining is not measured, and the intervals cover the choice of test items only.",
-    "seeds": "{every} was pretrained with {seeds} seeds, and the intervals cover the choice of test items only.",
+    "seeds": "{every} was pretrained with {seeds} seeds; intervals and verdicts take the seed as their unit.",
     "no slice": "No member of this part has finished yet.",
     # Warnings.
     "tiny": "Tiny model{plural}: {sizes} parameters{where}. The paper’s models have 500 million to 4 billion; effects need not carry over in either "
@@ -138,21 +140,26 @@ def _against(results: StudyResults, scores: dict, best) -> str:
     reference = next(iter(scores))
     if best == reference:
         return _say("first is best", first=results.axis.first, name=results.axis.name)
-    difference = score_difference(results, reference, best, results.learned, gain=False)
-    if difference is None:
+    found = difference(results, score_measure(results.learned, gain=False), reference, best)
+    if found.value is None or found.low is None or found.high is None:
         return ""
-    mean, lower, upper = difference
-    sure = "excludes" if lower > 0 or upper < 0 else "includes"
-    about = {"score": scores[reference], "reference": results.axis.equation(reference), "mean": round(mean, 3) + 0.0}
-    return _say("difference", **about, lower=lower, upper=upper, sure=sure)
+    over = f"{found.seeds} {found.over}" if found.effect is not None else found.over
+    about = {"score": scores[reference], "reference": results.axis.equation(reference), "mean": round(found.value, 3) + 0.0}
+    return _say("difference", **about, lower=found.low, upper=found.high, over=over)
 
 
 def _claims(verdicts: list[Verdict]) -> list[str]:
     if not verdicts:
         return []
-    words = {"consistent": CONSISTENT, "inconsistent": INCONSISTENT, "open": CANNOT_TELL}
-    counts = {name: count(sum(v.verdict == word for v in verdicts)) for name, word in words.items()}
-    return [_say("claims", claims=count(len(verdicts)), **counts)]
+    if all(v.verdict == ONE_RUN for v in verdicts):
+        return [_say("no verdict", claims=count(len(verdicts)))]
+    words = {"supports": SUPPORTS, "contradicts": CONTRADICTS, "none": NO_EFFECT}
+    found = {name: sum(v.verdict == word for v in verdicts) for name, word in words.items()}
+    directed = [v for v in verdicts if v.verdict in (SUPPORTS, CONTRADICTS)]
+    standing = sum(v.stands for v in directed)
+    holm = _say("holm", standing=count(standing), given=count(len(directed)), stand="stands" if standing == 1 else "stand") if directed else ""
+    counts = {name: count(number) for name, number in found.items()}
+    return [_say("claims", claims=count(len(verdicts)), **counts, open=count(len(verdicts) - sum(found.values())), holm=holm)]
 
 
 def _seeds(results: StudyResults) -> str:

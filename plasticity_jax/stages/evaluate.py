@@ -300,29 +300,27 @@ def macro_rows(results: "StudyResults") -> Rows:
 
 
 def gain_rows(results: "StudyResults") -> Rows:
-    """Score and gain per point with 95% intervals: of the score, of the gain paired before/after, of both less the first point's paired by problem."""
-    from plasticity_jax.analysis.statistics import bootstrap_mean
-    from plasticity_jax.report.comparisons import score_difference, with_interval
+    """Score and gain per point with 95% intervals, and of both less the first point's, paired; `interval_over` says what they cover."""
+    from plasticity_jax.report.comparisons import with_interval
+    from plasticity_jax.report.effects import contrast, difference
+    from plasticity_jax.report.verdicts import score_measure
 
-    settings, field = results.config.report, results.axis.field
-    rows = []
+    field, rows = results.axis.field, []
     for part in results.slices:
         for task in results.tasks:
-            reference = next((p for p in part.points if part.mean(p, lambda m: m.after_task(task)) is not None), None)
+            score, gain = score_measure((task,), gain=False), score_measure((task,), gain=True)
+            reference = next((p for p in part.points if contrast(part, score, {p: 1.0}).value is not None), None)
             for point in part.points:
-                after = part.mean(point, lambda m: m.after_task(task))
-                if after is None:
+                after = contrast(part, score, {point: 1.0})
+                if after.value is None:
                     continue
-                row = {"task": task, **part.swept(point), "timescale_share": part.timescale(point)}
-                row |= with_interval("after", bootstrap_mean(after, samples=settings.bootstrap_samples, seed=settings.seed))
-                before = part.mean(point, lambda m: m.before[task].greedy if task in m.before else None)
-                gain = part.mean(point, lambda m: m.gain(task))
-                row["before"] = None if before is None else float(before.mean())
-                row |= with_interval("gain", None if gain is None else bootstrap_mean(gain, samples=settings.bootstrap_samples, seed=settings.seed))
+                before = part.mean(point, lambda m: m.before[task].greedy.mean() if task in m.before else None)
+                row = {"task": task, **part.swept(point), "timescale_share": part.timescale(point)} | with_interval("after", after.interval)
+                row |= {"before": None if before is None else float(before)} | with_interval("gain", contrast(part, gain, {point: 1.0}).interval)
                 row[f"reference_{field}"] = reference
-                for name, of_gain in (("after_difference", False), ("gain_difference", True)):
-                    row |= with_interval(name, None if point == reference else score_difference(part, reference, point, (task,), gain=of_gain))
-                rows.append(row)
+                for name, measure in (("after_difference", score), ("gain_difference", gain)):
+                    row |= with_interval(name, None if point == reference else difference(part, measure, reference, point).interval)
+                rows.append(row | {"interval_over": after.over, "seeds": after.seeds})
     return rows
 
 
@@ -448,6 +446,12 @@ def _draw_correlation(results: "StudyResults") -> "Drawing":
     return drawn
 
 
+def _measures(results: "StudyResults"):
+    from plasticity_jax.report.verdicts import score_measure
+
+    return [score_measure(results.learned, gain=False), score_measure(results.learned, gain=True)]
+
+
 STAGE = Stage(
     name="evaluate",
     title="answers to the test rows of every task, graded",
@@ -476,7 +480,8 @@ STAGE = Stage(
     figures={
         "scores": Figure(
             "Fine-tuned score",
-            "Greedy accuracy after fine-tuning with 95% bootstrap intervals over problems, and before it with the same prompts and grader.",
+            "Greedy accuracy after fine-tuning with 95% intervals, over pretraining seeds where there are several, over problems only where there is one; "
+            "and before it with the same prompts and grader.",
             lambda results: any(m.after for m in results.members),
             _draw_scores,
             section="finetuning",
@@ -484,7 +489,8 @@ STAGE = Stage(
         ),
         "gains": Figure(
             "Gain from fine-tuning",
-            "After less before, paired by problem. Diamonds: difference from the gain at the {first} {symbol}, paired by problem. 95% bootstrap intervals.",
+            "After less before, paired by problem. Diamonds: difference from the gain at the {first} {symbol}, paired by seed and problem. 95% intervals, "
+            "over pretraining seeds where there are several, over problems only where there is one.",
             lambda results: any(m.gain(task) is not None for m in results.members for task in m.after),
             _draw_gains,
             section="finetuning",
@@ -499,4 +505,5 @@ STAGE = Stage(
             of_base=False,
         ),
     },
+    measures=_measures,
 )

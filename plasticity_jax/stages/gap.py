@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
     from plasticity_jax.analysis.statistics import Blocks
-    from plasticity_jax.report.comparisons import Interval
+    from plasticity_jax.report.effects import Measure
     from plasticity_jax.report.results import MemberResults, StudyResults
-    from plasticity_jax.report.verdicts import Verdict
+    from plasticity_jax.report.verdicts import Found, Verdict
 
-GAP_MARGIN = 0.01  # nats per token: a rise of the gap between neighboring λ up to this still counts as falling
+GAP_MARGIN = 0.01  # nats per token: a change of the gap up to this counts as no effect
 
 
 @dataclass(frozen=True)
@@ -152,36 +152,36 @@ def _draw(results: "StudyResults") -> "Drawing":
     return drawn
 
 
+def gap_measure() -> "Measure":
+    """Held-out less seen loss, one number per model; documents are resampled for its uncertainty within a run."""
+    from plasticity_jax.report.effects import Measure
+
+    return Measure("gap", lambda m: None if (gap := gap_of(m)) is None else [[[gap]]], "", GAP_MARGIN, "nats/token", gap_variance)
+
+
 def gap_falls(results: "StudyResults") -> "Verdict":
     """The claim about the train-validation gap."""
-    from plasticity_jax.report.verdicts import Verdict
+    from plasticity_jax.report.verdicts import TREND_RULE, WORDS_RULE, judged
 
-    verdict, evidence = _gap(results)
-    return Verdict(
+    return judged(
+        results,
         "The gap between held-out loss and loss on text seen in training shrinks as weight decay grows.",
         "train-validation gap",
-        "Gap at the smallest λ less gap at the largest, on the same blocks, documents resampled: consistent if the interval is above 0 and the "
-        f"gap never rises by more than {GAP_MARGIN} nats from one λ to the next; inconsistent if the interval is below 0. Cannot tell unless a "
-        "unigram model scores both sides equally within its interval.",
-        evidence,
-        verdict,
+        f"{TREND_RULE}. Seeds are not taken to agree better than resampled documents let them. {WORDS_RULE.format(delta=GAP_MARGIN)} Cannot tell unless "
+        "a unigram model scores both sides equally within its interval.",
+        _gap(results),
     )
 
 
-def _gap(results: "StudyResults") -> tuple[str, str]:
-    from plasticity_jax.report.verdicts import CANNOT_TELL, CONSISTENT, falls, interval_text, word
+def _gap(results: "StudyResults") -> "Found":
+    from plasticity_jax.report.effects import measured
+    from plasticity_jax.report.verdicts import Found, trend_found
 
-    gaps = {d: float(g) for d in results.points if (g := results.mean(d, gap_of)) is not None}
-    if len(gaps) < 2:
-        return CANNOT_TELL, "Fewer than two λ have a gap."
-    shown = ", ".join(f"{gap:.3f} at λ={d:.4g}" for d, gap in sorted(gaps.items()))
+    measure = gap_measure()
     if failing_controls(results):
-        return CANNOT_TELL, f"The unigram control fails: the two sides differ in difficulty. Gap in nats per token: {shown}."
-    difference = gap_difference(results, min(gaps), max(gaps))
-    verdict = word(difference)
-    if verdict == CONSISTENT and not falls(gaps, GAP_MARGIN):
-        verdict = CANNOT_TELL
-    return verdict, f"Gap in nats per token: {shown}. Smallest less largest λ: {interval_text(difference)}. The unigram control passes."
+        shown = ", ".join(f"{gap:.3f} at λ={d:.4g}" for d, gap in measured(results, measure, results.points).items())
+        return Found(f"The unigram control fails: the two sides differ in difficulty. Gap in nats per token: {shown}.")
+    return trend_found(results, [measure], -1, "a gap")
 
 
 def failing_controls(results: "StudyResults") -> list[str]:
@@ -199,37 +199,35 @@ def _warnings(results: "StudyResults") -> list[str]:
     ]
 
 
-def gap_difference(results: "StudyResults", low: Any, high: Any) -> "Interval | None":
-    """Gap at `low` − gap at `high`, paired block by block; documents are resampled within each domain and side.
+def gap_variance(results: "StudyResults", members: "list[tuple[MemberResults, float]]") -> float | None:
+    """Variance of a weighted sum of gaps of members of one seed, block by block; documents are resampled within each domain and side.
 
-    Members of a seed are scored on the same blocks, so the difference of their losses is free of how hard each block is: the gap of that
-    difference is the difference of the gaps.
+    These members are scored on the same blocks, so the weighted sum of their losses is free of how hard each block is where the weights add up to 0:
+    the gap of that sum is the sum of the gaps.
 
     Returns:
-      (mean, lower, upper); None if no seed has both, or if two members were not scored on the same blocks.
+      None if two members were not scored on the same blocks.
     """
-    from plasticity_jax.analysis.statistics import Blocks, cluster_bootstrap_gap
+    from plasticity_jax.analysis.statistics import cluster_bootstrap_gap
 
-    highs = {m.member.seed: found for m in results.at(high) if (found := m.record("gap"))}
-    pairs = [(m.member.seed, found, highs[m.member.seed]) for m in results.at(low) if (found := m.record("gap")) and m.member.seed in highs]
-    sides = {side: [_paired_blocks(a.blocks[side], b.blocks[side], seed) for seed, a, b in pairs] for side in ("seen", "held_out")}
-    if not pairs or any(blocks is None for found in sides.values() for blocks in found):
+    found = [(record, weight) for m, weight in members if (record := m.record("gap")) is not None]
+    sides = [_weighted_blocks([(record.blocks[side], weight) for record, weight in found]) for side in ("seen", "held_out")]
+    if sides[0] is None or sides[1] is None:
         return None
-    joined = {side: Blocks(*(sum(field, []) for field in zip(*found))) for side, found in sides.items()}
     settings = results.config.report
-    gap, low, high = cluster_bootstrap_gap(joined["seen"], joined["held_out"], samples=settings.bootstrap_samples, seed=settings.seed)
-    return gap, low, high
+    _, low, high = cluster_bootstrap_gap(sides[0], sides[1], samples=settings.bootstrap_samples, seed=settings.seed)
+    return ((high - low) / (2 * 1.96)) ** 2
 
 
-def _paired_blocks(lows: list[dict], highs: list[dict], seed: int) -> "Blocks | None":
-    """Losses of one member less those of the other, block by block. Seeds see other blocks of a document, so they count as documents of their own."""
+def _weighted_blocks(found: list[tuple[list[dict], float]]) -> "Blocks | None":
+    """Weighted sum of the members' losses, block by block; None if their blocks differ."""
     from plasticity_jax.analysis.statistics import Blocks
 
-    domains, documents = ([b[key] for b in lows] for key in ("domain", "document"))
-    if (domains, documents) != tuple([b[key] for b in highs] for key in ("domain", "document")):
+    keys = [[(block["domain"], block["document"]) for block in blocks] for blocks, _ in found]
+    if not keys or not keys[0] or any(other != keys[0] for other in keys):
         return None
-    losses = [float(a["loss"]) - float(b["loss"]) for a, b in zip(lows, highs)]
-    return Blocks(losses, domains, [f"{seed}/{document}" for document in documents])
+    losses = [sum(weight * float(blocks[i]["loss"]) for blocks, weight in found) for i in range(len(keys[0]))]
+    return Blocks(losses, [domain for domain, _ in keys[0]], [document for _, document in keys[0]])
 
 
 STAGE = Stage(
@@ -248,11 +246,12 @@ STAGE = Stage(
         "gap": Figure(
             "Seen / held-out gap",
             "Loss on held-out text less loss on text seen in training, on equal tokens. A unigram model must show no gap. 95% intervals over documents.",
-            lambda results: any(m.record("gap") for m in results.members),
+            lambda results: any(gap_of(m) is not None for m in results.members),
             _draw,
         )
     },
     columns={"gap": Column(gap_of, "gap", unit="nats/token")},
     claims=(gap_falls,),
+    measures=lambda results: [gap_measure()],
     warnings=_warnings,
 )

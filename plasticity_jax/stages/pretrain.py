@@ -131,7 +131,7 @@ def _member_rows(results: "StudyResults") -> Rows:
     rows = []
     for m in results.members:
         found: Any = m.pretrain
-        held_out = found.held_out if found else {}
+        held_out = (found.held_out or {}) if found else {}
         rows.append(
             member_row(
                 m,
@@ -234,6 +234,12 @@ def _draw_held_out_loss(results: "StudyResults") -> "Drawing":
     return drawn
 
 
+def _measures(results: "StudyResults"):
+    from plasticity_jax.report.verdicts import loss_measure
+
+    return [loss_measure()]
+
+
 STAGE = Stage(
     name="pretrain",
     title="base models",
@@ -268,4 +274,5 @@ STAGE = Stage(
             section="pretraining",
         ),
     },
+    measures=_measures,
 )

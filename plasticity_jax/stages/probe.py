@@ -1,8 +1,8 @@
 """Probe: linear probes on the states of every base model, layer by layer."""
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import MinLen
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from matplotlib.figure import Figure as Drawing
 
+    from plasticity_jax.report.effects import Measure
     from plasticity_jax.report.results import MemberResults, StudyResults
-    from plasticity_jax.report.verdicts import Verdict
+    from plasticity_jax.report.verdicts import Found, Verdict
+
+PROBE_MARGIN = 0.02  # of accuracy: a change up to this counts as no effect
 
 
 @dataclass(frozen=True)
@@ -149,10 +152,10 @@ def _draw(results: "StudyResults") -> "Drawing":
         for point in results.points:
             found = [of for m in results.at(point) if (of := of_set(m, name))]
             if found:
-                accuracy = np.mean([f["accuracy"] for f in found], axis=0)
+                accuracy = np.mean([np.asarray(f["accuracy"], np.float64) for f in found], axis=0)  # "nan" is a word in results.json
                 axes.plot(range(len(accuracy)), accuracy, color=drawing.color(results, point), marker=drawing.marker(results, point))
                 axes.set_xticks(range(len(accuracy)), [layer.replace("block", "block ") for layer in found[0]["layers"]])
-                majority = found[0]["majority"]
+                majority = float(found[0]["majority"])
         axes.axhline(majority, color=drawing.MUTED, linewidth=1.0, linestyle=":", zorder=1)
         axes.annotate(
             "majority class",
@@ -169,49 +172,49 @@ def _draw(results: "StudyResults") -> "Drawing":
     return drawn
 
 
+def probe_measure(sets: Sequence[str]) -> "Measure":
+    """Probe accuracy averaged over the blocks and over sets, by test text."""
+    from plasticity_jax.report.effects import Measure
+
+    def groups(member: "MemberResults"):
+        found = [correct for name in sets if (correct := probe_correct(member, name)) is not None]
+        return found if len(found) == len(sets) else None
+
+    return Measure("probe accuracy", groups, "test texts", PROBE_MARGIN, "accuracy")
+
+
 def probes_improve(results: "StudyResults") -> "Verdict":
     """The claim about linear separability."""
-    from plasticity_jax.report.verdicts import USEFUL_LOSS, Verdict
+    from plasticity_jax.report.verdicts import TREND_RULE, WORDS_RULE, judged
 
-    verdict, evidence = _probes(results)
-    return Verdict(
+    return judged(
+        results,
         "Linear probes on the base model’s states do better with more weight decay, over the useful range.",
         "linear separability",
-        f"Useful range: up to the largest λ whose held-out loss is at most {USEFUL_LOSS} nats above the lowest. Its two ends are compared for "
-        "each probe set, accuracy averaged over the blocks, paired by test text: consistent if the interval is above 0 for one set and below 0 "
-        "for none; inconsistent the other way round. Sets on which both ends are at the majority class are left out.",
-        evidence,
-        verdict,
+        f"{TREND_RULE}. Accuracy averaged over the blocks and the probe sets; test texts count as drawn too. Sets on which every model is at the majority "
+        "class are left out. " + WORDS_RULE.format(delta=PROBE_MARGIN),
+        _probes(results),
     )
 
 
-def _probes(results: "StudyResults") -> tuple[str, str]:
-    from plasticity_jax.analysis.statistics import paired_bootstrap
-    from plasticity_jax.report.verdicts import CANNOT_TELL, agreement, interval_text, useful_range, word
+def _probes(results: "StudyResults") -> "Found":
+    from plasticity_jax.report.verdicts import Found, trend_found, useful_range
 
-    useful = [d for d in useful_range(results) if any(m.record("probe") for m in results.at(d))]
-    if len(useful) < 2:
-        return CANNOT_TELL, "Fewer than two λ of the useful range have probes."
-    low, high = useful[0], useful[-1]
-    words, evidence, settings = [], [f"λ={high:.4g} against λ={low:.4g}."], results.config.report
-    for name in results.config.probe.sets:
-        pair = results.pair(low, high, lambda m, n=name: probe_correct(m, n))
-        if pair is None:
-            continue
-        if not any(_above_majority(m, name) for decay in (low, high) for m in results.at(decay)):
-            evidence.append(f"{name}: at the majority class, left out.")
-            continue
-        difference = paired_bootstrap(pair[1], pair[0], samples=settings.bootstrap_samples, seed=settings.seed)
-        words.append(word(difference))
-        evidence.append(f"{name}: {interval_text(difference)}.")
-    return agreement(words), " ".join(evidence)
+    useful = [m for decay in useful_range(results) for m in results.at(decay)]
+    measured = [name for name in results.config.probe.sets if any(of_set(m, name) for m in useful)]
+    sets = [name for name in measured if any(_above_majority(m, name) for m in useful)]
+    if measured and not sets:
+        return Found(f"{', '.join(measured)}: at the majority class for every model.")
+    found = trend_found(results, [probe_measure(sets)], 1, "probes")
+    left_out = [name for name in measured if name not in sets]
+    return replace(found, evidence=f"{found.evidence} {', '.join(left_out)}: at the majority class, left out.") if left_out else found
 
 
 def _above_majority(member: "MemberResults", name: str) -> bool:
     from plasticity_jax.analysis.statistics import wilson_interval
 
     found, correct = of_set(member, name), probe_correct(member, name)
-    if found is None or correct is None:
+    if found is None or correct is None or number(correct.sum()) is None or number(found["majority"]) is None:
         return False
     return wilson_interval(round(float(correct.sum())), len(correct))[0] > found["majority"]
 
@@ -240,4 +243,5 @@ STAGE = Stage(
         )
     },
     claims=(probes_improve,),
+    measures=lambda results: [probe_measure(results.config.probe.sets)],
 )

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from matplotlib.figure import Figure as Drawing
 
+    from plasticity_jax.report.effects import Measure
     from plasticity_jax.report.results import MemberResults, StudyResults
     from plasticity_jax.report.verdicts import Verdict
 
 PRODUCTS = {"W_QK": "query-key product", "W_VO": "value-output product"}
-RANK_MARGIN = 0.02  # a rise of the mean pseudo-rank between neighboring λ up to this still counts as falling
+RANK_MARGIN = 0.02  # of the pseudo-rank, a mean over heads: a change up to this counts as no effect
 
 
 @dataclass(frozen=True)
@@ -138,42 +139,29 @@ def _mean_query_key_rank(member: "MemberResults") -> float | None:
     return None if rank is None else float(rank.mean())
 
 
+def rank_measure(product: str, less: str = "") -> "Measure":
+    """Pseudo-rank of a product, less that of another: one number per model, the mean over heads."""
+    from plasticity_jax.report.effects import Measure
+
+    def groups(member: "MemberResults"):
+        rank, other = pseudo_ranks(member, product), pseudo_ranks(member, less) if less else 0.0
+        return None if rank is None or other is None else [(rank - other).ravel()]
+
+    return Measure(f"{product} pseudo-rank" + (f" less that of {less}" if less else ""), groups, "", RANK_MARGIN, "share of the singular values")
+
+
 def query_key_rank_falls(results: "StudyResults") -> "Verdict":
     """The claim about the attention matrices."""
-    from plasticity_jax.report.verdicts import Verdict
+    from plasticity_jax.report.verdicts import TREND_RULE, WORDS_RULE, judged, trend_found
 
-    verdict, evidence = _rank(results)
-    return Verdict(
+    return judged(
+        results,
         "The pseudo-rank of W_QK falls with weight decay, and falls more than that of W_VO.",
         "attention matrices, section 4.2",
-        "Smallest against largest λ, head by head: consistent if the fall of W_QK, and the fall of W_QK less that of W_VO, both have an "
-        f"interval above 0, and the mean over heads never rises by more than {RANK_MARGIN} from one λ to the next; inconsistent if either "
-        "interval is below 0. Heads of one model are not independent, so the interval is narrower than it should be.",
-        evidence,
-        verdict,
+        f"{TREND_RULE}. One number per model, the mean over heads: of W_QK, and of W_QK less W_VO. Both must fall for “supports”; either rising "
+        "contradicts, at half the level. " + WORDS_RULE.format(delta=RANK_MARGIN),
+        trend_found(results, [rank_measure("W_QK"), rank_measure("W_QK", "W_VO")], -1, "spectra"),
     )
-
-
-def _rank(results: "StudyResults") -> tuple[str, str]:
-    import numpy as np
-
-    from plasticity_jax.analysis.statistics import paired_bootstrap
-    from plasticity_jax.report.verdicts import CANNOT_TELL, CONSISTENT, INCONSISTENT, falls, interval_text, word
-
-    means = {d: float(np.mean(r)) for d in results.points if (r := results.mean(d, lambda m: pseudo_ranks(m, "W_QK"))) is not None}
-    if len(means) < 2:
-        return CANNOT_TELL, "Fewer than two λ have spectra."
-    pairs = [results.pair(min(means), max(means), lambda m, p=product: pseudo_ranks(m, p)) for product in PRODUCTS]
-    if any(pair is None for pair in pairs):
-        return CANNOT_TELL, "The smallest and the largest λ share no seed."
-    query_key, value_output = ((pair[0] - pair[1]).ravel() for pair in pairs if pair is not None)
-    settings = results.config.report
-    fall = paired_bootstrap(query_key, np.zeros_like(query_key), samples=settings.bootstrap_samples, seed=settings.seed)
-    more = paired_bootstrap(query_key, value_output, samples=settings.bootstrap_samples, seed=settings.seed)
-    words = {word(fall), word(more)}
-    verdict = INCONSISTENT if INCONSISTENT in words else CONSISTENT if words == {CONSISTENT} and falls(means, RANK_MARGIN) else CANNOT_TELL
-    shown = ", ".join(f"{mean:.2f} at λ={d:.4g}" for d, mean in sorted(means.items()))
-    return verdict, f"W_QK, mean over heads: {shown}. Fall of W_QK {interval_text(fall)}; more than W_VO by {interval_text(more)}."
 
 
 STAGE = Stage(
@@ -197,4 +185,5 @@ STAGE = Stage(
     },
     columns={"W_QK pseudo-rank": Column(_mean_query_key_rank, "W_QK rank", digits=2)},
     claims=(query_key_rank_falls,),
+    measures=lambda results: [rank_measure(product) for product in PRODUCTS],
 )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from plasticity_jax.model.forward import Forward
     from plasticity_jax.model.load import LoadedModel
+    from plasticity_jax.report.effects import Measure
     from plasticity_jax.report.results import MemberResults, StudyResults
     from plasticity_jax.report.verdicts import Verdict
 
@@ -231,6 +232,10 @@ def _always(config: StudyConfig) -> bool:
     return True
 
 
+def _no_measures(results: "StudyResults") -> "Sequence[Measure]":
+    return ()
+
+
 def _no_check(config: StudyConfig, runs: Sequence[Run]) -> None:
     return None
 
@@ -268,6 +273,7 @@ class Stage:
       job: the cluster job that carries out all runs of the stage; "" for a stage that has a command of its own or is part of `plasticity analyze`.
       tables, figures, columns: what it adds to the report, by name.
       claims: the claims about weight decay that it holds against a study.
+      measures: the numbers per model that the page compares between every two points.
       warnings: what a reader must know before believing its numbers, one sentence each.
     """
 
@@ -295,6 +301,7 @@ class Stage:
     figures: Mapping[str, Figure] = field(default_factory=dict)
     columns: Mapping[str, Column] = field(default_factory=dict)
     claims: "tuple[Callable[[StudyResults], Verdict], ...]" = ()
+    measures: "Callable[[StudyResults], Sequence[Measure]]" = _no_measures
     warnings: "Callable[[StudyResults], list[str]] | None" = None
 
     def __post_init__(self):

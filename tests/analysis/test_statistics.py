@@ -14,10 +14,15 @@ from plasticity_jax.analysis.statistics import (
     Blocks,
     bootstrap_mean,
     cluster_bootstrap_gap,
+    detectable,
+    holm,
     leave_one_out_pearson,
-    paired_bootstrap,
     pearson,
     spearman,
+    t_power,
+    trend_weights,
+    unit_effect,
+    units_needed,
     wilson_interval,
 )
 
@@ -26,7 +31,7 @@ FINITE = st.floats(-100, 100, allow_nan=False, width=32)
 
 def test_bootstrap_mean_agrees_with_scipy_and_with_the_normal_interval():
     x = np.random.default_rng(1).normal(3.0, 2.0, size=400)
-    value, low, high = bootstrap_mean(x, samples=4000, seed=0)
+    value, low, high = bootstrap_mean([x], samples=4000, seed=0)
     reference = scipy.stats.bootstrap((x,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(5)).confidence_interval
     assert value == pytest.approx(x.mean(), abs=1e-12)
     assert (low, high) == pytest.approx((reference.low, reference.high), abs=0.02)
@@ -36,27 +41,25 @@ def test_bootstrap_mean_agrees_with_scipy_and_with_the_normal_interval():
 
 def test_bootstrap_is_a_function_of_the_seed_and_not_of_its_chunks(monkeypatch):
     x = np.random.default_rng(0).normal(size=50)
-    whole = bootstrap_mean(x, samples=300, seed=7)
-    assert bootstrap_mean(x, samples=300, seed=7) == whole
-    assert bootstrap_mean(x, samples=300, seed=8) != whole
+    whole = bootstrap_mean([x], samples=300, seed=7)
+    assert bootstrap_mean([x], samples=300, seed=7) == whole
+    assert bootstrap_mean([x], samples=300, seed=8) != whole
     monkeypatch.setattr(statistics, "_DRAWS_AT_ONCE", 120)
-    assert bootstrap_mean(x, samples=300, seed=7) == pytest.approx(whole, abs=1e-12)
-
-
-def test_paired_bootstrap_resamples_the_same_problems():
-    problems = np.random.default_rng(2).normal(0.0, 10.0, size=200)
-    value, low, high = paired_bootstrap(problems + 0.5, problems, samples=500, seed=0)
-    # The difference is the same for every problem: pairing leaves no width, unpaired draws would leave about 4.
-    assert (value, low, high) == pytest.approx((0.5, 0.5, 0.5), abs=1e-9)
+    assert bootstrap_mean([x], samples=300, seed=7) == pytest.approx(whole, abs=1e-12)
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: bootstrap_mean([], samples=10, seed=0), "x has shape"),
-        (lambda: bootstrap_mean([1.0, 2.0], samples=0, seed=0), "samples=0"),
-        (lambda: bootstrap_mean([[1.0], [2.0]], samples=10, seed=0), "x has shape"),
-        (lambda: paired_bootstrap([1.0, 2.0], [1.0], samples=10, seed=0), "a has 2 values and b has 1"),
+        (lambda: bootstrap_mean([], samples=10, seed=0), "no group"),
+        (lambda: bootstrap_mean([[]], samples=10, seed=0), "a group has shape"),
+        (lambda: bootstrap_mean([[1.0, 2.0]], samples=0, seed=0), "samples=0"),
+        (lambda: bootstrap_mean([[[1.0], [2.0]]], samples=10, seed=0), "a group has shape"),
+        (lambda: unit_effect([], sampled=True), "groups have shapes"),
+        (lambda: unit_effect([np.ones((2, 3)), np.ones((3, 3))], sampled=True), "groups have shapes"),
+        (lambda: unit_effect([np.ones((1, 3))], sampled=True), "1 unit has no spread"),
+        (lambda: unit_effect([np.array([[1.0], [np.nan]])], sampled=True), "not finite"),
+        (lambda: trend_weights(1), "1 point has no trend"),
         (lambda: wilson_interval(3, 2), "successes=3"),
         (lambda: wilson_interval(0, 0), "successes=0"),
         (lambda: wilson_interval(1, 2, level=1.0), "level=1.0"),
@@ -175,3 +178,75 @@ def test_a_single_document_on_a_side_falls_back_to_its_blocks():
     _, low, high = cluster_bootstrap_gap(seen, held, samples=2000, seed=0)
     expected = 2 * 1.96 * ((np.var(seen.loss) + np.var(held.loss)) / 40) ** 0.5
     assert high - low == pytest.approx(expected, rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the seed as unit
+
+
+def test_an_effect_without_items_is_the_one_sample_t_test():
+    x = np.random.default_rng(3).normal(0.5, 1.0, size=6)
+    found, test = unit_effect([x[:, None]], sampled=True), scipy.stats.ttest_1samp(x, 0.0)
+    interval = test.confidence_interval(0.95)
+    assert (found.value, found.low, found.high, found.p) == pytest.approx((x.mean(), interval.low, interval.high, test.pvalue), rel=1e-6)
+    for margin in (-0.2, 0.3, 2.0):
+        assert found.above(margin) == pytest.approx(scipy.stats.ttest_1samp(x, margin, alternative="greater").pvalue, rel=1e-6)
+        assert found.below(margin) == pytest.approx(scipy.stats.ttest_1samp(x, margin, alternative="less").pvalue, rel=1e-6)
+    assert found.within(found.high + 1e-9) and not found.within(found.high - 1e-9)
+
+
+def test_groups_weigh_alike_whatever_their_number_of_items():
+    rng = np.random.default_rng(4)
+    few, many = rng.normal(1.0, 1.0, size=(5, 3)), rng.normal(0.0, 1.0, size=(5, 300))
+    found = unit_effect([few, many], sampled=False)
+    means = (few.mean(axis=1) + many.mean(axis=1)) / 2
+    assert found.value == pytest.approx(means.mean()) and found.between == pytest.approx(means.std(ddof=1) / 5**0.5)
+
+
+@pytest.mark.parametrize("units", [2, 3, 5])
+@pytest.mark.parametrize("seed, problem", [(0.0, 0.0), (0.03, 0.0), (0.0, 0.3), (0.03, 0.3)])
+def test_the_interval_misses_the_truth_in_at_most_one_case_in_twenty(units, seed, problem):
+    """Seeds and problems both drawn anew; an interval over one of the two alone would miss far more often."""
+    rng, studies, misses, naive = np.random.default_rng(5), 600, 0, 0
+    for _ in range(studies):
+        table = rng.normal(scale=seed, size=(units, 1)) + rng.normal(scale=problem, size=(1, 100)) + rng.normal(scale=0.3, size=(units, 100))
+        found = unit_effect([table], sampled=True)
+        misses += found.p <= 0.05
+        naive += abs(found.value) > 1.96 * table.mean(axis=0).std() / 10
+    assert misses / studies <= 0.065
+    if seed and not problem:
+        assert naive / studies > 0.1
+
+
+def test_items_that_are_not_drawn_add_no_width_but_say_how_far_units_differ_at_least():
+    rng = np.random.default_rng(6)
+    heads = rng.normal(size=(1, 50)) + rng.normal(scale=0.1, size=(3, 50))
+    fixed, drawn = unit_effect([heads], sampled=False), unit_effect([heads], sampled=True)
+    assert fixed.shared == 0 and drawn.shared == pytest.approx(heads.mean(axis=0).std(ddof=1) / 50**0.5, rel=0.01)
+    assert fixed.least == pytest.approx(0.1 / (50 * 3) ** 0.5, rel=0.2)
+    same = np.tile(heads[:1], (3, 1))
+    assert unit_effect([same], sampled=False).low == pytest.approx(unit_effect([same], sampled=False).high, abs=1e-12)
+    assert unit_effect([np.zeros((3, 4))], sampled=True).p == 1.0
+    assert unit_effect([np.ones((3, 1))], sampled=True, floor=3.0).high == pytest.approx(1 + 1.96, abs=1e-3)
+
+
+@given(st.integers(2, 9), st.floats(-5, 5), st.floats(-5, 5))
+def test_a_trend_is_the_slope_of_least_squares_over_ranks(points, slope, level):
+    values = level + slope * np.linspace(0, 1, points) + np.sin(np.arange(points))
+    assert trend_weights(points) @ values == pytest.approx(scipy.stats.linregress(np.linspace(0, 1, points), values).slope, abs=1e-9)
+
+
+def test_holm_is_what_the_procedure_gives_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0]) and holm([0.2]) == pytest.approx([0.2])
+
+
+def test_power_is_how_often_a_t_test_finds_the_difference():
+    rng = np.random.default_rng(7)
+    for units in (3, 5, 12):
+        x = rng.normal(0.05, 0.05, size=(4000, units))
+        test = scipy.stats.ttest_1samp(x, 0.0, axis=1)
+        assert t_power(0.05, 0.05, units) == pytest.approx(np.mean((test.pvalue <= 0.05) & (x.mean(axis=1) > 0)), abs=0.03)
+        assert t_power(detectable(0.05, units, 0.8), 0.05, units) == pytest.approx(0.8, abs=1e-6)
+    needed = units_needed(0.05, 0.05, 0.8)
+    assert t_power(0.05, 0.05, needed) >= 0.8 > t_power(0.05, 0.05, needed - 1)
+    assert t_power(1.0, 0.05, 1) == 0 and detectable(0.05, 1, 0.8) == np.inf and units_needed(1e-4, 1.0, 0.8) is None

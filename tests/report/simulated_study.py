@@ -1,0 +1,187 @@
+"""Studies in memory with known effects and noise, held against the page's own rules. No model is trained, nothing is read.
+
+python tests/report/simulated_study.py            how often each claim gets a verdict where nothing depends on λ, and where something does
+"""
+
+import argparse
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from plasticity_jax.config import GridConfig, ProbeConfig, ReportConfig, StudyConfig, TaskConfig, grid_members
+from plasticity_jax.report.page import FAILURES
+from plasticity_jax.report.results import MemberResults, Outcomes, Score, StudyResults
+from plasticity_jax.report.verdicts import verdicts
+from plasticity_jax.stages.pretrain import Pretrained
+from plasticity_jax.study.power import study_power
+from plasticity_jax.study.sweep import study_axis
+
+DECAYS = (0.0, 0.15, 0.75, 3.0)
+FLAT = (0.0,) * 4
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a simulated study is made of. Effects are one number per λ, in its order, on top of a value that all share.
+
+    Attributes:
+      loss, before, after, rank, rank_vo, gap, probe: effects.
+      seeds, tuning_seeds: pretraining seeds, and fine-tuning seeds of each.
+      problems: rows of each of the two tasks and of the probe set.
+      heads: of the model, in four layers.
+      seed_noise: standard deviation of a model's accuracies and pseudo-ranks around what its λ gives; of its loss and gap a quarter of it.
+      rounding_noise: the same for every fine-tuning, as rounding on another processor gives it.
+      problem_noise: how much a problem, whatever the seed, prefers one λ to another; in the units of a logistic curve.
+    """
+
+    loss: tuple[float, ...] = (0.0, -0.01, 0.06, 0.9)
+    before: tuple[float, ...] = FLAT
+    after: tuple[float, ...] = FLAT
+    rank: tuple[float, ...] = FLAT
+    rank_vo: tuple[float, ...] = FLAT
+    gap: tuple[float, ...] = FLAT
+    probe: tuple[float, ...] = FLAT
+    seeds: int = 3
+    tuning_seeds: int = 1
+    problems: int = 300
+    heads: int = 32
+    seed_noise: float = 0.02
+    rounding_noise: float = 0.01
+    problem_noise: float = 0.3
+
+
+def simulated(truth: Truth, seed: int) -> StudyResults:
+    """A study drawn from the truth."""
+    rng = np.random.default_rng(seed)
+    tasks = ("one", "two")
+    config = StudyConfig(
+        grid=GridConfig(weight_decay=DECAYS, timescales=None, seeds=tuple(range(truth.seeds))),
+        tasks={name: TaskConfig(test_rows=truth.problems) for name in tasks},
+        probe=ProbeConfig(sets=("one",)),
+        report=ReportConfig(bootstrap_samples=200),
+    )
+    shapes = {name: _problems(truth, rng) for name in (*tasks, "probe")}
+    documents = rng.normal(scale=0.3, size=(2, 80))
+    members = [_member(truth, member, shapes, documents, rng) for member in grid_members(config)]
+    return StudyResults(Path("simulated"), config, {}, tuple(members), tasks, {}, (), study_axis(config))
+
+
+def _problems(truth: Truth, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """[P] difficulty, and [Λ, P] preference for each λ."""
+    return rng.normal(scale=1.5, size=truth.problems), rng.normal(scale=truth.problem_noise, size=(len(DECAYS), truth.problems))
+
+
+def _right(shape: tuple[np.ndarray, np.ndarray], point: int, shift: float, rng: np.random.Generator) -> np.ndarray:
+    """[P] right or wrong; `shift` is in units of accuracy, near one half."""
+    difficulty, preference = shape
+    slope = 0.175  # mean derivative of the logistic curve over problems of this spread
+    return (rng.random(len(difficulty)) < 1 / (1 + np.exp(difficulty - preference[point] - shift / slope))).astype(float)
+
+
+def _score(shape, point: int, shifts: list[float], rng) -> Score:
+    greedy = [_right(shape, point, shift, rng) for shift in shifts]
+    outcomes = tuple(Outcomes(found, None, None, 0, None, None) for found in greedy)
+    return Score({"pass@1": float(np.mean(greedy))}, np.mean(greedy, axis=0), dict.fromkeys(FAILURES, 0.0), 0.1, (Path("simulated"),), outcomes)
+
+
+def _member(truth: Truth, member: Any, shapes: dict, documents: np.ndarray, rng: np.random.Generator) -> MemberResults:
+    point = DECAYS.index(member.weight_decay)
+
+    def noise(scale: float = 1.0) -> float:
+        return float(rng.normal(scale=truth.seed_noise * scale))
+
+    own = noise()
+    tuned = [truth.after[point] + own + float(rng.normal(scale=truth.rounding_noise)) for _ in range(truth.tuning_seeds)]
+    base, probe = truth.before[point] - 0.3 + noise(0.5), truth.probe[point] + noise()
+    ranks = {
+        name: {"pseudo_rank": (0.7 + effect[point] + noise() + rng.normal(scale=0.05, size=(4, truth.heads // 4))).tolist()}
+        for name, effect in (("W_QK", truth.rank), ("W_VO", truth.rank_vo))
+    }
+    gap = 0.05 + truth.gap[point] + noise(0.25)
+    blocks = {
+        side: [
+            {"domain": "news" if i % 2 else "wikipedia", "document": i // 4, "record": i, "loss": float(loss), "unigram_loss": 6.0}
+            for i, loss in enumerate(documents[which] + which * gap + rng.normal(scale=0.02, size=documents.shape[1]))
+        ]
+        for which, side in enumerate(("seen", "held_out"))
+    }
+    measured = float(np.mean([b["loss"] for b in blocks["held_out"]]) - np.mean([b["loss"] for b in blocks["seen"]]))
+    loss = 3.9 + truth.loss[point] + noise(0.25)
+    found = {
+        "spectra": {"": SimpleNamespace(**ranks)},
+        "gap": {"": SimpleNamespace(gap=measured, interval=(measured - 0.1, measured + 0.1), blocks=blocks, control={"passes": True})},
+        "probe": {
+            "": SimpleNamespace(
+                sets={"one": {"layers": ["embed", "block1"], "majority": 0.1, "correct": [[0.0], _right(shapes["probe"], point, probe, rng)]}}
+            )
+        },
+    }
+    pretrain = Pretrained(
+        diverged=None,
+        steps=10,
+        tokens=20_000,
+        seconds=1.0,
+        tokens_per_second=1.0,
+        parameters=1000,
+        weight_decay=member.weight_decay,
+        peak_lr=1e-3,
+        lr_times_decay=1e-3 * member.weight_decay,
+        timescale_steps=None,
+        timescale_share=None,
+        decay_table={},
+        compute_dtype="float32",
+        train_loss=loss,
+        held_out={"loss": loss, "bits_per_byte": loss / 2, "domains": {}},
+        norms={},
+    )
+    before = {name: _score(shapes[name], point, [base], rng) for name in ("one", "two")}
+    after = {name: _score(shapes[name], point, tuned, rng) for name in ("one", "two")}
+    return MemberResults(member, member.weight_decay, "done", "", pretrain, (), before, after, found, {})
+
+
+def rates(truth: Truth, studies: int, first: int = 0) -> dict[str, Counter]:
+    """Claim → how often each verdict was given."""
+    found: dict[str, Counter] = {}
+    for seed in range(first, first + studies):
+        for verdict in verdicts(simulated(truth, seed)):
+            found.setdefault(verdict.claim, Counter())[verdict.verdict] += 1
+    return found
+
+
+def _print(title: str, truth: Truth, studies: int) -> None:
+    print(f"\n{title}: {truth.seeds} pretraining seeds, {studies} studies")
+    for claim, counts in rates(truth, studies).items():
+        print(f"  {claim[:74]:74}  " + ", ".join(f"{word} {100 * n / studies:.1f}%" for word, n in counts.most_common()))
+
+
+def power_table() -> str:
+    """Markdown: power of a study of three tasks of 300 problems, by seed deviation and number of seeds."""
+    lines = ["| seed deviation | seeds | power at 0.02 | power at 0.05 | smallest difference seen with 80% |", "| - | - | - | - | - |"]
+    for deviation in (0.005, 0.01, 0.02, 0.04):
+        for seeds in (2, 3, 5, 10):
+            config = StudyConfig(
+                grid=GridConfig(weight_decay=DECAYS, timescales=None, seeds=tuple(range(seeds))),
+                tasks={name: TaskConfig(test_rows=300) for name in ("one", "two", "three")},
+            )
+            found = study_power(config, deviation)
+            at = " | ".join(f"{row['power']:.0%}" for row in found["differences"])
+            lines.append(f"| {deviation:g} | {seeds} | {at} | {found['smallest_difference']:.3f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    flags = argparse.ArgumentParser()
+    flags.add_argument("--studies", type=int, default=400)
+    flags.add_argument("--power", action="store_true", help="print the table of power instead; it is computed, not simulated")
+    arguments = flags.parse_args()
+    if arguments.power:
+        print(power_table())
+    else:
+        for seeds in (1, 3, 5):
+            _print("nothing depends on λ but the loss", Truth(seeds=seeds), arguments.studies)
+            _print("nothing depends on λ", Truth(seeds=seeds, loss=FLAT), arguments.studies)
+        _print("704 heads", Truth(heads=704), arguments.studies)
