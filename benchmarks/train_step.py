@@ -124,15 +124,36 @@ def of_flax(size: str, dtype: str) -> Round:
     return one_round
 
 
+def torch_config(shape: dict):
+    """The same shape as a configuration of transformers."""
+    import transformers
+
+    names = {"d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
+    names["d_ff"] = "intermediate_size"
+    return transformers.LlamaConfig(**{names.get(name, name): value for name, value in shape.items()}, tie_word_embeddings=False)
+
+
+def torch_step(model, forward, optimizer, ids, dtype: str):
+    """One update; returns the loss."""
+    import torch
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        logits = forward(input_ids=ids[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
 def of_torch(size: str, dtype: str, compiled: bool) -> Round:
     import torch
     import transformers
 
     shape, _, _, steps = SIZES[size]
     torch.manual_seed(0)
-    names = {"d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
-    described = {names.get(name, name): value for name, value in shape.items() if name != "d_ff"}
-    config = transformers.LlamaConfig(**described, intermediate_size=shape["d_ff"], tie_word_embeddings=False)
+    config = torch_config(shape)
     model = transformers.LlamaForCausalLM(config)
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY, fused=True)
@@ -140,13 +161,7 @@ def of_torch(size: str, dtype: str, compiled: bool) -> Round:
 
     def one_round():
         for _ in range(steps):
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-                logits = forward(input_ids=ids[:, :-1]).logits
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = torch_step(model, forward, optimizer, ids, dtype)
         loss.item()
 
     return one_round
