@@ -13,7 +13,6 @@ import tempfile
 import time
 from pathlib import Path
 
-
 import jax
 import numpy as np
 from side_by_side import finish

@@ -31,6 +31,11 @@ ENVIRONMENTS = {
         "jax, jax_cuda13_plugin, orbax",
         "python3.11 -m venv .venv-cuda && .venv-cuda/bin/pip install -e '.[cuda]'",
     ),
+    "maxtext": (
+        ROOT / ".venv-maxtext/bin/python",
+        "maxtext, jax, libtpu",
+        "python3.13 -m venv .venv-maxtext && .venv-maxtext/bin/pip install 'maxtext[tpu]'",
+    ),
 }
 LOAD = os.getloadavg()[0]  # when the script began
 

@@ -25,9 +25,9 @@ def factors() -> tuple[Any, dict]:
     """llama-1b's config, and random attention matrices."""
     import numpy as np
 
-    from plasticity_jax.config import preset
+    from plasticity_jax.config.presets import presets
 
-    config = preset("llama-1b")
+    config = presets()["llama-1b"]
     rng, width = np.random.default_rng(0), config.n_heads * config.head_dim
     narrow = config.n_kv_heads * config.head_dim
     shapes = {"q": (config.d_model, width), "k": (config.d_model, narrow), "v": (config.d_model, narrow), "o": (width, config.d_model)}
@@ -139,15 +139,15 @@ OF_GAP = {
 
 
 def about_spectra() -> list[dict]:
-    from plasticity_jax.config import preset
+    from plasticity_jax.config.presets import presets
 
-    config = preset("llama-1b")
+    config = presets()["llama-1b"]
     products = 2 * config.n_layers * config.n_heads
     found = measure(OF_SPECTRA, rounds=1)
     rows = []
     for (side, one), done in zip(found.items(), (products, SAMPLE)):
         seconds = one.median * products / done
-        row = {"side": side, "products decomposed": done, "seconds": one.median, "seconds for all" + (" (extrapolated)"): seconds}
+        row = {"side": side, "products decomposed": done, "seconds": one.median, "seconds for all (extrapolated)": seconds}
         rows.append(row | dict(one.numbers or {}) | {"times as fast": None, "wanted": None, "versions": one.versions})
     ours, theirs = rows
     ours |= {"times as fast": theirs["seconds for all (extrapolated)"] / ours["seconds"], "wanted": WANTED}
