@@ -16,7 +16,7 @@ from typing import Any
 from side_by_side import Round, Side, finish, measure, peak_megabytes, serve
 
 FOLDER = "BENCHMARK_CORPUS"  # environment variable of the gap's sides: where the corpus lies
-SAMPLE = 2  # heads of the peer
+SAMPLE = 1  # heads of the peer, of one layer
 TRAIN_RECORDS, HELD_OUT_RECORDS = 80_000, 8_000
 WANTED = "under 60 s and 8,000 MB"
 
