@@ -1,6 +1,6 @@
 """What a training step of the paper's configs takes on TPUs and GPUs that are not here: memory, communication, FLOPs, and seconds to compile it.
 
-Command: make bench-scale          (python benchmarks/at_scale.py; it compiles for half an hour to an hour)
+Command: make bench-scale          (python benchmarks/at_scale.py; half an hour to an hour. With names of CASES, only these, and the others' rows stay)
 
 Everything is by compiling, as `plasticity check` does it; no device was timed. Communication is what the compiled program's collectives move, loops
 counted as often as they turn, beside the least that FSDP needs: each part of the batch gathers all parameters twice in bfloat16 (three times where the
@@ -11,10 +11,11 @@ trainer, in its own environment.
 """
 
 import dataclasses
+import json
 import sys
 from typing import Any
 
-from side_by_side import Round, Side, finish, measure, serve
+from side_by_side import RESULTS, Round, Side, finish, measure, serve
 
 # name → config file, overrides, topology, environment. Where the config has no rule for the device, remat is that of its other rules.
 DOTS = (("train.remat", "dots"), ("train.grad_accum_steps", "1"))
@@ -28,6 +29,7 @@ CASES = {
     "4b, v5p:4x4x4": ("llama_4b_20tpp", (), "v5p:4x4x4", "extra"),
     "4b, h100:32": ("llama_4b_20tpp", (), "h100:32", "cuda"),
 }
+HEADING = "The training steps of configs/llama_*_20tpp.py"
 MAXTEXT = "1b, v5e:8x8, MaxText"
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 SHAPE = {
@@ -156,10 +158,17 @@ SIDES = {name: Side(lambda name=name: compiled(name), environment=case[3]) for n
 
 
 def main() -> None:
-    chosen = {name: side for name, side in SIDES.items() if name in sys.argv[1:]} or SIDES
-    found = measure(chosen, rounds=0)
-    rows = [row_of(name, one) for name, one in found.items()]
-    finish("Steps at scale", {"The training steps of configs/llama_*_20tpp.py": rows}, command="make bench-scale")
+    rows = {row["step"]: row for row in results()}
+    for name in [name for name in SIDES if name in sys.argv[1:]] or SIDES:
+        rows[name] = row_of(name, measure({name: SIDES[name]}, rounds=0)[name])
+        # After each of them, because all take an hour: what was compiled stays.
+        finish("Steps at scale", {HEADING: [rows[name] for name in SIDES if name in rows]}, command="make bench-scale")
+
+
+def results() -> list[dict[str, Any]]:
+    """The rows that were written before."""
+    path = RESULTS / "at_scale.json"
+    return json.loads(path.read_text(encoding="utf-8"))["tables"][HEADING] if path.exists() else []
 
 
 if __name__ == "__main__":
