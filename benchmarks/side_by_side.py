@@ -149,7 +149,7 @@ def serve(sides: Mapping[str, Side]) -> None:
         one_round = sides[name].prepare()
         print(json.dumps({"ready": True}), file=answers, flush=True)
     except Exception as error:
-        print(json.dumps({"failed": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
+        print(json.dumps({"failed": _reason(error)}), file=answers, flush=True)
         sys.exit(1)
     for line in sys.stdin:
         if line.strip() == "versions":
@@ -159,7 +159,7 @@ def serve(sides: Mapping[str, Side]) -> None:
         try:
             numbers = one_round() or {}
         except Exception as error:
-            print(json.dumps({"failed": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
+            print(json.dumps({"failed": _reason(error)}), file=answers, flush=True)
             sys.exit(1)
         print(json.dumps({"seconds": time.perf_counter() - start, "numbers": dict(numbers)}), file=answers, flush=True)
     sys.exit(0)
@@ -220,6 +220,10 @@ def _versions() -> str:
         name for name in ("jax", "torch", "transformers", "scikit-learn", "tokenizers") if name.replace("scikit-learn", "sklearn") in sys.modules
     ]
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {importlib.metadata.version(name)}" for name in names)])
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _say(text: str) -> None:
