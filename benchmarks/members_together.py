@@ -4,10 +4,9 @@ Command: python benchmarks/members_together.py
 
 Models that differ in their parameters only are fine-tuned on the same made-up rows by the real step, and answer the same made-up prompts by the real
 decoder: one after the other, each on a mesh of eight devices over data; and together, on a mesh of four over members and two over data. The two take
-turns. Prints the median wall-clock of each, without compilation, and the number of compiled programs.
+turns. The table has the median wall-clock of each, without compilation, and the number of compiled programs.
 """
 
-import json
 import os
 import statistics
 import time
@@ -18,6 +17,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import numpy as np
+from side_by_side import finish
 
 from plasticity_jax.config import FinetuneConfig, MeshConfig, ModelConfig, StudyConfig, TrainConfig
 from plasticity_jax.data.loader import as_batch
@@ -101,14 +101,12 @@ def measured(work: Callable[[MeshConfig, bool], tuple[Round, Callable[[], int]]]
 
 
 def main() -> None:
-    found = {"fine-tuning": measured(finetuning), "evaluation": measured(evaluation)}
-    for what, sides in found.items():
-        alone, together = sides["one by one"], sides["together"]
-        print(
-            f"{what} of {MEMBERS} members: one by one {alone['seconds']:.2f} s, together {together['seconds']:.2f} s "
-            f"({alone['seconds'] / together['seconds']:.2f} times as fast); programs {alone['programs']} and {together['programs']}"
-        )
-    print(json.dumps(found))
+    rows = []
+    for what, work in (("fine-tuning", finetuning), ("evaluation", evaluation)):
+        sides = measured(work)
+        for name, side in sides.items():
+            rows.append({"work": f"{what}, {name}", **side, "times as fast": sides["one by one"]["seconds"] / side["seconds"]})
+    finish("Members together", {f"{MEMBERS} members of the tiny model, eight simulated devices": rows})
 
 
 if __name__ == "__main__":

@@ -36,6 +36,11 @@ def main() -> None:
             print(f"docs/performance.md keeps its old {name}: benchmarks/{name}.py has written no results", file=sys.stderr)
     for name in results.keys() - set(names):
         print(f"docs/performance.md has no section for {name}: give it the lines <!-- results: {name} --> and <!-- end -->", file=sys.stderr)
+    for name, result in results.items():
+        for heading, rows in result["tables"].items():
+            for row in rows:
+                if row.get("missing"):
+                    print(f"{name}, {heading}: {next(iter(row.values()))} is left out: {row['missing']}", file=sys.stderr)
     PAGE.write_text(SECTION.sub(lambda m: f"{m[1]}\n{section(results[m[2]])}\n\n{m[3]}" if m[2] in results else m[0], text), encoding="utf-8")
 
 

@@ -5,17 +5,16 @@
 
 Every batch holds shuffled records of 2,048 tokens, as a process of a pod reads its rows: one request for each. Without --store the ranges are read
 through fsspec from a local disk, whose pages are in memory: that measures what our code and fsspec cost per record, and says nothing about a
-network. Checks that both give the same tokens, prints a table, and writes build/benchmarks/read_records.json.
+network. Checks that both give the same tokens.
 """
 
 import argparse
-import json
-import os
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from side_by_side import finish, markdown
 from upath import UPath
 
 from plasticity_jax.data.highwayhash import highwayhash64
@@ -56,8 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", help="URL of a folder for the records; a local disk without it")
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 128], help="rows of a batch that one process reads")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks/read_records.json"))
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder))
@@ -70,15 +68,13 @@ def main() -> None:
         finally:
             if arguments.store:
                 remove_tree(stored)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"store": arguments.store, "results": results}, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten: {arguments.out}")
+    if arguments.store:  # the page is about a local disk
+        print(markdown(results))
+    else:
+        finish("Reading records", {f"Records of {SEQ_LEN + 1:,} tokens per second, 16 bits each, from a local disk": results})
 
 
 def compare(local: TokenRecords, stored: TokenRecords, arguments: argparse.Namespace) -> list[dict]:
-    where = arguments.store or "a local disk, through fsspec"
-    print(f"records of {SEQ_LEN + 1:,} tokens, 16 bits each; ranges from {where}; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    print(f"{'rows':>6}{'array_record':>20}{'by range':>20}{'checksums alone':>20}")
     results = []
     for rows in arguments.rows:
         some = np.random.default_rng(1).integers(0, len(local), rows)
@@ -89,8 +85,8 @@ def compare(local: TokenRecords, stored: TokenRecords, arguments: argparse.Names
             highwayhash64(data, bytes(32))
         checksums = 10 * rows / (time.perf_counter() - start)
         (n, seconds), (n_stored, seconds_stored) = (measure(records, rows, arguments.seconds) for records in (local, stored))
-        results.append({"rows": rows, "array_record": n / seconds, "by_range": n_stored / seconds_stored, "checksums": checksums})
-        print(f"{rows:>6}" + "".join(f"{rate:>12,.0f} /s    " for rate in (n / seconds, n_stored / seconds_stored, checksums)))
+        rates = {"array_record": n / seconds, "by range": n_stored / seconds_stored, "checksums alone": checksums}
+        results.append({"rows of a batch": rows} | rates | {"by range / array_record": rates["by range"] / rates["array_record"]})
     return results
 
 

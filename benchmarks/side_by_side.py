@@ -26,7 +26,18 @@ ENVIRONMENTS = {
     "test": (ROOT / ".venv/bin/python", "jax", "make .venv/.installed-test"),
     "newest": (ROOT / ".venv-newest/bin/python", "jax", "tests/environment newest"),
     "extra": (ROOT / ".venv-extra/bin/python", "jax, torch, transformers", "tests/environment extra"),
+    "cuda": (
+        ROOT / ".venv-cuda/bin/python",
+        "jax, jax_cuda13_plugin, orbax",
+        "python3.11 -m venv .venv-cuda && .venv-cuda/bin/pip install -e '.[cuda]'",
+    ),
+    "maxtext": (
+        ROOT / ".venv-maxtext/bin/python",
+        "maxtext, jax, libtpu",
+        "python3.13 -m venv .venv-maxtext && .venv-maxtext/bin/pip install 'maxtext[tpu]'",
+    ),
 }
+LOAD = os.getloadavg()[0]  # when the script began
 
 Round = Callable[[], Mapping[str, float] | None]
 
@@ -52,7 +63,7 @@ class Found:
 
     Attributes:
       seconds: of every round that counts.
-      first_seconds: of the first round, which compiles and does not count.
+      first_seconds: of the first round, which compiles and does not count where there are others.
       numbers: medians of the numbers that the rounds returned.
       versions: of the interpreter and of the libraries that the side had imported.
     """
@@ -78,7 +89,7 @@ class Found:
 
 
 def measure(sides: Mapping[str, Side], *, rounds: int = 5) -> dict[str, Found]:
-    """Runs every side once, then `rounds` rounds of all sides in turns, and returns what each took.
+    """Runs every side once, then `rounds` rounds of all sides in turns, and returns what each took. With 0 rounds the first one counts.
 
     Call it from the `main` of a script that passes `sides` to `serve` first: the sides are the script itself, started again.
     """
@@ -111,7 +122,7 @@ def measure(sides: Mapping[str, Side], *, rounds: int = 5) -> dict[str, Found]:
                 taken[name].append(reply)
                 _say(f"{name}: {'first round' if round_ == 0 else f'round {round_} of {rounds}'}, {reply['seconds']:.4g} s")
         for name, worker in workers.items():
-            first, *counted = taken[name]
+            first, counted = taken[name][0], taken[name][1:] or taken[name]
             keys = dict.fromkeys(key for reply in counted for key in reply["numbers"])
             found[name] = Found(
                 tuple(reply["seconds"] for reply in counted),
@@ -138,7 +149,7 @@ def serve(sides: Mapping[str, Side]) -> None:
         one_round = sides[name].prepare()
         print(json.dumps({"ready": True}), file=answers, flush=True)
     except Exception as error:
-        print(json.dumps({"failed": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
+        print(json.dumps({"failed": _reason(error)}), file=answers, flush=True)
         sys.exit(1)
     for line in sys.stdin:
         if line.strip() == "versions":
@@ -148,7 +159,7 @@ def serve(sides: Mapping[str, Side]) -> None:
         try:
             numbers = one_round() or {}
         except Exception as error:
-            print(json.dumps({"failed": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
+            print(json.dumps({"failed": _reason(error)}), file=answers, flush=True)
             sys.exit(1)
         print(json.dumps({"seconds": time.perf_counter() - start, "numbers": dict(numbers)}), file=answers, flush=True)
     sys.exit(0)
@@ -174,6 +185,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def peak_megabytes() -> float:
+    """The most memory that this process has held so far. Unlike getrusage, Linux counts it from the start of the program, not from its parent's."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+
+
 def machine() -> dict[str, Any]:
     """What the numbers depend on: processor, its matrix units, cores and load."""
     try:
@@ -183,7 +200,7 @@ def machine() -> dict[str, Any]:
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     units = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
-    return {"processor": model, "units": units, "cores": os.cpu_count(), "load before": round(os.getloadavg()[0], 1)}
+    return {"processor": model, "units": units, "cores": os.cpu_count(), "load before": round(LOAD, 1)}
 
 
 def _text(value: Any) -> str:
@@ -203,6 +220,10 @@ def _versions() -> str:
         name for name in ("jax", "torch", "transformers", "scikit-learn", "tokenizers") if name.replace("scikit-learn", "sklearn") in sys.modules
     ]
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {importlib.metadata.version(name)}" for name in names)])
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _say(text: str) -> None:

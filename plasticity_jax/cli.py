@@ -18,9 +18,9 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import preemption, processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
 from plasticity_jax.parallel.flags import prepare_backend
-from plasticity_jax.runs.storage import AnyPath, is_local, location
 
 if TYPE_CHECKING:
+    from plasticity_jax.runs.storage import AnyPath
     from plasticity_jax.study.execute import Outcome
 
 log = logging.getLogger("plasticity_jax")
@@ -77,7 +77,9 @@ def _flag(name: str, **settings: Any) -> Flag:
     return name, settings
 
 
-def _place(text: str) -> AnyPath:
+def _place(text: str) -> "AnyPath":
+    from plasticity_jax.runs.storage import location
+
     try:
         return location(text)
     except UserError as error:
@@ -455,7 +457,7 @@ def _generate(arguments) -> int:
     return 0
 
 
-def _write_report(folder: AnyPath) -> None:
+def _write_report(folder: "AnyPath") -> None:
     from plasticity_jax.report.page import format_summary, summary_table, write_report
 
     page = write_report(folder)
@@ -630,6 +632,8 @@ def entry() -> None:
 
 def _log_folder(arguments) -> Path | None:
     """Where the runtimes of the processes write; None where the command has no local folder."""
+    from plasticity_jax.runs.storage import is_local
+
     if "workdir" not in arguments or not is_local(arguments.workdir):
         return None
     return arguments.workdir / arguments.config.name / "logs"

@@ -4,7 +4,8 @@ import contextlib
 import functools
 import io
 import resource
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ Batch = dict[str, np.ndarray]
 PREFETCH_BATCHES = 8
 # A thread that reads from a store waits most of the time, so all batches ahead are asked for at once.
 DISK_THREADS, STORE_THREADS = 2, PREFETCH_BATCHES
+_BLOCK = 1 << 20  # keys of a shuffle that are held at once beside it
+_shuffling = threading.Lock()  # the threads that read ahead would each make the same shuffle, which takes 8 bytes per record
 
 
 @dataclass
@@ -156,17 +159,55 @@ def order(n_records: int, *, seed: int, batch_size: int, step: int) -> Int[np.nd
     indices = np.empty(batch_size, np.int64)
     for epoch in np.unique(epochs):
         inside = epochs == epoch
-        indices[inside] = _shuffle(n_records, seed, int(epoch))[offsets[inside]]
+        with _shuffling:
+            shuffled = _shuffle(n_records, seed, int(epoch))
+        indices[inside] = shuffled[offsets[inside]]
     return indices
 
 
 @functools.lru_cache(maxsize=4)
 def _shuffle(n_records: int, seed: int, epoch: int) -> Int[np.ndarray, " n_records"]:
-    # Raw Philox output is fixed by its definition; Generator.permutation may change between NumPy releases, and with it every batch.
-    keys = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n_records)
-    shuffled = np.argsort(keys, kind="stable")
+    shuffled = _sorted_places(lambda: _keys(n_records, seed, epoch), n_records)
     shuffled.setflags(write=False)
     return shuffled
+
+
+def _keys(n_records: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
+    """A random 64-bit number for every record, block after block."""
+    # Raw Philox output is fixed by its definition; Generator.permutation may change between NumPy releases, and with it every batch.
+    generator = np.random.Philox(key=np.array([seed, epoch], np.uint64))
+    for start in range(0, n_records, _BLOCK):
+        yield generator.random_raw(min(_BLOCK, n_records - start))
+
+
+def _sorted_places(blocks: Callable[[], Iterable[np.ndarray]], n: int) -> Int[np.ndarray, " n"]:
+    """The stable argsort of n keys of 64 bits, in 8 bytes of memory per key and a fraction of argsort's time.
+
+    The low bits of a key give way to its place, which the sort then carries along. Keys that differ in these bits only are put in order afterwards.
+
+    Args:
+      blocks: yields the keys in blocks, from the first on; called a second time where there are such keys.
+    """
+    low = np.uint64(2 ** n.bit_length() - 1)
+    values, start = np.empty(n, np.uint64), 0
+    for block in blocks():
+        places = np.arange(start, start + len(block), dtype=np.uint64)
+        values[start : start + len(block)] = (block & ~low) | places
+        start += len(block)
+    values.sort()
+    tied = [start + np.flatnonzero(np.diff(values[start : start + _BLOCK + 1] & ~low) == 0) for start in range(0, n, _BLOCK)]
+    values &= low
+    places = values.view(np.int64)
+    if (positions := np.concatenate(tied)).size:
+        positions = np.union1d(positions, positions + 1)
+        wanted = places[positions]
+        keys, start = np.empty(len(wanted), np.uint64), 0
+        for block in blocks():
+            here = (wanted >= start) & (wanted < start + len(block))
+            keys[here] = block[wanted[here] - start]
+            start += len(block)
+        places[positions] = wanted[np.argsort(keys, kind="stable")]
+    return places
 
 
 def as_batch(records_BxT1: Int[np.ndarray, "b record_length"], *, isolate: int | None = None) -> Batch:

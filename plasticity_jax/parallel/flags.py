@@ -1,7 +1,6 @@
 """Sets compiler flags for each platform, with a reason for each, and the compilation cache. Does not import jax."""
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -114,13 +113,15 @@ def _choose_cache(compile_cache: str) -> None:
 
 def _machine() -> str:
     """Folder name for this processor type and compiler. jax's own cache key does not distinguish processors."""
+    from importlib.metadata import version
+
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = [platform.processor()]
     described = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))} or set(lines))
     digest = hashlib.sha256("\n".join(described).encode()).hexdigest()[:8]
-    return f"jaxlib-{importlib.metadata.version('jaxlib')}-{platform.machine()}-{digest}"
+    return f"jaxlib-{version('jaxlib')}-{platform.machine()}-{digest}"
 
 
 def _shorten_cache_warnings() -> None:

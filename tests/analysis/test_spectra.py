@@ -3,16 +3,17 @@
 import json
 from dataclasses import asdict
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import plasticity_jax.analysis as analysis
-from plasticity_jax.analysis.spectra import attention_spectra, pseudo_rank, spectra_summary
+from plasticity_jax.analysis.spectra import _triangular, attention_spectra, lower_spectra, pseudo_rank, spectra_summary
 from plasticity_jax.config import ModelConfig, SpectraConfig, StudyConfig
 from plasticity_jax.model.checkpoint import Checkpoints
-from plasticity_jax.model.transformer import init_params
+from plasticity_jax.model.transformer import abstract_params, init_params
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import spectra as stage
@@ -58,6 +59,15 @@ def test_spectra_are_those_of_the_full_products(fold_norms, olmo2, n_heads, n_kv
                 expected = np.linalg.svd(product, compute_uv=False)[: config.head_dim]
                 np.testing.assert_allclose(spectra[name][layer, head], expected, atol=2e-6 * expected[0])
     assert spectra["W_QK"].shape == spectra["W_VO"].shape == (2, n_heads, config.head_dim)
+
+
+def test_no_two_decompositions_can_run_at_once():
+    """Two calls of LAPACK in one program of a CPU can wait for each other's threads forever."""
+    factor = jax.ShapeDtypeStruct((5, CONFIG.d_model, CONFIG.head_dim), "float32")
+    one_chain = jax.jit(_triangular).lower(factor).compile().as_text()
+    program = lower_spectra(CONFIG, abstract_params(CONFIG), False, jax.sharding.Mesh(jax.devices()[:1], ("data",))).compile().as_text()
+    assert program.count('"lapack_sgeqrf_ffi"') == one_chain.count('"lapack_sgeqrf_ffi"') > 1
+    assert program.count('"lapack_sgesdd_ffi"') == 1
 
 
 def test_a_loaded_model_and_a_pair_give_the_same():

@@ -1,3 +1,4 @@
+import threading
 from collections import Counter
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plasticity_jax.data import loader
 from plasticity_jax.data.loader import TokenRecords, as_batch, batch_at, batches, order
 from plasticity_jax.data.prepare import TOKENS, prepare_corpus
 from plasticity_jax.errors import UserError
@@ -67,6 +69,25 @@ def test_the_order_is_that_of_the_published_generator():
         keys = [key for counter in range(1, 4) for key in philox4x64(counter, (seed, epoch))][:10]
         expected = sorted(range(10), key=keys.__getitem__)
         assert order(10, seed=seed, batch_size=10, step=epoch).tolist() == expected
+
+
+@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 8) | st.integers(2**64 - 8, 2**64 - 1), min_size=1, max_size=200), st.integers(1, 64))
+def test_records_are_sorted_as_numpy_sorts_their_keys(keys, size):
+    keys = np.array(keys, np.uint64)  # small and large ones are equal in all bits that stay in the sort, or equal altogether
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "_BLOCK", size)
+        places = loader._sorted_places(lambda: (keys[i : i + size] for i in range(0, len(keys), size)), len(keys))
+    assert places.tolist() == np.argsort(keys, kind="stable").tolist()
+
+
+def test_one_shuffle_is_made_however_many_threads_read_ahead():
+    loader._shuffle.cache_clear()
+    threads = [threading.Thread(target=order, args=(200_000,), kwargs={"seed": 9, "batch_size": 4, "step": step}) for step in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loader._shuffle.cache_info().misses == 1
 
 
 def test_shuffles_are_uniform():
