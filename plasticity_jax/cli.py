@@ -6,6 +6,7 @@ A command is a function below with its flags above it. Nothing heavy is imported
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -86,6 +87,14 @@ def _place(text: str) -> "AnyPath":
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _seed(text: str) -> int:
+    from plasticity_jax.config.schema import MOST_SEED
+
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) > MOST_SEED:
+        raise argparse.ArgumentTypeError(f"{text[:40]} must be an integer from 0 to {MOST_SEED}")
+    return int(text)
+
+
 JSON = _flag("--json", action="store_true", help="one JSON object on standard output")
 FAIL_FAST = _flag("--fail-fast", action="store_true", help="stop at the first run that fails; by default all goes on that does not need it")
 
@@ -156,7 +165,7 @@ def _pretrain(arguments) -> int:
     "fine-tune a pretrained model on a task",
     _flag("--base", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=MODEL_HELP),
     _flag("--task", required=True, metavar="T"),
-    _flag("--seed", type=int, metavar="S", help="of the order of the rows; by default the config's first"),
+    _flag("--seed", type=_seed, metavar="S", help="of the order of the rows; by default the config's first"),
     _flag("--member", metavar="NAME", help="whose recipe to use, where the grid sweeps fields of the fine-tuning"),
     FAIL_FAST,
 )
@@ -433,7 +442,7 @@ def _export(arguments) -> int:
     _flag("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens; 0 from all"),
     _flag("--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens that hold this probability"),
     _flag("--repetition-penalty", type=float, default=1.0, metavar="R", help="of tokens that are there already; 1 is none"),
-    _flag("--seed", type=int, default=0, metavar="S"),
+    _flag("--seed", type=_seed, default=0, metavar="S", help="of the draws"),
     config=False,
     workdir=False,
 )

@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -155,11 +156,24 @@ def _parse(hint: Any, value: Any, path: str) -> Any:
     from pydantic import ValidationError
 
     try:
-        return _adapter(hint).validate_json(json.dumps({path: value}, default=_refuse_object))[path]
+        return _adapter(hint).validate_json(json.dumps({path: _without_minus_zero(value)}, default=_refuse_object))[path]
     except ValidationError as error:
         raise UserError(_message(hint, path, error.errors(include_url=False)[0])) from None
+    except ValueError:
+        raise UserError(
+            f"{path or 'the config'} holds an integer of more than {sys.get_int_max_str_digits():,} digits; give a smaller one."
+        ) from None
     except TypeError as error:  # a key of a dict
         raise UserError(f"{path or 'the config'}: {error}; use strings as keys.") from None
+
+
+def _without_minus_zero(value: Any) -> Any:
+    """0.0 for −0.0, which is the same number and would name another member."""
+    if isinstance(value, dict):
+        return {key: _without_minus_zero(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_minus_zero(inner) for inner in value]
+    return 0.0 if isinstance(value, float) and value == 0 else value
 
 
 def _refuse_object(value: Any) -> NoReturn:

@@ -19,8 +19,17 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from plasticity_jax.errors import UserError
 
-PositiveInt = Annotated[int, Gt(0)]
-NonNegativeInt = Annotated[int, Ge(0)]
+# No machine counts further; a larger number is a slip that would otherwise end in the middle of a study.
+MOST = 2**48
+LONGEST_NAME = 100  # of a study; file systems end at 255 bytes, and temporary names add some
+MOST_SEED = 2**32 - 1  # a seed is a word of 32 bits for jax's generators
+
+PositiveInt = Annotated[int, Gt(0), Le(MOST)]
+NonNegativeInt = Annotated[int, Ge(0), Le(MOST)]
+Epochs = Annotated[int, Gt(0), Le(10_000)]
+Resamples = Annotated[int, Gt(0), Le(1_000_000)]
+Seed = Annotated[int, Ge(0), Le(MOST_SEED)]
+MeshAxis = Annotated[int, Ge(-1), Le(2**24)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
@@ -231,7 +240,7 @@ class GridConfig:
     )
     fields: tuple[tuple[str, tuple[Any, ...]], ...] = result((), 'swept besides, such as (("train.peak_lr", (2e-4, 4e-4)),)')
     changes: tuple[tuple[str, dict], ...] = result((), "(regex over members' names, {result field: value}) pairs; every match applies, in order")
-    seeds: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] = result((0,), "seeds of the initial parameters and of the order of the batches")
+    seeds: Annotated[tuple[Seed, ...], MinLen(1)] = result((0,), "seeds of the initial parameters and of the order of the batches")
     mode: Literal["auto", "sequential", "vmapped"] = execution(
         "auto", "sequential: one by one | vmapped: members that differ in traced hyperparameters only as one program | auto: as many as memory allows"
     )
@@ -246,10 +255,10 @@ class GridConfig:
 class MeshConfig:
     """Sizes of the device mesh axes; -1 fills with what is left."""
 
-    member: int = execution(1, "devices over the members of the grid")
-    data: int = execution(-1, "devices over the batch")
-    fsdp: int = execution(1, "devices over batch and parameters")
-    tensor: int = execution(1, "devices over heads and features")
+    member: MeshAxis = execution(1, "devices over the members of the grid")
+    data: MeshAxis = execution(-1, "devices over the batch")
+    fsdp: MeshAxis = execution(1, "devices over batch and parameters")
+    tensor: MeshAxis = execution(1, "devices over heads and features")
 
     def check(self, config: "StudyConfig") -> None:
         for name, size in vars(self).items():
@@ -274,7 +283,7 @@ class TaskConfig:
     train_rows: PositiveInt = result(6000, "training rows")
     test_rows: PositiveInt = result(300, "test rows")
     verifier_rows: NonNegativeInt = result(0, "training rows kept from fine-tuning, whose samples train the outcome verifier")
-    epochs: PositiveInt = result(3, "passes over the training rows")
+    epochs: Epochs = result(3, "passes over the training rows")
     max_new_tokens: PositiveInt = result(16, "longest answer")
     files: dict[str, str] = result(
         {}, "set → original rows, for tasks without their own: Parquet or JSON lines, or tfds:NAME@SPLIT; several with commas"
@@ -311,7 +320,7 @@ class FinetuneConfig:
     )
     group_by_length: bool = result(True, "batches of rows of one bucket; otherwise of rows in random order, as in the paper")
     packing: bool = result(False, "several rows in a sequence of the last bucket's length, each attending only to itself, in random order")
-    seeds: Annotated[tuple[int, ...], MinLen(1)] = result((0,), "seeds of the order of the rows; every member is fine-tuned with each")
+    seeds: Annotated[tuple[Seed, ...], MinLen(1)] = result((0,), "seeds of the order of the rows; every member is fine-tuned with each")
     log_every: PositiveInt = execution(20, "steps between log lines")
     checkpoint_every: PositiveInt = execution(500, "steps between checkpoints")
     grad_accum_steps: PositiveInt = execution(
@@ -320,6 +329,8 @@ class FinetuneConfig:
 
     def check(self, config: "StudyConfig") -> None:
         check_increasing("finetune.length_buckets", self.length_buckets)
+        if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
+            raise UserError(f"finetune.seeds={self.seeds} lists {twice[0]} twice; list every seed once.")
 
 
 @dataclass(frozen=True)
@@ -332,7 +343,7 @@ class EvaluateConfig:
     top_p: PositiveFraction = result(1.0, "sample from the fewest tokens whose probabilities add up to this; 1: from all")
     repetition_penalty: PositiveFloat = result(1.0, "divides positive logits of tokens in prompt or completion, multiplies negative ones")
     stop: tuple[Text, ...] = result(("Human", "Human:", "Assistant", "Assistant:"), "a completion ends before the first of these")
-    seed: int = result(0, "seed of the samples")
+    seed: Seed = result(0, "seed of the samples")
     prompt_buckets: Buckets = result((32, 64, 96, 128), "lengths in tokens, strictly increasing; a longer prompt loses its beginning")
     batch_size: PositiveInt = execution(512, "sequences generated at once, by each model")
     weights: Literal["auto", "whole", "sharded"] = execution(
@@ -348,8 +359,8 @@ class EvaluateConfig:
 class ReportConfig:
     """Intervals of the report: paired bootstrap, 95%."""
 
-    bootstrap_samples: PositiveInt = execution(2000, "resamples per interval")
-    seed: int = execution(0, "seed of the resamples")
+    bootstrap_samples: Resamples = execution(2000, "resamples per interval")
+    seed: Seed = execution(0, "seed of the resamples")
 
 
 @dataclass(frozen=True)
@@ -391,6 +402,8 @@ class StudyConfig:
 
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise UserError(f"name={self.name!r} becomes a folder: use letters, digits, dot, dash and underscore, beginning with a letter or digit.")
+        if len(self.name) > LONGEST_NAME:
+            raise UserError(f"name={self.name[:40]!r}… has {len(self.name)} characters and becomes a folder; use at most {LONGEST_NAME}.")
         for name, task in self.tasks.items():
             check_choice("tasks", name, tasks())
             task.check_files(name)

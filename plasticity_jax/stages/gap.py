@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from plasticity_jax.config import StudyConfig
-from plasticity_jax.config.schema import PositiveInt, execution, result
+from plasticity_jax.config.schema import PositiveInt, Seed, execution, result
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.stages.stage import Column, Context, Figure, Knob, Program, Rows, Stage, Table, member_row, number
@@ -29,7 +29,7 @@ class GapConfig:
     """Loss on text seen in training against held-out text, on equal tokens per domain."""
 
     tokens_per_side: PositiveInt = result(65536, "tokens per domain, seen and held out each")
-    seed: int = result(0, "seed of the choice of records")
+    seed: Seed = result(0, "seed of the choice of records")
     batch_size: PositiveInt = execution(32, "sequences scored at once; rounded up for the mesh")
 
     def check(self, config: StudyConfig) -> None:

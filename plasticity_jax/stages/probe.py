@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import MinLen
 
 from plasticity_jax.config import StudyConfig
-from plasticity_jax.config.schema import NonNegativeFloat, PositiveInt, check_choice, execution, result
+from plasticity_jax.config.schema import NonNegativeFloat, PositiveInt, Seed, check_choice, execution, result
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import probe_set_run
 from plasticity_jax.stages.stage import Context, Figure, Knob, Program, Rows, Stage, Table, member_row, number
@@ -35,7 +35,7 @@ class ProbeConfig:
     test_rows: PositiveInt = result(800, "test texts per set")
     max_length: PositiveInt = result(128, "tokens; a longer text loses its end")
     l2: Annotated[tuple[NonNegativeFloat, ...], MinLen(1)] = result((1e-4, 1e-3, 1e-2, 1e-1), "candidate penalties, chosen on a validation split")
-    seed: int = result(0, "seed of the splits")
+    seed: Seed = result(0, "seed of the splits")
     tokens_per_batch: PositiveInt = execution(8192, "tokens read at once, with padding; at least one text per row shard")
 
     def check(self, config: StudyConfig) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from plasticity_jax.config import StudyConfig, result_fields
-from plasticity_jax.config.schema import Fraction, PositiveFloat, PositiveInt, ProperFraction, execution, result
+from plasticity_jax.config.schema import Epochs, Fraction, PositiveFloat, PositiveInt, ProperFraction, Seed, execution, result
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
@@ -26,13 +26,13 @@ class VerifierConfig:
     """The outcome verifier: per task, a fine-tuned model with a scalar head, trained on graded samples of rows kept for it (`tasks.<name>.verifier_rows`)."""
 
     n_samples: PositiveInt = result(4, "samples per row and member")
-    epochs: PositiveInt = result(3, "passes over the samples")
+    epochs: Epochs = result(3, "passes over the samples")
     peak_lr: PositiveFloat = result(1e-3, "learning rate after the warm-up")
     batch_size: PositiveInt = result(64, "samples per step")
     grad_accum_steps: PositiveInt = execution(1, "parts of a batch computed one after the other, to save memory")
     warmup_fraction: Fraction = result(0.1, "fraction of the steps")
     held_out_fraction: ProperFraction = result(0.2, "fraction of the rows, for the AUC that is reported; 0.2 is usual")
-    seed: int = result(0, "seed of the split, the scalar head and the order of the samples")
+    seed: Seed = result(0, "seed of the split, the scalar head and the order of the samples")
 
 
 @dataclass(frozen=True)
