@@ -72,7 +72,7 @@ def _spectra(config: ModelConfig, blocks: dict, fold_norms: bool, mesh: Mesh | N
 def _triangular(x_NxDxR: Float[Array, "n d r"]) -> Float[Array, "n m r"]:
     """R of a QR decomposition of each matrix, by decomposing blocks of rows and then their stacked R.
 
-    On a CPU a block stays in the cache, and LAPACK starts no threads for it: 18 times as fast for 2048 x 64 on two busy cores.
+    On a CPU a block stays in the cache, and LAPACK starts no threads for it: 3 to 18 times as fast for 2048 x 64 on two busy cores.
     Source: Demmel et al. 2012 (arXiv 0808.2664), TSQR.
     """
     while x_NxDxR.shape[1] > (rows := 2 * x_NxDxR.shape[2]):
