@@ -2,7 +2,7 @@
 
 Command:     plasticity study --config configs/llama_1b_sft_sweep.py --workdir /mnt/work --config.data.files=gs://BUCKET/fineweb-edu/sample/350BT
 Base models: those of llama_1b_20tpp.py. With --config.name=llama-1b-20tpp and its workdir they are found there and not trained again.
-Devices:     v5e:8x8, v4:2x2x4 or h100:8, as plasticity check names them; 108 fine-tunings of SimpleScaling's 54,484 rows.
+Devices:     v5e:8x8, v4:2x2x4 or h100:8, as plasticity check names them; 81 fine-tunings of SimpleScaling's 54,484 rows.
 Not yet run here; the paper reports that the advantage of a large pretraining decay survives these sweeps.
 """
 
@@ -13,7 +13,7 @@ def get_config(faithful=False):
     config = llama("llama-1b", tokens=20e9, batch_size=1024 if faithful else 512, peak_lr=2e-4, faithful=faithful)
     config.name = "llama-1b-sft-sweep"
     config.grid.weight_decay = (0.1, 0.5, 1.0)
-    config.grid.fields = sft_sweep()
+    config.grid.fields = sft_sweep(1e-5, 3e-5, 6e-4)
     config.tasks = {"SimpleScaling": paper_task("SimpleScaling")}
     parts = 2 if faithful else 1  # as many times the batch of 512
     config.hardware = (

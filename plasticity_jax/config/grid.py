@@ -36,7 +36,7 @@ class Member:
 
 
 def grid_members(config: StudyConfig) -> tuple[Member, ...]:
-    """The members of the grid, seed by seed, then by swept fields, then by weight decay, in the order of the config.
+    """The members of the grid but those of `grid.leave_out`, seed by seed, then by swept fields, then by weight decay, in the order of the config.
 
     The timescale is 1/(lr λ) steps at the peak learning rate (1/λ steps with independent decay), of the member's own run;
     Wang & Aitchison, arXiv 2405.13698. A timescale is turned into λ before `grid.changes` apply.
@@ -57,13 +57,13 @@ def grid_members(config: StudyConfig) -> tuple[Member, ...]:
                 if changes and decay:
                     timescale = 1.0 / (decay * _decay_per_run(_with(own, changes)))
                 members.append(Member(name, base, decay, timescale, seed, overrides, changes))
-    return tuple(members)
+    return tuple(member for member in members if not any(re.search(pattern, member.name) for pattern in grid.leave_out))
 
 
 def member_config(config: StudyConfig, member: Member) -> StudyConfig:
     """The config of one member: its swept fields and changes are set, and its grid sweeps weight decay and seeds only."""
     own = _with(config, (*member.overrides, *member.changes))
-    return replace(own, grid=replace(own.grid, fields=(), changes=()))
+    return replace(own, grid=replace(own.grid, fields=(), changes=(), leave_out=()))
 
 
 def name_text(value: Any) -> str:
@@ -129,6 +129,12 @@ def check_members(config: StudyConfig) -> None:
         pairs = tuple(zip(swept, values))
         _check_alone(_with(config, pairs), "the members with " + ", ".join(f"{name}={value}" for name, value in pairs))
     members = grid_members(config)
+    whole = [member.name for member in grid_members(replace(config, grid=replace(grid, leave_out=())))]
+    for pattern in grid.leave_out:
+        if not any(re.search(pattern, name) for name in whole):
+            raise UserError(f"grid.leave_out: {pattern!r} matches no member; the members are {', '.join(whole)}.")
+    if not members:
+        raise UserError(f"grid.leave_out={grid.leave_out} leaves no member; the grid's are {', '.join(whole)}.")
     names = [member.name for member in members]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -89,6 +89,8 @@ def parse_config(tree: dict[str, Any]) -> StudyConfig:
     fields = tuple(
         (name, tuple(_swept(config, "grid.fields", name, value, f"[{i}]") for i, value in enumerate(values))) for name, values in config.grid.fields
     )
+    for pattern in config.grid.leave_out:
+        _check_pattern("grid.leave_out", pattern)
     changes = _typed_rules("grid.changes", config.grid.changes, lambda name, value: _swept(config, "grid.changes", name, value))
     hardware = _typed_rules("hardware", config.hardware, lambda name, value: _executed(config, name, value))
     config = replace(config, grid=replace(config.grid, fields=fields, changes=changes), hardware=hardware)
@@ -256,11 +258,15 @@ def _field_types(config: StudyConfig) -> dict[str, Any]:
 def _typed_rules(where: str, rules: tuple[tuple[str, dict], ...], typed: Callable[[str, Any], Any]) -> tuple[tuple[str, dict], ...]:
     """(regex, {field: value}) pairs with their values checked and typed."""
     for pattern, _ in rules:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"{where}: {pattern!r} is not a regular expression ({error}); write one such as '^wd1$' or 'H100|A100'.") from None
+        _check_pattern(where, pattern)
     return tuple((pattern, {name: typed(name, value) for name, value in changes.items()}) for pattern, changes in rules)
+
+
+def _check_pattern(where: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r} is not a regular expression ({error}); write one such as '^wd1$' or 'H100|A100'.") from None
 
 
 def _without(pattern: str, changes: dict[str, Any], given: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -240,6 +240,7 @@ class GridConfig:
     )
     fields: tuple[tuple[str, tuple[Any, ...]], ...] = result((), 'swept besides, such as (("train.peak_lr", (2e-4, 4e-4)),)')
     changes: tuple[tuple[str, dict], ...] = result((), "(regex over members' names, {result field: value}) pairs; every match applies, in order")
+    leave_out: tuple[Text, ...] = result((), "regexes over members' names; members that match one are left out")
     seeds: Annotated[tuple[Seed, ...], MinLen(1)] = result((0,), "seeds of the initial parameters and of the order of the batches")
     mode: Literal["auto", "sequential", "vmapped"] = execution(
         "auto", "sequential: one by one | vmapped: members that differ in traced hyperparameters only as one program | auto: as many as memory allows"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from plasticity_jax.config import load_config
+from plasticity_jax.config import grid_members, load_config
 from plasticity_jax.errors import UserError
 
 TINY = "configs/tiny.py"
@@ -56,3 +56,12 @@ def test_a_seed_twice_and_a_long_name_are_refused():
     assert "finetune.seeds=(3, 3) lists 3 twice" in refused("finetune.seeds", (3, 3))
     assert "101 characters" in refused("name", "a" * 101)
     assert load_config(TINY, [("name", "a" * 100)]).name == "a" * 100
+
+
+def test_members_are_left_out_by_name():
+    given = [("grid.weight_decay", (0.0, 0.1, 1.0)), ("grid.seeds", (0, 1)), ("grid.leave_out", ("^wd1-s1$",))]
+    names = [member.name for member in grid_members(load_config(TINY, given))]
+    assert names == ["wd0", "wd0.1", "wd1", "wd0-s1", "wd0.1-s1"]
+    assert "matches no member" in refused("grid.leave_out", ("wd7",))
+    assert "leaves no member" in refused("grid.leave_out", (".",))
+    assert "not a regular expression" in refused("grid.leave_out", ("(",))

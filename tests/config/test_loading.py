@@ -34,6 +34,7 @@ from plasticity_jax.config import (
     schema,
     to_dict,
 )
+from plasticity_jax.config.schema import MOST
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import to_json
@@ -286,7 +287,7 @@ def test_plasticity_config_prints_overrides_and_refuses_what_is_wrong(capsys):
     assert "train.steps='x'" in capsys.readouterr().err
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False, min_value=5e-324), st.integers(min_value=1))
+@given(st.floats(allow_nan=False, allow_infinity=False, min_value=5e-324), st.integers(1, MOST))
 def test_numbers_pass_the_door_exactly(number, count):
     config = parse_config({"train": {"max_loss": number, "held_out_tokens": count}})
     assert (config.train.max_loss, config.train.held_out_tokens) == (number, count)

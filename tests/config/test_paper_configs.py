@@ -145,3 +145,14 @@ def test_every_member_can_be_laid_out_on_the_slices_that_the_docstring_names(nam
             tuned = padded_batch_size(mesh, own.finetune.batch_size, own.finetune.grad_accum_steps, "finetune")
             assert tuned == max(own.finetune.batch_size, sizes["data"] * sizes["fsdp"])
             assert own.train.grad_accum_steps in part_counts(mesh, own.train.batch_size)
+
+
+def test_the_sweeps_of_the_fine_tuning_are_the_authors():
+    """81 runs of Llama and 135 of OLMo-2 per task, with λ 0.6 without the rate of 6e-4: the authors' configs, as recorded in the study's facts."""
+    llama, olmo = (grid_members(load(f"{family}_1b_sft_sweep")) for family in ("llama", "olmo2"))
+    assert (len(llama), len(olmo)) == (81, 135)
+    rates = {member.weight_decay: set() for member in olmo}
+    for member in olmo:
+        rates[member.weight_decay].add(dict(member.overrides)["finetune.peak_lr"])
+    assert rates == {0.1: {1e-5, 3e-5, 6e-5, 6e-4}, 0.3: {1e-5, 3e-5, 6e-5, 6e-4}, 0.6: {1e-5, 3e-5, 6e-5}, 1.0: {1e-5, 3e-5, 6e-5, 6e-4}}
+    assert {dict(member.overrides)["finetune.peak_lr"] for member in llama} == {1e-5, 3e-5, 6e-4}
