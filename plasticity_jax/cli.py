@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plasticity_jax import __version__
 from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import preemption, processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
@@ -502,13 +503,14 @@ def _choices(flag: str, text: str | None, known: Sequence[str]) -> tuple[str, ..
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     about = "What does a pretraining hyperparameter do to what a language model can still learn?"
     program = _Parser(prog="plasticity", description=about, epilog=STATUSES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    program.add_argument("--version", action="version", version=f"plasticity_jax {__version__}")
     subparsers = program.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(name, help=command.does, description=command.does, allow_abbrev=False)

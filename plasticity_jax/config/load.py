@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -301,19 +302,23 @@ def _read_python(path: Path, *, faithful: Any) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}: {_file_error(error)}") from error
+        raise UserError(f"{path}: {_file_error(error, path)}") from error
 
 
-def _file_error(error: Exception) -> str:
-    """What went wrong in a config file, on one line; of an unknown key, as ConfigDict refuses it, the nearest known one."""
+def _file_error(error: Exception, path: Path) -> str:
+    """What went wrong in a config file and in which line of it, on one line; of an unknown key, as ConfigDict refuses it, the nearest known one."""
+    lines = (
+        [error.lineno] if isinstance(error, SyntaxError) else [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    )
+    where = f"line {lines[-1]}: " if lines and lines[-1] else ""
     if error.args and isinstance(error.args[0], KeyError):  # ConfigDict wraps it in an AttributeError
         error = error.args[0]
     text = " ".join(str(error.args[0] if error.args else error).split())
     key = re.search(r"""^Key "(\w+)" does not exist|^'(\w+)'$""", text) if isinstance(error, KeyError) else None
     if key and (key[1] or key[2] in RENAMED):
         names = {**to_dict(StudyConfig()), **explain(StudyConfig(tasks={"": TaskConfig()}))}
-        return str(unknown_key(key[1] or key[2], {name.rpartition(".")[2] for name in names}))
-    return f"{type(error).__name__}: {text}"
+        return where + str(unknown_key(key[1] or key[2], {name.rpartition(".")[2] for name in names}))
+    return f"{where}{type(error).__name__}: {text!r}" if isinstance(error, KeyError) else f"{where}{type(error).__name__}: {text}"
 
 
 def _complete(tree: dict[str, Any]) -> dict[str, Any]:
@@ -323,6 +328,9 @@ def _complete(tree: dict[str, Any]) -> dict[str, Any]:
     return defaults | tree | {name: defaults[name] | tree[name] for name in both}
 
 
+_TABLE = re.compile(r"tasks(\.\w+\.files)?$")  # fields whose keys are the user's own: given as a whole, they are replaced
+
+
 def _override(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     node, seen = tree, ""
@@ -330,7 +338,7 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(node, dict) or name not in node:
             raise unknown_key(seen + name, (seen + known for known in (node if isinstance(node, dict) else ())))
         parent, node, seen = node, node[name], f"{seen}{name}."
-    if isinstance(node, dict) and node:
+    if isinstance(node, dict) and node and not (_TABLE.match(key) and isinstance(value, dict)):
         raise UserError(f"--config.{key}={value}: {key} is a section; set one of {', '.join(sorted(node))}.")
     parent[last] = value
 

@@ -13,7 +13,7 @@ from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.stages import Ahead, Plan, Work, stages
 from plasticity_jax.study.graph import study_dir
-from plasticity_jax.train.check import resolved
+from plasticity_jax.train.check import hours_text, resolved
 
 
 @dataclass
@@ -107,7 +107,7 @@ def lines(found: list[StageHours], target: Target, mfu: float) -> list[str]:
 
 
 def _hours(value: float, bound: bool) -> str:
-    return ("≤ " if bound else "") + (f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")
+    return ("≤ " if bound else "") + hours_text(value)
 
 
 def to_record(found: list[StageHours]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -141,13 +142,13 @@ def test_an_old_key_is_refused_with_its_new_name_wherever_it_stands(old, new, tm
     for statement in (f"c.{old} = 1", f"c.{section}['{name}'] = 1", f"c.{new} = c.{old}"):
         file = tmp_path / "mine.py"
         file.write_text(f"from plasticity_jax.config import base_config\ndef get_config():\n    c = base_config()\n    {statement}\n    return c\n")
-        assert refusal(file) == f"{file}: config key {name} is now called {new.split('.')[1]}."
+        assert refusal(file) == f"{file}: line 4: config key {name} is now called {new.split('.')[1]}."
 
 
 def test_an_unknown_key_of_a_python_file_names_the_nearest_alone(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("from plasticity_jax.config import base_config\ndef get_config():\n    c = base_config()\n    c.train.stesp = 5\n    return c\n")
-    assert refusal(file) == f"{file}: config key stesp is unknown; did you mean steps?"
+    assert refusal(file) == f"{file}: line 4: config key stesp is unknown; did you mean steps?"
     file.write_text("def get_config():\n    return {}['warmup']\n")
     assert "KeyError" in refusal(file)
 
@@ -291,3 +292,30 @@ def test_plasticity_config_prints_overrides_and_refuses_what_is_wrong(capsys):
 def test_numbers_pass_the_door_exactly(number, count):
     config = parse_config({"train": {"max_loss": number, "held_out_tokens": count}})
     assert (config.train.max_loss, config.train.held_out_tokens) == (number, count)
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("def get_config():\n    c = {\n    return c\n", "line 2: SyntaxError: '{' was never closed"),
+        ("def get_config():\n    d = {}\n    return d['x']\n", "line 3: KeyError: 'x'"),
+        (
+            "from plasticity_jax.config import base_config\n\ndef get_config():\n    c = base_config()\n    c.train.stepz = 3\n    return c\n",
+            "line 5: ",
+        ),
+    ],
+)
+def test_an_error_in_a_config_file_says_its_line(tmp_path, text, line):
+    (tmp_path / "own.py").write_text(text)
+    with pytest.raises(UserError, match=re.escape(f"own.py: {line}")) as error:
+        load_config(tmp_path / "own.py", [])
+    assert "\n" not in str(error.value)
+
+
+def test_all_tasks_are_replaced_at_once():
+    assert load_config(TINY, [("tasks", "{}")]).tasks == {}
+    [(name, task)] = load_config(TINY, [("tasks", "{'addition2': {'epochs': 2}}")]).tasks.items()
+    assert (name, task.epochs) == ("addition2", 2)
+    for key, value in (("tasks", "3"), ("train", "{}")):
+        with pytest.raises(UserError, match="is a section"):
+            load_config(TINY, [(key, value)])
