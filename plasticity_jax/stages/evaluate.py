@@ -10,7 +10,7 @@ from plasticity_jax.runs.directory import CONFIG, RunDirectory
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import task_run, task_settings
-from plasticity_jax.stages.stage import Batched, Context, Figure, Knob, Plan, Planned, Program, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Batched, Context, Figure, Knob, Plan, Planned, Program, Rows, Stage, Table, batch_fields, member_row, number
 from plasticity_jax.stages.work import Ahead, Work, padded_to
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def evaluate_run(config: StudyConfig, model: Run, task: str) -> Run:
     when = "after" if tuned_on_it else "before"
     name = f"{model.name}-after" if tuned_on_it else f"{model.name}-{task}-before"
     fields = {"when": when, "split": "test", "faithful": config.faithful, "compute_dtype": config.train.compute_dtype}
+    fields |= batch_fields(config.train.compute_dtype, config.evaluate.batch_size)
     if not by_likelihood(task):
         fields |= result_fields(config.evaluate) | {"max_new_tokens": task_settings(config, task).max_new_tokens}
     parents = {"model": model.id, "task": task_run(config, task).id}

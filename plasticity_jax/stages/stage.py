@@ -401,6 +401,12 @@ class Plan:
         return {run.id: own for planned in self._planned.values() for own, run in planned.values()}
 
 
+def batch_fields(compute_dtype: str, batch_size: int) -> dict[str, int]:
+    """The batch size where it belongs to the result of a forward pass: in bfloat16, where the shape of a batch decides how its products are rounded, and a
+    greedy completion in four can change with it. In float32 none did."""
+    return {"batch_size": batch_size} if compute_dtype == "bfloat16" else {}
+
+
 def number(value: Any) -> float | None:
     """The value as a finite float; None for what is absent, not finite, or no number."""
     try:

@@ -12,7 +12,7 @@ from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import evaluate
 from plasticity_jax.stages.prepare import task_settings
 from plasticity_jax.stages.pretrain import training_knobs
-from plasticity_jax.stages.stage import Context, Plan, Planned, Program, Stage
+from plasticity_jax.stages.stage import Context, Plan, Planned, Program, Stage, batch_fields
 from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def samples_run(config: StudyConfig, tuned: Run) -> Run:
         "max_new_tokens": task_settings(config, tuned.task_name).max_new_tokens,
         "compute_dtype": config.train.compute_dtype,
     }
+    fields |= batch_fields(config.train.compute_dtype, config.evaluate.batch_size)
     parents = {"model": tuned.id, "task": tuned.parents["task"]}
     return SAMPLES.new_run(config, tuned.name, fields, parents, member=tuned.member, task=tuned.task, seed=tuned.seed)
 

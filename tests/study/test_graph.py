@@ -62,6 +62,20 @@ def test_a_change_makes_stale_what_depends_on_it_and_no_more(override, stale):
     assert changed(graph(), graph(override)) == stale
 
 
+def test_in_bfloat16_the_batch_size_is_part_of_what_was_evaluated():
+    """There it decides how products are rounded, and with it some greedy completions."""
+    narrow, sets = ("train.compute_dtype", "bfloat16"), ("zero_shot.sets", "('piqa',)")
+    before, after = graph(narrow, sets), graph(narrow, sets, ("evaluate.batch_size", "32"), ("zero_shot.batch_size", "16"))
+    assert changed(before, after) == {"evaluate", "zero_shot"}
+    verified = [
+        narrow,
+        ("verifier.n_samples", "2"),
+        *((f"tasks.{task}.verifier_rows", "8") for task in ("addition2", "topic")),
+        ("reward.scorer", "verifier"),
+    ]
+    assert "samples" in changed(graph(*verified), graph(*verified, ("evaluate.batch_size", "32")))
+
+
 def test_members_of_a_seed_share_start_and_corpus():
     bases = [run for run in graph(("grid.seeds", "(0,1)")) if run.stage == "pretrain"]
     for seed in (0, 1):
