@@ -90,6 +90,7 @@ def _study(preset_name: str, *, tokens: float, batch_size: int, seq_len: int, pe
     config.finetune.length_buckets = (256, 512, 1024, 2048)
     config.finetune.too_long = "cut-both" if faithful else "cut"
     config.finetune.group_by_length = False
+    config.finetune.loss_parts = 4 if faithful else 1
     config.finetune.seeds = (42,)  # for error bars, the study adds 8107 and 5701
     config.tasks = {name: paper_task(name) for name in PAPER_TASKS}
     config.evaluate.n_samples = 16

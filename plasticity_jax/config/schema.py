@@ -10,6 +10,7 @@ A section may have `check(self, config)` for the rules that types and bounds can
 import dataclasses
 import difflib
 import functools
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -320,6 +321,7 @@ class FinetuneConfig:
         "cut", "long rows: cut the prompt's beginning | cut-both ends (LLaMA-Factory's rule) | drop"
     )
     group_by_length: bool = result(True, "batches of rows of one bucket; otherwise of rows in random order, as in the paper")
+    loss_parts: PositiveInt = result(1, "parts of a batch whose mean losses are averaged; 1: the mean over all targets (the study: its 4 devices)")
     packing: bool = result(False, "several rows in a sequence of the last bucket's length, each attending only to itself, in random order")
     seeds: Annotated[tuple[Seed, ...], MinLen(1)] = result((0,), "seeds of the order of the rows; every member is fine-tuned with each")
     log_every: PositiveInt = execution(20, "steps between log lines")
@@ -330,6 +332,11 @@ class FinetuneConfig:
 
     def check(self, config: "StudyConfig") -> None:
         check_increasing("finetune.length_buckets", self.length_buckets)
+        if self.batch_size % self.loss_parts:
+            raise UserError(
+                f"finetune.loss_parts={self.loss_parts} does not divide finetune.batch_size={self.batch_size}; set it to a divisor, "
+                f"such as {math.gcd(self.batch_size, self.loss_parts)}."
+            )
         if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             raise UserError(f"finetune.seeds={self.seeds} lists {twice[0]} twice; list every seed once.")
 

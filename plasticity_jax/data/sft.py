@@ -221,7 +221,9 @@ def _inputs(lengths: Sequence[int] | np.ndarray, longest: int) -> np.ndarray:
     return needed
 
 
-def sft_batch(rows: SftRows, sequences: Sequence[int | Indices] | np.ndarray, *, bucket_length: int, batch_size: int, pad_id: int) -> Batch:
+def sft_batch(
+    rows: SftRows, sequences: Sequence[int | Indices] | np.ndarray, *, bucket_length: int, batch_size: int, pad_id: int, loss_parts: int = 1
+) -> Batch:
     """The arrays of one batch, [batch_size, bucket_length] each.
 
     `tokens`, `targets`, `segment_ids` (0 padding, otherwise the row's number within its sequence, from 1) and `positions` (from 0 in every row) are
@@ -230,6 +232,8 @@ def sft_batch(rows: SftRows, sequences: Sequence[int | Indices] | np.ndarray, *,
 
     Args:
       sequences: for each sequence the index of its row, or the indices of its rows.
+      loss_parts: equal parts of the batch, in order. The loss is the mean of their means: a target's mask is scaled so that every part that has targets
+        weighs alike, and their sum stays the number of targets. As in the Hugging Face Trainer up to transformers 4.46.1, where a part is a device's.
     """
     shape = (batch_size, bucket_length)
     tokens, targets = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
@@ -245,4 +249,8 @@ def sft_batch(rows: SftRows, sequences: Sequence[int | Indices] | np.ndarray, *,
             # The input before the response's first token predicts that token.
             loss_mask[place, start + rows.response_starts[index] - 1 : end] = 1.0
             start = end
+    if loss_parts > 1:
+        counts = loss_mask.reshape(loss_parts, -1).sum(axis=1)
+        weights = counts.sum() / np.count_nonzero(counts) / np.maximum(counts, 1)
+        loss_mask *= np.repeat(weights.astype(np.float32), batch_size // loss_parts)[:, None]
     return {"tokens": tokens, "targets": targets, "loss_mask": loss_mask, "segment_ids": segment_ids, "positions": positions}

@@ -120,7 +120,7 @@ def finetune(members: Sequence[Tuned], examples: Sequence[Example], *, epochs: i
             state,
             train_step=compile_train_step(settings, mesh, members=vmapped),
             hyper=stack(hypers) if vmapped else hypers[0],
-            batches=global_batches(_batches(rows, steps[start:], recipe.batch_size, base.text_tokenizer.pad_id), mesh, None, padded),
+            batches=global_batches(_batches(rows, steps[start:], recipe, base.text_tokenizer.pad_id), mesh, None, padded),
             tracks=[tracks[i] for i in alive],
             members=vmapped,
             settings=LoopSettings(
@@ -188,6 +188,7 @@ def _n_targets(rows: SftRows, schedule: list[tuple[int, Any]]) -> int:
     return sum(int(n_targets[np.hstack(sequences)].sum()) for _, sequences in schedule)
 
 
-def _batches(rows: SftRows, schedule: list, batch_size: int, pad_id: int) -> Iterator[Batch]:
+def _batches(rows: SftRows, schedule: list, recipe: FinetuneConfig, pad_id: int) -> Iterator[Batch]:
+    how = {"batch_size": recipe.batch_size, "pad_id": pad_id, "loss_parts": recipe.loss_parts}
     for bucket_length, sequences in schedule:
-        yield sft_batch(rows, sequences, bucket_length=bucket_length, batch_size=batch_size, pad_id=pad_id)
+        yield sft_batch(rows, sequences, bucket_length=bucket_length, **how)

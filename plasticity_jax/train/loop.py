@@ -245,7 +245,7 @@ class _Loop:
                 if track.diverged:
                     continue
                 track.seconds += seconds
-                track.tokens += int(numbers["tokens"][i])
+                track.tokens += round(float(numbers["tokens"][i]))
                 self._settle_one(i, track, step, {name: float(values[i]) for name, values in numbers.items() if name != "tokens"}, state)
             if state is not None and self._checkpoint_due(step):
                 self._save(step, state)
@@ -254,7 +254,7 @@ class _Loop:
             note = "loss " + " ".join(f"{loss:.3f}" for loss in losses)
             if self.settings.peak_tokens_per_second:
                 note += f", MFU {utilization(self.tracks[0], self.settings):.0%}"
-            self.progress.update(int(numbers["tokens"].sum()), note=note)
+            self.progress.update(round(float(numbers["tokens"].sum())), note=note)
 
     def _settle_one(self, i: int, track: Track, step: int, numbers: dict[str, float], state: State | None) -> None:
         loss = numbers["loss"]

@@ -252,6 +252,7 @@ def test_the_recipe_of_the_paper(faithful):
     assert (recipe.b1, recipe.b2, recipe.eps, recipe.clip_norm) == (0.9, 0.999, 1e-8, 1.0)
     assert recipe.length_buckets[-1] == 2048 and not recipe.packing and not recipe.group_by_length and recipe.seeds == (42,)
     assert recipe.too_long == ("cut-both" if faithful else "cut") and config.train.compute_dtype == "bfloat16"
+    assert recipe.loss_parts == (4 if faithful else 1)
     assert {task.epochs for task in config.tasks.values()} == {3}
     optimizer = finetune.step_settings(config, config.model, make_mesh(MeshConfig())).optimizer
     assert (optimizer.schedule, optimizer.decay_kind, optimizer.decay_mask) == (Schedule("cosine", 0.0, 1.0), "coupled", "no-norms")
@@ -260,3 +261,32 @@ def test_the_recipe_of_the_paper(faithful):
 def test_another_architecture_is_refused(world: World):
     with pytest.raises(UserError, match=r"model\.d_ff=64 is 32 in .*base"):
         world.finetune("misfit", "base", change(CONFIG, "model", d_ff=64))
+
+
+@pytest.mark.parametrize("n_rows", [28, 18], ids=["four devices", "the last batch leaves one without rows"])
+def test_the_loss_of_parts_is_the_mean_of_their_means(n_rows):
+    """What the Hugging Face Trainer logged with a part per device; the mean over all targets is another number."""
+    rows, _, _ = packed_and_single()
+    settings, mesh = step_of(packing=False)
+    params = init_params(CONFIG.model, 0)
+    how = dict(bucket_length=48, batch_size=28, pad_id=1)
+    losses = {}
+    for parts in (1, 4):
+        batch = sft_batch(rows, list(range(n_rows)), **how, loss_parts=parts)
+        step = jax.jit(make_train_step(settings))
+        _, metrics = step(initial_state(settings, params), batch, hyper_parameters(weight_decay=0.0, peak_lr=1.0, warmup=1, total=2))
+        losses[parts] = float(metrics["loss"])
+        n_targets = sum(rows.lengths[i] - rows.response_starts[i] for i in range(n_rows))
+        assert round(float(metrics["tokens"])) == n_targets
+    plain = sft_batch(rows, list(range(n_rows)), **how)
+    nats = np.asarray(jax.jit(functools.partial(next_token_losses, settings, mesh))(params, plain)[0], np.float64)
+    inside = plain["loss_mask"] == 1
+    means = [nats[start : start + 7][inside[start : start + 7]].mean() for start in range(0, n_rows, 7)]
+    assert losses[4] == pytest.approx(np.mean(means), rel=1e-5)
+    assert losses[1] == pytest.approx(nats[inside].mean(), rel=1e-5)
+    assert abs(losses[4] - losses[1]) > 1e-4
+
+
+def test_parts_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(UserError, match="finetune.loss_parts=3 does not divide finetune.batch_size=64; set it to a divisor, such as 1"):
+        load_config("configs/tiny.py", [("finetune.batch_size", "64"), ("finetune.loss_parts", "3")])
