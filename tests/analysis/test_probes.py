@@ -7,11 +7,13 @@ from dataclasses import asdict
 import jax
 import numpy as np
 import pytest
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
 from plasticity_jax.analysis import probes
-from plasticity_jax.analysis.probes import features, fit_probe
+from plasticity_jax.analysis.probes import features, fit_probe, fit_probes
 from plasticity_jax.config import ModelConfig, ProbeConfig, StudyConfig
 from plasticity_jax.data.probe_sets import write_probe_set
 from plasticity_jax.data.tokenizer import Tokenizer
@@ -104,13 +106,50 @@ def test_separable_classes_without_penalty_end():
     assert result.accuracy == 1.0 and np.isfinite(result.weights).all()
 
 
-def test_one_compiled_program_serves_all_fits_of_a_shape():
-    (x_train, y_train), (x_test, y_test) = clouds(N, 0), clouds(50, 1)
-    fit_probe(x_train, y_train, x_test, y_test, l2=(0.1,))
-    before = probes._lbfgs._cache_size()
-    for layer in range(3):
-        fit_probe(x_train + layer, y_train, x_test, y_test)
-    assert probes._lbfgs._cache_size() == before
+def correlated_layers(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Three layers of features whose variance lies in few directions, as in hidden states; hundreds of plain gradient steps apart from their fit."""
+    fixed, rng = np.random.default_rng(7), np.random.default_rng(seed)
+    y = rng.integers(CLASSES, size=n)
+    layers = []
+    for strength in (0.2, 0.5, 1.0):
+        mixing = fixed.normal(size=(40, 40)) * np.arange(1, 41) ** -1.0
+        layers.append((strength * fixed.normal(size=(CLASSES, 40))[y] + rng.normal(size=(n, 40))) @ mixing.T + 5)
+    return np.stack(layers).astype(np.float32), y
+
+
+def test_layers_fitted_together_agree_with_scikit_learn_one_by_one():
+    (x_train, y_train), (x_test, y_test) = correlated_layers(500, 0), correlated_layers(300, 1)
+    penalties = (1e-3, 1e-2, 1e-1)
+    together = fit_probes(x_train, y_train, x_test, y_test, l2=penalties)
+    held = probes._validation_rows(np.asarray(y_train), 0)
+    for x, x_new, result in zip(x_train.astype(np.float64), x_test.astype(np.float64), together, strict=True):
+        chosen = LogisticRegression(C=1 / (result.l2 * len(x)), tol=1e-10, max_iter=10_000)
+        for penalty in penalties:
+            scaler = StandardScaler().fit(x[~held])
+            fit = LogisticRegression(C=1 / (penalty * (~held).sum()), tol=1e-10, max_iter=10_000).fit(scaler.transform(x[~held]), y_train[~held])
+            expected = log_loss(y_train[held], fit.predict_proba(scaler.transform(x[held])))
+            assert result.validation_loss[penalty] == pytest.approx(expected, abs=2e-4)
+        assert result.l2 == min(result.validation_loss, key=result.validation_loss.__getitem__)
+        scaler = StandardScaler().fit(x)
+        chosen.fit(scaler.transform(x), y_train)
+        np.testing.assert_allclose(result.mean, scaler.mean_, atol=1e-5)
+        np.testing.assert_allclose(result.scale, scaler.scale_, rtol=1e-5)
+
+        def objective(weights, bias):
+            return log_loss(y_train, softmax(scaler.transform(x) @ weights + bias, axis=1)) + 0.5 * result.l2 * np.sum(weights**2)
+
+        assert result.converged
+        assert objective(result.weights, result.bias) <= objective(chosen.coef_.T, chosen.intercept_) + 1e-6
+        assert abs(result.accuracy - chosen.score(scaler.transform(x_new), y_test)) < 0.005
+    assert together[0].accuracy < together[2].accuracy
+
+
+def test_one_compiled_program_serves_all_layers_and_all_fits_of_a_shape():
+    (x_train, y_train), (x_test, y_test) = correlated_layers(120, 0), correlated_layers(50, 1)
+    before = probes._fit_layers._cache_size()
+    for offset in range(3):
+        fit_probes(x_train + offset, y_train, x_test, y_test, l2=(1e-3, 10.0**-offset), seed=offset)
+    assert probes._fit_layers._cache_size() == before + 1
 
 
 X, Y = np.random.default_rng(0).normal(size=(10, 3)), [0, 1] * 5
