@@ -1,9 +1,10 @@
-"""Linear probes: how well a linear classifier predicts a label from the state of a text's last token, layer by layer."""
+"""Linear probes: how well a linear classifier predicts a label from the states of a text, layer by layer."""
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from plasticity_jax.model.forward import Forward
     from plasticity_jax.model.load import LoadedModel
 
+Pooling = Literal["last", "mean"]
+
 VALIDATION_FRACTION = 0.2
 MAX_ITERATIONS = 500
 # Largest entry of the gradient; float32 resolves little less. Without a penalty, separable classes have no minimum and stop when they stall.
@@ -35,6 +38,7 @@ TINY = np.finfo(np.float32).tiny
 
 SHORTEST_BUCKET = 16
 TOKENS_PER_BATCH = 8192  # where nothing else is asked for
+BAG_OF_WORDS = 4096  # most common tokens of the training texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,10 +201,7 @@ def _fit_layers(x_LxNxD: Array, y_N: Array, held_N: Array, l2_P: Array, *, n_cla
     def layer(x_NxD):
         all_N = jnp.ones(n_rows)
         all_NxD, mean_D, scale_D = _standardized(x_NxD, all_N, standardize)
-        # The Hessian of the loss at W = 0: it makes up for correlated features, so that tens of steps are enough instead of hundreds.
-        gram_DxD = all_NxD.T @ all_NxD / (n_rows * n_classes)
-        least = PRECONDITIONER_FLOOR * jnp.trace(gram_DxD) / d
-        inverse_PxDxD = _inverse(gram_DxD + jnp.maximum(l2_P, least)[:, None, None] * jnp.eye(d), INVERSE_BLOCK)
+        inverse_PxDxD = _preconditioner(all_NxD, l2_P, n_classes) if d <= n_rows else None
         chosen, losses_P = jnp.int32(0), jnp.zeros(len(l2_P))
         if len(l2_P) > 1:
             own_NxD, _, _ = _standardized(x_NxD, 1 - held_N, standardize)
@@ -208,14 +209,26 @@ def _fit_layers(x_LxNxD: Array, y_N: Array, held_N: Array, l2_P: Array, *, n_cla
             losses_PxN = jax.nn.logsumexp(logits_PxCxN, axis=1) - jnp.sum(logits_PxCxN * is_class_CxN, axis=1)
             losses_P = losses_PxN @ held_N / held_N.sum()
             chosen = jnp.argmin(losses_P)
-        own = l2_P[chosen][None], inverse_PxDxD[chosen][None]
-        weights_PxCxD, bias_PxC, _, gradient_P = _minimize(all_NxD, is_class_CxN, all_N, *own, GRADIENT_TOLERANCE)
+        own = None if inverse_PxDxD is None else inverse_PxDxD[chosen][None]
+        weights_PxCxD, bias_PxC, _, gradient_P = _minimize(all_NxD, is_class_CxN, all_N, l2_P[chosen][None], own, GRADIENT_TOLERANCE)
         weights_CxD, bias_C = weights_PxCxD[0], bias_PxC[0]
         if not standardize:
             bias_C, mean_D = bias_C - weights_CxD @ mean_D, jnp.zeros(d)
         return _Fit(weights_CxD, bias_C, mean_D, scale_D, chosen, losses_P, gradient_P[0])
 
     return jax.lax.map(layer, x_LxNxD)
+
+
+def _preconditioner(x_NxD: Array, l2_P: Array, n_classes: int) -> Array:
+    """Inverse Hessians of each class's weights at W = 0, [P, D, D].
+
+    They make up for correlated features, so that tens of steps are enough instead of hundreds. With more features than rows they would cost more than
+    the steps that they save.
+    """
+    n_rows, d = x_NxD.shape
+    gram_DxD = x_NxD.T @ x_NxD / (n_rows * n_classes)
+    least = PRECONDITIONER_FLOOR * jnp.trace(gram_DxD) / d
+    return _inverse(gram_DxD + jnp.maximum(l2_P, least)[:, None, None] * jnp.eye(d), INVERSE_BLOCK)
 
 
 def _standardized(x_NxD: Array, rows_N: Array, scaled: bool) -> tuple[Array, Array, Array]:
@@ -257,7 +270,7 @@ def _inverse(a_PxDxD: Array, block: int) -> Array:
 
 
 def _minimize(
-    x_NxD: Array, is_class_CxN: Array, rows_N: Array, l2_P: Array, inverse_PxDxD: Array, tolerance: float
+    x_NxD: Array, is_class_CxN: Array, rows_N: Array, l2_P: Array, inverse_PxDxD: Array | None, tolerance: float
 ) -> tuple[Array, Array, Array, Array]:
     """Fits one probe per penalty to the same rows: (weights [P, C, D], bias [P, C], logits [P, C, N], largest entry of the gradient [P]).
 
@@ -267,7 +280,7 @@ def _minimize(
     Args:
       x_NxD: features with mean 0 over the fitted rows.
       rows_N: weight of each row.
-      inverse_PxDxD: approximate inverse of the Hessian of each class's weights.
+      inverse_PxDxD: approximate inverse of the Hessian of each class's weights; None takes a multiple of the identity.
       tolerance: largest entry of the gradient.
     """
     n_fits, (n_classes, n_rows), d = len(l2_P), is_class_CxN.shape, x_NxD.shape[1]
@@ -323,7 +336,8 @@ def _minimize(
         size_P = jnp.maximum(jnp.abs(grad[0]).max(axis=(1, 2)), jnp.abs(grad[1]).max(axis=1))
         stalled_P = jnp.where(size_P < carry["least"], 0, carry["stalled"] + 1)
         active_P = carry["active"] & (size_P > tolerance) & (stalled_P < STALLED_ITERATIONS)
-        scaled = jnp.einsum("pde,pce->pcd", inverse_PxDxD, grad[0]), n_classes * grad[1]
+        scaled_PxCxD = n_classes * grad[0] if inverse_PxDxD is None else jnp.einsum("pde,pce->pcd", inverse_PxDxD, grad[0])
+        scaled = scaled_PxCxD, n_classes * grad[1]
         steepness_P = inner(grad[0], scaled[0]) + inner(grad[1], scaled[1])
         changed_P = steepness_P - inner(last["grad"][0], scaled[0]) - inner(last["grad"][1], scaled[1])
         kept_P = jnp.maximum(changed_P / jnp.maximum(last["steepness"], TINY), 0)
@@ -373,8 +387,9 @@ def features(
     max_length: int,
     forward: "Forward | None" = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
+    pooling: Pooling = "last",
 ) -> Float[np.ndarray, "layers n d"]:
-    """States at the last token of each text: after the embedding, then after each block.
+    """States of each text: after the embedding, then after each block.
 
     Args:
       model: what `load_model` returns (its `config` and `params` are read).
@@ -383,6 +398,7 @@ def features(
       max_length: in tokens; a longer text loses its end.
       forward: how to run the model; None for one device, in float32.
       tokens_per_batch: read at once, with padding; at least one text per row shard.
+      pooling: "last" for the state of the last token, "mean" for the mean over the tokens.
     Returns:
       float32 [n_layers + 1, len(texts), d_model].
     Raises:
@@ -406,16 +422,25 @@ def features(
         pad_id=tokenizer.pad_id,
     )
     batches = ((batch.indices, {"tokens": batch.tokens, "lengths": batch.lengths}) for batch in padded)
-    for indices, found_BxLxD in forward.run(_last_states, (model.config,), model.params, batches, what="read states", total=len(rows), unit="texts"):
+    for indices, found_BxLxD in forward.run(
+        _text_states, (model.config, pooling), model.params, batches, what="read states", total=len(rows), unit="texts"
+    ):
         states_LxNxD[:, np.asarray(indices)] = found_BxLxD.swapaxes(0, 1)
     return states_LxNxD
 
 
-def _last_states(forward: "Forward", config: ModelConfig, params: dict, batch: Any) -> Float[Array, "B layers D"]:
+def _text_states(forward: "Forward", config: ModelConfig, pooling: Pooling, params: dict, batch: Any) -> Float[Array, "B layers D"]:
     _, activations = forward.hidden_states(config, params, batch["tokens"], capture=("embed", "block_out"))
-    last_Bx1x1 = jnp.maximum(batch["lengths"] - 1, 0)[:, None, None]
-    embed_BxD = jnp.take_along_axis(activations["embed"], last_Bx1x1, axis=1)[:, 0]
-    blocks_LxBxD = jnp.take_along_axis(activations["block_out"], last_Bx1x1[None], axis=2)[:, :, 0]
+    embed_BxTxD, blocks_LxBxTxD = activations["embed"], activations["block_out"]
+    if pooling == "mean":
+        positions_T = jnp.arange(embed_BxTxD.shape[1])
+        share_BxT = (positions_T < batch["lengths"][:, None]) / jnp.maximum(batch["lengths"], 1)[:, None]
+        embed_BxD = jnp.sum(embed_BxTxD.astype(jnp.float32) * share_BxT[..., None], axis=1)
+        blocks_LxBxD = jnp.sum(blocks_LxBxTxD.astype(jnp.float32) * share_BxT[..., None], axis=2)
+    else:
+        last_Bx1x1 = jnp.maximum(batch["lengths"] - 1, 0)[:, None, None]
+        embed_BxD = jnp.take_along_axis(embed_BxTxD, last_Bx1x1, axis=1)[:, 0]
+        blocks_LxBxD = jnp.take_along_axis(blocks_LxBxTxD, last_Bx1x1[None], axis=2)[:, :, 0]
     return jnp.concatenate([embed_BxD[None], blocks_LxBxD]).swapaxes(0, 1).astype(jnp.float32)
 
 
@@ -425,54 +450,87 @@ def longest_batch(forward: "Forward", length: int, tokens_per_batch: int) -> tup
     return forward.batch_size(max(1, tokens_per_batch // longest)), longest
 
 
-def lower_states(forward: "Forward", config: ModelConfig, params: dict, length: int, tokens_per_batch: int) -> Any:
+def lower_states(forward: "Forward", config: ModelConfig, params: dict, length: int, tokens_per_batch: int, pooling: Pooling = "last") -> Any:
     """The program of `features` for texts of up to `length` tokens, lowered for the mesh's devices."""
     rows, longest = longest_batch(forward, length, tokens_per_batch)
-    return forward.lower(_last_states, (config,), params, {"tokens": (rows, longest), "lengths": (rows,)})
+    return forward.lower(_text_states, (config, pooling), params, {"tokens": (rows, longest), "lengths": (rows,)})
 
 
 def _unit_norm(states_LxNxD: np.ndarray) -> np.ndarray:
     return states_LxNxD / np.maximum(np.linalg.norm(states_LxNxD, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
 
 
+def bag_of_words(tokens: Sequence[Sequence[int]], n_train: int) -> Float[np.ndarray, "n words"]:
+    """log(1 + count) of tokens in each text, for the `BAG_OF_WORDS` most common tokens of the first `n_train` texts; ties go to the smaller id."""
+    common = Counter(token for text in tokens[:n_train] for token in text)
+    words = sorted(common, key=lambda token: (-common[token], token))[:BAG_OF_WORDS]
+    column = {token: i for i, token in enumerate(words)}
+    counts = np.zeros((len(tokens), len(words)), np.float32)
+    for row, text in zip(counts, tokens):
+        np.add.at(row, [column[token] for token in text if token in column], 1)
+    return np.log1p(counts)
+
+
 def probe_layers(
-    model: "LoadedModel", name: str, rows: dict, *, forward: "Forward", max_length: int, l2: Sequence[float], seed: int, tokens_per_batch: int
+    model: "LoadedModel",
+    name: str,
+    rows: dict,
+    *,
+    forward: "Forward",
+    max_length: int,
+    l2: Sequence[float],
+    seed: int,
+    tokens_per_batch: int,
+    pooling: Pooling = "last",
 ) -> dict:
-    """Probes every layer of a model on one probe set.
+    """Probes every layer of a model on one probe set, with two controls.
 
     Args:
       name: of the set, for the progress.
       rows: of the set, as `read_probe_set` gives them.
       forward: how to run the model. With several processes, all call this; the probes are fitted on the first.
       max_length: tokens; a longer text loses its end.
-      l2, seed: as in `fit_probe`.
-      tokens_per_batch: as in `features`.
+      l2: as in `fit_probe`.
+      seed: of the validation split, and of the shuffled labels.
+      tokens_per_batch, pooling: as in `features`.
     Returns:
-      On the first process (empty on the others): layers ("embed", "block1", ...); per layer, accuracy, accuracy_norm_free (features divided by their norm), per_class, l2, and correct ([n_test],
-      1 where right); majority (accuracy of always giving the most common test label), n_train, n_test, classes, dropped_leaks.
+      On the first process (empty on the others): layers ("embed", "block1", ...); per layer, accuracy, accuracy_norm_free (features divided by their
+      norm), accuracy_shuffled (fitted to training labels in random order), per_class, l2, and correct ([n_test], 1 where right); bag_of_words
+      (accuracy of a probe on `bag_of_words` of the texts), majority (accuracy of always giving the most common test label), n_train, n_test, classes,
+      dropped_leaks.
     """
     from plasticity_jax.progress import Progress
 
     texts = [text for split in ("train", "test") for text, _ in rows[split]]
     n_train = len(rows["train"])
     y_train, y_test = ([label for _, label in rows[split]] for split in ("train", "test"))
-    states_LxNxD = features(model, texts, model.text_tokenizer, max_length, forward, tokens_per_batch)
+    states_LxNxD = features(model, texts, model.text_tokenizer, max_length, forward, tokens_per_batch, pooling)
     if not processes.primary():
         return {}
     layers = ["embed"] + [f"block{i + 1}" for i in range(len(states_LxNxD) - 1)]
-    with Progress(f"probe {name}", total=2 * len(layers), unit="probes") as progress:
-        kinds = []
-        for states in (states_LxNxD, _unit_norm(states_LxNxD)):
-            kinds.append(fit_probes(states[:, :n_train], y_train, states[:, n_train:], y_test, l2=l2, seed=seed))
-            progress.update(len(layers), note=f"accuracy {max(probe.accuracy for probe in kinds[0]):.3f}")
-    probes, norm_free = kinds
+
+    def fit(x_LxNxD, labels):
+        return fit_probes(x_LxNxD[:, :n_train], labels, x_LxNxD[:, n_train:], y_test, l2=l2, seed=seed)
+
+    with Progress(f"probe {name}", total=3 * len(layers) + 1, unit="probes") as progress:
+        probes = fit(states_LxNxD, y_train)
+        progress.update(len(layers), note=f"accuracy {max(probe.accuracy for probe in probes):.3f}")
+        norm_free = fit(_unit_norm(states_LxNxD), y_train)
+        progress.update(len(layers))
+        shuffled = fit(states_LxNxD, np.random.default_rng(seed).permutation(y_train))
+        progress.update(len(layers))
+        words_NxV = bag_of_words([ids[:max_length] for ids in model.text_tokenizer.encode_batch(texts)], n_train)
+        by_words = fit(words_NxV[None], y_train)[0]
+        progress.update(1)
     return {
         "layers": layers,
         "accuracy": [probe.accuracy for probe in probes],
         "accuracy_norm_free": [probe.accuracy for probe in norm_free],
+        "accuracy_shuffled": [probe.accuracy for probe in shuffled],
         "per_class": [probe.per_class for probe in probes],
         "l2": [probe.l2 for probe in probes],
         "correct": [probe.correct.astype(int).tolist() for probe in probes],
+        "bag_of_words": by_words.accuracy,
         "majority": rows["majority_share"],
         "n_train": n_train,
         "n_test": len(y_test),
