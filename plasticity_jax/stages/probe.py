@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import MinLen
 
@@ -28,14 +28,15 @@ PROBE_MARGIN = 0.02  # of accuracy: a change up to this counts as no effect
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Linear probes on last-token states at every layer."""
+    """Linear probes on the states of texts at every layer."""
 
     sets: tuple[str, ...] = result(("sentiment", "topic"), "sets of labeled texts")
     train_rows: PositiveInt = result(2000, "training texts per set")
     test_rows: PositiveInt = result(800, "test texts per set")
     max_length: PositiveInt = result(128, "tokens; a longer text loses its end")
+    pooling: Literal["last", "mean"] = result("last", "state of a text: last (its last token's) | mean (over its tokens)")
     l2: Annotated[tuple[NonNegativeFloat, ...], MinLen(1)] = result((1e-4, 1e-3, 1e-2, 1e-1), "candidate penalties, chosen on a validation split")
-    seed: Seed = result(0, "seed of the splits")
+    seed: Seed = result(0, "seed of the splits, and of the shuffled labels of the control")
     tokens_per_batch: PositiveInt = execution(8192, "tokens read at once, with padding; at least one text per row shard")
 
     def check(self, config: StudyConfig) -> None:
@@ -50,8 +51,8 @@ class Probes:
     """Probes of a model.
 
     Attributes:
-      sets: per probe set, layers ("embed", "block1", ...); per layer, accuracy, accuracy_norm_free (features divided by their norm), per_class, l2, and
-        correct ([n_test], 1 where right); majority (accuracy of always giving the most common test label), n_train, n_test, classes, dropped_leaks.
+      sets: per probe set, what `probe_layers` returns: layers; per layer, accuracy, accuracy_norm_free, accuracy_shuffled, per_class, l2, and correct;
+        bag_of_words, majority, n_train, n_test, classes, dropped_leaks.
       seconds: wall time.
     """
 
@@ -74,7 +75,7 @@ def run(context: Context) -> Probes:
     start, settings = time.monotonic(), context.section
     model = context.model(with_tokenizer=True, dtype=context.compute_dtype)
     recipe = {"forward": context.forward(model), "max_length": settings.max_length, "l2": settings.l2, "seed": settings.seed}
-    recipe["tokens_per_batch"] = settings.tokens_per_batch
+    recipe |= {"tokens_per_batch": settings.tokens_per_batch, "pooling": settings.pooling}
     sets = {name: probe_layers(model, name, read_probe_set(context.parents[f"probe-{name}"]), **recipe) for name in settings.sets}
     return Probes(sets, time.monotonic() - start)
 
@@ -92,7 +93,7 @@ def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Progr
         rows, longest = longest_batch(forward, length, config.probe.tokens_per_batch)
         yield Program(
             f"states, texts of {length}",
-            lambda own: lower_states(forward, config.model, params, length, own.probe.tokens_per_batch),
+            lambda own: lower_states(forward, config.model, params, length, own.probe.tokens_per_batch, config.probe.pooling),
             (Knob("probe.tokens_per_batch", tuple(longest * fewer for fewer in smaller_batches(mesh, rows))),),
             device_bytes(params),
             way_out="lower probe.max_length",
@@ -134,9 +135,9 @@ def _rows(results: "StudyResults") -> Rows:
         found = m.record("probe")
         for name, of_layers in found.sets.items() if found else ():
             for i, layer in enumerate(of_layers["layers"]):
-                values = {key: number(of_layers[key][i]) for key in ("accuracy", "accuracy_norm_free", "l2")}
-                counts = {"majority": number(of_layers["majority"]), "n_train": of_layers["n_train"], "n_test": of_layers["n_test"]}
-                rows.append(member_row(m, set=name, layer=layer, **values, **counts))
+                values = {key: number(of_layers[key][i]) for key in ("accuracy", "accuracy_norm_free", "accuracy_shuffled", "l2")}
+                controls = {key: number(of_layers[key]) for key in ("bag_of_words", "majority")}
+                rows.append(member_row(m, set=name, layer=layer, **values, **controls, n_train=of_layers["n_train"], n_test=of_layers["n_test"]))
     return rows
 
 
@@ -148,25 +149,30 @@ def _draw(results: "StudyResults") -> "Drawing":
     sets = [name for name in results.config.probe.sets if any(of_set(m, name) for m in results.members)]
     drawn, panels = drawing.member_panels(results, sets, 2.4)
     for axes, name in zip(panels, sets):
-        majority = 0.0
+        levels = {"majority class": [], "bag of words": []}
         for point in results.points:
             found = [of for m in results.at(point) if (of := of_set(m, name))]
             if found:
-                accuracy = np.mean([np.asarray(f["accuracy"], np.float64) for f in found], axis=0)  # "nan" is a word in results.json
-                axes.plot(range(len(accuracy)), accuracy, color=drawing.color(results, point), marker=drawing.marker(results, point))
+                look = {"color": drawing.color(results, point)}
+                accuracy, shuffled = (np.mean([np.asarray(f[key], np.float64) for f in found], axis=0) for key in ("accuracy", "accuracy_shuffled"))
+                axes.plot(range(len(accuracy)), accuracy, marker=drawing.marker(results, point), **look)
+                axes.plot(range(len(shuffled)), shuffled, linewidth=0.8, linestyle="--", **look)
                 axes.set_xticks(range(len(accuracy)), [layer.replace("block", "block ") for layer in found[0]["layers"]])
-                majority = float(found[0]["majority"])
-        axes.axhline(majority, color=drawing.MUTED, linewidth=1.0, linestyle=":", zorder=1)
-        axes.annotate(
-            "majority class",
-            (1.0, majority),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="right",
-            fontsize=7.5,
-            color=drawing.MUTED,
-        )
+                levels["majority class"] += [float(f["majority"]) for f in found]
+                levels["bag of words"] += [float(f["bag_of_words"]) for f in found]  # "nan" is a word in results.json
+        for label, values in levels.items():
+            level = float(np.mean(values))
+            axes.axhline(level, color=drawing.MUTED, linewidth=1.0, linestyle=":", zorder=1)
+            axes.annotate(
+                label,
+                (1.0, level),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="right",
+                fontsize=7.5,
+                color=drawing.MUTED,
+            )
         axes.set_ylabel("probe accuracy")
     panels[-1].set_xlabel("state after")
     return drawn
@@ -222,6 +228,7 @@ def _above_majority(member: "MemberResults", name: str) -> bool:
 STAGE = Stage(
     name="probe",
     title="linear probes",
+    version=2,
     run=run,
     devices="all",
     programs=_programs,
@@ -237,7 +244,8 @@ STAGE = Stage(
     figures={
         "probes": Figure(
             "Linear probes",
-            "Test accuracy of a linear classifier on the last token's state of the base model, by layer.",
+            "Test accuracy of a linear classifier on the base model's states of a text (probe.pooling: of its last token, or their mean), by layer. "
+            "Dashed: the same fit to shuffled labels. Dotted: the most common class, and a linear classifier on counts of the text's tokens.",
             lambda results: any(found.sets for m in results.members if (found := m.record("probe"))),
             _draw,
         )

@@ -7,11 +7,14 @@ from dataclasses import asdict
 import jax
 import numpy as np
 import pytest
+from scipy.special import softmax
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
 from plasticity_jax.analysis import probes
-from plasticity_jax.analysis.probes import features, fit_probe
+from plasticity_jax.analysis.probes import bag_of_words, features, fit_probe, fit_probes
 from plasticity_jax.config import ModelConfig, ProbeConfig, StudyConfig
 from plasticity_jax.data.probe_sets import write_probe_set
 from plasticity_jax.data.tokenizer import Tokenizer
@@ -104,13 +107,59 @@ def test_separable_classes_without_penalty_end():
     assert result.accuracy == 1.0 and np.isfinite(result.weights).all()
 
 
-def test_one_compiled_program_serves_all_fits_of_a_shape():
-    (x_train, y_train), (x_test, y_test) = clouds(N, 0), clouds(50, 1)
-    fit_probe(x_train, y_train, x_test, y_test, l2=(0.1,))
-    before = probes._lbfgs._cache_size()
-    for layer in range(3):
-        fit_probe(x_train + layer, y_train, x_test, y_test)
-    assert probes._lbfgs._cache_size() == before
+def correlated_layers(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Three layers of features whose variance lies in few directions, as in hidden states; hundreds of plain gradient steps apart from their fit."""
+    fixed, rng = np.random.default_rng(7), np.random.default_rng(seed)
+    y = rng.integers(CLASSES, size=n)
+    layers = []
+    for strength in (0.2, 0.5, 1.0):
+        mixing = fixed.normal(size=(40, 40)) * np.arange(1, 41) ** -1.0
+        layers.append((strength * fixed.normal(size=(CLASSES, 40))[y] + rng.normal(size=(n, 40))) @ mixing.T + 5)
+    return np.stack(layers).astype(np.float32), y
+
+
+def test_layers_fitted_together_agree_with_scikit_learn_one_by_one():
+    (x_train, y_train), (x_test, y_test) = correlated_layers(500, 0), correlated_layers(300, 1)
+    penalties = (1e-3, 1e-2, 1e-1)
+    together = fit_probes(x_train, y_train, x_test, y_test, l2=penalties)
+    held = probes._validation_rows(np.asarray(y_train), 0)
+    for x, x_new, result in zip(x_train.astype(np.float64), x_test.astype(np.float64), together, strict=True):
+        chosen = LogisticRegression(C=1 / (result.l2 * len(x)), tol=1e-10, max_iter=10_000)
+        for penalty in penalties:
+            scaler = StandardScaler().fit(x[~held])
+            fit = LogisticRegression(C=1 / (penalty * (~held).sum()), tol=1e-10, max_iter=10_000).fit(scaler.transform(x[~held]), y_train[~held])
+            expected = log_loss(y_train[held], fit.predict_proba(scaler.transform(x[held])))
+            assert result.validation_loss[penalty] == pytest.approx(expected, abs=2e-4)
+        assert result.l2 == min(result.validation_loss, key=result.validation_loss.__getitem__)
+        scaler = StandardScaler().fit(x)
+        chosen.fit(scaler.transform(x), y_train)
+        np.testing.assert_allclose(result.mean, scaler.mean_, atol=1e-5)
+        np.testing.assert_allclose(result.scale, scaler.scale_, rtol=1e-5)
+
+        def objective(weights, bias):
+            return log_loss(y_train, softmax(scaler.transform(x) @ weights + bias, axis=1)) + 0.5 * result.l2 * np.sum(weights**2)
+
+        assert result.converged
+        assert objective(result.weights, result.bias) <= objective(chosen.coef_.T, chosen.intercept_) + 1e-6
+        assert abs(result.accuracy - chosen.score(scaler.transform(x_new), y_test)) < 0.005
+    assert together[0].accuracy < together[2].accuracy
+
+
+def test_more_features_than_rows_agree_with_scikit_learn():
+    (x_train, y_train), (x_test, y_test) = correlated_layers(30, 0), correlated_layers(30, 1)
+    for x, x_new, result in zip(x_train, x_test, fit_probes(x_train, y_train, x_test, y_test, l2=(1e-2,)), strict=True):
+        scaler = StandardScaler().fit(x.astype(np.float64))
+        reference = LogisticRegression(C=1 / (1e-2 * len(x)), tol=1e-10, max_iter=10_000).fit(scaler.transform(x), y_train)
+        assert result.converged
+        np.testing.assert_allclose(result.weights, reference.coef_.T, atol=1e-3)
+
+
+def test_one_compiled_program_serves_all_layers_and_all_fits_of_a_shape():
+    (x_train, y_train), (x_test, y_test) = correlated_layers(120, 0), correlated_layers(50, 1)
+    before = probes._fit_layers._cache_size()
+    for offset in range(3):
+        fit_probes(x_train + offset, y_train, x_test, y_test, l2=(1e-3, 10.0**-offset), seed=offset)
+    assert probes._fit_layers._cache_size() == before + 1
 
 
 X, Y = np.random.default_rng(0).normal(size=(10, 3)), [0, 1] * 5
@@ -163,6 +212,23 @@ def test_features_are_the_states_at_the_last_real_token(model, tokenizer):
     assert len(tokenizer.encode(TEXTS[1])) > 40
 
 
+def test_mean_pooling_averages_the_tokens_without_padding(model, tokenizer):
+    states = features(model, TEXTS, tokenizer, max_length=40, tokens_per_batch=64, pooling="mean")
+    alone = jax.jit(functools.partial(apply, CONFIG, capture=("embed", "block_out")))
+    for i, text in enumerate(TEXTS):
+        _, activations = alone(model.params, np.asarray([tokenizer.encode(text)[:40]], np.int32))
+        np.testing.assert_allclose(states[0, i], np.asarray(activations["embed"][0], np.float64).mean(axis=0), atol=1e-6)
+        np.testing.assert_allclose(states[1:, i], np.asarray(activations["block_out"][:, 0], np.float64).mean(axis=1), atol=1e-5)
+
+
+def test_bag_of_words_counts_the_most_common_tokens_of_the_training_texts(monkeypatch):
+    monkeypatch.setattr(probes, "BAG_OF_WORDS", 3)
+    texts = ["a b a c", "c a d", "b b e e e"]
+    ids = [[ord(letter) for letter in text.split()] for text in texts]
+    reference = CountVectorizer(token_pattern="[a-z]", vocabulary=["a", "c", "b"])  # of the first two texts; b before d
+    np.testing.assert_allclose(bag_of_words(ids, n_train=2), np.log1p(reference.transform(texts).toarray()), rtol=1e-6)
+
+
 def test_features_refuse_no_texts_and_empty_ones(model, tokenizer):
     with pytest.raises(ValueError, match="texts is empty"):
         features(model, [], tokenizer, max_length=8)
@@ -185,7 +251,7 @@ def finished_model(tmp_path, tokenizer: Tokenizer | None):
     return directory.path
 
 
-def test_stage_probes_every_layer_of_every_set(tmp_path, tokenizer):
+def test_stage_probes_every_layer_of_every_set(tmp_path, model, tokenizer):
     rng = np.random.default_rng(0)
     # The last word gives the label away, so also random weights show it.
     rows = [
@@ -205,15 +271,22 @@ def test_stage_probes_every_layer_of_every_set(tmp_path, tokenizer):
             "source_splits": {},
         },
     )
-    config = StudyConfig(model=CONFIG, probe=ProbeConfig(sets=("sentiment",), max_length=64))
+    config = StudyConfig(model=CONFIG, probe=ProbeConfig(sets=("sentiment",), max_length=64, l2=(1e-2,), pooling="mean"))
     parents = {"model": finished_model(tmp_path, tokenizer), "probe-sentiment": tmp_path / "set"}
     results = asdict(probe.run(Context(config, Run("t", "probe", "wd0", {}), RunDirectory(tmp_path / "probe"), parents)))
     found = results["sets"]["sentiment"]
     assert found["layers"] == ["embed", "block1", "block2"]
     assert found["accuracy"][0] == 1.0 and found["accuracy_norm_free"][0] == 1.0
+    assert found["bag_of_words"] == 1.0  # the last word gives the label away here too
     assert (found["n_train"], found["n_test"], found["majority"], found["dropped_leaks"]) == (80, 40, 0.5, 2)
     assert [np.mean(layer) for layer in found["correct"]] == found["accuracy"]
     json.dumps(results, allow_nan=False)
+    states = features(model, [text for text, _ in rows], tokenizer, 64, pooling="mean").astype(np.float64)
+    shuffled = np.random.default_rng(0).permutation([label for _, label in rows[:80]])
+    for layer, accuracy in zip(states, found["accuracy_shuffled"], strict=True):
+        scaler = StandardScaler().fit(layer[:80])
+        reference = LogisticRegression(C=1 / (1e-2 * 80), tol=1e-10, max_iter=5000).fit(scaler.transform(layer[:80]), shuffled)
+        assert accuracy == pytest.approx(reference.score(scaler.transform(layer[80:]), [label for _, label in rows[80:]]), abs=0.026)
 
 
 def test_stage_refuses_a_model_without_a_tokenizer(tmp_path):

@@ -195,6 +195,8 @@ def _probe(path, run, planted, point, config):
         "layers": layers,
         "accuracy": accuracies,
         "accuracy_norm_free": accuracies,
+        "accuracy_shuffled": [0.25] * len(layers),
+        "bag_of_words": 0.5,
         "l2": [0.01] * len(layers),
         "majority": 0.25,
         "n_train": 2000,
