@@ -168,7 +168,12 @@ def serve(sides: Mapping[str, Side]) -> None:
 def finish(title: str, tables: Mapping[str, Sequence[Mapping[str, Any]]], *, command: str | None = None) -> None:
     """Prints the tables of a benchmark (heading → rows; a row is column → value) and writes them to results/<script>.json."""
     script = Path(sys.argv[0])
-    result = {"title": title, "command": command or f"python benchmarks/{script.name}", "machine": machine(), "tables": tables}
+    result = {
+        "title": title,
+        "command": command or " ".join(["python", f"benchmarks/{script.name}", *sys.argv[1:]]),
+        "machine": machine(),
+        "tables": tables,
+    }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{script.stem}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
