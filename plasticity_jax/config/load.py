@@ -328,7 +328,7 @@ def _complete(tree: dict[str, Any]) -> dict[str, Any]:
     return defaults | tree | {name: defaults[name] | tree[name] for name in both}
 
 
-_TABLE = re.compile(r"tasks(\.\w+\.files)?$")  # fields whose keys are the user's own: given as a whole, they are replaced
+_TABLE = re.compile(r"(tasks(\.\w+\.files)?|probe\.files)$")  # fields whose keys are the user's own: given as a whole, they are replaced
 
 
 def _override(tree: dict[str, Any], key: str, value: Any) -> None:

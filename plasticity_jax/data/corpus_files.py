@@ -239,7 +239,7 @@ class FilePart:
         if self.is_parquet:
             rows = parquet_rows(self, lambda schema: _text_column(self, schema, text_field))
         elif self.kind in (".csv", ".tsv"):
-            rows = csv_rows(self, text_field)
+            rows = csv_rows(self, [text_field])
         else:
             rows = ((number, {text_field: _text_of(row, text_field, self, number)}) for number, row in json_rows(self))
         for number, row in rows:
@@ -465,9 +465,11 @@ def text_file(part: FilePart) -> str:
         raise UserError(f"{part.name} in {part.folder} is not UTF-8 ({reason(error)}); convert it, such as with iconv -t utf-8") from error
 
 
-def csv_rows(part: FilePart, column: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields one column of a table with a header as (row number from 1, {column: text}). A .csv file has commas between fields, a .tsv file tabs.
+def csv_rows(part: FilePart, columns: Sequence[str], way_out: str = "set data.text_field to one of them") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields columns of a table with a header as (row number from 1, {column: text}). A .csv file has commas between fields, a .tsv file tabs.
 
+    Args:
+      way_out: what to do about a column that is missing.
     Raises:
       UserError: the file is damaged or not such a table, or a row has not as many fields as the header.
     """
@@ -478,18 +480,18 @@ def csv_rows(part: FilePart, column: str) -> Iterator[tuple[int, dict[str, Any]]
             lines = io.TextIOWrapper(decompressed(file, part.name), "utf-8-sig", newline="")
             rows = csv.reader(lines, delimiter="\t" if part.kind == ".tsv" else ",", strict=True)
             names = next(rows, [])
-            if column not in names:
-                raise UserError(
-                    f"{part.name} in {part.folder} has no column {column!r}; its first line names {', '.join(names) or 'none'}: set data.text_field "
-                    "to one of them"
-                )
-            _refuse_twice(part, [column], names)
-            place = names.index(column)
+            for column in columns:
+                if column not in names:
+                    raise UserError(
+                        f"{part.name} in {part.folder} has no column {column!r}; its first line names {', '.join(names) or 'none'}: {way_out}"
+                    )
+            _refuse_twice(part, columns, names)
+            places = {column: names.index(column) for column in columns}
             for row in filter(None, rows):
                 number += 1
                 if len(row) != len(names):
                     raise UserError(f"{part.place(number)} has {len(row)} fields, and the first line names {len(names)}; repair or drop the row")
-                yield number, {column: row[place]}
+                yield number, {column: row[place] for column, place in places.items()}
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{part.name} in {part.folder} is not a table of UTF-8 text after row {number} ({reason(error)}); repair it") from error
         except _DAMAGED as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from plasticity_jax.data.probe_files import ProbeFiles, read_labeled
 from plasticity_jax.data.sources import SOURCES, split_of
 from plasticity_jax.data.tasks import news, sentiment
 from plasticity_jax.data.tasks.base import RowSettings, majority_share, shuffled, without_leaks
@@ -104,6 +105,28 @@ PROBE_SETS: dict[str, ProbeSet] = {
 }
 
 
+def probe_set_of_files(name: str, files: ProbeFiles) -> ProbeSet:
+    """The probe set whose rows are the user's own files, which this reads. Raises UserError: see `read_labeled`."""
+    rows = read_labeled(name, files)
+
+    def build(wheels: "Wheels", held_out_fraction: float) -> ProbeRows:
+        splits: dict[str, Rows] = {"train": rows.train, "held_out": rows.test or []}
+        if rows.test is None:
+            splits = {"train": [], "held_out": []}
+            for row in rows.train:
+                splits[split_of(row[0], held_out_fraction)].append(row)
+        train, dropped = without_leaks(splits["train"], [text for text, _ in splits["held_out"]], lambda row: row[0])
+        return ProbeRows(
+            train=train,
+            test=splits["held_out"],
+            dropped_leaks=dropped,
+            sources=("files",),
+            source_splits={"train": "train", "test": "held_out" if rows.test is None else "test"},
+        )
+
+    return ProbeSet(name=name, labels=rows.labels, packages=(), build=build)
+
+
 def get_probe_set(name: str) -> ProbeSet:
     """The probe set of that name.
 
@@ -116,11 +139,10 @@ def get_probe_set(name: str) -> ProbeSet:
     return PROBE_SETS[name]
 
 
-def build_probe_set(name: str, wheels: "Wheels", *, train_rows: int, test_rows: int, held_out_fraction: float, seed: int) -> dict:
+def build_probe_set(probe_set: ProbeSet, wheels: "Wheels", *, train_rows: int, test_rows: int, held_out_fraction: float, seed: int) -> dict:
     """Makes the rows of a probe set, deterministically.
 
     Args:
-      name: a key of `PROBE_SETS`.
       wheels: the set's packages.
       train_rows, test_rows: upper limits; a source that has fewer rows gives all it has.
       held_out_fraction: fraction of documents kept for test rows; unused if there is a published test split.
@@ -128,14 +150,18 @@ def build_probe_set(name: str, wheels: "Wheels", *, train_rows: int, test_rows: 
     Returns:
       `name`, `labels`, `train` and `test` (lists of (text, label)), `dropped_leaks`, `sources`, `source_splits`.
     Raises:
-      UserError: the set is unknown, a number is out of range, a wheel is missing or altered, or a split is empty.
+      UserError: a number is out of range, a wheel is missing or altered, a split is empty, or the drawn test rows have a label that the training rows
+        lack.
     """
-    probe_set = get_probe_set(name)
+    name = probe_set.name
     settings = RowSettings(train_rows, test_rows, held_out_fraction, seed)
     rows = probe_set.build(wheels, settings.held_out_fraction)
     train, test = shuffled(rows.train, seed)[:train_rows], shuffled(rows.test, seed)[:test_rows]
     if not train or not test:
         raise UserError(f"held_out_fraction={held_out_fraction} leaves a split of probe set {name!r} without rows; use a fraction such as 0.1.")
+    for label in probe_set.labels:
+        if any(label == own for _, own in test) and not any(label == own for _, own in train):
+            raise UserError(f"probe set {name}: none of its {len(train)} training rows has the label {label!r}; raise probe.train_rows.")
     return {
         "name": name,
         "labels": probe_set.labels,

@@ -42,7 +42,10 @@ def task_run(config: StudyConfig, task: str) -> Run:
 
 def probe_set_run(config: StudyConfig, name: str, *, train_rows: int, test_rows: int) -> Run:
     """Labeled train and test texts for linear probes."""
-    from plasticity_jax.data.probe_sets import PROBE_SETS
+    from plasticity_jax.data.probe_files import content
+    from plasticity_jax.data.probe_sets import get_probe_set
+
+    files = config.probe.files.get(name)
 
     fields = {
         "kind": "probe-set",
@@ -50,8 +53,10 @@ def probe_set_run(config: StudyConfig, name: str, *, train_rows: int, test_rows:
         "train_rows": train_rows,
         "test_rows": test_rows,
         "held_out_fraction": config.data.held_out_fraction,
-        "wheels": pinned(PROBE_SETS[name].packages),
+        "wheels": pinned(() if files else get_probe_set(name).packages),
     }
+    if files:
+        fields["files"] = content(files)
     return STAGE.new_run(config, f"probe-{name}", fields)
 
 
@@ -89,8 +94,9 @@ def _plan(plan: Plan) -> Iterable[Planned]:
 
 
 def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
-    """Refuses a corpus, wheels or task files that are not here."""
+    """Refuses a corpus, wheels or files of tasks and probe sets that are not here, or not what they should be."""
     from plasticity_jax.config import grid_members, member_config
+    from plasticity_jax.data.probe_files import read_labeled
     from plasticity_jax.data.tasks.originals import check_places
     from plasticity_jax.data.wheels import Wheels, wheels_dir
 
@@ -104,6 +110,8 @@ def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
             wheels.check(package)
         for name, places in config.tasks[run.task].files.items() if run.task is not None else ():
             check_places(places, what=f"tasks.{run.task}.files.{name}")
+        if run.fields["kind"] == "probe-set" and (files := config.probe.files.get(run.fields["set"])):
+            read_labeled(run.fields["set"], files)
 
 
 def _open_stream(data: DataConfig) -> Any:
@@ -139,7 +147,9 @@ def _prepare(context: Context, out: Path) -> dict[str, Any]:
         settings = config.tasks[context.task]
         task = tasks.build_task(context.task, wheels, **rows, seed=SEED, verifier_rows=settings.verifier_rows, files=settings.files)
         return tasks.write_task(out, task)
-    return probe_sets.write_probe_set(out, probe_sets.build_probe_set(fields["set"], wheels, **rows, seed=SEED))
+    name, files = fields["set"], config.probe.files.get(fields["set"])
+    probe_set = probe_sets.probe_set_of_files(name, files) if files else probe_sets.get_probe_set(name)
+    return probe_sets.write_probe_set(out, probe_sets.build_probe_set(probe_set, wheels, **rows, seed=SEED))
 
 
 def _corpus(config: StudyConfig, out: Path, wheels: Any) -> dict[str, Any]:

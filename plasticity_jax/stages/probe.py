@@ -1,5 +1,6 @@
 """Probe: linear probes on the states of every base model, layer by layer."""
 
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,8 @@ from annotated_types import MinLen
 
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.config.schema import NonNegativeFloat, PositiveInt, Seed, check_choice, execution, result
+from plasticity_jax.data.probe_files import ProbeFiles
+from plasticity_jax.errors import UserError
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import probe_set_run
 from plasticity_jax.stages.stage import Context, Figure, Knob, Program, Rows, Stage, Table, member_row, number
@@ -31,6 +34,8 @@ class ProbeConfig:
     """Linear probes on the states of texts at every layer."""
 
     sets: tuple[str, ...] = result(("sentiment", "topic"), "sets of labeled texts")
+    # The prepare runs know the files by their content, so that a file may move.
+    files: dict[str, ProbeFiles] = execution({}, "further sets: name → train, test, text, label, id (docs/tasks.md)")
     train_rows: PositiveInt = result(2000, "training texts per set")
     test_rows: PositiveInt = result(800, "test texts per set")
     max_length: PositiveInt = result(128, "tokens; a longer text loses its end")
@@ -42,8 +47,13 @@ class ProbeConfig:
     def check(self, config: StudyConfig) -> None:
         from plasticity_jax.data.probe_sets import PROBE_SETS
 
+        for name in self.files:
+            if name in PROBE_SETS:
+                raise UserError(f"probe.files.{name} has the name of a built-in probe set; give it another one, such as my_{name}.")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise UserError(f"probe.files has {name!r}, which becomes a folder: use letters, digits, dash and underscore.")
         for i, name in enumerate(self.sets):
-            check_choice(f"probe.sets[{i}]", name, PROBE_SETS)
+            check_choice(f"probe.sets[{i}]", name, (*PROBE_SETS, *self.files))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def wheels(wheels_dir):
 
 @pytest.fixture(scope="module")
 def probe_rows(wheels):
-    return {name: build_probe_set(name, wheels, train_rows=ALL, test_rows=ALL, held_out_fraction=0.2, seed=0) for name in PROBE_SETS}
+    return {name: build_probe_set(PROBE_SETS[name], wheels, train_rows=ALL, test_rows=ALL, held_out_fraction=0.2, seed=0) for name in PROBE_SETS}
 
 
 def letters_and_digits(text):
@@ -63,15 +63,15 @@ def test_a_plain_text_classifier_confirms_the_labels(name, expected, tolerance, 
 
 @pytest.mark.parametrize("name", PROBE_SETS)
 def test_row_counts_cut_and_seeds_reorder(name, wheels, probe_rows):
-    few = build_probe_set(name, wheels, train_rows=40, test_rows=30, held_out_fraction=0.2, seed=0)
+    few = build_probe_set(PROBE_SETS[name], wheels, train_rows=40, test_rows=30, held_out_fraction=0.2, seed=0)
     assert few["train"] == probe_rows[name]["train"][:40] and few["test"] == probe_rows[name]["test"][:30]
-    other = build_probe_set(name, wheels, train_rows=40, test_rows=30, held_out_fraction=0.2, seed=1)
+    other = build_probe_set(PROBE_SETS[name], wheels, train_rows=40, test_rows=30, held_out_fraction=0.2, seed=1)
     assert other["train"] != few["train"] and other["test"] != few["test"]
 
 
 @pytest.mark.parametrize("name", PROBE_SETS)
 def test_files_give_back_the_rows(name, tmp_path, wheels):
-    rows = build_probe_set(name, wheels, train_rows=40, test_rows=30, held_out_fraction=0.2, seed=0)
+    rows = build_probe_set(PROBE_SETS[name], wheels, train_rows=40, test_rows=30, held_out_fraction=0.2, seed=0)
     summary = write_probe_set(tmp_path, rows)
     back = read_probe_set(tmp_path)
     for key in ("name", "labels", "train", "test", "dropped_leaks"):
