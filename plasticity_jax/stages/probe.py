@@ -160,10 +160,10 @@ def _draw(results: "StudyResults") -> "Drawing":
         for point in results.points:
             found = [of for m in results.at(point) if (of := of_set(m, name))]
             if found:
-                look = {"color": drawing.color(results, point)}
+                color = drawing.color(results, point)
                 accuracy, shuffled = (np.mean([f[key] for f in found], axis=0) for key in ("accuracy", "accuracy_shuffled"))
-                axes.plot(range(len(accuracy)), accuracy, marker=drawing.marker(results, point), **look)
-                axes.plot(range(len(shuffled)), shuffled, linewidth=0.8, linestyle="--", **look)
+                axes.plot(range(len(accuracy)), accuracy, color=color, marker=drawing.marker(results, point))
+                axes.plot(range(len(shuffled)), shuffled, color=color, linewidth=0.8, linestyle="--")
                 axes.set_xticks(range(len(accuracy)), [layer.replace("block", "block ") for layer in found[0]["layers"]])
                 levels["majority class"] += [f["majority"] for f in found]
                 levels["bag of words"] += [f["bag_of_words"] for f in found]
