@@ -163,15 +163,17 @@ def _draw(results: "StudyResults") -> "Drawing":
         for point in results.points:
             found = [of for m in results.at(point) if (of := of_set(m, name))]
             if found:
-                look = {"color": drawing.color(results, point)}
+                color = drawing.color(results, point)
                 accuracy, shuffled = (np.mean([np.asarray(f[key], np.float64) for f in found], axis=0) for key in ("accuracy", "accuracy_shuffled"))
-                axes.plot(range(len(accuracy)), accuracy, marker=drawing.marker(results, point), **look)
-                axes.plot(range(len(shuffled)), shuffled, linewidth=0.8, linestyle="--", **look)
+                axes.plot(range(len(accuracy)), accuracy, color=color, marker=drawing.marker(results, point))
+                axes.plot(range(len(shuffled)), shuffled, color=color, linewidth=0.8, linestyle="--")
                 axes.set_xticks(range(len(accuracy)), [layer.replace("block", "block ") for layer in found[0]["layers"]])
                 levels["majority class"] += [float(f["majority"]) for f in found]
                 levels["bag of words"] += [float(f["bag_of_words"]) for f in found]  # "nan" is a word in results.json
         for label, values in levels.items():
             level = float(np.mean(values))
+            if not np.isfinite(level):
+                continue
             axes.axhline(level, color=drawing.MUTED, linewidth=1.0, linestyle=":", zorder=1)
             axes.annotate(
                 label,
