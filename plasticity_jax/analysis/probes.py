@@ -303,8 +303,8 @@ def _minimize(
 
         def slope_and_curve(p_PxCxN, step_P):
             along_PxN = jnp.sum(p_PxCxN * change_PxCxN, axis=1)
-            curve_P = (jnp.sum(p_PxCxN * change_PxCxN**2, axis=1) - along_PxN**2) @ weight_N + penalty_curve_P
-            return along_PxN @ weight_N - toward_P + step_P * penalty_curve_P, jnp.maximum(curve_P, TINY)
+            curve_P = jnp.sum((jnp.sum(p_PxCxN * change_PxCxN**2, axis=1) - along_PxN**2) * weight_N, axis=1) + penalty_curve_P
+            return jnp.sum(along_PxN * weight_N, axis=1) - toward_P + step_P * penalty_curve_P, jnp.maximum(curve_P, TINY)
 
         def unfinished(carry):
             *_, done_P, trial = carry
@@ -336,7 +336,7 @@ def _minimize(
         size_P = jnp.maximum(jnp.abs(grad[0]).max(axis=(1, 2)), jnp.abs(grad[1]).max(axis=1))
         stalled_P = jnp.where(size_P < carry["least"], 0, carry["stalled"] + 1)
         active_P = carry["active"] & (size_P > tolerance) & (stalled_P < STALLED_ITERATIONS)
-        scaled_PxCxD = n_classes * grad[0] if inverse_PxDxD is None else jnp.einsum("pde,pce->pcd", inverse_PxDxD, grad[0])
+        scaled_PxCxD = n_classes * grad[0] if inverse_PxDxD is None else jnp.einsum("pce,ped->pcd", grad[0], inverse_PxDxD)
         scaled = scaled_PxCxD, n_classes * grad[1]
         steepness_P = inner(grad[0], scaled[0]) + inner(grad[1], scaled[1])
         changed_P = steepness_P - inner(last["grad"][0], scaled[0]) - inner(last["grad"][1], scaled[1])
