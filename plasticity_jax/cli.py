@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plasticity_jax import __version__
 from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import preemption, processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
@@ -501,6 +500,14 @@ def _choices(flag: str, text: str | None, known: Sequence[str]) -> tuple[str, ..
 # ------------------------------------------------------------------------------------------------------------------------------ parser
 
 
+class _ShowVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
+        from plasticity_jax import __version__
+
+        print(f"plasticity_jax {__version__}")
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -510,7 +517,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     about = "What does a pretraining hyperparameter do to what a language model can still learn?"
     program = _Parser(prog="plasticity", description=about, epilog=STATUSES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    program.add_argument("--version", action="version", version=f"plasticity_jax {__version__}")
+    program.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     subparsers = program.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(name, help=command.does, description=command.does, allow_abbrev=False)
