@@ -103,9 +103,9 @@ def fit_probes(
     x_test: Shaped[ArrayLike, "..."],
     y_test: Sequence | np.ndarray,
     *,
-    l2: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1),
-    seed: int = 0,
-    standardize: bool = True,
+    l2: Sequence[float],
+    seed: int,
+    standardize: bool,
 ) -> list[ProbeResult]:
     """`fit_probe` for each of several layers, in one compiled program.
 
@@ -406,20 +406,30 @@ def features(
     """
     from plasticity_jax.model.forward import Forward
 
-    forward = forward or Forward("float32")
+    rows = _tokenize(texts, tokenizer, max_length)
+    return _states(model, rows, tokenizer.pad_id, forward or Forward("float32"), tokens_per_batch, pooling)
+
+
+def _tokenize(texts: Sequence[str], tokenizer: "Tokenizer", max_length: int) -> list[list[int]]:
     if len(texts) == 0:
         raise ValueError("texts is empty; give at least one text.")
     rows = [ids[:max_length] for ids in tokenizer.encode_batch(texts)]
     empty = [i for i, ids in enumerate(rows) if not ids]
     if empty:
         raise ValueError(f"texts[{empty[0]}]={texts[empty[0]]!r} has no token; leave such texts out.")
+    return rows
+
+
+def _states(
+    model: "LoadedModel", rows: list[list[int]], pad_id: int, forward: "Forward", tokens_per_batch: int, pooling: Pooling
+) -> Float[np.ndarray, "layers n d"]:
     states_LxNxD = np.empty((model.config.n_layers + 1, len(rows), model.config.d_model), np.float32)
     padded = padded_batches(
         rows,
         buckets=power_of_two_buckets(rows, SHORTEST_BUCKET),
         tokens_per_batch=tokens_per_batch,
         multiple_of=forward.row_shards,
-        pad_id=tokenizer.pad_id,
+        pad_id=pad_id,
     )
     batches = ((batch.indices, {"tokens": batch.tokens, "lengths": batch.lengths}) for batch in padded)
     for indices, found_BxLxD in forward.run(
@@ -450,7 +460,7 @@ def longest_batch(forward: "Forward", length: int, tokens_per_batch: int) -> tup
     return forward.batch_size(max(1, tokens_per_batch // longest)), longest
 
 
-def lower_states(forward: "Forward", config: ModelConfig, params: dict, length: int, tokens_per_batch: int, pooling: Pooling = "last") -> Any:
+def lower_states(forward: "Forward", config: ModelConfig, params: dict, length: int, tokens_per_batch: int, pooling: Pooling) -> Any:
     """The program of `features` for texts of up to `length` tokens, lowered for the mesh's devices."""
     rows, longest = longest_batch(forward, length, tokens_per_batch)
     return forward.lower(_text_states, (config, pooling), params, {"tokens": (rows, longest), "lengths": (rows,)})
@@ -471,6 +481,13 @@ def bag_of_words(tokens: Sequence[Sequence[int]], n_train: int) -> Float[np.ndar
     return np.log1p(counts)
 
 
+@functools.lru_cache(maxsize=16)
+def _accuracy_of_words(tokens: tuple[tuple[int, ...], ...], y_train: tuple, y_test: tuple, l2: tuple[float, ...], seed: int) -> float:
+    """Accuracy of a probe on `bag_of_words`: fitted once for all models that read a set with one tokenizer."""
+    words_NxV = bag_of_words(tokens, len(y_train))
+    return fit_probe(words_NxV[: len(y_train)], y_train, words_NxV[len(y_train) :], y_test, l2=l2, seed=seed).accuracy
+
+
 def probe_layers(
     model: "LoadedModel",
     name: str,
@@ -481,7 +498,7 @@ def probe_layers(
     l2: Sequence[float],
     seed: int,
     tokens_per_batch: int,
-    pooling: Pooling = "last",
+    pooling: Pooling,
 ) -> dict:
     """Probes every layer of a model on one probe set, with two controls.
 
@@ -504,13 +521,14 @@ def probe_layers(
     texts = [text for split in ("train", "test") for text, _ in rows[split]]
     n_train = len(rows["train"])
     y_train, y_test = ([label for _, label in rows[split]] for split in ("train", "test"))
-    states_LxNxD = features(model, texts, model.text_tokenizer, max_length, forward, tokens_per_batch, pooling)
+    tokens = _tokenize(texts, model.text_tokenizer, max_length)
+    states_LxNxD = _states(model, tokens, model.text_tokenizer.pad_id, forward, tokens_per_batch, pooling)
     if not processes.primary():
         return {}
     layers = ["embed"] + [f"block{i + 1}" for i in range(len(states_LxNxD) - 1)]
 
     def fit(x_LxNxD, labels):
-        return fit_probes(x_LxNxD[:, :n_train], labels, x_LxNxD[:, n_train:], y_test, l2=l2, seed=seed)
+        return fit_probes(x_LxNxD[:, :n_train], labels, x_LxNxD[:, n_train:], y_test, l2=l2, seed=seed, standardize=True)
 
     with Progress(f"probe {name}", total=3 * len(layers) + 1, unit="probes") as progress:
         probes = fit(states_LxNxD, y_train)
@@ -519,8 +537,7 @@ def probe_layers(
         progress.update(len(layers))
         shuffled = fit(states_LxNxD, np.random.default_rng(seed).permutation(y_train))
         progress.update(len(layers))
-        words_NxV = bag_of_words([ids[:max_length] for ids in model.text_tokenizer.encode_batch(texts)], n_train)
-        by_words = fit(words_NxV[None], y_train)[0]
+        by_words = _accuracy_of_words(tuple(map(tuple, tokens)), tuple(y_train), tuple(y_test), tuple(l2), seed)
         progress.update(1)
     return {
         "layers": layers,
@@ -530,7 +547,7 @@ def probe_layers(
         "per_class": [probe.per_class for probe in probes],
         "l2": [probe.l2 for probe in probes],
         "correct": [probe.correct.astype(int).tolist() for probe in probes],
-        "bag_of_words": by_words.accuracy,
+        "bag_of_words": by_words,
         "majority": rows["majority_share"],
         "n_train": n_train,
         "n_test": len(y_test),

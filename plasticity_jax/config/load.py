@@ -328,9 +328,6 @@ def _complete(tree: dict[str, Any]) -> dict[str, Any]:
     return defaults | tree | {name: defaults[name] | tree[name] for name in both}
 
 
-_TABLE = re.compile(r"(tasks(\.\w+\.files)?|probe\.files)$")  # fields whose keys are the user's own: given as a whole, they are replaced
-
-
 def _override(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     node, seen = tree, ""
@@ -338,7 +335,9 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(node, dict) or name not in node:
             raise unknown_key(seen + name, (seen + known for known in (node if isinstance(node, dict) else ())))
         parent, node, seen = node, node[name], f"{seen}{name}."
-    if isinstance(node, dict) and node and not (_TABLE.match(key) and isinstance(value, dict)):
+    # A field whose keys are the user's own, such as tasks, is replaced as a whole.
+    of_user = typing.get_origin(_plain(_field_at(study_class(), (*sections, last))[0])) is dict
+    if isinstance(node, dict) and node and not (of_user and isinstance(value, dict)):
         raise UserError(f"--config.{key}={value}: {key} is a section; set one of {', '.join(sorted(node))}.")
     parent[last] = value
 

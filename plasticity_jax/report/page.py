@@ -31,6 +31,7 @@ from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.storage import AnyPath, location, make_folder, write_bytes
 from plasticity_jax.stages import number
 from plasticity_jax.stages.evaluate import correlation_rows, macro_rows
+from plasticity_jax.stages.stage import Rows
 from plasticity_jax.stages.zero_shot import forgetting_rows
 from plasticity_jax.study.sweep import DECAY
 
@@ -51,6 +52,7 @@ class Part:
     Attributes:
       prefix: of the ids and file names that belong to it, such as "peak_lr0.0004-"; empty where the study is one slice.
       verdicts: the claims against it.
+      pairwise: its `pairwise_rows`.
       drawn: figure name → inline SVG, for the figures that are available.
       repeats: whether an earlier part has the same base models, as where the fine-tuning is swept: what only concerns these is not shown again.
     """
@@ -58,6 +60,7 @@ class Part:
     results: StudyResults
     prefix: str
     verdicts: list[Verdict]
+    pairwise: Rows
     drawn: dict[str, Markup]
     repeats: bool = False
 
@@ -65,7 +68,7 @@ class Part:
     def of(cls, results: StudyResults, earlier: Sequence[StudyResults] = ()) -> "Part":
         bases = [{m.member.base for m in one.members} for one in (results, *earlier)]
         prefix = "".join(f"{axis.symbol}{name_text(value)}-".replace(" ", "_") for axis, value in results.facet)
-        return cls(results, prefix, verdicts(results), {}, bases[0] in bases[1:])
+        return cls(results, prefix, verdicts(results), pairwise_rows(results), {}, bases[0] in bases[1:])
 
 
 def write_report(study_dir: AnyPath) -> AnyPath:
@@ -95,18 +98,23 @@ def write_report(study_dir: AnyPath) -> AnyPath:
                     written.add(_replace(out / "figures" / f"{full}.svg", svg.encode()))
                     written.add(_replace(out / "figures" / f"{full}.png", render(picture, "png")))
                 progress.update(1, note=part.prefix + name)
-        numbers = {name: table.rows(results) for name, table in tables().items()}
-        numbers |= {"summary": summary_rows(results), "verdicts": verdict_rows(parts), "pairwise": pairwise_rows(results)}
+        numbers = numbers_of(results, parts)
         for name, rows in numbers.items():
             written.add(_replace(out / "tables" / f"{name}.csv", to_csv(rows).encode()))
         progress.update(1, note="tables")
-        page = render_page(results, parts, sorted(numbers))
+        page = render_page(results, parts, numbers)
         written.add(_replace(out / "index.html", page.encode()))
         progress.update(1, note="page")
     for old in [*out.glob("figures/*"), *out.glob("tables/*")]:
         if old not in written:
             old.unlink()
     return out / "index.html"
+
+
+def numbers_of(results: StudyResults, parts: Sequence[Part]) -> dict[str, Rows]:
+    """Name of every CSV file → its rows, of which the page shows some."""
+    numbers = {name: table.rows(results) for name, table in tables().items()}
+    return numbers | {"summary": summary_rows(results), "verdicts": verdict_rows(parts), "pairwise": [row for part in parts for row in part.pairwise]}
 
 
 def verdict_rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
@@ -155,12 +163,12 @@ def inline_svg(svg: str, name: str, description: str) -> Markup:
     return Markup(f'{head} role="img" aria-label="{label}">{body}')
 
 
-def render_page(results: StudyResults, parts: Sequence[Part], csv_files: list[str]) -> str:
+def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str, Rows]) -> str:
     """The page's HTML.
 
     Args:
       parts: of the study, with the figures that were drawn.
-      csv_files: names of the CSV files beside the page.
+      numbers: rows of the CSV files beside the page, as `numbers_of` gives them.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -184,10 +192,9 @@ def render_page(results: StudyResults, parts: Sequence[Part], csv_files: list[st
         swept=[name for name, _ in results.config.grid.fields],
         figures=figures(),
         figures_of={section: [name for name, figure in figures().items() if figure.section == section] for section in SECTIONS},
-        shown_tables=_shown_tables(results),
+        shown_tables=_shown_tables(numbers),
         columns=columns(),
-        pairwise=pairwise_rows,
-        members=tables()["members"].rows(results),
+        members=numbers["members"],
         tasks=[_task_table(results, task) for task in results.tasks],
         correlation=correlation_rows,
         macro=macro,
@@ -197,22 +204,22 @@ def render_page(results: StudyResults, parts: Sequence[Part], csv_files: list[st
             if "@" in name and "unbiased" not in name or name in ("orm_score", "accuracy", "acc_norm", "acc_bytes")
         ],
         forgetting=forgetting(results),
-        summary=summary_rows(results),
+        summary=numbers["summary"],
         samples=[{"task": task, "problems": sample_completions(results, task)} for task in results.tasks],
         config_text=json.dumps(json.loads(to_json(to_dict(results.config))), indent=2, ensure_ascii=False),
         provenance=provenance_rows(results),
         decay_table=next((m.pretrain.decay_table for m in results.members if m.pretrain), {}),
-        csv_files=csv_files,
+        csv_files=sorted(numbers),
     )
 
 
-def _shown_tables(results: StudyResults) -> dict[str, dict[str, Any]]:
+def _shown_tables(numbers: dict[str, Rows]) -> dict[str, dict[str, Any]]:
     """Name → the tables of stages that are shown on the page, as {"title", "table", "columns", "rows", "count"}; rows beyond ROWS_SHOWN are in the CSV file only."""
     shown = {}
     for name, table in tables().items():
-        rows = table.rows(results) if table.on_page else []
-        names = list(dict.fromkeys(key for row in rows for key in row))
-        if rows or (table.on_page and not table.optional):
+        rows = numbers[name]
+        if table.on_page and (rows or not table.optional):
+            names = list(dict.fromkeys(key for row in rows for key in row))
             shown[name] = {"title": table.title or name, "table": table, "columns": names, "rows": rows[:ROWS_SHOWN], "count": len(rows)}
     return shown
 

@@ -209,6 +209,7 @@ def gap_variance(results: "StudyResults", members: "list[tuple[MemberResults, fl
       None if two members were not scored on the same blocks.
     """
     from plasticity_jax.analysis.statistics import cluster_bootstrap_gap
+    from plasticity_jax.report.effects import NORMAL
 
     found = [(record, weight) for m, weight in members if (record := m.record("gap")) is not None]
     sides = [_weighted_blocks([(record.blocks[side], weight) for record, weight in found]) for side in ("seen", "held_out")]
@@ -216,7 +217,7 @@ def gap_variance(results: "StudyResults", members: "list[tuple[MemberResults, fl
         return None
     settings = results.config.report
     _, low, high = cluster_bootstrap_gap(sides[0], sides[1], samples=settings.bootstrap_samples, seed=settings.seed)
-    return ((high - low) / (2 * 1.96)) ** 2
+    return ((high - low) / (2 * NORMAL)) ** 2
 
 
 def _weighted_blocks(found: list[tuple[list[dict], float]]) -> "Blocks | None":

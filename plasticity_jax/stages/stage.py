@@ -402,8 +402,10 @@ class Plan:
 
 
 def batch_fields(compute_dtype: str, batch_size: int) -> dict[str, int]:
-    """The batch size where it belongs to the result of a forward pass: in bfloat16, where the shape of a batch decides how its products are rounded, and a
-    greedy completion in four can change with it. In float32 none did."""
+    """The batch size, where it belongs to the result of a forward pass.
+
+    In bfloat16 the shape of a batch decides how its products are rounded, and a greedy completion in four can change with it; in float32 none did.
+    """
     return {"batch_size": batch_size} if compute_dtype == "bfloat16" else {}
 
 

@@ -121,7 +121,7 @@ def correlated_layers(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_layers_fitted_together_agree_with_scikit_learn_one_by_one():
     (x_train, y_train), (x_test, y_test) = correlated_layers(500, 0), correlated_layers(300, 1)
     penalties = (1e-3, 1e-2, 1e-1)
-    together = fit_probes(x_train, y_train, x_test, y_test, l2=penalties)
+    together = fit_probes(x_train, y_train, x_test, y_test, l2=penalties, seed=0, standardize=True)
     held = probes._validation_rows(np.asarray(y_train), 0)
     for x, x_new, result in zip(x_train.astype(np.float64), x_test.astype(np.float64), together, strict=True):
         chosen = LogisticRegression(C=1 / (result.l2 * len(x)), tol=1e-10, max_iter=10_000)
@@ -147,7 +147,7 @@ def test_layers_fitted_together_agree_with_scikit_learn_one_by_one():
 
 def test_more_features_than_rows_agree_with_scikit_learn():
     (x_train, y_train), (x_test, y_test) = correlated_layers(30, 0), correlated_layers(30, 1)
-    for x, x_new, result in zip(x_train, x_test, fit_probes(x_train, y_train, x_test, y_test, l2=(1e-2,)), strict=True):
+    for x, x_new, result in zip(x_train, x_test, fit_probes(x_train, y_train, x_test, y_test, l2=(1e-2,), seed=0, standardize=True), strict=True):
         scaler = StandardScaler().fit(x.astype(np.float64))
         reference = LogisticRegression(C=1 / (1e-2 * len(x)), tol=1e-10, max_iter=10_000).fit(scaler.transform(x), y_train)
         assert result.converged
@@ -158,7 +158,7 @@ def test_one_compiled_program_serves_all_layers_and_all_fits_of_a_shape():
     (x_train, y_train), (x_test, y_test) = correlated_layers(120, 0), correlated_layers(50, 1)
     before = probes._fit_layers._cache_size()
     for offset in range(3):
-        fit_probes(x_train + offset, y_train, x_test, y_test, l2=(1e-3, 10.0**-offset), seed=offset)
+        fit_probes(x_train + offset, y_train, x_test, y_test, l2=(1e-3, 10.0**-offset), seed=offset, standardize=True)
     assert probes._fit_layers._cache_size() == before + 1
 
 

@@ -101,7 +101,7 @@ head = jax.ShapeDtypeStruct((256,), "float32", sharding=scalar_shardings(mesh, d
 scalar = {"decoder": abstract_loaded(decoder, mesh, "float32"), "head": head}
 programs = {
     "gap": lower_record_nats(forward, model, params, batch_size=8, seq_len=16, isolate=False, loss_chunks=1),
-    "probe": lower_states(forward, model, params, 1024, 8192),
+    "probe": lower_states(forward, model, params, 1024, 8192, "last"),
     "likelihood": lower_likelihoods(forward, model, params, batch_size=8, max_length=16),
     "reward": lower_row_scores(forward, decoder, scalar, batch_size=8, max_length=16),
     "spectra": lower_spectra(model, params, False, mesh),

@@ -109,16 +109,18 @@ def _member(truth: Truth, member: Any, shapes: dict, documents: np.ndarray, rng:
         ]
         for which, side in enumerate(("seen", "held_out"))
     }
-    measured = float(np.mean([b["loss"] for b in blocks["held_out"]]) - np.mean([b["loss"] for b in blocks["seen"]]))
+    losses = [float(np.mean([block["loss"] for block in blocks[side]])) for side in ("seen", "held_out")]
+    measured = losses[1] - losses[0]
+    sizes = {"seen": losses[0], "held_out": losses[1], "gap": measured, "interval": (measured - 0.1, measured + 0.1)}
+    control = {"passes": True, "gap": 0.0, "interval": (-0.1, 0.1)}
     loss = 3.9 + truth.loss[point] + noise(0.25)
+    right, layers = _right(shapes["probe"], point, probe, rng), ["embed", "block1"]
+    accuracies = dict.fromkeys(("accuracy", "accuracy_norm_free", "accuracy_shuffled", "l2"), [0.0, float(np.mean(right))])
+    levels = {"bag_of_words": 0.1, "majority": 0.1, "n_train": 100, "n_test": len(right)}
     found = {
         "spectra": {"": SimpleNamespace(**ranks)},
-        "gap": {"": SimpleNamespace(gap=measured, interval=(measured - 0.1, measured + 0.1), blocks=blocks, control={"passes": True})},
-        "probe": {
-            "": SimpleNamespace(
-                sets={"one": {"layers": ["embed", "block1"], "majority": 0.1, "correct": [[0.0], _right(shapes["probe"], point, probe, rng)]}}
-            )
-        },
+        "gap": {"": SimpleNamespace(**sizes, blocks=blocks, control=control, seen_early=None, seen_late=None, tokens_per_side=1024)},
+        "probe": {"": SimpleNamespace(sets={"one": {"layers": layers, "correct": [[0.0], right]} | accuracies | levels})},
     }
     pretrain = Pretrained(
         diverged=None,

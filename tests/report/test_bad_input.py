@@ -12,7 +12,7 @@ from test_report import Page
 from test_verdicts import SEEDS, noisy
 
 from plasticity_jax.report.effects import pairwise_rows
-from plasticity_jax.report.page import Part, collect, render_page, write_report
+from plasticity_jax.report.page import Part, collect, numbers_of, render_page, write_report
 from plasticity_jax.report.verdicts import CANNOT_TELL, ONE_RUN, verdicts
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,8 @@ NAN = float("nan")
 
 
 def text_of(results) -> str:
-    return " ".join(Page(render_page(results, [Part.of(part) for part in results.slices], [])).text.split())
+    parts = [Part.of(part) for part in results.slices]
+    return " ".join(Page(render_page(results, parts, numbers_of(results, parts))).text.split())
 
 
 def written(study) -> tuple[str, list[dict[str, str]]]:

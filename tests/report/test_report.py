@@ -12,7 +12,18 @@ from synthetic_study import PROBLEMS, Planted, write_study
 
 from plasticity_jax.errors import UserError
 from plasticity_jax.report.figures import figures
-from plasticity_jax.report.page import Part, collect, draw_figure, format_summary, inline_svg, render, render_page, summary_table, write_report
+from plasticity_jax.report.page import (
+    Part,
+    collect,
+    draw_figure,
+    format_summary,
+    inline_svg,
+    numbers_of,
+    render,
+    render_page,
+    summary_table,
+    write_report,
+)
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 
@@ -69,7 +80,8 @@ def page(study):
 def words(study) -> str:
     """Text of the page without its figures, which take most of the time."""
     results = collect(study)
-    return Page(render_page(results, [Part.of(part) for part in results.slices], [])).text
+    parts = [Part.of(part) for part in results.slices]
+    return Page(render_page(results, parts, numbers_of(results, parts))).text
 
 
 def test_every_section_and_figure_is_there(page):

@@ -13,7 +13,7 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.report.drawing import positions
 from plasticity_jax.report.effects import difference
 from plasticity_jax.report.figures import figures
-from plasticity_jax.report.page import Part, collect, draw_figure, format_summary, render_page, summary_table, write_report
+from plasticity_jax.report.page import Part, collect, draw_figure, format_summary, numbers_of, render_page, summary_table, write_report
 from plasticity_jax.report.verdicts import score_measure
 from plasticity_jax.stages.evaluate import correlation_rows, gain_rows
 
@@ -40,7 +40,8 @@ def along(field, *values, decay=(0.1,), timescales=None):
 
 def words(study) -> str:
     results = collect(study)
-    return " ".join(Page(render_page(results, [Part.of(part) for part in results.slices], [])).text.split())
+    parts = [Part.of(part) for part in results.slices]
+    return " ".join(Page(render_page(results, parts, numbers_of(results, parts))).text.split())
 
 
 def rows(study, name):
