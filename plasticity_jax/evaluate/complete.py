@@ -136,6 +136,30 @@ def continue_decoding(
     return _PROGRAMS[key](plan, params, batch, traced, decoded, prompt, memory, until)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def keep_prompts(
+    plan: Plan, batch: Batch, decoded: Decoded, prompt: PromptCache, memory: Memory, kept_P: Int[Array | np.ndarray, " p"]
+) -> tuple[Batch, Decoded, PromptCache, Memory]:
+    """What is left of a batch under way when only the prompts in these places, and their rows, go on."""
+    rows = plan.n_samples + plan.greedy
+    kept_B = (kept_P[:, None] * rows + jnp.arange(rows)).reshape(-1)
+    outer = int(plan.members)  # axes before that of prompts or rows
+    layers = outer + int(plan.layout.scan_layers)
+
+    def take(kept: Any, axis: int, tree: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.take(x, kept, axis=axis), tree)
+
+    tokens, valid, uniform, filled = batch
+    step, token, ended, out = decoded
+    cache, seen = memory
+    return (
+        Batch(*take(kept_P, 0, (tokens, valid)), jnp.take(uniform, kept_B, axis=1), jnp.take(filled, kept_P, axis=0)),
+        Decoded(step, *take(kept_B, outer, (token, ended)), jnp.take(out, kept_B, axis=outer + 1)),
+        PromptCache(*take(kept_P, layers, (prompt.k, prompt.v)), jnp.take(prompt.valid_PxS, kept_P, axis=prompt.valid_PxS.ndim - 2)),
+        Memory(RowCache(*take(kept_B, layers, (cache.k, cache.v)), jnp.take(cache.position_B, kept_B, axis=outer)), take(kept_B, outer, seen)),
+    )
+
+
 _PROGRAMS: dict[Any, Any] = {}  # shardings of (Decoded, Memory) → the compiled programs of `continue_decoding`
 
 

@@ -26,6 +26,7 @@ from plasticity_jax.evaluate.complete import (
     complete,
     continue_decoding,
     count_programs,
+    keep_prompts,
     plan_of,
     start_decoding,
 )
@@ -43,7 +44,8 @@ __all__ = ["Completion", "Sampling", "completions", "completions_of_members", "c
 
 log = logging.getLogger("plasticity_jax")
 
-SEGMENT = 64  # tokens between two checks on the host for completions that have ended by their text
+SEGMENT = 64  # tokens between two checks on the host for completions that have ended
+NARROWING = 4  # a batch goes on in a program for this many times fewer prompts once no more are left
 WHOLE_SHARE = 0.25  # of a device's memory, up to which it holds all matrices; see `layout_for`
 TAIL = 64  # tokens before a segment that are checked again with it; a stop string spans no more
 _SPECS = (PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec(None, ROWS), PartitionSpec(ROWS))  # of the fields of Batch
@@ -346,50 +348,83 @@ def count_cut(prompts: Sequence[Sequence[int]], buckets: tuple[int, ...]) -> int
 
 
 class _Work:
-    """A batch on the device. It is decoded in segments if the text of a completion can end it, and otherwise in one call."""
+    """A batch on the device, decoded in segments. Prompts whose completions have all ended leave it between two of them.
+
+    They leave in float32 only: elsewhere what else is decoded with a prompt would change its tokens. And they stay where prompts are sharded, because a
+    device has few of them there.
+    """
 
     def __init__(self, plan: Plan, params: Any, batch: Batch, traced: TracedSettings, indices: list[int], is_end: IsEnd | None):
         self.indices = indices
         self._plan, self._eos_ids, self._is_end = plan, frozenset(traced.eos_ids.tolist()), is_end
-        self._arguments = (plan, params, batch, traced)
+        self._params, self._batch, self._traced = params, batch, traced
+        self._each = plan.n_samples + plan.greedy
+        mesh = plan.layout.mesh
+        self._leave = plan.compute_dtype.itemsize >= 4 and (mesh is None or mesh.size == 1)
         self._seen = 0  # tokens per row that the host has checked
+        self._places = np.arange(len(batch.filled_P))  # of the prompts that are decoded, in the batch as it began
+        self._tokens: np.ndarray | None = None
         self._memory: Memory | None = None
-        if is_end is None or plan.max_new_tokens <= SEGMENT:
+        if plan.max_new_tokens <= SEGMENT:
             self._sent = plan.max_new_tokens
-            self._decoded = complete(*self._arguments)
+            self._decoded = complete(plan, params, batch, traced)
         else:
             self._sent = 0
-            self._decoded, self._prompt, self._memory = start_decoding(*self._arguments)
+            self._decoded, self._prompt, self._memory = start_decoding(plan, params, batch, traced)
             self.send_next_segment()
 
     def send_next_segment(self) -> None:
         """Sends the next segment to the device."""
         self._sent = min(self._sent + SEGMENT, self._plan.max_new_tokens)
         assert self._memory is not None
-        self._decoded, self._memory = continue_decoding(*self._arguments, self._decoded, self._prompt, self._memory, np.int32(self._sent))
+        arguments = (self._plan, self._params, self._batch, self._traced)
+        self._decoded, self._memory = continue_decoding(*arguments, self._decoded, self._prompt, self._memory, np.int32(self._sent))
 
     def read(self) -> bool:
         """Waits for the segments sent so far. Returns whether the batch is complete; if not, stops the rows whose text has ended."""
-        self._tokens = np.swapaxes(arrays.to_host(self._decoded.out_NxB), -1, -2)  # [B, N], or [members, B, N]
+        tokens = np.swapaxes(arrays.to_host(self._decoded.out_NxB), -1, -2)  # [B, N], or [members, B, N]
+        if self._tokens is None:
+            self._tokens = tokens.copy()
+        self._tokens[..., self._rows(self._places), :] = tokens
         if self._sent == self._plan.max_new_tokens:
             return True
         ended = arrays.to_host(self._decoded.ended_B).copy()  # [B], or [members, B]
-        for row in zip(*np.nonzero(~ended), strict=True):
-            tokens = self._tokens[row][: self._sent].tolist()
+        for row in zip(*np.nonzero(~ended), strict=True) if self._is_end else ():
+            so_far = tokens[row][: self._sent].tolist()
             # Checking the last tokens is cheap and almost always enough.
-            ended[row] = self._text_ends(tokens[max(0, self._seen - TAIL) :]) and self._text_ends(tokens)
+            ended[row] = self._text_ends(so_far[max(0, self._seen - TAIL) :]) and self._text_ends(so_far)
         self._seen = self._sent
         self._decoded = self._decoded._replace(ended_B=arrays.put(ended, self._decoded.ended_B.sharding))
+        if self._leave:
+            self._drop_finished(ended)
         return bool(np.all(ended))
+
+    def _drop_finished(self, ended: np.ndarray) -> None:
+        """Goes on with fewer prompts if few enough are left."""
+        going_P = ~ended.reshape(-1, len(self._places), self._each).all(axis=(0, 2))
+        size = len(self._places)
+        while 0 < going_P.sum() <= size // NARROWING:
+            size //= NARROWING
+        if size < len(self._places):
+            kept_P = np.sort(np.argsort(~going_P, kind="stable")[:size]).astype(np.int32)
+            assert self._memory is not None
+            self._batch, self._decoded, self._prompt, self._memory = keep_prompts(
+                self._plan, self._batch, self._decoded, self._prompt, self._memory, kept_P
+            )
+            self._places = self._places[kept_P]
+
+    def _rows(self, places: np.ndarray) -> np.ndarray:
+        """Where the rows of these prompts are."""
+        return (places[:, None] * self._each + np.arange(self._each)).ravel()
 
     def _text_ends(self, tokens: list[int]) -> bool:
         return self._is_end is not None and self._is_end(tokens)
 
     def completions(self, member: tuple[()] | tuple[int]) -> list[list[Completion]]:
         """The completions of each prompt, once `read` has returned True: of the one model, or of a member."""
-        n_rows = self._plan.n_samples + self._plan.greedy
-        rows = [self._completion(tokens) for tokens in self._tokens[member][: len(self.indices) * n_rows, : self._sent].tolist()]
-        return [rows[start : start + n_rows] for start in range(0, len(rows), n_rows)]
+        assert self._tokens is not None
+        rows = [self._completion(tokens) for tokens in self._tokens[member][: len(self.indices) * self._each, : self._sent].tolist()]
+        return [rows[start : start + self._each] for start in range(0, len(rows), self._each)]
 
     def _completion(self, tokens: list[int]) -> Completion:
         end = next((place for place, token in enumerate(tokens) if token in self._eos_ids), None)

@@ -371,6 +371,35 @@ def test_members_get_what_each_gets_alone(model, prompts, sampling, monkeypatch)
     assert len(set(map(tuple, lengths))) > 1 and any(row.ended for of_prompt in alone[0].values() for row in of_prompt)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("n_samples", [0, 2])
+def test_finished_prompts_leave_the_batch(model, n_samples, penalty, monkeypatch):
+    """Of eight prompts one goes on to the end, alone or of two models; the others leave, and nobody's tokens change."""
+    config, params = model
+    prompts, sampling = [[1, i + 2, 3] for i in range(8)], Sampling(n_samples=n_samples, seed=1, repetition_penalty=penalty)
+    how = dict(sampling=sampling, **SETTINGS | {"max_new_tokens": 20, "batch_size": 8 * sampling.n_completions, "buckets": (4,)})
+    whole = run(model, prompts, sampling, **{k: how[k] for k in ("max_new_tokens", "batch_size", "buckets")})
+
+    def is_end(tokens):
+        return len(tokens) >= 3 and not any(tokens == of_one[: len(tokens)] for of_one in whole[5])
+
+    kept, keep_prompts = [], generation.keep_prompts
+    monkeypatch.setattr(generation, "keep_prompts", lambda *given: kept.append(given[-1].tolist()) or keep_prompts(*given))
+    monkeypatch.setattr(generation, "SEGMENT", 4)
+    [(indices, alone)] = completions(model, prompts, is_end=is_end, **how)
+    assert [len(places) for places in kept] == [2] and 5 in kept[0]
+    for index, of_prompt in zip(indices, alone, strict=True):
+        for row, tokens in zip(of_prompt, whole[index], strict=True):
+            assert row.tokens == next((tokens[:n] for n in range(1, len(tokens)) if is_end(tokens[:n])), tokens)
+            assert row.ended == (index != 5)
+    [(_, of_members)] = generation.completions_of_members(config, generation.stacked([params, params], Layout()), 2, prompts, is_end=is_end, **how)
+    assert of_members == [alone, alone] and len(kept) == 2
+    kept.clear()
+    [_] = completions(model, prompts, is_end=is_end, **how | {"compute_dtype": jnp.bfloat16})
+    assert not kept, "in bfloat16 it would change tokens"
+
+
 def test_stop_strings_are_found_in_the_text_of_tokens_that_hold_parts_of_characters():
     tokenizer = Tokenizer.train(["Is 漢字 a Human word? " * 20], 270)
     tokens = tokenizer.encode("漢 ☕ Human: 字")
