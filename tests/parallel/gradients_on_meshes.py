@@ -1,9 +1,10 @@
 """Run on eight simulated devices by test_gradients.py: bf16 gradients of the real step on meshes, per tensor, against float32 on one device.
 
-Prints one JSON object: network → case → tensor → relative error.
+Arguments: "every" for all cases; without, those of make test. Prints one JSON object: network → case → tensor → relative error.
 """
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -34,7 +35,12 @@ CASES = {
     "members": ({"member": 2, "data": 1, "fsdp": 4}, {}),
     "members, saving memory": ({"member": 2, "data": 2, "tensor": 2}, SAVING),
 }
-OF_OLMO2 = ("one", "data", "fsdp and tensor, saving memory", "members")
+# Network → its cases, and which of them make test runs: those between them split every axis and save memory in every way.
+EVERY = {"llama": tuple(CASES), "olmo2": ("one", "data", "fsdp and tensor, saving memory", "members")}
+ALWAYS = {
+    "llama": ("one", "data", "fsdp, many chunks", "tensor", "members, saving memory"),
+    "olmo2": ("one", "fsdp and tensor, saving memory"),
+}
 BATCH, LENGTH = 32, 256  # 8,192 tokens; a Zipf law, so that a few rows of the embedding sum thousands of gradients
 
 
@@ -58,7 +64,8 @@ def main():
     found = {}
     for name, model in NETWORKS.items():
         exact = gradient(model, "float32", {"data": 1}, {})
-        for case, (sizes, changes) in CASES.items() if name == "llama" else ((case, CASES[case]) for case in OF_OLMO2):
+        for case in (EVERY if sys.argv[1:] == ["every"] else ALWAYS)[name]:
+            sizes, changes = CASES[case]
             actual = gradient(model, "bfloat16", sizes, changes)
             errors = {path: np.linalg.norm(actual[path] - exact[path]) / np.linalg.norm(exact[path]) for path in exact}
             found.setdefault(name, {})[case] = errors

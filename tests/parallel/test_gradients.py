@@ -9,27 +9,27 @@ import pytest
 from running import environment
 
 SCRIPT = Path(__file__).parent / "gradients_on_meshes.py"
+sys.path.insert(0, str(SCRIPT.parent))
+from gradients_on_meshes import ALWAYS, EVERY  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 MARGIN = 1.5  # of one device's error; a sum of many terms in bf16, such as the embedding's, has 25 to 50 times as much
 
 
-@pytest.fixture(scope="module")
-def errors():
-    done = subprocess.run([sys.executable, SCRIPT], env=environment(devices=8), capture_output=True, text=True)
+@pytest.mark.parametrize("arguments", [(), pytest.param(("every",), marks=pytest.mark.nightly)], ids=["some", "every"])
+def test_bf16_gradients_are_as_exact_on_every_mesh_as_on_one_device(arguments):
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], env=environment(devices=8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize(("network", "cases"), [("llama", 9), ("olmo2", 3)])
-def test_bf16_gradients_are_as_exact_on_every_mesh_as_on_one_device(errors, network, cases):
-    expected = errors[network].pop("one")
-    assert len(errors[network]) == cases and all(0 < error < 0.02 for error in expected.values())
+    errors = json.loads(done.stdout)
+    assert {network: tuple(of_network) for network, of_network in errors.items()} == (EVERY if arguments else ALWAYS)
+    expected = {network: of_network.pop("one") for network, of_network in errors.items()}
+    assert all(0 < error < 0.02 for of_network in expected.values() for error in of_network.values())
     worse = {
-        (case, path): (error, expected[path])
-        for case, of_case in errors[network].items()
+        (network, case, path): (error, expected[network][path])
+        for network, of_network in errors.items()
+        for case, of_case in of_network.items()
         for path, error in of_case.items()
-        if error > MARGIN * expected[path]
+        if error > MARGIN * expected[network][path]
     }
     assert not worse

@@ -148,7 +148,7 @@ def test_two_processes_give_the_losses_of_one(by_one, by_two):
     assert mesh == {"member": 1, "data": 2, "fsdp": 2, "tensor": 1}
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.processes)])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_a_killed_process_ends_all_in_one_line_and_the_pair_resumes_to_the_same_bits(workdir, by_two, tmp_path, victim):
     arguments = [*SHARDED, "--workdir", workdir]
     environment, paused = pausing(tmp_path, 13)
