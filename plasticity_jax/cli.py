@@ -96,6 +96,7 @@ def _seed(text: str) -> int:
 
 
 JSON = _flag("--json", action="store_true", help="one JSON object on standard output")
+VERIFY = _flag("--verify", action="store_true", help="read every file of the finished runs, and exit with 1 if one is no longer what its run wrote")
 FAIL_FAST = _flag("--fail-fast", action="store_true", help="stop at the first run that fails; by default all goes on that does not need it")
 
 # ---------------------------------------------------------------------------------------------------------------------------- commands
@@ -123,14 +124,14 @@ def _study(arguments) -> int:
     return status
 
 
-@_command("status", "every run: done, running, failed, diverged, stale or missing", JSON, config=False, several=False, memory="")
+@_command("status", "every run: done, running, failed, diverged, damaged, stale or missing", JSON, VERIFY, config=False, several=False, memory="")
 def _status(arguments) -> int:
     from plasticity_jax.runs.jsonfiles import to_json
     from plasticity_jax.study.status import status_lines, study_status
 
-    rows = study_status(arguments.workdir)
+    rows = study_status(arguments.workdir, verify=arguments.verify)
     print(to_json({"runs": rows}) if arguments.json else "\n".join(status_lines(rows)))
-    return 0
+    return int(arguments.verify and any(row["state"] == "damaged" for row in rows))
 
 
 @_command("prepare", "corpus, tokenizer, token records, task and probe files", FAIL_FAST)

@@ -146,17 +146,23 @@ def keep_prompts(
     outer = int(plan.members)  # axes before that of prompts or rows
     layers = outer + int(plan.layout.scan_layers)
 
-    def take(kept: Any, axis: int, tree: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.take(x, kept, axis=axis), tree)
+    def prompts(x: Any, axis: int) -> Array:
+        return jnp.take(x, kept_P, axis=axis)
 
-    tokens, valid, uniform, filled = batch
-    step, token, ended, out = decoded
+    def rows_of(x: Any, axis: int) -> Array:
+        return jnp.take(x, kept_B, axis=axis)
+
+    def each(function: Callable, tree: Any, axis: int) -> Any:
+        return jax.tree.map(lambda x: function(x, axis), tree)
+
     cache, seen = memory
     return (
-        Batch(*take(kept_P, 0, (tokens, valid)), jnp.take(uniform, kept_B, axis=1), jnp.take(filled, kept_P, axis=0)),
-        Decoded(step, *take(kept_B, outer, (token, ended)), jnp.take(out, kept_B, axis=outer + 1)),
-        PromptCache(*take(kept_P, layers, (prompt.k, prompt.v)), jnp.take(prompt.valid_PxS, kept_P, axis=prompt.valid_PxS.ndim - 2)),
-        Memory(RowCache(*take(kept_B, layers, (cache.k, cache.v)), jnp.take(cache.position_B, kept_B, axis=outer)), take(kept_B, outer, seen)),
+        Batch(prompts(batch.tokens_PxS, 0), prompts(batch.valid_PxS, 0), rows_of(batch.uniform_NxB, 1), prompts(batch.filled_P, 0)),
+        Decoded(decoded.step, rows_of(decoded.token_B, outer), rows_of(decoded.ended_B, outer), rows_of(decoded.out_NxB, outer + 1)),
+        PromptCache(each(prompts, prompt.k, layers), each(prompts, prompt.v, layers), prompts(prompt.valid_PxS, outer)),
+        Memory(
+            RowCache(each(rows_of, cache.k, layers), each(rows_of, cache.v, layers), rows_of(cache.position_B, outer)), each(rows_of, seen, outer)
+        ),
     )
 
 

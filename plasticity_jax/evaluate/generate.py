@@ -383,16 +383,16 @@ class _Work:
     def read(self) -> bool:
         """Waits for the segments sent so far. Returns whether the batch is complete; if not, stops the rows whose text has ended."""
         tokens = np.swapaxes(arrays.to_host(self._decoded.out_NxB), -1, -2)  # [B, N], or [members, B, N]
-        if self._tokens is None:
-            self._tokens = tokens.copy()
-        self._tokens[..., self._rows(self._places), :] = tokens
+        so_far = tokens.copy() if self._tokens is None else self._tokens
+        so_far[..., self._rows(self._places), :] = tokens
+        self._tokens = so_far
         if self._sent == self._plan.max_new_tokens:
             return True
         ended = arrays.to_host(self._decoded.ended_B).copy()  # [B], or [members, B]
         for row in zip(*np.nonzero(~ended), strict=True) if self._is_end else ():
-            so_far = tokens[row][: self._sent].tolist()
+            text = tokens[row][: self._sent].tolist()
             # Checking the last tokens is cheap and almost always enough.
-            ended[row] = self._text_ends(so_far[max(0, self._seen - TAIL) :]) and self._text_ends(so_far)
+            ended[row] = self._text_ends(text[max(0, self._seen - TAIL) :]) and self._text_ends(text)
         self._seen = self._sent
         self._decoded = self._decoded._replace(ended_B=arrays.put(ended, self._decoded.ended_B.sharding))
         if self._leave:

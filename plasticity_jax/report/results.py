@@ -288,7 +288,10 @@ def collect(study_dir: AnyPath) -> StudyResults:
 
 def _state(study_dir: AnyPath, run: Run) -> RunState:
     path = study_dir / run.id
-    state, reason = RunDirectory(path).state()
+    directory = RunDirectory(path)
+    state, reason = directory.state()
+    if directory.done and (damage := directory.damage()):
+        state, reason = "damaged", damage
     return RunState(run, state, reason, path)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from plasticity_jax.config import StudyConfig, restore_config, to_dict
-from plasticity_jax.errors import UserError, reason
+from plasticity_jax.errors import StudyRefused, UserError, reason
+from plasticity_jax.runs.integrity import Checksums, checksums, differences
 from plasticity_jax.runs.jsonfiles import read_json, write_json
 from plasticity_jax.runs.locks import is_locked, lock
 from plasticity_jax.runs.provenance import new_provenance
@@ -19,6 +20,7 @@ STUDY = "study.json"  # of a study's folder
 # Of every run.
 CONFIG, PROVENANCE, RESULTS, DONE = "config.json", "provenance.json", "results.json", "DONE"
 FAILED, ERROR_LOG, LOCK = "FAILED", "error.log", "LOCK"
+CHANGING = (DONE, FAILED, ERROR_LOG, LOCK)  # what no checksum is taken of
 # Of runs that train.
 CHECKPOINTS = "checkpoints"
 # Of evaluate and reward runs.
@@ -26,7 +28,7 @@ PROBLEMS, COMPLETIONS, OPTIONS, REWARDS = "problems.jsonl", "completions.jsonl",
 
 
 class RunDirectory:
-    """The directory of one run. `DONE` is written last; a run without it is not read by any other."""
+    """The directory of one run. `DONE` is written last, with checksums of all other files; a run without it is not read by any other."""
 
     def __init__(self, path: AnyPath):
         self.path = path
@@ -37,9 +39,12 @@ class RunDirectory:
         return (self.path / DONE).is_file()
 
     def state(self) -> tuple[str, str]:
-        """(state, reason): done, diverged, running, failed or missing."""
+        """(state, reason): done, diverged, damaged, running, failed or missing. Damaged is here only that DONE cannot be read."""
         if self.done:
-            diverged = read_json(self.path / DONE).get("diverged")
+            try:
+                diverged = self._done()["diverged"]
+            except UserError as error:
+                return "damaged", str(error)
             return ("diverged", diverged) if diverged else ("done", "")
         if is_locked(self.path / LOCK):
             return "running", ""
@@ -47,16 +52,43 @@ class RunDirectory:
             return "failed", read_json(self.path / FAILED)["reason"]
         return "missing", "interrupted; it resumes when run again" if self.path.is_dir() else ""
 
+    def damage(self, *, whole: bool = False) -> str | None:
+        """What is wrong with the files of a finished run, and the way out; None if nothing is.
+
+        Args:
+          whole: read the arrays of checkpoints and the token records too, which are otherwise judged by their size.
+        """
+        try:
+            found = differences(self.path, self._done()["files"], whole=whole)
+        except UserError as error:
+            return str(error)
+        if not found:
+            return None
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        return f"{self.path}: {found[0]} since the run finished{more}; put the file back, or delete {self.path} and run again, which makes it anew."
+
+    def _done(self) -> dict[str, Any]:
+        """What DONE holds: why the run diverged or "", and the checksums; none in those that were written before there were any."""
+        path = self.path / DONE
+        try:
+            found = read_json(path)
+            diverged, files = found["diverged"], {name: (int(size), str(digest)) for name, (size, digest) in found.get("files", {}).items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged; delete {self.path} and run again, which makes it anew.") from error
+        return {"diverged": diverged, "files": files}
+
     @contextlib.contextmanager
     def work(self, run: Run, config: StudyConfig) -> Iterator["RunDirectory"]:
         """Holds the run's lock while its stage works; records a failure, and leaves nothing that looks finished.
 
         Raises:
-          StudyRefused: another process works on this run.
+          StudyRefused: another process works on this run, or has finished it meanwhile.
         """
         make_folder(self.path)
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock(self.path / LOCK))
+            if self.done:
+                raise StudyRefused(f"{self.path} has been finished by another process meanwhile; run again to go on from there.")
             (self.path / FAILED).unlink(missing_ok=True)
             write_json(self.path / CONFIG, {"run": run.to_dict(), "config": to_dict(config)})
             self.provenance = new_provenance(run, config)
@@ -70,11 +102,12 @@ class RunDirectory:
                 raise
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Writes results and provenance, then DONE. `results["diverged"]`, a reason, marks a diverged run."""
+        """Writes results and provenance, then DONE with the checksums. `results["diverged"]`, a reason, marks a diverged run."""
         write_json(self.path / RESULTS, results)
         write_json(self.path / PROVENANCE, self.provenance | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         (self.path / ERROR_LOG).unlink(missing_ok=True)
-        write_json(self.path / DONE, {"diverged": results.get("diverged") or ""})
+        files: Checksums = checksums(self.path, without=CHANGING)
+        write_json(self.path / DONE, {"diverged": results.get("diverged") or "", "files": files})
 
     def run(self) -> Run:
         return Run.from_dict(self._config_json()["run"])
@@ -90,7 +123,7 @@ class RunDirectory:
 
 
 def open_run(path: str | AnyPath) -> RunDirectory:
-    """Opens a finished run's directory for reading. Raises UserError if it is none."""
+    """Opens a finished run's directory for reading. Raises UserError if it is none, or if a file has changed since (see `differences`)."""
     path = location(path)
     directory = RunDirectory(path)
     if not path.is_dir():
@@ -99,4 +132,6 @@ def open_run(path: str | AnyPath) -> RunDirectory:
         raise UserError(f"{path} holds no config.json, so it is not a run directory; give one that plasticity status lists as done.")
     if not directory.done:
         raise UserError(f"{path} is not finished (no DONE in it); run its stage to the end first.")
+    if damage := directory.damage():
+        raise UserError(damage)
     return directory

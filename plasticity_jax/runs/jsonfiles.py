@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from plasticity_jax.errors import UserError
+from plasticity_jax.errors import UserError, reason
 from plasticity_jax.runs.storage import AnyPath, replacing, write_bytes
 
 
@@ -33,12 +33,15 @@ def write_json(path: AnyPath, value: Any) -> None:
     write_bytes(path, (to_json(value, indent=1) + "\n").encode())
 
 
-def read_json(path: AnyPath) -> Any:
-    """Reads JSON; `float(x)` turns the strings "inf", "-inf" and "nan" back into numbers. Raises UserError if it is no JSON."""
+def read_json(path: AnyPath) -> dict[str, Any]:
+    """Reads a JSON object; `float(x)` turns the strings "inf", "-inf" and "nan" back into numbers. Raises UserError if it is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete it and run again.") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({reason(error)}); delete it and run again.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds {type(found).__name__} instead of an object; delete it and run again.")
+    return found
 
 
 def write_jsonl(path: AnyPath, rows: Iterable[dict]) -> None:
@@ -48,11 +51,18 @@ def write_jsonl(path: AnyPath, rows: Iterable[dict]) -> None:
 
 
 def iter_jsonl(path: AnyPath) -> Iterator[dict]:
-    """The objects of a file with one per line; a half-written last line (after a kill) is left out."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """The objects of a file with one per line; a half-written last line (after a kill) is left out. Raises UserError at a line that holds none."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: line {number} is not valid JSON ({reason(error)}); delete {path.parent} and run again.") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}: line {number} holds {type(row).__name__} instead of an object; delete {path.parent} and run again.")
+            yield row
 
 
 def read_jsonl(path: AnyPath) -> list[dict]:

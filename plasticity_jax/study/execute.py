@@ -226,7 +226,7 @@ def execute(
       external: id → directory of parents that lie outside this study's folder.
       fail_fast: stop at the first run that fails.
     Raises:
-      StudyRefused: the disk is full or read-only, or another process works on the same run.
+      StudyRefused: the disk is full or read-only, another process works on the same run, or a finished run has been changed since.
       UserError: a stage refuses, and the runs serve a single one.
       KeyboardInterrupt: passed on; what is done stays done, and the next call resumes.
     """
@@ -236,7 +236,7 @@ def execute(
     def path_of(run_id: str) -> AnyPath:
         return located.get(run_id, folder / run_id)
 
-    done = set(processes.broadcast(lambda: [run.id for run in runs if RunDirectory(path_of(run.id)).done]))
+    done = set(processes.broadcast(lambda: [run.id for run in runs if _is_done(RunDirectory(path_of(run.id)))]))
     outcome = Outcome([], [run.id for run in runs if run.id in done], [], [], [], {run.id: located[run.id] for run in runs})
     todo = [run for run in runs if run.id not in done]
     if not todo:
@@ -260,6 +260,13 @@ def execute(
     tried = {*outcome.carried_out, *outcome.failed, *outcome.waiting}
     outcome.left = [run.id for run in todo if run.id not in tried]
     return outcome
+
+
+def _is_done(directory: RunDirectory) -> bool:
+    """Whether a run is finished. Raises StudyRefused if it is, but its files are no longer what it wrote."""
+    if directory.done and (damage := directory.damage()):
+        raise StudyRefused(damage)
+    return directory.done
 
 
 Numbered = tuple[int, list[Run]]  # a group of runs, and its place among all

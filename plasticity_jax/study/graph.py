@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from plasticity_jax.config import StudyConfig, grid_members, member_config, to_dict
-from plasticity_jax.errors import UserError
-from plasticity_jax.runs.directory import STUDY
+from plasticity_jax.errors import StudyRefused, UserError
+from plasticity_jax.runs.directory import LOCK, STUDY
 from plasticity_jax.runs.jsonfiles import read_json, write_json
+from plasticity_jax.runs.locks import is_locked
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, make_folder
 from plasticity_jax.stages import Plan, stages
@@ -32,11 +33,21 @@ def study_dir(workdir: AnyPath, config: StudyConfig) -> AnyPath:
 
 
 def save_study(workdir: AnyPath, config: StudyConfig, runs: list[Run]) -> None:
-    """Writes study.json: the config with what `auto` came to, and every run with its parents and hash."""
+    """Writes study.json: the config with what `auto` came to, and every run with its parents and hash.
+
+    Raises:
+      StudyRefused: a process works on a run of the study that this config does not have, so it would report another study than it carries out.
+    """
     folder = study_dir(workdir, config)
     make_folder(folder)
     resolved = {"compute_dtype": config.train.compute_dtype}
-    write_json(folder / STUDY, {"study": config.name, "config": to_dict(config), "resolved": resolved, "runs": [run.to_dict() for run in runs]})
+    found = {"study": config.name, "config": to_dict(config), "resolved": resolved, "runs": [run.to_dict() for run in runs]}
+    if (folder / STUDY).is_file():
+        ours = {run.id for run in runs}
+        for run in read_study(folder / STUDY)[1]:
+            if run.id not in ours and is_locked(folder / run.id / LOCK):
+                raise StudyRefused(f"{folder} is being worked on with another config ({run.id}); wait for it, or give this study another name.")
+    write_json(folder / STUDY, found)
 
 
 def study_files(workdir: AnyPath) -> list[AnyPath]:

@@ -9,13 +9,22 @@ from plasticity_jax.stages.evaluate import is_regraded
 from plasticity_jax.study.graph import read_study, study_files
 
 
-def study_status(workdir: AnyPath) -> list[dict[str, Any]]:
-    """One row per run of every study below the workdir, of imported models and what was done with them, of completions graded again, and of what no study lists any more (stale)."""
+def study_status(workdir: AnyPath, *, verify: bool = False) -> list[dict[str, Any]]:
+    """One row per run of every study below the workdir, of imported models and what was done with them, of completions graded again, and of what no study lists any more (stale).
+
+    Args:
+      verify: read every file of the finished runs; those that are no longer what their run wrote are "damaged".
+    """
+
+    def state_of(directory: RunDirectory) -> tuple[str, str]:
+        damage = directory.damage(whole=True) if verify and directory.done else None
+        return ("damaged", damage) if damage else directory.state()
+
     rows = []
     for path in study_files(workdir):
         _, runs = read_study(path)
         for run in runs:
-            state, reason = RunDirectory(path.parent / run.id).state()
+            state, reason = state_of(RunDirectory(path.parent / run.id))
             rows.append(_row(run, state, reason, path.parent / run.id))
         listed = {run.id for run in runs}
         for config_file in sorted(path.parent.glob(f"*/*/{CONFIG}")):
@@ -24,7 +33,7 @@ def study_status(workdir: AnyPath) -> list[dict[str, Any]]:
                 continue
             run = directory.run()
             if _rests_on_import(run, path.parent) or is_regraded(run):
-                state, reason = directory.state()
+                state, reason = state_of(directory)
             else:
                 state, reason = "stale", "not in study.json: its config, code version or a parent has changed"
             rows.append(_row(run, state, reason, directory.path))

@@ -1,11 +1,13 @@
 """A page is written whatever a study lacks, and says what could not be computed and why."""
 
 import csv
+import json
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from running import plasticity, status_rows
 from simulated_study import Truth, simulated
 from synthetic_study import Planted, write_study
 from test_report import Page
@@ -109,3 +111,24 @@ def test_models_of_a_seed_scored_on_other_problems_are_not_paired():
     results.members[0].after["one"] = shorter
     gain = next(v for v in verdicts(results) if "gain more" in v.claim)
     assert gain.seeds == 2
+
+
+def test_the_page_leaves_out_the_numbers_of_a_changed_run_and_says_so(tmp_path):
+    study = write_study(tmp_path, Planted())
+    [path, *_] = sorted(study.glob("gap/*/results.json"))
+    before = (write_report(study).parent / "tables" / "gap.csv").read_text().splitlines()
+    results = json.loads(path.read_text())
+    path.write_text(json.dumps(results | {"gap": results["gap"] + 1.0}))
+    page = write_report(study)
+    assert "since the run finished" in page.read_text(encoding="utf-8")
+    left = (page.parent / "tables" / "gap.csv").read_text().splitlines()
+    assert len(left) == len(before) - 1 and set(left) < set(before)
+
+
+def test_verify_ends_with_one_where_a_run_is_damaged(tmp_path):
+    write_study(tmp_path, Planted())
+    assert plasticity("status", "--verify", "--workdir", tmp_path).returncode == 0
+    [path, *_] = sorted(tmp_path.glob("*/evaluate/*/problems.jsonl"))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert plasticity("status", "--verify", "--workdir", tmp_path).returncode == 1
+    assert [row["id"] for row in status_rows(tmp_path) if row["state"] == "damaged"] == [], "without --verify nothing is read"
