@@ -36,7 +36,7 @@ def runs(workdir, stage):
 
 def test_every_run_is_done_and_holds_its_records(workdir):
     rows = status_rows(workdir)
-    assert {row["stage"] for row in rows} == {"prepare", "init", "pretrain", "evaluate", "finetune", "probe", "spectra", "gap"}
+    assert {row["stage"] for row in rows} == {"prepare", "init", "pretrain", "evaluate", "validation", "finetune", "probe", "spectra", "gap"}
     for row in rows:
         assert row["state"] == "done", row
         names = {path.name for path in Path(row["path"]).iterdir()}
