@@ -1,6 +1,5 @@
 """`finetune.select`: the best of the swept fine-tunings is chosen on validation rows, and only then read on test rows."""
 
-import csv
 import json
 import shutil
 from dataclasses import replace
@@ -13,7 +12,7 @@ from test_report import Page
 import plasticity_jax as pj
 from plasticity_jax.config import FinetuneConfig, GridConfig, load_config
 from plasticity_jax.errors import UserError
-from plasticity_jax.report.page import Part, collect, write_report
+from plasticity_jax.report.page import Part, collect, numbers_of, render_page
 from plasticity_jax.report.selection import CHOSEN, choice_rows, win_rows
 from plasticity_jax.report.sentences import warnings
 
@@ -62,17 +61,18 @@ def test_the_selected_part_compares_the_chosen_and_nothing_else(study):
 
 
 def test_the_page_has_a_part_and_two_tables_of_it(study):
-    page = Page(write_report(study).read_text(encoding="utf-8"))
+    results = collect(study)
+    parts = [Part.of(part) for part in results.slices]
+    numbers = numbers_of(results, parts)
+    page = Page(render_page(results, parts, numbers))
     text = " ".join(page.text.split())
     assert (
         TITLE in text and "Chosen fine-tunings" in text and "After the fine-tuning that was best for each model on validation rows, accuracy" in text
     )
     assert len(page.ids) == len(set(page.ids)) and "Whether it was learned is decided on validation rows." in text
-    with open(study / "report" / "tables" / "pairwise.csv", encoding="utf-8", newline="") as file:
-        chosen = [row for row in csv.DictReader(file) if row["finetune.select"] == CHOSEN and row["measure"] == "score after"]
-    assert len(chosen) == 1 and float(chosen[0]["difference"]) == pytest.approx(0.1, abs=0.01)
-    with open(study / "report" / "tables" / "selected.csv", encoding="utf-8", newline="") as file:
-        assert len(list(csv.DictReader(file))) == 8
+    (chosen,) = [row for row in numbers["pairwise"] if row.get("finetune.select") == CHOSEN and row["measure"] == "score after"]
+    assert chosen["difference"] == pytest.approx(0.1, abs=0.01)
+    assert len(numbers["selected"]) == 8 and len(numbers["validation"]) == 16
     assert pj.open_study(study.parent).figure("scores", part=TITLE).axes
 
 
