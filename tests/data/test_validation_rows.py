@@ -80,6 +80,21 @@ def test_problems_of_one_template_stay_on_one_side():
     assert rows.counts["resemble a validation row"] > 0
 
 
+def test_a_row_that_holds_or_is_held_by_a_validation_row_is_dropped():
+    texts = [f"subject{i} verb{i} object{i}" for i in range(40)]
+    longer = f"{texts[0]} " + " ".join(f"more{k}" for k in range(20))
+    shorter = texts[1].replace(" ", "")[:-1]  # fifteen letters or more, and no word in common
+    train = [Example(str(i), text, "r", "a", "", "train") for i, text in enumerate([*texts, longer, shorter])]
+    rows = with_validation(lambda n: Rows(train[:n], []), name="t", wanted=8, needed=40)
+    assert rows.validation == train[:8] and rows.train == train[8:40]
+
+
+def test_the_question_that_follows_every_text_does_not_make_texts_alike():
+    train = [Example(str(i), f"text{i}\nWhat is the topic of this short text, in one word?", "r", "a", "", "train") for i in range(50)]
+    rows = with_validation(lambda n: Rows(train[:n], []), name="t", wanted=10, needed=40)
+    assert rows.validation == train[:10] and rows.train == train[10:]
+
+
 def test_a_task_may_give_its_own_and_keeps_them_apart():
     published = [
         Example(f"v{i}", f"a question of its own, number {i} {i + 1} {i + 2} {i + 3} {i + 4}", "r", "a", "", "validation") for i in range(0, 90, 9)
