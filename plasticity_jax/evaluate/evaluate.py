@@ -90,9 +90,9 @@ def evaluate(
     Returns:
       For each model, on the first process (empty on the others): metrics (see `metrics.metrics`; "accuracy", "acc_norm" and "acc_bytes" where options
       are compared), problems, n_samples, failures (fractions of wrong, unanswered and timed-out completions: greedy, samples), per_problem (greedy 0/1,
-      samples number right, majority 0/1; the last two where there are samples), subsets (test set → its metrics), macro (their mean), majority_class (accuracy of always giving the most
-      common gold answer), cut_prompts (how many lost their beginning), unended (fraction of completions at the token limit), source_splits (of the
-      rows).
+      samples number right, majority 0/1; the last two where there are samples), subsets (test set → its metrics), macro (their mean), majority_class
+      (accuracy of always giving the most common gold answer), cut_prompts (how many lost their beginning), unended (fraction of completions at the
+      token limit), source_splits (of the rows).
     """
     if task.grader == "likelihood":
         found = [_compare_options(scored, task, problems, settings.batch_size, protocol.faithful, forward) for scored in models]
