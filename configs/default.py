@@ -15,9 +15,9 @@ def get_config():
     config.finetune.peak_lr = 3e-3
     config.finetune.batch_size = 16
     config.tasks = {
-        "addition2": task(train_rows=1600, test_rows=300, epochs=3, max_new_tokens=40),
-        "topic": task(train_rows=1400, test_rows=300, epochs=3, max_new_tokens=12),
-        "sentiment": task(train_rows=2200, test_rows=300, epochs=2, max_new_tokens=12),
+        "addition2": task(train_rows=1600, test_rows=300, validation_rows=200, epochs=3, max_new_tokens=40),
+        "topic": task(train_rows=1400, test_rows=300, validation_rows=200, epochs=3, max_new_tokens=12),
+        "sentiment": task(train_rows=2200, test_rows=300, validation_rows=200, epochs=2, max_new_tokens=12),
     }
     config.reward.scorer = "log-probability"
     return config

@@ -16,7 +16,7 @@ def get_config():
     config.finetune.peak_lr = 3e-3
     config.finetune.batch_size = 16
     config.finetune.length_buckets = (128, 256, 512, 1024)
-    few = dict(train_rows=160, test_rows=24, verifier_rows=24, epochs=1)
+    few = dict(train_rows=160, test_rows=24, validation_rows=24, verifier_rows=24, epochs=1)
     config.tasks = {
         "gsm": task(**few, max_new_tokens=128),
         "math": task(**few, max_new_tokens=128),

@@ -26,8 +26,8 @@ def get_config():
     config.finetune.batch_size = 16
     config.finetune.length_buckets = (192,)
     config.tasks = {
-        "addition2": task(train_rows=128, test_rows=16, epochs=1, max_new_tokens=24),
-        "topic": task(train_rows=128, test_rows=16, epochs=1, max_new_tokens=8),
+        "addition2": task(train_rows=128, test_rows=16, validation_rows=8, epochs=1, max_new_tokens=24),
+        "topic": task(train_rows=128, test_rows=16, validation_rows=0, epochs=1, max_new_tokens=8),
     }
     config.evaluate.n_samples = 2
     config.evaluate.prompt_buckets = (192,)

@@ -19,7 +19,7 @@ def get_config():
     config.data.sources, config.data.max_documents = ("bbc",), 60
     config.model.vocab_size, config.model.d_model, config.model.n_layers, config.model.d_ff = 300, 16, 1, 32
     config.train.seq_len, config.train.compute_dtype = 32, "float32"
-    config.tasks = {"topic": task(train_rows=16, test_rows=4)}
+    config.tasks = {"topic": task(train_rows=16, test_rows=4, validation_rows=4)}
     config.probe.sets, config.probe.train_rows, config.probe.test_rows, config.probe.max_length = ("topic",), 40, 20, 32
     return config
 """

@@ -11,6 +11,7 @@ import pytest
 from running import TINY, end, pausing, plasticity, start, status_rows, wait_until
 
 import plasticity_jax as pj
+from plasticity_jax.report.browse import Filter, browse
 from plasticity_jax.runs.jsonfiles import read_json, read_jsonl
 
 pytestmark = pytest.mark.slow
@@ -36,7 +37,7 @@ def runs(workdir, stage):
 
 def test_every_run_is_done_and_holds_its_records(workdir):
     rows = status_rows(workdir)
-    assert {row["stage"] for row in rows} == {"prepare", "init", "pretrain", "evaluate", "finetune", "probe", "spectra", "gap"}
+    assert {row["stage"] for row in rows} == {"prepare", "init", "pretrain", "evaluate", "validation", "finetune", "probe", "spectra", "gap"}
     for row in rows:
         assert row["state"] == "done", row
         names = {path.name for path in Path(row["path"]).iterdir()}
@@ -86,6 +87,20 @@ def test_scores_follow_from_the_completions_on_disk(workdir):
         assert results["metrics"]["pass@1"] == pytest.approx(np.mean(greedy))
         assert results["metrics"]["pass@2"] == pytest.approx(np.mean([any(s) for s in sampled]))
         assert results["per_problem"]["samples"] == [sum(s) for s in sampled]
+
+
+def test_validation_rows_are_answered_apart_and_never_shown(workdir):
+    (test,) = {
+        tuple(r["id"] for r in read_jsonl(Path(row["path"]) / "problems.jsonl")) for row in runs(workdir, "evaluate") if row["task"] == "addition2"
+    }
+    scored = runs(workdir, "validation")
+    assert [row["task"] for row in scored] == ["addition2"] * 2, "one run per fine-tuned model, and none where there are no rows"
+    (folder,) = workdir.glob("*/prepare/task-addition2-*")
+    for row in scored:
+        answered = [(r["id"], r["sample"]) for r in read_jsonl(Path(row["path"]) / "completions.jsonl")]
+        assert answered == [(r["id"], 0) for r in read_jsonl(folder / "validation.jsonl")] and len(answered) == 8
+        assert not {name for name, _ in answered} & {*test, *(r["id"] for r in read_jsonl(folder / "train.jsonl"))}
+    assert {row["id"] for row in browse(workdir, Filter(task="addition2"))} == set(test)
 
 
 def test_models_load_in_a_notebook(workdir):
@@ -231,7 +246,7 @@ def get_config():
     config.grid.weight_decay, config.grid.timescales = (0.1,), None
     config.grid.fields = (("train.peak_lr", (1e-3, 1e-2)),)
     config.grid.mode = "vmapped"
-    config.tasks = {{"topic": task(train_rows=32, test_rows=16, epochs=1, max_new_tokens=4)}}
+    config.tasks = {{"topic": task(train_rows=32, test_rows=16, validation_rows=0, epochs=1, max_new_tokens=4)}}
     config.probe.sets = ("topic",)
     config.evaluate.prompt_buckets, config.finetune.length_buckets = (192,), (256,)
     return config

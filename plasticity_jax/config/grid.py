@@ -123,6 +123,10 @@ def check_members(config: StudyConfig) -> None:
         for name in changed:
             if name in swept:
                 raise UserError(f"grid.changes: {pattern!r} sets {name}, which grid.fields sweeps; do one of the two.")
+    if config.finetune.select != "none" and not any(name.startswith("finetune.") and len(values) > 1 for name, values in grid.fields):
+        raise UserError(
+            f"finetune.select={config.finetune.select!r} has nothing to choose from; sweep a field of finetune in grid.fields, or set it to 'none'."
+        )
     if "auto" in (*dict(grid.fields).get("train.compute_dtype", ()), *(changed.get("train.compute_dtype") for _, changed in grid.changes)):
         raise UserError("the grid sets train.compute_dtype to 'auto', which differs by machine; name float32 or bfloat16.")
     for values in itertools.product(*(values for _, values in grid.fields)):

@@ -18,10 +18,14 @@ PAPER_TASKS = {
 ALL_ROWS = 1_000_000
 
 
-def paper_task(name: str):
-    """One of the paper's six chain-of-thought tasks: all its rows, three epochs. Source: paper sections 4.1 and 4.2; the token limits are our choice."""
+def paper_task(name: str, *, validation_rows: int = 0):
+    """One of the paper's six chain-of-thought tasks: all its rows, three epochs. Source: paper sections 4.1 and 4.2; the token limits are our choice.
+
+    Args:
+      validation_rows: kept from training, which the paper does not do.
+    """
     max_new_tokens, files = PAPER_TASKS[name]
-    return task(train_rows=ALL_ROWS, test_rows=ALL_ROWS, epochs=3, max_new_tokens=max_new_tokens, files=files)
+    return task(train_rows=ALL_ROWS, test_rows=ALL_ROWS, validation_rows=validation_rows, epochs=3, max_new_tokens=max_new_tokens, files=files)
 
 
 def sft_sweep(*peak_lrs: float):

@@ -284,6 +284,7 @@ class TaskConfig:
 
     train_rows: PositiveInt = result(6000, "training rows")
     test_rows: PositiveInt = result(300, "test rows")
+    validation_rows: NonNegativeInt = result(200, "rows kept from fine-tuning, on which everything is chosen; a fifth of the source at most; 0: none")
     verifier_rows: NonNegativeInt = result(0, "training rows kept from fine-tuning, whose samples train the outcome verifier")
     epochs: Epochs = result(3, "passes over the training rows")
     max_new_tokens: PositiveInt = result(16, "longest answer")
@@ -324,6 +325,9 @@ class FinetuneConfig:
     loss_parts: PositiveInt = result(1, "parts of a batch whose mean losses are averaged; 1: the mean over all targets (the study: its 4 devices)")
     packing: bool = result(False, "several rows in a sequence of the last bucket's length, each attending only to itself, in random order")
     seeds: Annotated[tuple[Seed, ...], MinLen(1)] = result((0,), "seeds of the order of the rows; every member is fine-tuned with each")
+    select: Literal["none", "validation"] = execution(
+        "none", "validation: the report also compares the swept fine-tuning that is best for each model and task on validation rows"
+    )
     log_every: PositiveInt = execution(20, "steps between log lines")
     checkpoint_every: PositiveInt = execution(500, "steps between checkpoints")
     grad_accum_steps: PositiveInt = execution(
@@ -339,6 +343,9 @@ class FinetuneConfig:
             )
         if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             raise UserError(f"finetune.seeds={self.seeds} lists {twice[0]} twice; list every seed once.")
+        for name, task in config.tasks.items():
+            if self.select == "validation" and not task.validation_rows:
+                raise UserError(f"finetune.select='validation' needs rows to choose on; set tasks.{name}.validation_rows, such as 200.")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Protocol:
     """How completions are generated, besides what `EvaluateConfig` says.
 
     Attributes:
-      n_samples: sampled completions per problem, besides the greedy one.
+      n_samples: sampled completions per problem, besides the greedy one; may be 0.
       max_new_tokens: token limit of a completion.
       faithful: the original's quirks, see docs/decisions.md.
     """
@@ -90,9 +90,9 @@ def evaluate(
     Returns:
       For each model, on the first process (empty on the others): metrics (see `metrics.metrics`; "accuracy", "acc_norm" and "acc_bytes" where options
       are compared), problems, n_samples, failures (fractions of wrong, unanswered and timed-out completions: greedy, samples), per_problem (greedy 0/1,
-      samples number right, majority 0/1), subsets (test set → its metrics), macro (their mean), majority_class (accuracy of always giving the most
-      common gold answer), cut_prompts (how many lost their beginning), unended (fraction of completions at the token limit), source_splits (of the
-      rows).
+      samples number right, majority 0/1; the last two where there are samples), subsets (test set → its metrics), macro (their mean), majority_class
+      (accuracy of always giving the most common gold answer), cut_prompts (how many lost their beginning), unended (fraction of completions at the
+      token limit), source_splits (of the rows).
     """
     if task.grader == "likelihood":
         found = [_compare_options(scored, task, problems, settings.batch_size, protocol.faithful, forward) for scored in models]
@@ -203,7 +203,8 @@ def graded(
     flat = [(extract_answer(text, faithful=faithful), problem.answer) for problem, of_problem in zip(problems, texts) for text in of_problem]
     with Grading(task.grader, faithful=faithful, workers=workers) as grading:
         verdicts = iter(grading.judge(flat))
-        chosen = grading.majority([of_problem[1:] for of_problem in texts])
+        samples = [of_problem[1:] for of_problem in texts]
+        chosen = grading.majority(samples) if any(samples) else [None] * len(texts)
     answers, rows = iter(flat), []
     for problem, of_problem, ends, majority in zip(problems, texts, ended, chosen, strict=True):
         for sample, (text, end) in enumerate(zip(of_problem, ends, strict=True)):
@@ -217,7 +218,7 @@ def graded(
                     "verdict": verdict,
                     "correct": verdict == "right",
                     "ended": end,
-                    "majority": sample == majority + 1,
+                    "majority": majority is not None and sample == majority + 1,
                 }
             )
     return rows
@@ -239,23 +240,24 @@ def regraded(source: AnyPath, folder: AnyPath, task: Task, faithful: bool, worke
 
 
 def summarized(problems: Sequence[Example], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The results that follow from the rows of completions.jsonl. All problems have the same number of samples."""
+    """The results that follow from the rows of completions.jsonl. All problems have the same number of samples, or none."""
     width = len(rows) // len(problems)
     correct = np.array([row["correct"] for row in rows]).reshape(-1, width)
     chosen = np.array([row["majority"] for row in rows]).reshape(-1, width)
     greedy, sampled, majority = correct[:, 0], correct[:, 1:], np.asarray((correct & chosen).any(axis=1))
-    subsets = _by_subset(problems, lambda held: metrics(greedy[held], sampled[held], majority[held]))
+
+    def scores(held: Any) -> dict[str, float]:
+        return metrics(greedy[held], sampled[held], majority[held]) if width > 1 else {"pass@1": float(greedy[held].mean())}
+
     return {
-        "metrics": metrics(greedy, sampled, majority),
+        "metrics": scores(slice(None)),
         "problems": len(problems),
-        "failures": {
-            "greedy": failures([row["verdict"] for row in rows if row["sample"] == 0]),
-            "samples": failures([row["verdict"] for row in rows if row["sample"] > 0]),
-        },
-        "per_problem": {"greedy": greedy.astype(int), "samples": sampled.sum(axis=1), "majority": majority.astype(int)},
+        "failures": {"greedy": failures([row["verdict"] for row in rows if row["sample"] == 0])}
+        | ({"samples": failures([row["verdict"] for row in rows if row["sample"] > 0])} if width > 1 else {}),
+        "per_problem": {"greedy": greedy.astype(int)} | ({"samples": sampled.sum(axis=1), "majority": majority.astype(int)} if width > 1 else {}),
         "unended": float(np.mean([not row["ended"] for row in rows])),
         "majority_class": Counter(problem.answer for problem in problems).most_common(1)[0][1] / len(problems),
-        **subsets,
+        **_by_subset(problems, scores),
     }
 
 

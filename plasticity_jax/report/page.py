@@ -255,6 +255,7 @@ def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
     return {
         "name": task,
         "learned": task in results.learned,
+        "learned_on": results.learned_on(task),
         "metrics": [*metrics, *FAILURES],
         "scorers": sorted({score.scorer for score in scores if score.scorer is not None}),
         "subsets": _subset_rows(results, task),

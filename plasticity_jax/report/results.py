@@ -11,13 +11,14 @@ from plasticity_jax.analysis.statistics import wilson_interval
 from plasticity_jax.config import Member, StudyConfig, grid_members, restore_config
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.evaluate.metrics import pass_at_k
+from plasticity_jax.report.selection import selected_members
 from plasticity_jax.runs.directory import PROVENANCE, STUDY, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.logs import METRICS, read_log
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, location
 from plasticity_jax.stages import guarded, number, stages
-from plasticity_jax.study.sweep import Axis, facet_axes, study_axis, swept_values
+from plasticity_jax.study.sweep import SELECTED, Axis, facet_axes, study_axis, swept_values
 
 if TYPE_CHECKING:
     from plasticity_jax.stages.evaluate import Evaluated
@@ -110,7 +111,8 @@ class MemberResults:
       state, reason: of its pretraining run.
       pretrain: record of a finished, not diverged run; None otherwise.
       curve: rows of its metrics.jsonl, however far it has come.
-      before, after: task → score.
+      before, after: task → score on the test rows.
+      validation: task → score on the validation rows, after fine-tuning.
       found: stage → task → record of the stage's run on this member's models that is done: "" for the base model, else the task it was fine-tuned on.
       provenance: of the pretraining run.
     """
@@ -125,6 +127,7 @@ class MemberResults:
     after: dict[str, Score]
     found: dict[str, dict[str, Any]]
     provenance: dict[str, Any]
+    validation: dict[str, Score] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -177,13 +180,19 @@ class StudyResults:
 
     @cached_property
     def slices(self) -> tuple["StudyResults", ...]:
-        """The study by the values of the swept fields that are not on the axis; itself where there are none, or where it is a slice."""
+        """The study by the values of the swept fields that are not on the axis; itself where there are none, or where it is a slice.
+
+        What `finetune.select` chose comes last, as slices of their own.
+        """
         axes = () if self.facet else facet_axes(self.config)
         if not axes:
             return (self,)
         by_facet: dict[tuple, list[MemberResults]] = {}
         for m in self.members:
             by_facet.setdefault(tuple((axis, axis.value(m.member)) for axis in axes), []).append(m)
+        for m in selected_members(self):
+            facet = tuple((axis, axis.value(m.member)) for axis in (*(axis for axis in axes if not axis.of_tuning), SELECTED))
+            by_facet.setdefault(facet, []).append(m)
         return tuple(replace(self, members=tuple(members), facet=facet) for facet, members in by_facet.items())
 
     @property
@@ -242,12 +251,18 @@ class StudyResults:
 
     @cached_property
     def learned(self) -> tuple[str, ...]:
-        """Tasks whose best fine-tuned member has a 95% (Wilson) lower bound above the majority class."""
+        """Tasks whose best fine-tuned member has a 95% (Wilson) lower bound above the majority class, on the rows of `learned_on`."""
         return tuple(task for task in self.tasks if (bound := self.lower_bound(task)) is not None and bound[0] > bound[1])
+
+    def learned_on(self, task: str) -> str:
+        """The rows that say whether a task was learned: "validation" where the models were scored on them, otherwise "test"."""
+        return "validation" if any(task in m.validation for m in self.members) else "test"
 
     def lower_bound(self, task: str) -> tuple[float, float] | None:
         """(95% lower bound of the best member's greedy score after fine-tuning, majority class); None if no member has one."""
-        scores = [m.after[task] for m in self.members if task in m.after and np.all(np.isfinite(m.after[task].greedy)) and len(m.after[task].greedy)]
+        on = self.learned_on(task)
+        found = [score for m in self.members if (score := (m.validation if on == "validation" else m.after).get(task)) is not None]
+        scores = [score for score in found if np.all(np.isfinite(score.greedy)) and len(score.greedy)]
         if not scores:
             return None
         best = max(scores, key=lambda score: score.greedy.mean())
@@ -306,8 +321,9 @@ def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults
         reason="" if pretrain is None else pretrain.reason,
         pretrain=_record(pretrain) if pretrain is not None and finished else None,
         curve=tuple(read_log(pretrain.path / METRICS)) if pretrain is not None else (),
-        before=_scores(states, "before"),
-        after=_scores(states, "after"),
+        before=_scores(states, "evaluate", "before"),
+        after=_scores(states, "evaluate", "after"),
+        validation=_scores(states, "validation", None),
         found=_found(states),
         provenance=read_json(pretrain.path / PROVENANCE) if pretrain is not None and finished and (pretrain.path / PROVENANCE).is_file() else {},
     )
@@ -335,10 +351,10 @@ def _found(states: list[RunState]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _scores(states: list[RunState], when: str) -> dict[str, Score]:
+def _scores(states: list[RunState], stage: str, when: str | None) -> dict[str, Score]:
     by_task: dict[str, list[RunState]] = {}
     for s in states:
-        if s.run.stage == "evaluate" and s.state == "done" and s.run.fields.get("when") == when:
+        if s.run.stage == stage and s.state == "done" and s.run.fields.get("when") == when:
             by_task.setdefault(s.run.task_name, []).append(s)
     rewards = {s.run.parents["completions"]: _record(s) for s in states if s.run.stage == "reward" and s.state == "done"}
     return {task: _score(found, [rewards.get(s.run.id) for s in found]) for task, found in by_task.items()}

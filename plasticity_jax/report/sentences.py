@@ -7,7 +7,7 @@ from plasticity_jax.report.effects import difference
 from plasticity_jax.report.results import StudyResults
 from plasticity_jax.report.verdicts import CONTRADICTS, LOSS_MARGIN, NO_EFFECT, ONE_RUN, SUPPORTS, Verdict, score_measure
 from plasticity_jax.stages import guarded, stages
-from plasticity_jax.study.sweep import DECAY, Axis, facet_axes
+from plasticity_jax.study.sweep import DECAY, SELECTED, Axis, facet_axes
 
 SENTENCES = {
     "one model": "One language model{size} was pretrained{tokens} with AdamW’s weight decay λ = {decay:.3g}{alone}.",
@@ -17,7 +17,7 @@ SENTENCES = {
     "unfinished": "{finished} of them {have} finished without diverging so far.",
     "recipes": "Each was fine-tuned in several ways: {swept}.",
     "loss": "Held-out loss was lowest at {best} ({lowest:.3f} nats per token{tie}) and highest at {worst} ({highest:.3f}).",
-    "score": "After the same fine-tuning, accuracy averaged over {tasks} was highest at {best} ({score:.3f}){against}.",
+    "score": "After {tuning}, accuracy averaged over {tasks} was highest at {best} ({score:.3f}){against}.",
     "first is best": ", the {first} {name}",
     "difference": ", against {score:.3f} at {reference}; the difference of {mean:.3f} has a 95% interval of {lower:+.3f} to {upper:+.3f} over {over} "
     "(picking the best afterwards flatters it)",
@@ -38,7 +38,8 @@ SENTENCES = {
     "single seed": "Single pretraining seed ({seed}): a difference between two {members} may be the luck of one run, whatever its interval says.",
     "splits": "Published test or validation rows are in use: {used}. They serve comparisons within this study; never set these scores beside published "
     "ones.",
-    "not learned": "No member {of_slice}learned {task}: the best one’s 95% lower bound is {bound:.3f}, the majority class {majority:.3f}. It is left out "
+    "not learned": "No member {of_slice}learned {task}: on its {rows} rows the best one’s 95% lower bound is {bound:.3f}, the majority class {majority:.3f}. "
+    "It is left out "
     "of averages and verdicts.",
 }
 
@@ -129,7 +130,9 @@ def _found(results: StudyResults) -> list[str]:
     if len(scores) > 1:
         best, learned = max(scores, key=lambda point: scores[point]), results.learned
         tasks = f"the {count(len(learned))} tasks they learned" if len(learned) > 1 else f"the one task they learned, {''.join(learned)}"
-        sentences.append(_say("score", tasks=tasks, best=equation(best), score=scores[best], against=_against(results, scores, best)))
+        chosen = any(axis == SELECTED for axis, _ in results.facet)
+        tuning = "the fine-tuning that was best for each model on validation rows" if chosen else "the same fine-tuning"
+        sentences.append(_say("score", tuning=tuning, tasks=tasks, best=equation(best), score=scores[best], against=_against(results, scores, best)))
     elif any(m.after for m in results.members) and not results.learned:
         sentences.append(_say("nothing learned"))
     return sentences
@@ -231,7 +234,7 @@ def _not_learned(results: StudyResults) -> list[str]:
         for task in results.tasks:
             bound = part.lower_bound(task)
             if bound is not None and task not in part.learned:
-                found.append(_say("not learned", of_slice=of_slice, task=task, bound=bound[0], majority=bound[1]))
+                found.append(_say("not learned", of_slice=of_slice, task=task, rows=part.learned_on(task), bound=bound[0], majority=bound[1]))
     return found
 
 

@@ -65,7 +65,7 @@ def _plan(plan: Plan) -> Iterable[Planned]:
 
 
 def run(context: Context) -> Evaluated | None:
-    """Scores the parent "model" on rows of the parent "task"; the field "split" says which rows: "test", or "verifier"."""
+    """Scores the parent "model" on rows of the parent "task"; the field "split" says which rows: "test", "validation" or "verifier"."""
     return run_batch([context])[0]
 
 

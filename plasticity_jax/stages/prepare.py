@@ -21,7 +21,7 @@ def corpus_run(config: StudyConfig) -> Run:
 
 
 def task_run(config: StudyConfig, task: str) -> Run:
-    """Train and test rows of a fine-tuning task."""
+    """Train, validation and test rows of a fine-tuning task."""
     from plasticity_jax.data.tasks import get_task
 
     settings = task_settings(config, task)
@@ -30,6 +30,7 @@ def task_run(config: StudyConfig, task: str) -> Run:
         "train_rows": settings.train_rows,
         "test_rows": settings.test_rows,
         "held_out_fraction": config.data.held_out_fraction,
+        "validation_rows": settings.validation_rows,
         "verifier_rows": settings.verifier_rows,
         "wheels": pinned(get_task(task).packages),
     }
@@ -145,7 +146,8 @@ def _prepare(context: Context, out: Path) -> dict[str, Any]:
     rows = {name: fields[name] for name in ("train_rows", "test_rows", "held_out_fraction")}
     if fields["kind"] == "task":
         settings = config.tasks[context.task]
-        task = tasks.build_task(context.task, wheels, **rows, seed=SEED, verifier_rows=settings.verifier_rows, files=settings.files)
+        kept = {"validation_rows": settings.validation_rows, "verifier_rows": settings.verifier_rows}
+        task = tasks.build_task(context.task, wheels, **rows, **kept, seed=SEED, files=settings.files)
         return tasks.write_task(out, task)
     name, files = fields["set"], config.probe.files.get(fields["set"])
     probe_set = probe_sets.probe_set_of_files(name, files) if files else probe_sets.get_probe_set(name)

@@ -60,7 +60,7 @@ class Ahead:
             return TaskRows(name, read_summary(made)["rows"], True, made if corpus is not None else None, corpus)
         train, test = get_task(name).published
         most = {"train": min(settings.train_rows, train or settings.train_rows), "test": min(settings.test_rows, test or settings.test_rows)}
-        return TaskRows(name, most | {"verifier": settings.verifier_rows}, False)
+        return TaskRows(name, most | {"validation": settings.validation_rows, "verifier": settings.verifier_rows}, False)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TaskRows:
     """How many rows a task has, and where they lie.
 
     Attributes:
-      counts: split ("train", "verifier", "test") → rows.
+      counts: split ("train", "validation", "verifier", "test") → rows.
       exact: whether they are prepared, and not only bounded.
       folder, corpus: of the prepared task, and of the prepared corpus with the tokenizer; None where one of the two is missing.
     """
@@ -80,7 +80,7 @@ class TaskRows:
     corpus: AnyPath | None = None
 
     def assumes(self, split: str) -> tuple[str, ...]:
-        called = {"train": "training", "verifier": "verifier", "test": "test"}[split]
+        called = "training" if split == "train" else split
         return () if self.exact else (f"{self.name}: {self.counts[split]:,} {called} rows",)
 
     def row_lengths(self, *, max_length: int, too_long: str) -> np.ndarray | None:

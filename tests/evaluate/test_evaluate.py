@@ -48,7 +48,7 @@ def context(tmp_path_factory):
         tokenizer.save(directory.path / "tokenizer.json")
         directory.finish({})
     rows = [Example(str(i), f"Text {i}?", "The answer is x.", WORDS[i % 7 % 3], "generated", "held_out", ("even", "odd")[i % 2]) for i in range(9)]
-    write_task(root / "task", Rows(rows, rows))
+    write_task(root / "task", Rows(rows, rows, validation=rows))
     return Context(
         CONFIG,
         Run("tiny", "evaluate", "wd0-topic-before", {"split": "test", "n_samples": 4, "max_new_tokens": 5}, task="topic"),
@@ -108,8 +108,30 @@ def test_the_stage_end_to_end(context, scripted):
     assert stored["macro"]["pass@4"] == pytest.approx(np.mean([stored["subsets"][name]["pass@4"] for name in ("even", "odd")]))
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_bytes(context, monkeypatch, tmp_path):
+def test_validation_rows_are_answered_once_and_greedily(context, scripted, tmp_path):
+    one = on_validation(context)
+    with RunDirectory(tmp_path / "run").work(one.run, one.config) as directory:
+        results = asdict(stage.run(dataclasses.replace(one, directory=directory)))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    right = [re.findall(r"answer is\s+(\w+)", row["text"])[-1:] == [WORDS[i % 7 % 3]] for i, row in enumerate(rows)]
+    assert [(row["id"], row["sample"], row["majority"]) for row in rows] == [(str(i), 0, False) for i in range(9)]
+    assert results["per_problem"].keys() == {"greedy"} and list(results["per_problem"]["greedy"]) == right
+    assert results["metrics"] == {"pass@1": np.mean(right)} and set(results["failures"]) == {"greedy"} and results["n_samples"] == 0
+    assert results["subsets"]["odd"]["pass@1"] == np.mean(right[1::2])
+
+
+def on_validation(context):
+    """Greedy completions of the validation rows, four at a time."""
+    config = dataclasses.replace(CONFIG, evaluate=dataclasses.replace(CONFIG.evaluate, batch_size=4))
+    return dataclasses.replace(
+        context, config=config, run=dataclasses.replace(context.run, fields={"split": "validation", "n_samples": 0, "max_new_tokens": 5})
+    )
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_killed_evaluation_goes_on_to_the_same_bytes(context, monkeypatch, tmp_path, split):
     """After the first batch it is cut off; the second time it generates the rest alone."""
+    context = on_validation(context) if split == "validation" else context
     whole = _evaluated(context, tmp_path / "whole")
     generated = []
 

@@ -79,6 +79,8 @@ def test_slurm_study_has_a_job_for_every_run_after_its_parents(study, tmp_path):
     def job(run):
         if run.stage in ("prepare", "init"):
             return "prepare"
+        if run.stage == "validation":
+            return "validation"
         return "analyze-" + run.parents["model"].split("/")[1] if run.stage in ("probe", "spectra", "gap") else run.id.replace("/", "-")
 
     assert set(order) == {job(run) for run in runs} | {"report"}

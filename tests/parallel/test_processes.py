@@ -35,7 +35,7 @@ def get_config():
     config = module.get_config()
     config.data.max_documents, config.train.steps, config.train.compute_dtype = 100, 8, "float32"
     config.train.held_out_tokens, config.train.eval_tokens, config.gap.tokens_per_side = 256, 64, 256
-    config.tasks = {{"topic": task(train_rows=32, test_rows=16, epochs=1, max_new_tokens=8, verifier_rows=16)}}
+    config.tasks = {{"topic": task(train_rows=32, test_rows=16, validation_rows=0, epochs=1, max_new_tokens=8, verifier_rows=16)}}
     config.reward.scorer, config.verifier.epochs, config.reward.max_length = "verifier", 1, 256
     config.finetune.length_buckets = (256,)
     config.grid.timescales, config.probe.sets, config.evaluate.prompt_buckets = (0.2,), ("topic",), (192,)

@@ -5,12 +5,23 @@ from pathlib import Path
 
 import numpy as np
 
-from plasticity_jax.config import GridConfig, ProbeConfig, ReportConfig, RewardConfig, StudyConfig, TaskConfig, ZeroShotConfig, grid_members
+from plasticity_jax.config import (
+    FinetuneConfig,
+    GridConfig,
+    ProbeConfig,
+    ReportConfig,
+    RewardConfig,
+    StudyConfig,
+    TaskConfig,
+    ZeroShotConfig,
+    grid_members,
+)
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import write_jsonl
 from plasticity_jax.runs.run import Run
 from plasticity_jax.study.graph import build_graph, run_configs, save_study
 
+VALIDATION = 100  # validation rows of a task, where it has any
 PROBLEMS = {"topic": 300, "sentiment": 200}
 MAJORITY = {"topic": 0.2, "sentiment": 0.51}
 DOMAINS = ("news", "wikipedia")
@@ -24,6 +35,7 @@ class Planted:
     loss: tuple = (3.30, 3.20, 3.10, 3.15)
     before: tuple = (0.10, 0.10, 0.10, 0.10)
     after: tuple = (0.60, 0.65, 0.75, 0.80)
+    validation: tuple = ()  # empty: the tasks have no validation rows
     rank_qk: tuple = (0.80, 0.70, 0.50, 0.30)
     rank_vo: tuple = (0.85, 0.84, 0.83, 0.80)
     gap: tuple = (0.50, 0.40, 0.20, 0.05)
@@ -33,6 +45,7 @@ class Planted:
     grid: GridConfig | None = None  # instead of one timescale per loss
     scorer: str = "none"
     zero_shot: tuple = ()
+    finetune: FinetuneConfig = FinetuneConfig()
 
 
 def config_of(planted: Planted) -> StudyConfig:
@@ -40,7 +53,8 @@ def config_of(planted: Planted) -> StudyConfig:
     return StudyConfig(
         name="planted",
         grid=planted.grid or GridConfig(timescales=timescales, seeds=planted.seeds),
-        tasks={name: TaskConfig(test_rows=rows) for name, rows in PROBLEMS.items()},
+        tasks={name: TaskConfig(test_rows=rows, validation_rows=VALIDATION if planted.validation else 0) for name, rows in PROBLEMS.items()},
+        finetune=planted.finetune,
         reward=RewardConfig(scorer=planted.scorer),
         zero_shot=ZeroShotConfig(sets=planted.zero_shot),
         probe=ProbeConfig(sets=("topic",)),
@@ -70,6 +84,7 @@ def _left_out(planted: Planted, run: Run, point: int) -> bool:
         "probe": planted.probe,
         "spectra": planted.rank_qk,
         "gap": planted.gap,
+        "validation": planted.validation,
         "finetune": planted.after,
         "reward": planted.after,
         "zero_shot": planted.after,
@@ -133,6 +148,21 @@ def _pretrain(path, run, planted, point, config):
         "norms": {},
     }
     _finish(path, run, results, {"device_kind": "cpu", "step_0_sha256": "step-0-hash", "mesh": {"data": 1}})
+
+
+def _validation(path, run, planted, point, config):
+    right = round(VALIDATION * planted.validation[point])
+    results = {
+        "metrics": {"pass@1": right / VALIDATION},
+        "problems": VALIDATION,
+        "n_samples": 0,
+        "failures": {"greedy": {"wrong": 1 - right / VALIDATION, "no answer": 0.0, "timed out": 0.0}},
+        "majority_class": MAJORITY[run.task],
+        "per_problem": {"greedy": [int(i < right) for i in range(VALIDATION)]},
+        "source_splits": ["train"],
+        "seconds": 1.0,
+    }
+    _finish(path, run, results)
 
 
 def _evaluate(path, run, planted, point, config):
@@ -287,6 +317,7 @@ _WRITERS = {
     "init": lambda path, run, planted, point, config: _finish(path, run, {"parameters": 530_000, "params_sha256": "step-0-hash"}),
     "pretrain": _pretrain,
     "evaluate": _evaluate,
+    "validation": _validation,
     "finetune": lambda path, run, planted, point, config: _finish(path, run, {"diverged": None}),
     "probe": _probe,
     "spectra": _spectra,

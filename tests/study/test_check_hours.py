@@ -68,6 +68,7 @@ def test_every_stage_computes_what_its_closed_form_says():
 
     before_and_after = n_members + n_members * n_seeds
     expected["evaluate"] = before_and_after * sum(decoding(16, per_prompt, slots) for slots in (24, 8))
+    expected["validation"] = n_members * n_seeds * decoding(8, 1, 24)  # of addition2 only
     expected["samples"] = n_members * sum(decoding(20, 5, slots) for slots in (24, 8))
     found = seconds_at_peak(CONFIG)
     for stage, flops in expected.items():

@@ -46,13 +46,15 @@ def test_every_member_is_scored_before_and_after_on_every_task():
     [
         (("spectra.mass", "0.9"), {"spectra"}),
         (("evaluate.n_samples", "3"), {"evaluate"}),
-        (("finetune.peak_lr", "0.5"), {"finetune", "evaluate"}),
+        (("evaluate.repetition_penalty", "1.1"), {"evaluate", "validation"}),
+        (("tasks.addition2.validation_rows", "9"), {"prepare", "finetune", "evaluate", "validation"}),
+        (("finetune.peak_lr", "0.5"), {"finetune", "evaluate", "validation"}),
         (("tasks.topic.train_rows", "64"), {"prepare", "finetune", "evaluate"}),
-        (("train.steps", "41"), {"pretrain", "evaluate", "finetune", "probe", "spectra", "gap"}),
-        (("data.isolate_documents", "True"), {"pretrain", "evaluate", "finetune", "probe", "spectra", "gap"}),
+        (("train.steps", "41"), {"pretrain", "evaluate", "validation", "finetune", "probe", "spectra", "gap"}),
+        (("data.isolate_documents", "True"), {"pretrain", "evaluate", "validation", "finetune", "probe", "spectra", "gap"}),
         (("train.attention", "xla"), set()),
         (("train.remat", "full"), set()),
-        (("model.d_ff", "96"), {"init", "pretrain", "evaluate", "finetune", "probe", "spectra", "gap"}),
+        (("model.d_ff", "96"), {"init", "pretrain", "evaluate", "validation", "finetune", "probe", "spectra", "gap"}),
         (("mesh.fsdp", "1"), set()),
         (("train.checkpoint_every", "7"), set()),
         (("evaluate.batch_size", "32"), set()),
@@ -66,7 +68,7 @@ def test_in_bfloat16_the_batch_size_is_part_of_what_was_evaluated():
     """There it decides how products are rounded, and with it some greedy completions."""
     narrow, sets = ("train.compute_dtype", "bfloat16"), ("zero_shot.sets", "('piqa',)")
     before, after = graph(narrow, sets), graph(narrow, sets, ("evaluate.batch_size", "32"), ("zero_shot.batch_size", "16"))
-    assert changed(before, after) == {"evaluate", "zero_shot"}
+    assert changed(before, after) == {"evaluate", "validation", "zero_shot"}
     verified = [
         narrow,
         ("verifier.n_samples", "2"),

@@ -1,6 +1,6 @@
 """Fine-tuning tasks, one small file each: the paper's tasks, substitutes for them, and small tasks for small models.
 
-Test rows never appear among training rows, however many rows are requested.
+Test and validation rows never appear among training rows, however many rows are requested.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task
 from plasticity_jax.data.tasks.files import read_task, write_task
+from plasticity_jax.data.tasks.validation import with_validation
 from plasticity_jax.errors import UserError
 from plasticity_jax.plugins import Discovered, discover
 
@@ -63,6 +64,7 @@ def build_task(
     test_rows: int,
     held_out_fraction: float,
     seed: int,
+    validation_rows: int = 0,
     verifier_rows: int = 0,
     files: Mapping[str, str] | None = None,
 ) -> Rows:
@@ -78,6 +80,7 @@ def build_task(
       held_out_fraction: fraction of documents or number pairs kept for test rows; use the corpus's own fraction, so that test
         documents were not in the pretraining data.
       seed: the order in which rows are drawn.
+      validation_rows: upper limit of the validation rows, see `with_validation`; the training rows then follow them in the order of `seed`.
       verifier_rows: training rows reserved for an outcome verifier, in addition to `train_rows`; rows without an answer are then removed.
       files: set of the task → places of its original rows, for tasks with `sets`.
     Raises:
@@ -85,7 +88,12 @@ def build_task(
         is empty, or there are too few training rows.
     """
     task = get_task(name)
-    rows = task.build(wheels, RowSettings(train_rows + verifier_rows, test_rows, held_out_fraction, seed, files or {}))
+
+    def build(n: int) -> Rows:
+        return task.build(wheels, RowSettings(n, test_rows, held_out_fraction, seed, files or {}))
+
+    needed = train_rows + verifier_rows
+    rows = with_validation(build, name=name, wanted=validation_rows, needed=needed) if validation_rows else build(needed)
     for split, found in (("train", rows.train), ("test", rows.test)):
         if not found:
             way_out = "give files with rows that its filters keep" if task.sets else "use a held_out_fraction such as 0.1"
@@ -98,4 +106,4 @@ def build_task(
         raise UserError(f"tasks.{name}.verifier_rows={verifier_rows} leaves no row of the {len(rows.train)} to fine-tune on; lower it.")
     # A row without a readable answer can be trained on, but nothing can be graded against it.
     verifier = [row for row in rows.train[n_train : n_train + verifier_rows] if row.answer]
-    return dataclasses.replace(rows, train=rows.train[:n_train], verifier=verifier)
+    return dataclasses.replace(rows, train=rows.train[:n_train], verifier=verifier, validation=rows.validation if validation_rows else [])

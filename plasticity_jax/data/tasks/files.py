@@ -1,4 +1,4 @@
-"""Tasks on disk: `train.jsonl`, `verifier.jsonl` and `test.jsonl`, then `summary.json`, which marks them complete."""
+"""Tasks on disk: `train.jsonl`, `validation.jsonl`, `verifier.jsonl` and `test.jsonl`, then `summary.json`, which marks them complete."""
 
 import dataclasses
 import hashlib
@@ -11,7 +11,7 @@ from plasticity_jax.runs import jsonfiles
 from plasticity_jax.runs.storage import AnyPath
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Example))
-SPLITS = ("train", "verifier", "test")
+SPLITS = ("train", "validation", "verifier", "test")
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:

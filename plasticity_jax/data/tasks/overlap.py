@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -40,13 +40,24 @@ def drop_overlaps(rows: Sequence[T], others: Iterable[str], text_of: Callable[[T
 def overlapping(texts: Sequence[str], others: Iterable[str], *, threshold: float = THRESHOLD) -> set[int]:
     """Indices of the texts that have a Jaccard similarity of at least `threshold` with any of `others`; see `drop_overlaps`."""
     sets, other_sets = [word_set(text) for text in texts], sorted({word_set(text) for text in others}, key=sorted)
-    counts = Counter(word for words in (*sets, *other_sets) for word in words)
+    return {position for position, found in enumerate(_matches(sets, other_sets, threshold)) if next(found, None) is not None}
+
+
+def overlapping_pairs(texts: Sequence[str], *, threshold: float = THRESHOLD) -> Iterator[Iterator[int]]:
+    """For each text, the indices of those that have a Jaccard similarity of at least `threshold` with it, itself included if it has words."""
+    sets = [word_set(text) for text in texts]
+    return _matches(sets, sets, threshold)
+
+
+def _matches(sets: Sequence[frozenset[str]], others: Sequence[frozenset[str]], threshold: float) -> Iterator[Iterator[int]]:
+    """For each set, the positions of the others that are as similar as `threshold`."""
+    counts = Counter(word for words in (*sets, *others) for word in words)
     # Two sets this similar share one of their rarest words, so common words need no index.
     holders = defaultdict(list)
-    for position, words in enumerate(other_sets):
+    for position, words in enumerate(others):
         for word in _rarest(words, counts, threshold):
             holders[word].append(position)
-    return {position for position, words in enumerate(sets) if _meets_any(words, other_sets, holders, counts, threshold)}
+    return (_similar(words, others, holders, counts, threshold) for words in sets)
 
 
 def _rarest(words: frozenset[str], counts: Counter, threshold: float) -> list[str]:
@@ -55,7 +66,9 @@ def _rarest(words: frozenset[str], counts: Counter, threshold: float) -> list[st
     return sorted(words, key=lambda word: (counts[word], word))[: len(words) - needed + 1] if words else []
 
 
-def _meets_any(words: frozenset[str], others: Sequence[frozenset[str]], holders: dict[str, list[int]], counts: Counter, threshold: float) -> bool:
+def _similar(
+    words: frozenset[str], others: Sequence[frozenset[str]], holders: dict[str, list[int]], counts: Counter, threshold: float
+) -> Iterator[int]:
     seen = set()
     for word in _rarest(words, counts, threshold):
         for position in holders.get(word, ()):
@@ -65,5 +78,4 @@ def _meets_any(words: frozenset[str], others: Sequence[frozenset[str]], holders:
                 seen.add(position)
                 shared = len(words & other)
                 if shared / (len(words) + len(other) - shared) >= threshold:
-                    return True
-    return False
+                    yield position

@@ -1,0 +1,92 @@
+"""Validation: fine-tuned models scored on the validation rows of their task, greedily. What is chosen is chosen on these scores, never on the test's."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from plasticity_jax.config import StudyConfig, result_fields
+from plasticity_jax.runs.run import Run
+from plasticity_jax.stages import evaluate
+from plasticity_jax.stages.prepare import task_settings
+from plasticity_jax.stages.stage import Plan, Planned, Rows, Stage, Table, batch_fields, member_row
+
+if TYPE_CHECKING:
+    from plasticity_jax.report.results import StudyResults
+
+# Fields of `config.evaluate` that only sampled completions depend on; here there are none.
+OF_SAMPLES = ("n_samples", "temperature", "top_k", "top_p", "seed")
+
+
+def validation_run(config: StudyConfig, tuned: Run) -> Run:
+    """A fine-tuned model scored on the validation rows of its task."""
+    fields = {"split": "validation", "faithful": config.faithful, "compute_dtype": config.train.compute_dtype}
+    fields |= batch_fields(config.train.compute_dtype, config.evaluate.batch_size)
+    if not evaluate.by_likelihood(tuned.task_name):
+        fields |= {name: value for name, value in result_fields(config.evaluate).items() if name not in OF_SAMPLES}
+        fields |= {"n_samples": 0, "max_new_tokens": task_settings(config, tuned.task_name).max_new_tokens}
+    parents = {"model": tuned.id, "task": tuned.parents["task"]}
+    return STAGE.new_run(config, tuned.name, fields, parents, member=tuned.member, task=tuned.task, seed=tuned.seed)
+
+
+def _plan(plan: Plan) -> Iterable[Planned]:
+    return ((own, validation_run(own, tuned)) for own, tuned in plan.of("finetune") if task_settings(own, tuned.task_name).validation_rows)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ report
+
+
+def _score_rows(results: "StudyResults") -> Rows:
+    """The score of every member on the validation rows of every task, after fine-tuning."""
+    return [
+        member_row(
+            m,
+            task=task,
+            problems=len(score.greedy),
+            finetune_seeds=len(score.runs),
+            score=float(score.greedy.mean()),
+            majority_class=score.majority_class,
+        )
+        for m in results.members
+        for task, score in m.validation.items()
+    ]
+
+
+def _choice_rows(results: "StudyResults") -> Rows:
+    from plasticity_jax.report.selection import choice_rows
+
+    return choice_rows(results)
+
+
+def _win_rows(results: "StudyResults") -> Rows:
+    from plasticity_jax.report.selection import win_rows
+
+    return win_rows(results)
+
+
+STAGE = Stage(
+    name="validation",
+    title="answers to the validation rows, graded",
+    run=evaluate.run,
+    batched=evaluate.STAGE.batched,
+    record=evaluate.Evaluated,
+    parents={"model": "finetune", "task": "prepare"},
+    plan=_plan,
+    devices="all",
+    work=evaluate.work,
+    job="validation",
+    tables={
+        "validation": Table(_score_rows, on_page=False),
+        "selected": Table(
+            _choice_rows,
+            title="Chosen fine-tunings",
+            caption="For every base model and task, the swept fine-tuning with the highest accuracy on validation rows (finetune.select), a mean over "
+            "fine-tuning seeds; of equals the first in the config’s order. Its test accuracy stands beside it; no other was compared on test rows to choose it.",
+            optional=True,
+        ),
+        "settings": Table(
+            _win_rows,
+            title="Every fine-tuning setting, two values compared",
+            caption="In how many of the swept fine-tunings the later of two values has the better test accuracy, a mean over seeds.",
+            optional=True,
+        ),
+    },
+)
