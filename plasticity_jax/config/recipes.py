@@ -8,20 +8,19 @@ from plasticity_jax.config import base_config, preset, task
 # Where the sets of the paper's tasks lie, as their publishers' folders are named; see docs/tasks.md.
 MATH_TESTS = {"gsm8k-platinum": "data/gsm8k-platinum", "math": "data/hendrycks-math/test"}
 PAPER_TASKS = {
-    "MetaMathQA": (1024, {"train": "data/MetaMathQA"} | MATH_TESTS),
-    "MedMCQA": (768, {"train": "data/medmcqa-cot-llama31", "validation": "data/medmcqa/validation"}),
-    "PubMedQA": (384, {"pqa_artificial": "data/PubMedQA/pqa_artificial", "pqa_labeled": "data/PubMedQA/pqa_labeled"}),
-    "MMLUProCoT": (768, {"test": "data/MMLU-Pro-CoT/test", "validation": "data/MMLU-Pro-CoT/validation"}),
-    "RACE": (128, {"train": "data/race/train", "validation": "data/race/validation", "test": "data/race/test"}),
-    "SimpleScaling": (1024, {"train": "data/data_ablation_full59K"} | MATH_TESTS),
+    "MetaMathQA": {"train": "data/MetaMathQA"} | MATH_TESTS,
+    "MedMCQA": {"train": "data/medmcqa-cot-llama31", "validation": "data/medmcqa/validation"},
+    "PubMedQA": {"pqa_artificial": "data/PubMedQA/pqa_artificial", "pqa_labeled": "data/PubMedQA/pqa_labeled"},
+    "MMLUProCoT": {"test": "data/MMLU-Pro-CoT/test", "validation": "data/MMLU-Pro-CoT/validation"},
+    "RACE": {"train": "data/race/train", "validation": "data/race/validation", "test": "data/race/test"},
+    "SimpleScaling": {"train": "data/data_ablation_full59K"} | MATH_TESTS,
 }
 ALL_ROWS = 1_000_000
 
 
 def paper_task(name: str):
-    """One of the paper's six chain-of-thought tasks: all its rows, three epochs. Source: paper sections 4.1 and 4.2; the token limits are our choice."""
-    max_new_tokens, files = PAPER_TASKS[name]
-    return task(train_rows=ALL_ROWS, test_rows=ALL_ROWS, epochs=3, max_new_tokens=max_new_tokens, files=files)
+    """One of the paper's six chain-of-thought tasks: all its rows, three epochs. Source: paper sections 4.1 and 4.2."""
+    return task(train_rows=ALL_ROWS, test_rows=ALL_ROWS, epochs=3, files=PAPER_TASKS[name])
 
 
 def sft_sweep(*peak_lrs: float):
@@ -98,6 +97,7 @@ def _study(preset_name: str, *, tokens: float, batch_size: int, seq_len: int, pe
     config.evaluate.repetition_penalty = 1.1
     config.reward.scorer = "sequence-classification"
     config.reward.model = "data/Skywork-Reward-Llama-3.1-8B-v0.2"
+    config.evaluate.max_length = 2048
     config.evaluate.prompt_buckets = (128, 256, 512, 1024)
     config.probe.max_length = 512
     config.gap.tokens_per_side = 50_000_000

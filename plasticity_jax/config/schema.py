@@ -286,7 +286,7 @@ class TaskConfig:
     test_rows: PositiveInt = result(300, "test rows")
     verifier_rows: NonNegativeInt = result(0, "training rows kept from fine-tuning, whose samples train the outcome verifier")
     epochs: Epochs = result(3, "passes over the training rows")
-    max_new_tokens: PositiveInt = result(16, "longest answer")
+    max_new_tokens: PositiveInt | None = result(None, "longest answer in tokens; None: as long as evaluate.max_length allows")
     files: dict[str, str] = result(
         {}, "set → original rows, for tasks without their own: Parquet or JSON lines, or tfds:NAME@SPLIT; several with commas"
     )
@@ -352,12 +352,24 @@ class EvaluateConfig:
     repetition_penalty: PositiveFloat = result(1.0, "divides positive logits of tokens in prompt or completion, multiplies negative ones")
     stop: tuple[Text, ...] = result(("Human", "Human:", "Assistant", "Assistant:"), "a completion ends before the first of these")
     seed: Seed = result(0, "seed of the samples")
-    prompt_buckets: Buckets = result((32, 64, 96, 128), "lengths in tokens, strictly increasing; a longer prompt loses its beginning")
+    max_length: Annotated[int, Ge(2), Le(MOST)] = result(
+        2048, "tokens of prompt and completion together; a prompt that leaves no room for one token loses its beginning"
+    )
+    prompt_buckets: Buckets = result(
+        (32, 64, 96, 128), "lengths in tokens to which prompts are padded, strictly increasing; longer ones to doublings of the last"
+    )
     batch_size: PositiveInt = execution(512, "sequences generated at once, by each model")
     weights: Literal["auto", "whole", "sharded"] = execution(
         "auto", "whole: matrices on every device | sharded: as trained, gathered for every token | auto: whole up to a quarter of a device's memory"
     )
     grade_workers: NonNegativeInt = execution(0, "processes that compare mathematical answers; 0 takes one per core")
+
+    @property
+    def paddings(self) -> tuple[int, ...]:
+        """Lengths in tokens to which prompts are padded; the last holds the longest prompt that leaves room for one token."""
+        from plasticity_jax.data.batching import length_buckets
+
+        return length_buckets(self.max_length - 1, self.prompt_buckets)
 
     def check(self, config: "StudyConfig") -> None:
         check_increasing("evaluate.prompt_buckets", self.prompt_buckets)

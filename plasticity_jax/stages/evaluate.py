@@ -100,7 +100,7 @@ def _program(run: Run) -> str:
 
 def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
     """The matrices, and for every sequence keys and values of prompt and completion, and a few copies of the logits."""
-    from plasticity_jax.evaluate.generate import layout_for
+    from plasticity_jax.evaluate.generate import largest_shapes, layout_for
     from plasticity_jax.model.forward import Forward
     from plasticity_jax.model.param_count import count_params
     from plasticity_jax.parallel.batches import row_shards
@@ -108,10 +108,16 @@ def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
     model, settings = config.model, config.evaluate
     width, tensor = 2 if config.train.compute_dtype == "bfloat16" else 4, mesh.shape["tensor"]
     sharded = layout_for(settings.weights, model, Forward.of(config, model, mesh)).sharded
-    longest = settings.prompt_buckets[-1] + max((task_settings(config, task).max_new_tokens for task in config.tasks), default=0)
+    longest = max(map(sum, largest_shapes(settings, _longest_completion(config), settings.n_samples + 1)))
     of_row = 2 * model.n_kv_heads * model.head_dim * model.n_layers * longest * width + 12 * model.vocab_size
     weights = width * count_params(model) / tensor / (mesh.shape["fsdp"] if sharded else 1)
     return int(weights + of_row * settings.batch_size / row_shards(mesh) / tensor)
+
+
+def _longest_completion(config: StudyConfig) -> int | None:
+    """The largest `max_new_tokens` of the tasks that generate; None: only `evaluate.max_length` bounds it."""
+    limits = [task_settings(config, task).max_new_tokens for task in config.tasks if not by_likelihood(task)]
+    return None if None in limits else max(filter(None, limits), default=None)
 
 
 def regraded_run(source: Run, faithful: bool | None) -> Run:
@@ -149,30 +155,30 @@ def regrade(directory: RunDirectory, run: Run, source: RunDirectory) -> Evaluate
 def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
     import jax
 
-    from plasticity_jax.evaluate.generate import layout_for, lower_completions
+    from plasticity_jax.evaluate.generate import largest_shapes, layout_for, lower_completions
     from plasticity_jax.model.forward import Forward
     from plasticity_jax.model.load import abstract_loaded
     from plasticity_jax.parallel.batches import smaller_batches
     from plasticity_jax.parallel.sharding import device_bytes, inference_shardings
 
-    limits = [task_settings(config, task).max_new_tokens for task in config.tasks if not by_likelihood(task)]
-    if not limits:
+    if all(map(by_likelihood, config.tasks)):
         return
-    settings, dtype, most = config.evaluate, config.train.compute_dtype, max(limits)
+    settings, dtype = config.evaluate, config.train.compute_dtype
     params, forward = abstract_loaded(config.model, mesh, dtype), Forward.of(config, config.model, mesh, dtype)
     layout = layout_for(settings.weights, config.model, forward)
     whole = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, inference_shardings(mesh, params))
-    yield Program(
-        f"generation, {settings.batch_size} x ({settings.prompt_buckets[-1]} + {most})",
-        lambda own: lower_completions(own.model, params, own.evaluate, most, forward, members=members),
-        (
-            Knob("evaluate.batch_size", smaller_batches(mesh, settings.batch_size, settings.n_samples + 1)),
-            Knob("evaluate.weights", () if layout.sharded else ("sharded",)),
-        ),
-        members * device_bytes(params if layout.sharded else whole),
-        axis="fsdp" if layout.sharded else "tensor",  # over fsdp matrices are whole
-        way_out="lower evaluate.prompt_buckets or max_new_tokens",
-    )
+    for shape in largest_shapes(settings, _longest_completion(config), settings.n_samples + 1):
+        yield Program(
+            f"generation, {settings.batch_size} x ({shape[0]} + {shape[1]})",
+            lambda own, shape=shape: lower_completions(own.model, params, own.evaluate, shape, forward, members=members),
+            (
+                Knob("evaluate.batch_size", smaller_batches(mesh, settings.batch_size, settings.n_samples + 1)),
+                Knob("evaluate.weights", () if layout.sharded else ("sharded",)),
+            ),
+            members * device_bytes(params if layout.sharded else whole),
+            axis="fsdp" if layout.sharded else "tensor",  # over fsdp matrices are whole
+            way_out="lower evaluate.max_length or max_new_tokens",
+        )
 
 
 def work(ahead: Ahead) -> Iterable[Work]:
@@ -182,30 +188,35 @@ def work(ahead: Ahead) -> Iterable[Work]:
 
 def _generation_work(ahead: Ahead) -> Iterable[Work]:
     """Decoding reads the weights on every device and all caches once per token, or computes, whichever takes longer."""
+    from plasticity_jax.evaluate.generate import completion_slots
     from plasticity_jax.model.flops import cached_values, decode_flops, forward_flops
     from plasticity_jax.model.param_count import count_matmul_params
     from plasticity_jax.parallel.batches import row_shards
 
     config, fields, task, mesh = ahead.config, ahead.run.fields, ahead.task(), ahead.mesh
-    model, settings, split, slots = config.model, config.evaluate, fields["split"], fields["max_new_tokens"]
-    per_prompt, longest, shards = fields["n_samples"] + 1, settings.prompt_buckets[-1], row_shards(mesh)
+    model, settings, split = config.model, config.evaluate, fields["split"]
+    slots_of = completion_slots(settings.paddings, settings.max_length, fields["max_new_tokens"])
+    per_prompt, longest, shards = fields["n_samples"] + 1, settings.paddings[-1], row_shards(mesh)
     prompts = max(1, settings.batch_size // per_prompt // shards) * shards
     lengths = task.prompt_lengths(split, longest=longest)
     if lengths is not None:
-        buckets, assumes = padded_to(lengths, settings.prompt_buckets, prompts), ()
+        buckets, assumes = padded_to(lengths, settings.paddings, prompts), ()
     else:
-        buckets = [(longest, -(-task.counts[split] // prompts) * prompts)]
-        assumes = (*task.assumes(split), f"prompts of {longest} tokens")
+        # Of a text of `max_length` tokens, decoding takes longer than reading: the longest completions bound the work.
+        shape = max(slots_of.items(), key=lambda shape: (shape[1], shape[0]))
+        buckets = [(shape[0], -(-task.counts[split] // prompts) * prompts)]
+        assumes = (*task.assumes(split), f"prompts of {shape[0]} tokens")
     size = 2 if config.train.compute_dtype == "bfloat16" else 4
     weights = size * count_matmul_params(model) * mesh.size / mesh.shape["tensor"]
     reading, decoding, read = 0.0, 0.0, 0.0
     for length, rows in buckets:
+        slots = slots_of[length]
         steps = (slots - 1) * rows // prompts
         reading += forward_flops(model, rows, length, outputs=1)
         decoding += steps * decode_flops(model, prompts * per_prompt, length + slots)
         read += steps * (weights + size * cached_values(model) * prompts * (length + per_prompt * slots))
     yield Work(flops=reading, assumes=assumes)
-    yield Work(flops=decoding, bytes=read, assumes=(*assumes, f"{task.name}: completions of {slots} tokens"))
+    yield Work(flops=decoding, bytes=read, assumes=(*assumes, f"{task.name}: completions of {max(slots_of[length] for length, _ in buckets)} tokens"))
 
 
 MOST_OPTIONS = 5  # of a row of the tasks that come with the package, some of ARC's

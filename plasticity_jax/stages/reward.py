@@ -14,7 +14,6 @@ from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import is_local, location
 from plasticity_jax.stages.evaluate import by_likelihood
-from plasticity_jax.stages.prepare import task_settings
 from plasticity_jax.stages.stage import Context, Knob, Plan, Planned, Program, Stage
 from plasticity_jax.stages.work import Ahead, Work
 
@@ -138,8 +137,7 @@ def _work(ahead: Ahead) -> Iterable[Work]:
 
     config, task, reward = ahead.config, ahead.task(), ahead.config.reward
     n = task.counts["test"] * (config.evaluate.n_samples + 1)
-    most = config.evaluate.prompt_buckets[-1] + task_settings(config, task.name).max_new_tokens
-    length = next((bucket for bucket in length_buckets(reward.max_length) if bucket >= most), reward.max_length)
+    length = next((bucket for bucket in length_buckets(reward.max_length) if bucket >= config.evaluate.max_length), reward.max_length)
     outputs = None if reward.scorer == "log-probability" else 0
     assumes = (*task.assumes("test"), f"texts of {length} tokens")
     yield Work(flops=forward_flops(network(config), n, length, outputs=outputs), assumes=assumes)
