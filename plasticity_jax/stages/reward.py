@@ -1,4 +1,7 @@
-"""Reward: rates the completions of fine-tuned models, and lets the highest reward choose among the samples of a problem."""
+"""Reward: rates the completions of fine-tuned models, and lets the highest reward choose among the samples of a problem.
+
+Under `faithful`, those of base models too.
+"""
 
 import hashlib
 import time
@@ -29,7 +32,9 @@ class RewardConfig:
         "none", "none | log-probability (per token) | verifier (trained by this study) | sequence-classification (a Hugging Face reward model)"
     )
     model: str | None = result(None, "log-probability: a run or Hugging Face folder, None: the model that wrote; sequence-classification: a folder")
-    max_length: PositiveInt = result(2048, "tokens of problem and completion; longer ones lose their beginning")
+    max_length: PositiveInt = result(
+        2048, "tokens of problem and completion; longer ones lose their beginning (faithful: a sequence-classification model reads them whole)"
+    )
     batch_size: PositiveInt = execution(64, "completions scored at once")
 
     def check(self, config: StudyConfig) -> None:
@@ -56,7 +61,7 @@ class Rewarded:
 
 
 def reward_run(config: StudyConfig, scored: Run, verifier: Run | None) -> Run:
-    """Rewards of the completions of a fine-tuned model."""
+    """Rewards of the completions of a model."""
     reward = config.reward
     fields = result_fields(reward) | {"faithful": config.faithful, "compute_dtype": config.train.compute_dtype}
     parents = {"completions": scored.id, "task": scored.parents["task"]}
@@ -83,7 +88,7 @@ def _plan(plan: Plan) -> Iterable[Planned]:
         return
     verifiers = {run.task: run for _, run in plan.of("verifier")}
     for own, scored in plan.of("evaluate"):
-        if scored.fields["when"] == "after" and not by_likelihood(scored.task_name):
+        if (own.faithful or scored.fields["when"] == "after") and not by_likelihood(scored.task_name):
             yield own, reward_run(own, scored, verifiers.get(scored.task))
 
 
@@ -149,7 +154,7 @@ STAGE = Stage(
     run=run,
     record=Rewarded,
     config=RewardConfig,
-    parents={"completions": "evaluate", "task": "prepare", "scorer": ("verifier", "finetune")},
+    parents={"completions": "evaluate", "task": "prepare", "scorer": ("verifier", "finetune", "pretrain")},
     plan=_plan,
     check=_check,
     devices="all",
