@@ -15,6 +15,13 @@ PAPER_TASKS = {
     "RACE": {"train": "data/race/train", "validation": "data/race/validation", "test": "data/race/test"},
     "SimpleScaling": {"train": "data/data_ablation_full59K"} | MATH_TESTS,
 }
+OUT_OF_DOMAIN = {
+    "CRUXEval": "data/cruxeval/test",
+    "BoardgameQA": "data/Boardgame-QA/test",
+    "TabMWP": "data/tabmwp/test.jsonl",
+    "StrategyQA": "data/strategyqa/strategyQA_train.json",
+}
+ZERO_SHOT = ("hellaswag", "winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge", "mathqa")
 ALL_ROWS = 1_000_000
 
 
@@ -45,6 +52,19 @@ def llama(preset_name: str, *, tokens: float, batch_size: int, peak_lr: float, f
     config.data.files = "data/fineweb-edu/sample/350BT"
     config.data.tokenizer = "sentencepiece-32k"
     config.decay.mask = "all"
+    return config
+
+
+def llama_1b(*, faithful: bool):
+    """Llama 1B at 20 tokens per parameter, laid out on the slices that its configs name. Source: paper sections 2.1 and 3."""
+    config = llama("llama-1b", tokens=20e9, batch_size=1024 if faithful else 512, peak_lr=2e-4, faithful=faithful)
+    config.grid.weight_decay = (0.0, 0.0001, 0.001, 0.01, 0.1, 0.5, 1.0, 1.5, 3.0, 10.0)
+    parts = 2 if faithful else 1  # as many times the batch of 512
+    config.hardware = (
+        ("TPU v5 lite", {"train.grad_accum_steps": parts, "train.remat": "dots"}),
+        ("TPU v4", {"train.grad_accum_steps": 4 * parts, "train.remat": "dots"}),
+        ("H100|H200", {"train.grad_accum_steps": 2 * parts, "train.remat": "dots"}),
+    )
     return config
 
 
@@ -99,6 +119,9 @@ def _study(preset_name: str, *, tokens: float, batch_size: int, seq_len: int, pe
     config.reward.model = "data/Skywork-Reward-Llama-3.1-8B-v0.2"
     config.evaluate.max_length = 2048
     config.evaluate.prompt_buckets = (128, 256, 512, 1024)
+    config.zero_shot.sets = ZERO_SHOT
+    config.zero_shot.files = {"mathqa": "data/math_qa/test.json"}
+    config.forgetting.held_out_loss = True
     config.probe.max_length = 512
     config.gap.tokens_per_side = 50_000_000
     return config

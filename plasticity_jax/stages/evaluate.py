@@ -45,11 +45,21 @@ def by_likelihood(task: str) -> bool:
     return get_task(task).grader == "likelihood"
 
 
+ELSEWHERE = "elsewhere"  # a fine-tuned model on a test that no model is fine-tuned on
+
+
+def is_trained(task: str) -> bool:
+    """Whether models are fine-tuned on a task; otherwise it is a test out of domain."""
+    from plasticity_jax.data.tasks import get_task
+
+    return get_task(task).trained
+
+
 def evaluate_run(config: StudyConfig, model: Run, task: str) -> Run:
-    """A base model (before) or a fine-tuned one (after) scored on a task's test rows."""
+    """A base model (before), one fine-tuned on the task (after) or on another one (elsewhere, out of domain) scored on a task's test rows."""
     tuned_on_it = model.stage == "finetune" and model.task == task
-    when = "after" if tuned_on_it else "before"
-    name = f"{model.name}-after" if tuned_on_it else f"{model.name}-{task}-before"
+    when = "after" if tuned_on_it else ELSEWHERE if model.stage == "finetune" and not is_trained(task) else "before"
+    name = f"{model.name}-after" if tuned_on_it else f"{model.name}-{task}-{when}"
     fields = {"when": when, "split": "test", "faithful": config.faithful, "compute_dtype": config.train.compute_dtype}
     fields |= batch_fields(config.train.compute_dtype, config.evaluate.batch_size)
     if not by_likelihood(task):
@@ -61,7 +71,9 @@ def evaluate_run(config: StudyConfig, model: Run, task: str) -> Run:
 def _plan(plan: Plan) -> Iterable[Planned]:
     for task in plan.config.tasks:
         yield from ((own, evaluate_run(own, base, task)) for own, base in plan.of("pretrain"))
-    yield from ((own, evaluate_run(own, tuned, tuned.task_name)) for own, tuned in plan.of("finetune"))
+    for own, tuned in plan.of("finetune"):
+        yield own, evaluate_run(own, tuned, tuned.task_name)
+        yield from ((own, evaluate_run(own, tuned, task)) for task in plan.config.tasks if not is_trained(task))
 
 
 def run(context: Context) -> Evaluated | None:
@@ -298,6 +310,21 @@ def regraded_rows(results: "StudyResults") -> Rows:
     return rows
 
 
+def out_of_domain_rows(results: "StudyResults") -> Rows:
+    """Every metric of every fine-tuned model on the tests that no model is fine-tuned on, less that of its base model."""
+    models, members, rows = {run.id: run for run in (s.run for s in results.runs)}, {m.name: m for m in results.members}, []
+    for s in results.runs:
+        if s.run.stage != STAGE.name or s.run.fields.get("when") != ELSEWHERE or s.state != "done" or s.run.member not in members:
+            continue
+        tuned, m, found = models[s.run.parents["model"]], members[s.run.member], STAGE.read(RunDirectory(s.path).results())
+        before = m.before[s.run.task_name].metrics if s.run.task_name in m.before else {}
+        about = {"task": s.run.task_name, "finetuned_on": tuned.task_name, "finetune_seed": tuned.seed, "problems": found.problems}
+        for metric, value in found.metrics.items():
+            rise = None if metric not in before else value - before[metric]
+            rows.append(member_row(m, **about, metric=metric, value=value, before=before.get(metric), rise=rise))
+    return rows
+
+
 def macro_rows(results: "StudyResults") -> Rows:
     """Mean over the tasks of each metric that all of a member's tasks have, before and after fine-tuning; no row until every task is scored."""
     from plasticity_jax.evaluate.metrics import macro_average
@@ -480,6 +507,7 @@ STAGE = Stage(
         "scores": Table(_score_rows, on_page=False),
         "metrics": Table(_metric_rows, on_page=False),
         "macro": Table(macro_rows, on_page=False),
+        "out_of_domain": Table(out_of_domain_rows, on_page=False, optional=True),
         "regraded": Table(
             regraded_rows,
             title="Completions graded again",

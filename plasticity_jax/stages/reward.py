@@ -16,7 +16,7 @@ from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import is_local, location
-from plasticity_jax.stages.evaluate import by_likelihood
+from plasticity_jax.stages.evaluate import by_likelihood, is_trained
 from plasticity_jax.stages.stage import Context, Knob, Plan, Planned, Program, Stage
 from plasticity_jax.stages.work import Ahead, Work
 
@@ -45,7 +45,7 @@ class RewardConfig:
         if self.model is None and self.scorer == "sequence-classification":
             raise UserError("reward.scorer='sequence-classification' needs reward.model, the folder of a Hugging Face reward model.")
         for name, settings in config.tasks.items():
-            if self.scorer == "verifier" and not settings.verifier_rows and tasks()[name].grader != "likelihood":
+            if self.scorer == "verifier" and not settings.verifier_rows and tasks()[name].trained and tasks()[name].grader != "likelihood":
                 raise UserError(f"reward.scorer='verifier' needs rows of its own in every task; set tasks.{name}.verifier_rows, such as 200.")
 
 
@@ -88,7 +88,8 @@ def _plan(plan: Plan) -> Iterable[Planned]:
         return
     verifiers = {run.task: run for _, run in plan.of("verifier")}
     for own, scored in plan.of("evaluate"):
-        if (own.faithful or scored.fields["when"] == "after") and not by_likelihood(scored.task_name):
+        wanted = scored.fields["when"] in (("before", "after") if own.faithful else ("after",))
+        if wanted and is_trained(scored.task_name) and not by_likelihood(scored.task_name):
             yield own, reward_run(own, scored, verifiers.get(scored.task))
 
 

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
-from plasticity_jax.config import GridConfig, ProbeConfig, ReportConfig, RewardConfig, StudyConfig, TaskConfig, ZeroShotConfig, grid_members
+from plasticity_jax.config import (
+    ForgettingConfig,
+    GridConfig,
+    ProbeConfig,
+    ReportConfig,
+    RewardConfig,
+    StudyConfig,
+    TaskConfig,
+    ZeroShotConfig,
+    grid_members,
+)
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import write_jsonl
 from plasticity_jax.runs.run import Run
@@ -33,6 +43,7 @@ class Planted:
     grid: GridConfig | None = None  # instead of one timescale per loss
     scorer: str = "none"
     zero_shot: tuple = ()
+    forgetting: float | None = None  # rise of the held-out loss after fine-tuning
 
 
 def config_of(planted: Planted) -> StudyConfig:
@@ -43,6 +54,7 @@ def config_of(planted: Planted) -> StudyConfig:
         tasks={name: TaskConfig(test_rows=rows) for name, rows in PROBLEMS.items()},
         reward=RewardConfig(scorer=planted.scorer),
         zero_shot=ZeroShotConfig(sets=planted.zero_shot),
+        forgetting=ForgettingConfig(held_out_loss=planted.forgetting is not None),
         probe=ProbeConfig(sets=("topic",)),
         report=ReportConfig(bootstrap_samples=500),
     )
@@ -73,6 +85,7 @@ def _left_out(planted: Planted, run: Run, point: int) -> bool:
         "finetune": planted.after,
         "reward": planted.after,
         "zero_shot": planted.after,
+        "forgetting": planted.after,
     }
     values = (
         planted.after
@@ -280,7 +293,15 @@ def _zero_shot(path, run, planted, point, config):
     _finish(path, run, {"sets": found, "versions": {"lm_eval": "0"}, "seconds": 1.0})
 
 
+def _forgetting(path, run, planted, point, config):
+    loss = planted.loss[point] + planted.forgetting
+    domains = {d: {"loss": loss + shift, "bits_per_byte": loss / 2, "tokens": 1000} for d, shift in zip(DOMAINS, (-0.2, 0.2))}
+    held_out = {"loss": loss, "bits_per_byte": loss / 2, "domains": domains}
+    _finish(path, run, {"held_out": held_out, "seconds": 1.0})
+
+
 _WRITERS = {
+    "forgetting": _forgetting,
     "reward": _reward,
     "zero_shot": _zero_shot,
     "prepare": _prepare,

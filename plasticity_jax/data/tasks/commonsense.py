@@ -39,8 +39,8 @@ def piqa(doc: dict) -> Cloze:
 
 
 def arc(doc: dict) -> Cloze:
-    """ARC: a question and three to five answers."""
-    return Cloze(doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:").strip(), _stripped(doc["choices"]), doc["gold"])
+    """ARC: a question and three to five answers. The prompt is the original's, "Question: …" and "Answer:" on a line of its own."""
+    return Cloze(doc["query"].strip(), _stripped(doc["choices"]), doc["gold"])
 
 
 def winogrande_train(doc: dict) -> Cloze:
