@@ -86,7 +86,8 @@ def _work(ahead: Ahead) -> Iterable[Work]:
     from plasticity_jax.model.flops import forward_flops
 
     config, train = ahead.config, ahead.config.train
-    domains = 1 if config.data.files is not None or config.data.tfds is not None else len(config.data.sources)
+    data = config.data
+    domains = len(data.sources) if data.files is data.tfds is data.token_files is None else 1
     yield Work(flops=domains * forward_flops(config.model, max(1, train.held_out_tokens // train.seq_len), train.seq_len))
 
 
