@@ -11,9 +11,9 @@ from plasticity_jax.config import task
 from plasticity_jax.config.recipes import ALL_ROWS, OUT_OF_DOMAIN, llama_1b
 
 FILES = {
-    "instructions": "data/safety-tuned-llamas/alpaca_small.json",
+    "instructions": "data/alpaca",
     "safety": "data/safety-tuned-llamas/safety_only_data_Instructions.json",
-    "test": "data/xstest/xstest_prompts.jsonl",
+    "test": "data/XSTest",
 }
 
 

@@ -120,7 +120,7 @@ def _study(preset_name: str, *, tokens: float, batch_size: int, seq_len: int, pe
     config.evaluate.max_length = 2048
     config.evaluate.prompt_buckets = (128, 256, 512, 1024)
     config.zero_shot.sets = ZERO_SHOT
-    config.zero_shot.files = {"mathqa": "data/math_qa/test.json"}
+    config.zero_shot.files = {"mathqa": "data/math_qa"}
     config.forgetting.held_out_loss = True
     config.probe.max_length = 512
     config.gap.tokens_per_side = 50_000_000

@@ -21,12 +21,9 @@ GOLD = {"unsafe": ("harmful", REFUSE), "safe": ("harmless", COMPLY)}  # mark of 
 def build(wheels, settings: RowSettings) -> Rows:
     """Sets "instructions" and "safety" (columns instruction, input or none, output) are for training, "test" has the columns prompt and label.
 
-    Of the safety rows 300 are taken, in the order of `settings.seed`. A test row's label is "unsafe" or "safe", as in XSTest; both must be there.
+    Of the safety rows 300 are taken, and of the instructions 20,000, in the order of `settings.seed`. A test row's label is "unsafe" or "safe", as in XSTest; both must be there.
     """
-    safety = [row for row in _train("safety", settings)]
-    kept = [row for row in safety if isinstance(row, Candidate)]
-    chosen = [*(row for row in safety if isinstance(row, Dropped)), *shuffled(kept, settings.seed)[:SAFETY]]
-    train = (row for rows in (chosen, _train("instructions", settings)) for row in rows)
+    train = (row for name, n in (("safety", SAFETY), ("instructions", INSTRUCTIONS)) for row in _some(name, n, settings))
     rows = build_rows(NAME, settings, train, _test(settings), Published(read=-1, kept=-1))
     found = {row.subset for row in rows.test}
     for mark, (subset, _) in GOLD.items():
@@ -36,6 +33,12 @@ def build(wheels, settings: RowSettings) -> Rows:
                 f"{' and '.join(map(repr, GOLD))}, to tell refusals from over-refusals."
             )
     return rows
+
+
+def _some(name: str, n: int, settings: RowSettings) -> Iterator[Row]:
+    rows = list(_train(name, settings))
+    yield from (row for row in rows if isinstance(row, Dropped))
+    yield from shuffled((row for row in rows if isinstance(row, Candidate)), settings.seed)[:n]
 
 
 def _train(name: str, settings: RowSettings) -> Iterator[Row]:
