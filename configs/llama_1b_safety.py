@@ -15,13 +15,14 @@ FILES = {
     "safety": "data/safety-tuned-llamas/safety_only_data_Instructions.json",
     "test": "data/XSTest",
 }
+TEST_ROWS = {"CRUXEval": 800, "BoardgameQA": 500, "TabMWP": 1000, "StrategyQA": 500}  # as many as in the original
 
 
 def get_config(faithful=False):
     config = llama_1b(faithful=faithful)
     config.name = "llama-1b-safety"
     config.grid.weight_decay = tuple(decay for decay in config.grid.weight_decay if decay)
-    tests = {name: task(test_rows=ALL_ROWS, files={"test": place}) for name, place in OUT_OF_DOMAIN.items()}
-    config.tasks = {"Safety": task(train_rows=ALL_ROWS, test_rows=ALL_ROWS, epochs=3, files=FILES)} | tests
+    tests = {name: task(test_rows=TEST_ROWS[name], files={"test": place}) for name, place in OUT_OF_DOMAIN.items()}
+    config.tasks = {"Safety": task(train_rows=ALL_ROWS, test_rows=450, epochs=3, files=FILES)} | tests
     config.reward.scorer, config.reward.model = "none", None
     return config
