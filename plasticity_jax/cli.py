@@ -329,8 +329,8 @@ def _power(arguments) -> int:
 def _data(arguments) -> int:
     from dataclasses import asdict
 
-    from plasticity_jax.data.inventory import needed, needed_lines
     from plasticity_jax.runs.jsonfiles import to_json
+    from plasticity_jax.study.inventory import needed, needed_lines
 
     found = needed(arguments.config)
     print(to_json({"needed": [asdict(one) for one in found]}) if arguments.json else "\n".join(needed_lines(found)))

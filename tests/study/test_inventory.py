@@ -9,7 +9,7 @@ import pytest
 from running import TINY, plasticity
 
 from plasticity_jax.config import DataConfig, RewardConfig, StudyConfig, TaskConfig, load_config
-from plasticity_jax.data.inventory import PUBLISHED, needed, needed_lines
+from plasticity_jax.study.inventory import PUBLISHED, needed, needed_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name.startswith(("llama", "olmo2")))
