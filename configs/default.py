@@ -19,5 +19,6 @@ def get_config():
         "topic": task(train_rows=1400, test_rows=300, validation_rows=200, epochs=3, max_new_tokens=12),
         "sentiment": task(train_rows=2200, test_rows=300, validation_rows=200, epochs=2, max_new_tokens=12),
     }
+    config.evaluate.max_length = 168
     config.reward.scorer = "log-probability"
     return config

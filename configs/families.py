@@ -34,6 +34,7 @@ def get_config():
     }
     config.evaluate.n_samples = 4
     config.verifier.n_samples = 2
+    config.evaluate.max_length = 1152
     config.evaluate.prompt_buckets = (128, 256, 512, 1024)
     config.evaluate.batch_size = 80
     config.reward.scorer = "verifier"

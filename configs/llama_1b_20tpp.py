@@ -8,17 +8,10 @@ Faithful:    --config.faithful=True takes the batch that the authors' two nodes 
 Not yet run here; lowest loss reported at λ 0.5, best after fine-tuning at 1.0.
 """
 
-from plasticity_jax.config.recipes import llama
+from plasticity_jax.config.recipes import llama_1b
 
 
 def get_config(faithful=False):
-    config = llama("llama-1b", tokens=20e9, batch_size=1024 if faithful else 512, peak_lr=2e-4, faithful=faithful)
+    config = llama_1b(faithful=faithful)
     config.name = "llama-1b-20tpp"
-    config.grid.weight_decay = (0.0, 0.0001, 0.001, 0.01, 0.1, 0.5, 1.0, 1.5, 3.0, 10.0)
-    parts = 2 if faithful else 1  # as many times the batch of 512
-    config.hardware = (
-        ("TPU v5 lite", {"train.grad_accum_steps": parts, "train.remat": "dots"}),
-        ("TPU v4", {"train.grad_accum_steps": 4 * parts, "train.remat": "dots"}),
-        ("H100|H200", {"train.grad_accum_steps": 2 * parts, "train.remat": "dots"}),
-    )
     return config

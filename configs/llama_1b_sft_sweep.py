@@ -7,20 +7,14 @@ Devices:     v5e:8x8, v4:2x2x4 or h100:8, as plasticity check names them; 81 fin
 Not yet run here; the paper reports that the advantage of a large pretraining decay survives these sweeps.
 """
 
-from plasticity_jax.config.recipes import llama, paper_task, sft_sweep
+from plasticity_jax.config.recipes import llama_1b, paper_task, sft_sweep
 
 
 def get_config(faithful=False):
-    config = llama("llama-1b", tokens=20e9, batch_size=1024 if faithful else 512, peak_lr=2e-4, faithful=faithful)
+    config = llama_1b(faithful=faithful)
     config.name = "llama-1b-sft-sweep"
     config.grid.weight_decay = (0.1, 0.5, 1.0)
     config.grid.fields = sft_sweep(1e-5, 3e-5, 6e-4)
     config.finetune.select = "none" if faithful else "validation"
     config.tasks = {"SimpleScaling": paper_task("SimpleScaling", validation_rows=0 if faithful else 500)}
-    parts = 2 if faithful else 1  # as many times the batch of 512
-    config.hardware = (
-        ("TPU v5 lite", {"train.grad_accum_steps": parts, "train.remat": "dots"}),
-        ("TPU v4", {"train.grad_accum_steps": 4 * parts, "train.remat": "dots"}),
-        ("H100|H200", {"train.grad_accum_steps": 2 * parts, "train.remat": "dots"}),
-    )
     return config

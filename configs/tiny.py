@@ -30,6 +30,7 @@ def get_config():
         "topic": task(train_rows=128, test_rows=16, validation_rows=0, epochs=1, max_new_tokens=8),
     }
     config.evaluate.n_samples = 2
+    config.evaluate.max_length = 200
     config.evaluate.prompt_buckets = (192,)
     config.evaluate.batch_size = 64
     config.probe.train_rows = 200

@@ -325,6 +325,20 @@ def _power(arguments) -> int:
 
 
 @_command(
+    "data", "what a config's study reads: what is there, what is missing, and the command for it", JSON, workdir=False, several=False, memory=""
+)
+def _data(arguments) -> int:
+    from dataclasses import asdict
+
+    from plasticity_jax.runs.jsonfiles import to_json
+    from plasticity_jax.study.inventory import needed, needed_lines
+
+    found = needed(arguments.config)
+    print(to_json({"needed": [asdict(one) for one in found]}) if arguments.json else "\n".join(needed_lines(found)))
+    return 0 if all(one.there for one in found) else REFUSED
+
+
+@_command(
     "check",
     "compile the programs of every stage for hardware that need not be here: do they fit, and what does the study take?",
     _flag("--topology", required=True, metavar="T", help="such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8"),

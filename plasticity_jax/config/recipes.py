@@ -8,24 +8,30 @@ from plasticity_jax.config import base_config, preset, task
 # Where the sets of the paper's tasks lie, as their publishers' folders are named; see docs/tasks.md.
 MATH_TESTS = {"gsm8k-platinum": "data/gsm8k-platinum", "math": "data/hendrycks-math/test"}
 PAPER_TASKS = {
-    "MetaMathQA": (1024, {"train": "data/MetaMathQA"} | MATH_TESTS),
-    "MedMCQA": (768, {"train": "data/medmcqa-cot-llama31", "validation": "data/medmcqa/validation"}),
-    "PubMedQA": (384, {"pqa_artificial": "data/PubMedQA/pqa_artificial", "pqa_labeled": "data/PubMedQA/pqa_labeled"}),
-    "MMLUProCoT": (768, {"test": "data/MMLU-Pro-CoT/test", "validation": "data/MMLU-Pro-CoT/validation"}),
-    "RACE": (128, {"train": "data/race/train", "validation": "data/race/validation", "test": "data/race/test"}),
-    "SimpleScaling": (1024, {"train": "data/data_ablation_full59K"} | MATH_TESTS),
+    "MetaMathQA": {"train": "data/MetaMathQA"} | MATH_TESTS,
+    "MedMCQA": {"train": "data/medmcqa-cot-llama31", "validation": "data/medmcqa/validation"},
+    "PubMedQA": {"pqa_artificial": "data/PubMedQA/pqa_artificial", "pqa_labeled": "data/PubMedQA/pqa_labeled"},
+    "MMLUProCoT": {"test": "data/MMLU-Pro-CoT/test", "validation": "data/MMLU-Pro-CoT/validation"},
+    "RACE": {"train": "data/race/train", "validation": "data/race/validation", "test": "data/race/test"},
+    "SimpleScaling": {"train": "data/data_ablation_full59K"} | MATH_TESTS,
 }
+OUT_OF_DOMAIN = {
+    "CRUXEval": "data/cruxeval/test",
+    "BoardgameQA": "data/Boardgame-QA/test",
+    "TabMWP": "data/tabmwp/test.jsonl",
+    "StrategyQA": "data/strategyqa/strategyQA_train.json",
+}
+ZERO_SHOT = ("hellaswag", "winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge", "mathqa")
 ALL_ROWS = 1_000_000
 
 
 def paper_task(name: str, *, validation_rows: int = 0):
-    """One of the paper's six chain-of-thought tasks: all its rows, three epochs. Source: paper sections 4.1 and 4.2; the token limits are our choice.
+    """One of the paper's six chain-of-thought tasks: all its rows, three epochs. Source: paper sections 4.1 and 4.2.
 
     Args:
       validation_rows: kept from training, which the paper does not do.
     """
-    max_new_tokens, files = PAPER_TASKS[name]
-    return task(train_rows=ALL_ROWS, test_rows=ALL_ROWS, validation_rows=validation_rows, epochs=3, max_new_tokens=max_new_tokens, files=files)
+    return task(train_rows=ALL_ROWS, test_rows=ALL_ROWS, validation_rows=validation_rows, epochs=3, files=PAPER_TASKS[name])
 
 
 def sft_sweep(*peak_lrs: float):
@@ -50,6 +56,19 @@ def llama(preset_name: str, *, tokens: float, batch_size: int, peak_lr: float, f
     config.data.files = "data/fineweb-edu/sample/350BT"
     config.data.tokenizer = "sentencepiece-32k"
     config.decay.mask = "all"
+    return config
+
+
+def llama_1b(*, faithful: bool):
+    """Llama 1B at 20 tokens per parameter, laid out on the slices that its configs name. Source: paper sections 2.1 and 3."""
+    config = llama("llama-1b", tokens=20e9, batch_size=1024 if faithful else 512, peak_lr=2e-4, faithful=faithful)
+    config.grid.weight_decay = (0.0, 0.0001, 0.001, 0.01, 0.1, 0.5, 1.0, 1.5, 3.0, 10.0)
+    parts = 2 if faithful else 1  # as many times the batch of 512
+    config.hardware = (
+        ("TPU v5 lite", {"train.grad_accum_steps": parts, "train.remat": "dots"}),
+        ("TPU v4", {"train.grad_accum_steps": 4 * parts, "train.remat": "dots"}),
+        ("H100|H200", {"train.grad_accum_steps": 2 * parts, "train.remat": "dots"}),
+    )
     return config
 
 
@@ -102,7 +121,11 @@ def _study(preset_name: str, *, tokens: float, batch_size: int, seq_len: int, pe
     config.evaluate.repetition_penalty = 1.1
     config.reward.scorer = "sequence-classification"
     config.reward.model = "data/Skywork-Reward-Llama-3.1-8B-v0.2"
+    config.evaluate.max_length = 2048
     config.evaluate.prompt_buckets = (128, 256, 512, 1024)
+    config.zero_shot.sets = ZERO_SHOT
+    config.zero_shot.files = {"mathqa": "data/math_qa"}
+    config.forgetting.held_out_loss = True
     config.probe.max_length = 512
     config.gap.tokens_per_side = 50_000_000
     return config

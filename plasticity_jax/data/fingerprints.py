@@ -9,6 +9,7 @@ from plasticity_jax.data.named_tokenizers import NAMED, TRAINED, setting_fingerp
 from plasticity_jax.data.sources import SOURCES
 from plasticity_jax.data.tasks.originals import Place, find_places, split_places
 from plasticity_jax.data.wheels import pins
+from plasticity_jax.errors import UserError
 
 
 def corpus_fields(data: DataConfig) -> dict[str, Any]:
@@ -25,6 +26,9 @@ def corpus_fields(data: DataConfig) -> dict[str, Any]:
         from plasticity_jax.data.corpus_tfds import data_set_listing
 
         fields |= {"tfds": _content(folder_name(data.tfds), data.tfds, data_set_listing(data.tfds)), "tfds_split": data.tfds_split}
+    elif data.token_files is not None:
+        fields |= {"token_files": _token_content(data.token_files, data.token_dtype), "token_dtype": data.token_dtype, "max_tokens": data.max_tokens}
+        fields |= {} if data.token_eos_id is None else {"token_eos_id": data.token_eos_id}
     else:
         fields |= {"sources": data.sources, "max_documents": data.max_documents}
         packages = {package for name in data.sources for package in SOURCES[name].packages}
@@ -52,6 +56,15 @@ def _place_content(text: str, place: Place | None) -> dict[str, str]:
     if place is None or not place.names:
         return {"place": text}
     return {"names_and_sizes": names_and_sizes(place.names)} | ({} if place.split is None else {"split": place.split})
+
+
+def _token_content(places: str, dtype: str) -> dict[str, str]:
+    from plasticity_jax.data.token_files import find_token_files, listed
+
+    try:
+        return {"names_and_sizes": names_and_sizes(listed(find_token_files(places, dtype), dtype))}
+    except UserError:  # not here, or not as they should be, which the checks before a study say
+        return {"place": places}
 
 
 def _content(name: str, place: str, files: list[tuple[str, int]] | None) -> dict[str, str]:

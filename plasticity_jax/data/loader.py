@@ -44,7 +44,7 @@ class _File:
 
 
 class TokenRecords:
-    """Random access to the packed records of a split, written by `write_token_records` or `prepare_stream`.
+    """Random access to the packed records of a split, written by `write_token_records`, `prepare_stream` or `prepare_tokens`.
 
     Args:
       directory: the folder with tokens.json. On a store, the records asked for are read by byte range (`StoreRecords`), and nothing is copied.
@@ -75,8 +75,15 @@ class TokenRecords:
         self._folders = [Path(shard["name"]) for shard in shards] or [Path()]  # below the directory
         self._counts = [shard[split] for shard in shards] or [sum(count["records"] for count in manifest["splits"][split].values())]
         self._documents = [shard[f"{split}_documents"] for shard in shards]  # in each shard; empty if there are none
+        self._one_domain = bool(shards)  # as of a streamed corpus
         files = [records_path(folder, split) for folder in self._folders]
-        if is_local(directory):
+        if "files" in manifest:  # of token ids, which are not copied into the corpus
+            from plasticity_jax.data.token_files import MappedRecords
+
+            self._counts = [sum(file[split] for file in manifest["files"])]
+            self.read_threads, self._records = DISK_THREADS, MappedRecords(manifest["files"], split, self._dtype, self.seq_len + 1)
+            self._one_domain = True
+        elif is_local(directory):
             self.read_threads, self._records = DISK_THREADS, _on_disk([directory / file for file in files], self._counts)
         else:
             record_bytes = (self.seq_len + 1) * self._dtype.itemsize
@@ -87,7 +94,7 @@ class TokenRecords:
 
     @functools.cached_property
     def domain_of(self) -> Int[np.ndarray, " n"]:
-        if self._documents:  # a streamed corpus has a single domain
+        if self._one_domain:
             return np.broadcast_to(np.int32(0), (len(self),))
         return self._per_record("domain_of")[0]
 

@@ -48,12 +48,14 @@ class Batch(NamedTuple):
       valid_PxS: False on padding.
       uniform_NxB: uniform random numbers, one per token to draw.
       filled_P: False for an empty place; its rows end at once.
+      limit_P: tokens after which the rows of a prompt end, at most N.
     """
 
     tokens_PxS: Int[Array | np.ndarray, "p s"]
     valid_PxS: Bool[Array | np.ndarray, "p s"]
     uniform_NxB: Float[Array | np.ndarray, "n b"]
     filled_P: Bool[Array | np.ndarray, " p"]
+    limit_P: Int[Array | np.ndarray, " p"]
 
 
 class Decoded(NamedTuple):
@@ -157,7 +159,13 @@ def keep_prompts(
 
     cache, seen = memory
     return (
-        Batch(prompts(batch.tokens_PxS, 0), prompts(batch.valid_PxS, 0), rows_of(batch.uniform_NxB, 1), prompts(batch.filled_P, 0)),
+        Batch(
+            prompts(batch.tokens_PxS, 0),
+            prompts(batch.valid_PxS, 0),
+            rows_of(batch.uniform_NxB, 1),
+            prompts(batch.filled_P, 0),
+            prompts(batch.limit_P, 0),
+        ),
         Decoded(decoded.step, rows_of(decoded.token_B, outer), rows_of(decoded.ended_B, outer), rows_of(decoded.out_NxB, outer + 1)),
         PromptCache(each(prompts, prompt.k, layers), each(prompts, prompt.v, layers), prompts(prompt.valid_PxS, outer)),
         Memory(
@@ -206,7 +214,7 @@ def _read_one(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> 
         seen_BxV = jnp.repeat(seen_PxV, n_rows, axis=0)
     token_B, seen_BxV = _choose(plan, batch, traced, 0, jnp.repeat(logits_PxV, n_rows, axis=0), seen_BxV)
     out_NxB = jnp.full((plan.max_new_tokens, n_prompts * n_rows), traced.pad_id, jnp.int32).at[0].set(token_B)
-    ended_B = jnp.isin(token_B, traced.eos_ids) | ~jnp.repeat(batch.filled_P, n_rows)
+    ended_B = jnp.isin(token_B, traced.eos_ids) | jnp.repeat(~batch.filled_P | (jnp.asarray(batch.limit_P) <= 1), n_rows)
     return Decoded(jnp.int32(1), token_B, ended_B, out_NxB), prompt, Memory(cache, seen_BxV)
 
 
@@ -221,6 +229,8 @@ def _decode(
 def _decode_one(
     plan: Plan, params: Any, batch: Batch, traced: TracedSettings, decoded: Decoded, prompt: PromptCache, memory: Memory, until: Any
 ) -> tuple[Decoded, Memory]:
+    limit_B = jnp.repeat(jnp.asarray(batch.limit_P), plan.n_samples + plan.greedy)
+
     def unfinished(state):
         (step, _, ended_B, _), _ = state
         going = ~jnp.all(ended_B)
@@ -232,8 +242,8 @@ def _decode_one(
         logits_BxV, cache = decode(plan.config, params, token_B, step - 1, prompt, cache, compute_dtype=plan.compute_dtype, layout=plan.layout)
         token_B, seen_BxV = _choose(plan, batch, traced, step, logits_BxV, seen_BxV)
         token_B = jnp.where(ended_B, traced.pad_id, token_B)
-        decoded = Decoded(step + 1, token_B, ended_B | jnp.isin(token_B, traced.eos_ids), out_NxB.at[step].set(token_B))
-        return decoded, Memory(cache, seen_BxV)
+        ended_B |= jnp.isin(token_B, traced.eos_ids) | (step + 1 >= limit_B)
+        return Decoded(step + 1, token_B, ended_B, out_NxB.at[step].set(token_B)), Memory(cache, seen_BxV)
 
     return jax.lax.while_loop(unfinished, advance, (decoded, memory))
 

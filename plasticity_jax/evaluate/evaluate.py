@@ -10,7 +10,7 @@ import numpy as np
 
 from plasticity_jax.config import EvaluateConfig
 from plasticity_jax.data.tasks import Example, Task, format_prompt
-from plasticity_jax.evaluate.answers import extract_answer
+from plasticity_jax.evaluate.answers import answer_of
 from plasticity_jax.evaluate.generate import (
     Completion,
     Sampling,
@@ -45,12 +45,12 @@ class Protocol:
 
     Attributes:
       n_samples: sampled completions per problem, besides the greedy one; may be 0.
-      max_new_tokens: token limit of a completion.
+      max_new_tokens: most tokens of a completion; None: as many as `evaluate.max_length` leaves after the prompt.
       faithful: the original's quirks, see docs/decisions.md.
     """
 
     n_samples: int
-    max_new_tokens: int
+    max_new_tokens: int | None
     faithful: bool
 
 
@@ -91,7 +91,7 @@ def evaluate(
       For each model, on the first process (empty on the others): metrics (see `metrics.metrics`; "accuracy", "acc_norm" and "acc_bytes" where options
       are compared), problems, n_samples, failures (fractions of wrong, unanswered and timed-out completions: greedy, samples), per_problem (greedy 0/1,
       samples number right, majority 0/1; the last two where there are samples), subsets (test set → its metrics), macro (their mean), majority_class
-      (accuracy of always giving the most common gold answer), cut_prompts (how many lost their beginning), unended (fraction of completions at the
+      (accuracy of always giving the most common gold answer), cut_prompts (how many lost their beginning), unended (fraction of completions at a
       token limit), source_splits (of the rows).
     """
     if task.grader == "likelihood":
@@ -119,10 +119,10 @@ def _answer(
     of_models = _generate(models, tokens, settings, protocol, forward)
     if not processes.primary():
         return [{} for _ in models]
-    cut = count_cut(tokens, settings.prompt_buckets)
+    cut = count_cut(tokens, settings.paddings[-1])
     if cut:
-        longest, names = settings.prompt_buckets[-1], ", ".join(scored.name for scored in models)
-        log.warning("%s: %d prompts are longer than %d tokens (evaluate.prompt_buckets) and lost their beginning", names, cut, longest)
+        names = ", ".join(scored.name for scored in models)
+        log.warning("%s: %d prompts leave no room within evaluate.max_length=%d and lost their beginning", names, cut, settings.max_length)
     results = []
     for scored, generated in zip(models, of_models, strict=True):
         texts = [[cut_at_stop(text, settings.stop) for text in generated[i]["texts"]] for i in range(len(problems))]
@@ -179,7 +179,8 @@ def _completed(
     how: dict[str, Any] = {
         "sampling": Sampling.of(settings, protocol.n_samples),
         "max_new_tokens": protocol.max_new_tokens,
-        "buckets": settings.prompt_buckets,
+        "max_length": settings.max_length,
+        "buckets": settings.paddings,
         "batch_size": settings.batch_size,
         "eos_id": model.text_tokenizer.eos_ids,
         "pad_id": model.text_tokenizer.pad_id,
@@ -200,7 +201,7 @@ def graded(
     problems: Sequence[Example], texts: Sequence[Sequence[str]], ended: Sequence[Sequence[bool]], task: Task, faithful: bool, workers: int
 ) -> list[dict[str, Any]]:
     """Grades each problem's completions, the greedy one first; returns the rows of completions.jsonl."""
-    flat = [(extract_answer(text, faithful=faithful), problem.answer) for problem, of_problem in zip(problems, texts) for text in of_problem]
+    flat = [(answer_of(text, task.grader, faithful=faithful), problem.answer) for problem, of_problem in zip(problems, texts) for text in of_problem]
     with Grading(task.grader, faithful=faithful, workers=workers) as grading:
         verdicts = iter(grading.judge(flat))
         samples = [of_problem[1:] for of_problem in texts]

@@ -48,7 +48,7 @@ SEGMENT = 64  # tokens between two checks on the host for completions that have 
 NARROWING = 4  # a batch goes on in a program for this many times fewer prompts once no more are left
 WHOLE_SHARE = 0.25  # of a device's memory, up to which it holds all matrices; see `layout_for`
 TAIL = 64  # tokens before a segment that are checked again with it; a stop string spans no more
-_SPECS = (PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec(None, ROWS), PartitionSpec(ROWS))  # of the fields of Batch
+_SPECS = (PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec(None, ROWS), PartitionSpec(ROWS), PartitionSpec(ROWS))  # of the fields of Batch
 
 IsEnd = Callable[[list[int]], bool]
 
@@ -70,7 +70,8 @@ def completions(
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
     buckets: tuple[int, ...],
     batch_size: int,
     eos_id: int | Sequence[int],
@@ -88,9 +89,11 @@ def completions(
 
     Args:
       model: a loaded model (with `.config` and `.params`), or the pair (config, params).
-      prompts: token ids, at least one per prompt. A prompt longer than the last bucket loses its beginning (`count_cut` counts them).
+      prompts: token ids, at least one per prompt. A prompt longer than the last bucket, or than `max_length` less one token, loses its beginning
+        (`count_cut` counts them).
       sampling: which completions each prompt gets.
-      max_new_tokens: maximum number of tokens per completion.
+      max_new_tokens: most tokens of a completion; None: as many as `max_length` leaves.
+      max_length: most tokens of a prompt and its completion together; None: no limit but `max_new_tokens`. One of the two is needed.
       buckets: prompt lengths in tokens, ascending; a prompt is padded on the left to the first that holds it. One program is compiled per bucket.
       batch_size: sequences decoded at once; short batches are filled up.
       eos_id: ends a completion; or several, each of which does.
@@ -107,9 +110,9 @@ def completions(
       ValueError: an empty prompt or a number out of range.
     """
     config, params = model if isinstance(model, tuple) else (model.config, model.params)
-    plan = plan_of(config, sampling, max_new_tokens, compute_dtype, layout)
+    plan = functools.partial(plan_of, config, sampling, compute_dtype=compute_dtype, layout=layout)
     how = {"buckets": buckets, "batch_size": batch_size, "eos_id": eos_id, "pad_id": pad_id, "what": what, "skip": skip, "is_end": is_end}
-    for indices, work in _batches(plan, params, prompts, sampling, 1, **how):
+    for indices, work in _batches(plan, params, prompts, sampling, 1, max_new_tokens=max_new_tokens, max_length=max_length, **how):
         yield indices, work.completions(())
 
 
@@ -120,7 +123,6 @@ def completions_of_members(
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling,
-    max_new_tokens: int,
     compute_dtype: Any,
     layout: Layout = Layout(),
     **how: Any,
@@ -136,18 +138,20 @@ def completions_of_members(
     Yields:
       Indices of the prompts in a batch, and for each member what `completions` yields.
     """
-    plan = plan_of(config, sampling, max_new_tokens, compute_dtype, layout, members=True)
+    plan = functools.partial(plan_of, config, sampling, compute_dtype=compute_dtype, layout=layout, members=True)
     for indices, work in _batches(plan, params, prompts, sampling, members, **how):
         yield indices, [work.completions((member,)) for member in range(members)]
 
 
 def _batches(
-    plan: Plan,
+    plan_for: Callable[..., Plan],
     params: Any,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     members: int,
     *,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
     buckets: tuple[int, ...],
     batch_size: int,
     eos_id: int | Sequence[int],
@@ -156,9 +160,11 @@ def _batches(
     skip: Collection[int] = (),
     is_end: IsEnd | None = None,
 ) -> Iterator[tuple[list[int], "_Work"]]:
-    """Batches of prompts, each once all its completions are complete."""
-    _check(prompts, plan.max_new_tokens, buckets, batch_size)
-    mesh = plan.layout.mesh
+    """Batches of prompts, each once all its completions are complete. `plan_for` gives the plan for a number of new tokens."""
+    _check(prompts, max_new_tokens, max_length, buckets, batch_size)
+    longest = buckets[-1] if max_length is None else min(buckets[-1], max_length - 1)
+    plans = {bucket: plan_for(slots) for bucket, slots in completion_slots(buckets, max_length, max_new_tokens).items()}
+    mesh = plans[buckets[0]].layout.mesh
     traced = TracedSettings(
         np.float32(sampling.temperature),
         np.float32(sampling.top_p),
@@ -185,15 +191,17 @@ def _batches(
                 work.send_next_segment()
                 waiting.append(work)
 
-        ends = [prompts[index][-buckets[-1] :] for index in kept]
+        ends = [prompts[index][-longest:] for index in kept]
         for places, tokens, lengths in padded_batches(ends, buckets=buckets, batch_size=rows, pad_id=pad_id, left=True):
             indices, bucket = [kept[place] for place in places], tokens.shape[1]
+            plan = plans[bucket]
             uniforms = _uniforms([prompts[index] for index in indices], rows, sampling, plan.max_new_tokens)
-            batch = Batch(tokens, np.arange(bucket) >= bucket - lengths[:, None], uniforms, lengths > 0)
+            limits = np.full(rows, plan.max_new_tokens) if max_length is None else np.minimum(plan.max_new_tokens, max_length - lengths)
+            batch = Batch(tokens, np.arange(bucket) >= bucket - lengths[:, None], uniforms, lengths > 0, limits.astype(np.int32))
             if mesh is not None:
                 batch = Batch(*(arrays.put(x, NamedSharding(mesh, spec)) for x, spec in zip(batch, _SPECS, strict=True)))
             before, start = count_programs(), time.monotonic()
-            waiting.append(_Work(plan, params, batch, traced, indices, is_end))
+            waiting.append(_Work(plan, params, batch, traced, indices, is_end, limits.tolist()))
             if count_programs() > before:
                 compiled += 1
                 log.info(
@@ -207,6 +215,28 @@ def _batches(
                 yield finished()
         while waiting:
             yield finished()
+
+
+def completion_slots(buckets: Sequence[int], max_length: int | None, max_new_tokens: int | None) -> dict[int, int]:
+    """Bucket → tokens of the longest completion of a prompt that is padded to it; buckets that no prompt within `max_length` needs are left out.
+
+    Args:
+      buckets, max_length, max_new_tokens: as of `completions`.
+    """
+    shortest = [1, *(bucket + 1 for bucket in buckets[:-1])]  # prompt of a bucket
+    slots = {}
+    for bucket, prompt in zip(buckets, shortest, strict=True):
+        room = [limit for limit in (max_new_tokens, None if max_length is None else max_length - prompt) if limit is not None]
+        if min(room) > 0:
+            slots[bucket] = min(room)
+    return slots
+
+
+def largest_shapes(settings: EvaluateConfig, max_new_tokens: int | None, rows_per_prompt: int) -> list[tuple[int, int]]:
+    """(prompt, completion) in tokens of the programs of an evaluation that may take the most memory: the largest cache, and the longest prompt."""
+    shapes = list(completion_slots(settings.paddings, settings.max_length, max_new_tokens).items())
+    largest = max(shapes, key=lambda shape: shape[0] + rows_per_prompt * shape[1])
+    return list(dict.fromkeys((largest, shapes[-1])))
 
 
 def layout_for(weights: str, config: ModelConfig, forward: Forward) -> Layout:
@@ -263,19 +293,22 @@ def _stack(shardings: tuple[Any, tuple[NamedSharding, ...]], members: int) -> Ca
     return jax.jit(lambda models: jax.tree.map(lambda *of_members: jnp.stack(of_members), *models), out_shardings=tree.unflatten(leaves))
 
 
-def lower_completions(config: ModelConfig, params: Any, settings: EvaluateConfig, max_new_tokens: int, forward: Forward, *, members: int = 1) -> Any:
-    """The program of an evaluation for its longest prompts, lowered for the devices of the mesh of `forward`.
+def lower_completions(
+    config: ModelConfig, params: Any, settings: EvaluateConfig, shape: tuple[int, int], forward: Forward, *, members: int = 1
+) -> Any:
+    """The program of an evaluation for prompts and completions of one shape, lowered for the devices of the mesh of `forward`.
 
     Args:
+      shape: tokens of prompt and completion.
       params: shapes and shardings, as of a loaded model; decoding reads them as `layout_for` says.
       members: models that are evaluated as one program.
     """
     mesh, layout = forward.mesh, layout_for(settings.weights, config, forward)
     assert mesh is not None
     sampling = Sampling.of(settings, settings.n_samples)
-    prompts, longest = _prompts_per_batch(settings.batch_size, sampling, mesh), settings.prompt_buckets[-1]
-    shapes = [(prompts, longest), (prompts, longest), (max_new_tokens, prompts * sampling.n_completions), (prompts,)]
-    dtypes = (jnp.int32, jnp.bool_, jnp.float32, jnp.bool_)
+    prompts, (longest, max_new_tokens) = _prompts_per_batch(settings.batch_size, sampling, mesh), shape
+    shapes = [(prompts, longest), (prompts, longest), (max_new_tokens, prompts * sampling.n_completions), (prompts,), (prompts,)]
+    dtypes = (jnp.int32, jnp.bool_, jnp.float32, jnp.bool_, jnp.int32)
     arrays_of = [jax.ShapeDtypeStruct(x, t, sharding=NamedSharding(mesh, s)) for x, t, s in zip(shapes, dtypes, _SPECS, strict=True)]
     batch = Batch(*arrays_of)  # pyright: ignore[reportArgumentType]
     number, ids = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((EOS_IDS,), jnp.int32)
@@ -339,9 +372,9 @@ def continue_text(model: Any, prompt: str, *, max_new_tokens: int, temperature: 
     return model.tokenizer.decode(completion)
 
 
-def count_cut(prompts: Sequence[Sequence[int]], buckets: tuple[int, ...]) -> int:
-    """Number of prompts longer than the last bucket, which lose their beginning."""
-    return sum(len(prompt) > buckets[-1] for prompt in prompts)
+def count_cut(prompts: Sequence[Sequence[int]], longest: int) -> int:
+    """Number of prompts of more than `longest` tokens, which lose their beginning."""
+    return sum(len(prompt) > longest for prompt in prompts)
 
 
 # ------------------------------------------------------------------------------------------------------------------- a batch under way
@@ -354,8 +387,8 @@ class _Work:
     device has few of them there.
     """
 
-    def __init__(self, plan: Plan, params: Any, batch: Batch, traced: TracedSettings, indices: list[int], is_end: IsEnd | None):
-        self.indices = indices
+    def __init__(self, plan: Plan, params: Any, batch: Batch, traced: TracedSettings, indices: list[int], is_end: IsEnd | None, limits: list[int]):
+        self.indices, self._limits = indices, limits
         self._plan, self._eos_ids, self._is_end = plan, frozenset(traced.eos_ids.tolist()), is_end
         self._params, self._batch, self._traced = params, batch, traced
         self._each = plan.n_samples + plan.greedy
@@ -423,7 +456,8 @@ class _Work:
     def completions(self, member: tuple[()] | tuple[int]) -> list[list[Completion]]:
         """The completions of each prompt, once `read` has returned True: of the one model, or of a member."""
         assert self._tokens is not None
-        rows = [self._completion(tokens) for tokens in self._tokens[member][: len(self.indices) * self._each, : self._sent].tolist()]
+        of_rows = self._tokens[member][: len(self.indices) * self._each, : self._sent].tolist()
+        rows = [self._completion(tokens[: self._limits[row // self._each]]) for row, tokens in enumerate(of_rows)]
         return [rows[start : start + self._each] for start in range(0, len(rows), self._each)]
 
     def _completion(self, tokens: list[int]) -> Completion:
@@ -460,12 +494,14 @@ def _eos_ids(eos_id: int | Sequence[int]) -> np.ndarray:
     return np.array([*ids, *[-1] * (-len(ids) % EOS_IDS)], np.int32)
 
 
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, buckets: tuple[int, ...], batch_size: int) -> None:
+def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int | None, max_length: int | None, buckets: tuple[int, ...], batch_size: int) -> None:
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {index} is empty; a prompt needs at least one token.")
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} is below 1; set it to 1 or more.")
+    if max_new_tokens is None and max_length is None:
+        raise ValueError("max_new_tokens and max_length are both None; set one of them, so that a completion has an end.")
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("max_length", max_length, 2), ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} is below {least}; set it to {least} or more.")
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
         raise ValueError(f"buckets={buckets} must be prompt lengths in ascending order, such as (32, 64).")

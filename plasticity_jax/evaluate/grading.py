@@ -73,7 +73,7 @@ class Grading:
         self._stop_pool()
 
     def judge(self, pairs: Sequence[tuple[str | None, str]]) -> list[Verdict]:
-        """Verdicts on (answer, gold), in order. An answer is what `extract_answer` returned, None included."""
+        """Verdicts on (answer, gold), in order. An answer is what `answers.answer_of` returned, None included."""
         if self.grader == "math":
             read = [(None if answer is None else self._formula(answer), gold if self.faithful else formula(gold)) for answer, gold in pairs]
             self._compare(((answer, gold) for answer, gold in read if answer is not None), "grade answers")

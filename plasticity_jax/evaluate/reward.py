@@ -49,7 +49,7 @@ class Scorer(Protocol):
     name: str
 
     def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
-        """float32 rewards, and the number of completions longer than `reward.max_length`, which lost their beginning. All processes call it."""
+        """float32 rewards, and the number of completions that lost their beginning to `reward.max_length`. All processes call it."""
         ...
 
 
@@ -106,13 +106,17 @@ class RewardModel:
         self.name = folder.resolve().name
 
     def scores(self, completions: Sequence[Completion]) -> tuple[Float[np.ndarray, " n"], int]:
-        rows, n_cut = self._chat.rows([(c.problem, c.text) for c in completions], self._config.reward.max_length)
+        pairs = [(completion.problem, completion.text) for completion in completions]
+        rows, n_cut = self._chat.rows(pairs, self._config.reward.max_length, faithful=self._config.faithful)
         return _score(self._config, self._model, rows, self._mesh, self._what), n_cut
 
 
 def _score(config: StudyConfig, model: ScalarModel, rows: Sequence[Sequence[int]], mesh: Mesh | None, what: str) -> Float[np.ndarray, " n"]:
     reward, forward = config.reward, Forward.of(config, model.config, mesh)
-    return score_rows(model, rows, buckets=length_buckets(reward.max_length), batch_size=reward.batch_size, forward=forward, what=what)
+    buckets = length_buckets(reward.max_length)
+    while max(map(len, rows)) > buckets[-1]:  # texts that are not cut (`faithful`)
+        buckets = (*buckets, 2 * buckets[-1])
+    return score_rows(model, rows, buckets=buckets, batch_size=reward.batch_size, forward=forward, what=what)
 
 
 def _called(model: LoadedModel) -> str:

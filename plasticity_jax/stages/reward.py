@@ -1,4 +1,7 @@
-"""Reward: rates the completions of fine-tuned models, and lets the highest reward choose among the samples of a problem."""
+"""Reward: rates the completions of fine-tuned models, and lets the highest reward choose among the samples of a problem.
+
+Under `faithful`, those of base models too.
+"""
 
 import hashlib
 import time
@@ -13,8 +16,7 @@ from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import is_local, location
-from plasticity_jax.stages.evaluate import by_likelihood
-from plasticity_jax.stages.prepare import task_settings
+from plasticity_jax.stages.evaluate import by_likelihood, is_trained
 from plasticity_jax.stages.stage import Context, Knob, Plan, Planned, Program, Stage
 from plasticity_jax.stages.work import Ahead, Work
 
@@ -30,7 +32,9 @@ class RewardConfig:
         "none", "none | log-probability (per token) | verifier (trained by this study) | sequence-classification (a Hugging Face reward model)"
     )
     model: str | None = result(None, "log-probability: a run or Hugging Face folder, None: the model that wrote; sequence-classification: a folder")
-    max_length: PositiveInt = result(2048, "tokens of problem and completion; longer ones lose their beginning")
+    max_length: PositiveInt = result(
+        2048, "tokens of problem and completion; longer ones lose their beginning (faithful: a sequence-classification model reads them whole)"
+    )
     batch_size: PositiveInt = execution(64, "completions scored at once")
 
     def check(self, config: StudyConfig) -> None:
@@ -41,7 +45,7 @@ class RewardConfig:
         if self.model is None and self.scorer == "sequence-classification":
             raise UserError("reward.scorer='sequence-classification' needs reward.model, the folder of a Hugging Face reward model.")
         for name, settings in config.tasks.items():
-            if self.scorer == "verifier" and not settings.verifier_rows and tasks()[name].grader != "likelihood":
+            if self.scorer == "verifier" and not settings.verifier_rows and tasks()[name].trained and tasks()[name].grader != "likelihood":
                 raise UserError(f"reward.scorer='verifier' needs rows of its own in every task; set tasks.{name}.verifier_rows, such as 200.")
 
 
@@ -57,7 +61,7 @@ class Rewarded:
 
 
 def reward_run(config: StudyConfig, scored: Run, verifier: Run | None) -> Run:
-    """Rewards of the completions of a fine-tuned model."""
+    """Rewards of the completions of a model."""
     reward = config.reward
     fields = result_fields(reward) | {"faithful": config.faithful, "compute_dtype": config.train.compute_dtype}
     parents = {"completions": scored.id, "task": scored.parents["task"]}
@@ -84,7 +88,8 @@ def _plan(plan: Plan) -> Iterable[Planned]:
         return
     verifiers = {run.task: run for _, run in plan.of("verifier")}
     for own, scored in plan.of("evaluate"):
-        if scored.fields["when"] == "after" and not by_likelihood(scored.task_name):
+        wanted = scored.fields["when"] in (("before", "after") if own.faithful else ("after",))
+        if wanted and is_trained(scored.task_name) and not by_likelihood(scored.task_name):
             yield own, reward_run(own, scored, verifiers.get(scored.task))
 
 
@@ -138,8 +143,7 @@ def _work(ahead: Ahead) -> Iterable[Work]:
 
     config, task, reward = ahead.config, ahead.task(), ahead.config.reward
     n = task.counts["test"] * (config.evaluate.n_samples + 1)
-    most = config.evaluate.prompt_buckets[-1] + task_settings(config, task.name).max_new_tokens
-    length = next((bucket for bucket in length_buckets(reward.max_length) if bucket >= most), reward.max_length)
+    length = next((bucket for bucket in length_buckets(reward.max_length) if bucket >= config.evaluate.max_length), reward.max_length)
     outputs = None if reward.scorer == "log-probability" else 0
     assumes = (*task.assumes("test"), f"texts of {length} tokens")
     yield Work(flops=forward_flops(network(config), n, length, outputs=outputs), assumes=assumes)
@@ -151,7 +155,7 @@ STAGE = Stage(
     run=run,
     record=Rewarded,
     config=RewardConfig,
-    parents={"completions": "evaluate", "task": "prepare", "scorer": ("verifier", "finetune")},
+    parents={"completions": "evaluate", "task": "prepare", "scorer": ("verifier", "finetune", "pretrain")},
     plan=_plan,
     check=_check,
     devices="all",

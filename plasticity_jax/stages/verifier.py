@@ -140,8 +140,8 @@ def _work(ahead: Ahead) -> Iterable[Work]:
     config, task, recipe = ahead.config, ahead.task(), ahead.config.verifier
     samplers = sum(role.startswith(SAMPLES_ROLE) for role in ahead.run.parents)
     n = task.counts["verifier"] * (recipe.n_samples + 1) * samplers
-    most = config.evaluate.prompt_buckets[-1] + task_settings(config, task.name).max_new_tokens
-    length = next((b for b in length_buckets(config.reward.max_length, config.finetune.length_buckets) if b >= most), config.reward.max_length)
+    buckets = length_buckets(config.reward.max_length, config.finetune.length_buckets)
+    length = next((bucket for bucket in buckets if bucket >= config.evaluate.max_length), config.reward.max_length)
     passes = 3 * recipe.epochs * (1 - recipe.held_out_fraction) + recipe.held_out_fraction
     assumes = (*task.assumes("verifier"), f"texts of {length} tokens")
     yield Work(flops=passes * forward_flops(config.model, n, length, outputs=0), assumes=assumes)

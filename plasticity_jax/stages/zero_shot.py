@@ -1,4 +1,4 @@
-"""Zero-shot: six multiple-choice sets by lm-evaluation-harness, on base models and after fine-tuning, to show what is forgotten."""
+"""Zero-shot: multiple-choice sets by lm-evaluation-harness, on base models and after fine-tuning, to show what is forgotten."""
 
 import importlib.metadata
 import time
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.config.schema import PositiveInt, execution, result
+from plasticity_jax.errors import UserError
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import pinned
 from plasticity_jax.stages.stage import Context, Knob, Program, Rows, Stage, Table, batch_fields, member_row, number
@@ -19,16 +20,24 @@ if TYPE_CHECKING:
     from plasticity_jax.report.results import StudyResults
 
 
-ZeroShotSet = Literal["hellaswag", "winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge"]
+ZeroShotSet = Literal["hellaswag", "winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge", "mathqa"]
 
 
 @dataclass(frozen=True)
 class ZeroShotConfig:
     """The zero-shot suite before and after fine-tuning (forgetting), by lm-evaluation-harness: needs the extra `harness`."""
 
-    sets: tuple[ZeroShotSet, ...] = result((), "hellaswag, winogrande, piqa, openbookqa, arc_easy, arc_challenge")
+    sets: tuple[ZeroShotSet, ...] = result((), "hellaswag, winogrande, piqa, openbookqa, arc_easy, arc_challenge, mathqa")
+    files: dict[str, str] = result({}, 'set → its published rows, for "mathqa", which no wheel holds: Parquet or JSON')
     limit: PositiveInt | None = result(None, "examples per set, from the beginning; None takes all")
     batch_size: PositiveInt = execution(64, "examples scored at once")
+
+    def check(self, config: StudyConfig) -> None:
+        if "mathqa" in self.sets and not self.files.get("mathqa"):
+            raise UserError('zero_shot.sets has "mathqa", whose rows no wheel holds; set zero_shot.files={"mathqa": FILE}, math_qa\'s test split.')
+        for name in self.files:
+            if name != "mathqa":
+                raise UserError(f'zero_shot.files has {name!r}, whose rows come with a wheel; only "mathqa" is read from a file.')
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,10 @@ class ZeroShot:
 
 
 def _fields(config: StudyConfig, model: Run) -> dict[str, Any]:
+    from plasticity_jax.data.fingerprints import task_files
+
     return {
+        "files": task_files(config.zero_shot.files),
         "when": "after" if model.stage == "finetune" else "before",
         "faithful": config.faithful,  # decides whether texts begin with a token of their own
         "seq_len": config.train.seq_len,
@@ -51,9 +63,12 @@ def _fields(config: StudyConfig, model: Run) -> dict[str, Any]:
 
 
 def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
+    from plasticity_jax.data.tasks.originals import check_places
     from plasticity_jax.evaluate.zero_shot import check_installed
 
     check_installed()
+    for name, places in config.zero_shot.files.items():
+        check_places(places, what=f"zero_shot.files.{name}")
 
 
 def run(context: Context) -> ZeroShot:
@@ -102,6 +117,7 @@ EXAMPLES = {
     "openbookqa": (500, 4),
     "arc_easy": (2_376, 5),
     "arc_challenge": (1_172, 5),
+    "mathqa": (2_985, 5),
 }
 
 

@@ -159,6 +159,8 @@ def _parameters(config: StudyConfig) -> int:
 
 def _data_bytes(config: StudyConfig) -> float:
     data, sources = config.data, len(config.data.sources)
+    if data.token_files is not None:
+        return 0.0  # they are read where they lie
     if data.files is not None or data.tfds is not None:
         return 4.0 * (data.max_tokens or 0)  # what is not limited is not known before it is read
     return 30e6 * sources if config.data.max_documents is None else 20e3 * config.data.max_documents * sources

@@ -11,6 +11,7 @@ from running import plasticity
 
 from plasticity_jax.config import StudyConfig, for_device, grid_members, load_config, member_config
 from plasticity_jax.config.presets import presets
+from plasticity_jax.data.tasks import get_task
 from plasticity_jax.model.transformer import abstract_params
 from plasticity_jax.parallel.batches import padded_batch_size, part_counts
 from plasticity_jax.parallel.deviceless import GPUS, TPUS
@@ -45,13 +46,20 @@ def test_every_config_has_a_graph_from_a_corpus_to_a_score(name):
 def test_paper_configs_fine_tune_and_evaluate_as_the_paper_did(name, faithful):
     """Paper sections 4 and 5: the sets, three epochs, no decay, cosine to zero, 16 samples at temperature 1 with a repetition penalty of 1.1, Skywork."""
     config = load(name, faithful=faithful)
-    assert set(config.tasks) == {"llama_1b_sft_sweep": {"SimpleScaling"}, "olmo2_1b_sft_sweep": {"MetaMathQA", "SimpleScaling"}}.get(name, TASKS)
-    assert all((task.epochs, task.train_rows) == (3, 1_000_000) for task in config.tasks.values())
+    tasks = {
+        "llama_1b_sft_sweep": {"SimpleScaling"},
+        "olmo2_1b_sft_sweep": {"MetaMathQA", "SimpleScaling"},
+        "llama_1b_commonsense": {"HellaSwag", "WinoGrande", "PIQA", "ARC-Easy", "ARC-Challenge"},
+        "llama_1b_safety": {"Safety", "CRUXEval", "BoardgameQA", "TabMWP", "StrategyQA"},
+    }
+    assert set(config.tasks) == tasks.get(name, TASKS) and len(config.zero_shot.sets) == 7
+    assert all((task.epochs, task.train_rows) == (3, 1_000_000) for name, task in config.tasks.items() if get_task(name).trained)
     tuning, evaluation = config.finetune, config.evaluate
     assert (tuning.batch_size, tuning.weight_decay, tuning.group_by_length, tuning.packing) == (64, 0.0, False, False)
     assert tuning.too_long == ("cut-both" if faithful else "cut") and tuning.length_buckets[-1] == 2048
     assert (evaluation.n_samples, evaluation.temperature, evaluation.repetition_penalty, evaluation.top_k) == (16, 1.0, 1.1, 0)
-    assert config.reward.scorer == "sequence-classification" and "Skywork-Reward-Llama-3.1-8B" in config.reward.model
+    if name not in ("llama_1b_commonsense", "llama_1b_safety"):
+        assert config.reward.scorer == "sequence-classification" and "Skywork-Reward-Llama-3.1-8B" in config.reward.model
     assert config.data.tokenizer == ("dolma2" if name.startswith("olmo2") else "sentencepiece-32k")
     assert load_config(ROOT / "configs" / f"{name}.py").train.compute_dtype == "bfloat16"
 

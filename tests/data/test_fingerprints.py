@@ -83,7 +83,7 @@ def test_a_graph_is_planned_where_the_data_is_not_and_without_jax():
     [
         ({"files": "a", "tfds": "b"}, "data.files=a and data.tfds=b: set one of the two"),
         ({"files": "a", "max_documents": 5}, "data.max_documents=5 is for data.sources; set data.max_tokens instead"),
-        ({"max_tokens": 5}, "data.max_tokens=5 is for data.files and data.tfds; set data.max_documents instead"),
+        ({"max_tokens": 5}, "data.max_tokens=5 is for data.files, data.tfds and data.token_files; set data.max_documents instead"),
         ({"files": "a", "max_tokens": 0}, "data.max_tokens=0 must be greater than 0"),
         ({"workers": -1}, "data.workers=-1 must be greater than or equal to 0 (processes that tokenize; 0 takes one per core)"),
         ({"files": ""}, "data.files='' must have at least 1 character"),

@@ -32,7 +32,7 @@ CONFIG = StudyConfig(
     model=ModelConfig(vocab_size=300, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=16),
     train=TrainConfig(compute_dtype="float32"),
     tasks={"topic": TaskConfig(max_new_tokens=5)},
-    evaluate=EvaluateConfig(n_samples=4, prompt_buckets=(32,), batch_size=20),
+    evaluate=EvaluateConfig(n_samples=4, max_length=37, prompt_buckets=(32,), batch_size=20),
 )
 WORDS = ("arts", "people", "history")
 

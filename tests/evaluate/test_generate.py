@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plasticity_jax.config import ModelConfig
+from plasticity_jax.config import EvaluateConfig, ModelConfig
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.evaluate import generate as generation
 from plasticity_jax.evaluate.complete import count_programs
-from plasticity_jax.evaluate.generate import Completion, Sampling, completions, count_cut, cut_at_stop, generate
+from plasticity_jax.evaluate.generate import Completion, Sampling, completions, count_cut, cut_at_stop, generate, largest_shapes
 from plasticity_jax.evaluate.sampling import draw, keep_top_k, keep_top_p, penalize, tokens_seen
 from plasticity_jax.evaluate.stop_strings import has_stopped, stop_check
 from plasticity_jax.model.cache import Layout
@@ -137,7 +137,43 @@ def test_each_of_several_end_of_text_tokens_ends_a_completion(model, prompts, n)
 def test_a_long_prompt_loses_its_beginning(model):
     prompt = list(range(2, 14))
     assert greedy(run(model, [prompt])) == greedy(run(model, [prompt[-8:]]))
-    assert count_cut([prompt, prompt[-8:], [3]], (4, 8)) == 1
+    assert count_cut([prompt, prompt[-8:], [3]], 8) == 1
+
+
+def test_prompt_and_completion_share_one_limit(model):
+    """Of 10 tokens in all, a prompt of n leaves 10 - n; only one that leaves none loses its beginning."""
+    texts = {n: list(range(2, 2 + n)) for n in (1, 4, 5, 8, 9, 10, 13)}
+    expected = {n: repeated_forward(model, prompt[-9:], 10 - min(n, 9)) for n, prompt in texts.items()}
+    share = {"max_new_tokens": None, "max_length": 10, "buckets": EvaluateConfig(max_length=10, prompt_buckets=(4,)).paddings}
+    assert share["buckets"] == (4, 8, 9)
+    whole = run(model, list(texts.values()), **share)
+    assert dict(zip(texts, greedy(whole))) == expected
+    assert [{len(tokens) for tokens in of_prompt} for of_prompt in whole] == [{9}, {6}, {5}, {2}, {1}, {1}, {1}]
+    assert count_cut(list(texts.values()), share["buckets"][-1]) == 2
+    capped = greedy(run(model, list(texts.values()), **share | {"max_new_tokens": 3}))
+    assert capped == [tokens[:3] for tokens in expected.values()]
+    samples, free = run(model, [texts[8]], **share)[0], run(model, [texts[8]], buckets=(8,))[0]
+    assert samples == [tokens[:2] for tokens in free]
+
+
+def test_text_that_ends_and_the_limit_of_the_sum(model, monkeypatch):
+    """In segments, where the host looks at the text, the same limit holds."""
+    monkeypatch.setattr(generation, "SEGMENT", 2)
+    share = {"max_new_tokens": None, "max_length": 10, "buckets": (4, 8, 9)}
+    whole = run(model, [[2, 3, 4], list(range(2, 11))], **share)
+    assert run(model, [[2, 3, 4], list(range(2, 11))], is_end=lambda tokens: False, **share) == whole
+    assert [len(of_prompt[0]) for of_prompt in whole] == [7, 1]
+
+
+def test_the_programs_that_may_need_most_memory_are_those_of_brute_force():
+    settings = EvaluateConfig(max_length=100, prompt_buckets=(8, 32))
+    for most, rows in ((None, 1), (None, 17), (12, 1), (80, 17)):
+        needs = {}  # by the lengths of a prompt and its longest completion
+        for prompt in range(1, 100):
+            bucket = next(length for length in settings.paddings if length >= prompt)
+            needs[bucket] = max(needs.get(bucket, 0), min(100 - prompt, most or 100))
+        largest = max(needs.items(), key=lambda shape: shape[0] + rows * shape[1])
+        assert set(largest_shapes(settings, most, rows)) == {largest, (99, needs[99])}
 
 
 def test_models_of_one_shape_share_the_compiled_program(model, prompts):
@@ -276,7 +312,15 @@ def test_settings_out_of_range_are_named(change, message):
         dataclasses.replace(PLAIN, **change)
 
 
-@pytest.mark.parametrize(("change", "message"), [({"max_new_tokens": 0}, "max_new_tokens=0"), ({"buckets": (8, 4)}, "ascending")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": None}, "both None"),
+        ({"max_length": 1}, "max_length=1"),
+        ({"buckets": (8, 4)}, "ascending"),
+    ],
+)
 def test_numbers_out_of_range_are_named(model, change, message):
     with pytest.raises(ValueError, match=message):
         run(model, [[2]], **change)

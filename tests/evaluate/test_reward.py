@@ -12,7 +12,7 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from plasticity_jax.config import ModelConfig, RewardConfig, StudyConfig, TrainConfig
+from plasticity_jax.config import ModelConfig, RewardConfig, StudyConfig, TaskConfig, TrainConfig
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate import reward
@@ -24,6 +24,7 @@ from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import reward as stage
 from plasticity_jax.stages.stage import Context
+from plasticity_jax.study.graph import build_graph
 
 MODEL = ModelConfig(vocab_size=300, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=16)
 CONFIG = StudyConfig(
@@ -59,9 +60,9 @@ def world(tmp_path_factory):
     return root
 
 
-def rated(world, name: str, settings: RewardConfig, **parents) -> tuple[dict, np.ndarray]:
+def rated(world, name: str, settings: RewardConfig, *, faithful: bool = False, **parents) -> tuple[dict, np.ndarray]:
     """Results, and the rewards that were written, [problem, completion]."""
-    run, config = Run("tiny", "reward", name, {}, task="topic"), dataclasses.replace(CONFIG, reward=settings)
+    run, config = Run("tiny", "reward", name, {}, task="topic"), dataclasses.replace(CONFIG, reward=settings, faithful=faithful)
     context = Context(
         config, run, RunDirectory(world / name), {"completions": world / "completions"} | {role: world / path for role, path in parents.items()}
     )
@@ -177,6 +178,31 @@ def test_padding_at_the_end_is_not_read_and_a_doubled_beginning_is_one(tmp_path)
     assert again == row
     (cut,), n_cut = chat.rows([("a", "b")], 10)
     assert n_cut == 1 and cut == [256, *row[-9:]]
+
+
+def test_faithful_keeps_two_beginnings_and_cuts_nothing(world, tmp_path):
+    """The rule written by hand: what the template wrote, with one more beginning of text; rewards also of texts beyond `reward.max_length`."""
+    folder, tensors = write_reward_model(tmp_path / "hf")
+    model, chat = open_reward_model(folder)
+    (row,), _ = chat.rows([("a", "b")], 64)
+    assert chat.rows([("a", "b")], 10, faithful=True) == ([[256, *row]], 0)
+    settings = RewardConfig(scorer="sequence-classification", model=str(folder), max_length=16, batch_size=4)
+    results, rewards = rated(world, "faithful", settings, faithful=True)
+    clean, others = rated(world, "clean", settings)
+    assert results["cut"] == 0 and clean["cut"] > 0 and not np.any(rewards == others)
+    (whole,), _ = chat.rows([("is 1 red?", TEXTS[4])], 500)
+    states = jax.jit(lambda params: hidden_states(model.config, params, np.array([[256, *whole]]))[0])(model.params["decoder"])
+    assert len(whole) > 32 and rewards[1, 0] == pytest.approx(float(np.asarray(states)[0, -1] @ tensors["score.weight"][0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+def test_base_models_are_rated_where_the_original_rates_them(faithful):
+    config = dataclasses.replace(CONFIG, faithful=faithful, tasks={"topic": TaskConfig(), "PIQA": TaskConfig()})
+    graph = build_graph(config)
+    completions = {run.id: run.fields["when"] for run in graph if run.stage == "evaluate" and run.task == "topic"}
+    rated_runs = [run for run in graph if run.stage == "reward"]
+    assert {completions[run.parents["completions"]] for run in rated_runs} == ({"before", "after"} if faithful else {"after"})
+    assert len({run.id for run in rated_runs}) == len(rated_runs) == (len(completions) if faithful else len(completions) // 2)
 
 
 @pytest.mark.parametrize(

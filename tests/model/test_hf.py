@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file
 from plasticity_jax.cli import main
 from plasticity_jax.config import ModelConfig, RopeScaling, StudyConfig
 from plasticity_jax.data.tokenizer import Tokenizer, copy_tokenizer
+from plasticity_jax.errors import UserError
 from plasticity_jax.model import Checkpoints, hf_export, hf_tensors, init_params, load_model
 from plasticity_jax.model.hf_export import export_model
 from plasticity_jax.model.hf_import import import_folder
@@ -407,3 +409,26 @@ def test_the_model_and_one_parameter_are_the_most_that_is_in_memory(tmp_path):
     assert measured["export"] < model, measured
     exported, source = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
     assert_same_tensors(exported, source)
+
+
+def test_pretraining_begins_with_the_weights_of_a_folder(tmp_path):
+    """OLMo-2's, as transformers wrote them: checkpoint 0 holds every tensor of the folder; another network is refused in one line."""
+    from plasticity_jax.config import StudyConfig, TrainConfig
+    from plasticity_jax.stages import init
+    from plasticity_jax.stages.stage import Context
+
+    folder = golden_folder("olmo2", 5, tmp_path / "step0")
+    model = dataclasses.replace(load_model(folder).config, init="truncated")
+    config = StudyConfig(name="tiny", model=model, train=TrainConfig(initial=str(folder)))
+    run = init.init_run(config, 0)
+    assert run.hash != init.init_run(StudyConfig(name="tiny", model=model), 0).hash
+    with RunDirectory(tmp_path / "init").work(run, config) as directory:
+        directory.finish(dataclasses.asdict(init.run(Context(config, run, directory, {}))))
+    export_model(tmp_path / "init", tmp_path / "out", None)
+    in_float32 = {name: tensor.astype(np.float32) for name, tensor in load_file(folder / "model.safetensors").items()}
+    assert_same_tensors(load_file(tmp_path / "out" / "model.safetensors"), in_float32)
+    other = dataclasses.replace(config, model=dataclasses.replace(model, n_layers=model.n_layers + 1))
+    nowhere = dataclasses.replace(config, train=dataclasses.replace(config.train, initial="nowhere"))
+    for wrong, words in ((other, f"n_layers {model.n_layers} for {model.n_layers + 1}"), (nowhere, "no such directory")):
+        with pytest.raises(UserError, match=words):
+            init.STAGE.check(wrong, [])

@@ -69,7 +69,7 @@ of_layer = sum(x.size * 4 for x in jax.tree.leaves(params["blocks"])) // large.n
 table = large.vocab_size * large.d_model * 4
 for weights in ("whole", "sharded"):
     import dataclasses
-    lowered = lower_completions(large, params, dataclasses.replace(settings, weights=weights), 8, Forward("float32", scan_layers=True, mesh=mesh))
+    lowered = lower_completions(large, params, dataclasses.replace(settings, weights=weights), (16, 8), Forward("float32", scan_layers=True, mesh=mesh))
     memory = lowered.compile().memory_analysis()
     found[weights] = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
 found["bytes"] = {"whole": whole, "layer": of_layer, "table": table}

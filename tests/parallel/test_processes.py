@@ -38,7 +38,7 @@ def get_config():
     config.tasks = {{"topic": task(train_rows=32, test_rows=16, validation_rows=0, epochs=1, max_new_tokens=8, verifier_rows=16)}}
     config.reward.scorer, config.verifier.epochs, config.reward.max_length = "verifier", 1, 256
     config.finetune.length_buckets = (256,)
-    config.grid.timescales, config.probe.sets, config.evaluate.prompt_buckets = (0.2,), ("topic",), (192,)
+    config.grid.timescales, config.probe.sets, config.evaluate.max_length = (0.2,), ("topic",), 200
     return config
 """
 

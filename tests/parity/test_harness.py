@@ -225,12 +225,28 @@ def test_the_zero_shot_stage_equals_the_hugging_face_backend_on_all_six_sets(mod
     found = stage.run(context)
     assert list(found.sets) == list(SIZES) and found.versions["lm_eval"]
     for name, scores in found.sets.items():
-        wanted = zero_shot.score_set(name, theirs, WHEELS, LIMIT)
+        wanted = zero_shot.score_set(name, theirs, zero_shot.rows(name, WHEELS)[:LIMIT])
         assert len(scores["correct"]) == scores["n"] == LIMIT and scores["acc"] == np.mean(scores["correct"])
-        assert scores | {"cut": 0} == wanted | {"cut": 0}, name  # equal to the last problem
+        assert scores | {"cut": 0} == wanted | {"cut": 0, "source": scores["source"]}, name  # equal to the last problem
         assert (scores["acc_norm"] is None) == (name == "winogrande")
         assert scores["stderr"] == pytest.approx(np.std(scores["correct"], ddof=1) / LIMIT**0.5)
     assert 0 < sum(scores["acc"] for scores in found.sets.values()) < 6
+
+
+def test_mathqa_is_read_from_its_file_by_the_harness_own_definition(models, tmp_path):
+    """Options and the right one as the harness splits them, and its scores with its own backend."""
+    run, _, theirs = models
+    options = "a ) 38 , b ) 27.675 , c ) 30 , d ) data inadequate , e ) none of these"
+    rows = [{"Problem": f"what is {i} ?", "Rationale": "x", "options": options, "correct": "abcde"[i % 5], "category": "gain"} for i in range(8)]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    settings = ZeroShotConfig(sets=("mathqa",), files={"mathqa": str(tmp_path / "test.json")}, limit=6, batch_size=4)
+    context = Context(
+        StudyConfig(train=STUDY.train, zero_shot=settings), Run("study", "zero_shot", "wd0", {}), RunDirectory(tmp_path / "zero"), {"model": run}
+    )
+    found = stage.run(context).sets["mathqa"]
+    task = zero_shot.harness_task("mathqa", rows)
+    assert task.doc_to_choice(rows[0]) == ["38", "27.675", "30", "data inadequate", "none of these"] and task.doc_to_target(rows[3]) == 3
+    assert found | {"cut": 0} == zero_shot.score_set("mathqa", theirs, rows[:6]) | {"cut": 0, "source": "files"} and found["n"] == 6
 
 
 def test_the_rows_have_the_published_sizes_and_the_harness_reads_them():

@@ -99,7 +99,9 @@ def test_text_and_tokens_are_those_of_transformers(folder):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     _, chat = open_reward_model(folder)
     rows, n_cut = chat.rows(PAIRS, 512)
-    assert n_cut == 0
+    doubled, _ = chat.rows(PAIRS, 8, faithful=True)
+    assert n_cut == 0 and doubled == [tokenizer(text)["input_ids"] for text in tokenizer.apply_chat_template(chats(PAIRS), tokenize=False)]
+    assert doubled == [row[:1] + row for row in rows]
     for (problem, completion), conversation, row in zip(PAIRS, chats(PAIRS), rows, strict=True):
         text = tokenizer.apply_chat_template(conversation, tokenize=False)
         assert chat.text(problem, completion) == text

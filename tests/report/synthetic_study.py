@@ -7,6 +7,7 @@ import numpy as np
 
 from plasticity_jax.config import (
     FinetuneConfig,
+    ForgettingConfig,
     GridConfig,
     ProbeConfig,
     ReportConfig,
@@ -46,6 +47,7 @@ class Planted:
     scorer: str = "none"
     zero_shot: tuple = ()
     finetune: FinetuneConfig = FinetuneConfig()
+    forgetting: float | None = None  # rise of the held-out loss after fine-tuning
 
 
 def config_of(planted: Planted) -> StudyConfig:
@@ -57,6 +59,7 @@ def config_of(planted: Planted) -> StudyConfig:
         finetune=planted.finetune,
         reward=RewardConfig(scorer=planted.scorer),
         zero_shot=ZeroShotConfig(sets=planted.zero_shot),
+        forgetting=ForgettingConfig(held_out_loss=planted.forgetting is not None),
         probe=ProbeConfig(sets=("topic",)),
         report=ReportConfig(bootstrap_samples=500),
     )
@@ -88,6 +91,7 @@ def _left_out(planted: Planted, run: Run, point: int) -> bool:
         "finetune": planted.after,
         "reward": planted.after,
         "zero_shot": planted.after,
+        "forgetting": planted.after,
     }
     values = (
         planted.after
@@ -310,7 +314,15 @@ def _zero_shot(path, run, planted, point, config):
     _finish(path, run, {"sets": found, "versions": {"lm_eval": "0"}, "seconds": 1.0})
 
 
+def _forgetting(path, run, planted, point, config):
+    loss = planted.loss[point] + planted.forgetting
+    domains = {d: {"loss": loss + shift, "bits_per_byte": loss / 2, "tokens": 1000} for d, shift in zip(DOMAINS, (-0.2, 0.2))}
+    held_out = {"loss": loss, "bits_per_byte": loss / 2, "domains": domains}
+    _finish(path, run, {"held_out": held_out, "seconds": 1.0})
+
+
 _WRITERS = {
+    "forgetting": _forgetting,
     "reward": _reward,
     "zero_shot": _zero_shot,
     "prepare": _prepare,

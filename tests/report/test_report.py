@@ -283,9 +283,17 @@ def test_inline_svg_prefixes_every_id_and_reference():
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    study = write_study(tmp_path_factory.mktemp("full"), Planted(scorer="log-probability", zero_shot=("piqa", "arc_easy")))
+    study = write_study(tmp_path_factory.mktemp("full"), Planted(scorer="log-probability", zero_shot=("piqa", "arc_easy"), forgetting=0.25))
     write_report(study)
     return study
+
+
+def test_the_rise_of_the_held_out_loss_is_after_less_before_by_domain(full):
+    """As planted: 0.25 nats in every domain; a row per fine-tuned member, task, and domain."""
+    rows, base = _rows(full, "held_out_rise"), {(row["member"], row["domain"]): float(row["loss"]) for row in _rows(full, "held_out")}
+    assert rows and all(float(row["loss_rise"]) == pytest.approx(0.25) for row in rows)
+    assert all(float(row["loss_before"]) == base[row["member"], row["domain"]] for row in rows)
+    assert len(rows) == len(collect(full).tasks) * len(base)
 
 
 def test_rewards_stand_beside_the_metrics_and_are_named(full):

@@ -18,7 +18,7 @@ from plasticity_jax.train.check import Measured, gib
 
 ROWS = [(f"tasks.{task}.verifier_rows", "20") for task in load_config(TINY, []).tasks]
 CONFIG = load_config(TINY, [("reward.scorer", "verifier"), ("reward.max_length", "128"), *ROWS])
-LIGHT = [("model.n_layers", "1"), ("finetune.length_buckets", "(32,)"), ("evaluate.prompt_buckets", "(32,)"), ("evaluate.batch_size", "16")]
+LIGHT = [("model.n_layers", "1"), ("finetune.length_buckets", "(32,)"), ("evaluate.max_length", "56"), ("evaluate.batch_size", "16")]
 VMAPPED = [("grid.mode", "vmapped"), ("grid.timescales", "(None, 0.2, 0.8, 4.0)")]
 
 

@@ -32,7 +32,7 @@ def test_parents_come_before_children_and_ids_are_unique():
         assert set(run.parents.values()) <= seen
         assert run.id not in seen
         seen.add(run.id)
-    assert {run.stage for run in runs} == set(stages()) - {"samples", "verifier", "reward", "zero_shot"}
+    assert {run.stage for run in runs} == set(stages()) - {"samples", "verifier", "reward", "zero_shot", "forgetting"}
 
 
 def test_every_member_is_scored_before_and_after_on_every_task():
@@ -268,6 +268,13 @@ def test_a_log_probability_is_that_of_the_model_that_wrote_unless_another_is_nam
         "scorer" in run.parents for run in graph(("reward.scorer", "log-probability"), ("reward.model", "nowhere")) if run.stage == "reward"
     )
     assert len(folders[0]) == 4 and folders[0] != folders[2]
+
+
+def test_held_out_text_is_scored_after_every_fine_tuning():
+    runs = graph(("forgetting.held_out_loss", "True"))
+    corpus, tuned = [run.id for run in runs if run.name == "corpus"], {run.id for run in of_stage(runs, "finetune")}
+    assert {run.parents["model"] for run in of_stage(runs, "forgetting")} == tuned
+    assert [run.parents["corpus"] for run in of_stage(runs, "forgetting")] == corpus * len(tuned)
 
 
 def test_the_zero_shot_suite_is_run_before_and_after_every_fine_tuning():

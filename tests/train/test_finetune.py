@@ -52,6 +52,25 @@ def test_it_learns_a_trivial_mapping(world: World, tuned):
             assert (model.tokenizer.decode(continuation) == answer) is right
 
 
+def test_held_out_loss_rises_after_fine_tuning(world: World, tuned):
+    """Of the base model the same number as at the end of pretraining; of the tuned one what NumPy makes of its logits on the same blocks."""
+    from plasticity_jax.data.loader import TokenRecords
+    from plasticity_jax.stages import forgetting
+
+    of = {}
+    for name in ("base", "tuned"):
+        parents = {"model": world.root / name, "corpus": world.corpus}
+        of[name] = world.stage(forgetting.run, Run("tiny", "forgetting", name, {}), world.root / f"forgetting-{name}", CONFIG, parents)["held_out"]
+    assert of["base"]["loss"] == pytest.approx(world.results["base"]["held_out"]["loss"], rel=1e-6)
+    split, model, tokens = TokenRecords(world.corpus / "tokens", "held_out"), load_model(world.root / "tuned"), CONFIG.train.held_out_tokens
+    for d, name in enumerate(split.domains):
+        blocks = split.tokens(np.flatnonzero(split.domain_of == d)[: tokens // CONFIG.train.seq_len])
+        logits = np.asarray(model(blocks[:, :-1], capture=())[0], np.float64)
+        nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, blocks[:, 1:, None], -1)[..., 0]
+        assert of["tuned"]["domains"][name]["loss"] == pytest.approx(nats.mean(), rel=1e-5)
+    assert of["tuned"]["loss"] > of["base"]["loss"] + 0.1  # thirty epochs of two answers
+
+
 def test_numbers_of_a_run(world: World, tuned):
     base, model = load_model(world.root / "base"), load_model(world.root / "tuned")
     flat = [np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(m.params)]) for m in (base, model)]

@@ -95,11 +95,13 @@ def build_task(
     needed = train_rows + verifier_rows
     rows = with_validation(build, name=name, wanted=validation_rows, needed=needed) if validation_rows else build(needed)
     for split, found in (("train", rows.train), ("test", rows.test)):
-        if not found:
+        if not found and (split == "test" or task.trained):
             way_out = "give files with rows that its filters keep" if task.sets else "use a held_out_fraction such as 0.1"
             raise UserError(
                 f"task {name!r} is left without {split} rows (held_out_fraction={held_out_fraction}, {rows.counts or 'no filters'}); {way_out}."
             )
+    if not task.trained:
+        return rows
     # If there are too few rows, the verifier gets the full number that the user asked for.
     n_train = min(train_rows, len(rows.train) - verifier_rows)
     if n_train < 1:

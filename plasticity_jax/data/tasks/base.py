@@ -112,7 +112,7 @@ class Task:
     Attributes:
       name: key of the task.
       grader: how answers are compared: "exact" (first word, case and punctuation ignored), "number" (equal as numbers), "math" (equal by math-verify),
-        "letter" (the letter of an option), or "likelihood" (nothing is generated: the most likely of the row's options is the answer).
+        "letter" (the letter of an option), "literal" (equal as Python values), "refusal" (whether it refuses), or "likelihood" (nothing is generated: the most likely of the row's options is the answer).
       labels: every possible answer, or () where the answer is open.
       packages: wheels the rows are read from, () for generated rows.
       chance_note: one line about the score of guessing.
@@ -121,6 +121,7 @@ class Task:
       published: training and test rows that its files hold once filtered, as published; None where they are not known. For estimates only.
       by_length: with grader "likelihood", whether the log-likelihood is divided by the option's length in characters (`acc_norm` of lm-evaluation-harness)
         for the reported accuracy.
+      trained: False for a test only, out of domain: no model is fine-tuned on it, and every base model and every fine-tuned model is tested on it.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Task:
     sets: tuple[str, ...] = ()
     published: tuple[int | None, int | None] = (None, None)
     by_length: bool = False
+    trained: bool = True
 
 
 def shuffled(rows: Iterable[T], seed: int) -> list[T]:

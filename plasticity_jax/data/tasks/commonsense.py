@@ -39,8 +39,8 @@ def piqa(doc: dict) -> Cloze:
 
 
 def arc(doc: dict) -> Cloze:
-    """ARC: a question and three to five answers."""
-    return Cloze(doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:").strip(), _stripped(doc["choices"]), doc["gold"])
+    """ARC: a question and three to five answers. The prompt is the original's, "Question: …" and "Answer:" on a line of its own."""
+    return Cloze(doc["query"].strip(), _stripped(doc["choices"]), doc["gold"])
 
 
 def winogrande_train(doc: dict) -> Cloze:
@@ -114,6 +114,7 @@ def _task(
     of_test: Callable[[dict], Cloze] | None = None,
     *,
     chance: str,
+    rows: tuple[int, int],
     by_length: bool = True,
 ) -> Task:
     return Task(
@@ -123,14 +124,23 @@ def _task(
         packages=(TRAIN_PACKAGE, PACKAGE),
         chance_note=f"choosing without looking is right in {chance}",
         build=partial(build, folder, test_variant, test_split, of_train, of_test or of_train),
+        published=rows,
         by_length=by_length,
     )
 
 
-HELLASWAG = _task("HellaSwag", "hellaswag", "rc_0shot", "validation", hellaswag, chance="a quarter of the rows")
+HELLASWAG = _task("HellaSwag", "hellaswag", "rc_0shot", "validation", hellaswag, chance="a quarter of the rows", rows=(39_905, 10_042))
 WINOGRANDE = _task(
-    "WinoGrande", "winogrande", "rc_0shot", "validation", winogrande_train, winogrande_test, chance="half of the rows", by_length=False
+    "WinoGrande",
+    "winogrande",
+    "rc_0shot",
+    "validation",
+    winogrande_train,
+    winogrande_test,
+    chance="half of the rows",
+    rows=(40_398, 1_267),
+    by_length=False,
 )
-PIQA = _task("PIQA", "piqa", "rc_0shot", "validation", piqa, chance="half of the rows")
-ARC_EASY = _task("ARC-Easy", "arc_easy", "test_rc_5shot", "test", arc, chance="a quarter of the rows")
-ARC_CHALLENGE = _task("ARC-Challenge", "arc_challenge", "test_rc_5shot", "test", arc, chance="a quarter of the rows")
+PIQA = _task("PIQA", "piqa", "rc_0shot", "validation", piqa, chance="half of the rows", rows=(16_113, 1_838))
+ARC_EASY = _task("ARC-Easy", "arc_easy", "test_rc_5shot", "test", arc, chance="a quarter of the rows", rows=(2_251, 2_376))
+ARC_CHALLENGE = _task("ARC-Challenge", "arc_challenge", "test_rc_5shot", "test", arc, chance="a quarter of the rows", rows=(1_119, 1_172))

@@ -17,7 +17,7 @@ EXAMPLES_AT_ONCE = 256
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
-# Column → what its values are: str, int, list[...] of one, or a dict of these for a struct.
+# Column → what its values are: str, int, bool, list[...] of one, or a dict of these for a struct.
 Columns = Mapping[str, Any]
 
 
@@ -163,6 +163,8 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and not _HALF_PAIR.search(value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if kind is bool:
+        return isinstance(value, bool)
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_is(part, get_args(kind)[0]) for part in value)
     return isinstance(value, dict) and all(name in value and _is(value[name], part) for name, part in kind.items())
@@ -177,7 +179,7 @@ def _describe(kind: Any) -> str:
         return f"a list of {_describe(get_args(kind)[0]).removeprefix('a ')}s"
     if isinstance(kind, dict):
         return "a struct of " + ", ".join(f"{name} ({_describe(part)})" for name, part in kind.items())
-    return {str: "a text", int: "a whole number"}[kind]
+    return {str: "a text", int: "a whole number", bool: "true or false"}[kind]
 
 
 def _short(value: Any) -> str:

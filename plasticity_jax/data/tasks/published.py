@@ -120,6 +120,14 @@ def build_rows(task: str, settings: RowSettings, train: Iterable[Row], test: Ite
     return Rows(drawn.rows(), examples, counts=totals)
 
 
+def build_test(settings: RowSettings, test: Iterable[Row]) -> Rows:
+    """Makes the rows of a task without training rows: as `build_rows`, with the counts of the test set without a prefix."""
+    counts: Counter[str] = Counter()
+    examples = shuffled((row.example for row in _counted(test, counts)), settings.seed)[: settings.test_rows]
+    counts["test"] = counts.pop("kept", 0)
+    return Rows([], examples, counts=dict(counts))
+
+
 def _counted(rows: Iterable[Row], counts: Counter[str]) -> Iterator[Candidate]:
     for row in rows:
         counts["read"] += 1
