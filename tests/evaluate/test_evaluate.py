@@ -22,7 +22,7 @@ from plasticity_jax.evaluate import evaluate
 from plasticity_jax.evaluate.generate import Completion
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.transformer import init_params
-from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.directory import DONE, RunDirectory
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import evaluate as stage
 from plasticity_jax.stages.stage import Context
@@ -160,6 +160,7 @@ def test_members_together_write_what_each_writes_alone_also_after_kills(context,
     shutil.rmtree(other / "checkpoints")
     with Checkpoints(other / "checkpoints") as checkpoints:
         checkpoints.save(0, init_params(CONFIG.model, 1))
+    RunDirectory(other).finish({})
     both = [context, dataclasses.replace(context, parents=context.parents | {"model": other})]
     alone = [_evaluated(one, tmp_path / f"alone{number}") for number, one in enumerate(both)]
     assert alone[0] != alone[1]
@@ -210,6 +211,7 @@ def test_prompts_begin_with_the_beginning_of_text_in_faithful_studies_only(conte
     monkeypatch.setattr(
         evaluate, "completions", lambda model, prompts, **options: read.extend(prompts) or [(range(len(prompts)), [[one] * 5 for _ in prompts])]
     )
+    (context.directory.path / DONE).unlink(missing_ok=True)
     with context.directory.work(context.run, context.config) as directory:
         stage.run(Context(dataclasses.replace(CONFIG, faithful=faithful), context.run, directory, context.parents))
     (context.parents["model"] / "tokenizer_config.json").unlink()
@@ -227,10 +229,14 @@ def test_prompts_begin_as_the_tokenizer_begins_a_text_outside_faithful_studies(c
     monkeypatch.setattr(
         evaluate, "completions", lambda model, prompts, **options: read.extend(prompts) or [(range(len(prompts)), [[Completion([2], True)] * 5] * 9)]
     )
+    model = RunDirectory(context.parents["model"])
     path.write_text(ruled.to_str())
+    model.finish(model.results())
+    (context.directory.path / DONE).unlink(missing_ok=True)
     with context.directory.work(context.run, context.config) as directory:
         stage.run(Context(dataclasses.replace(CONFIG, faithful=faithful), context.run, directory, context.parents))
     path.write_text(plain)
+    model.finish(model.results())
     assert read == [ruled.encode(f"Human: Text {i}?\nAssistant:", add_special_tokens=not faithful).ids for i in range(9)]
     assert read[0][0] == 1 or faithful
 
