@@ -12,7 +12,7 @@ from worlds import CONFIG, OF_LOSSES, OF_PARAMS, TRAIN, World, change
 
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.load import load_model
-from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.directory import DONE, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json, read_jsonl, to_json
 from plasticity_jax.runs.storage import location, upload
 from plasticity_jax.train import loop
@@ -245,6 +245,7 @@ def test_a_diverged_run_is_a_result(world: World, monkeypatch, peak_lr, max_loss
     assert RunDirectory(world.root / name).state() == ("diverged", result["diverged"])
     monkeypatch.undo()
     # Started again before it was marked as done, it does not train a second time.
+    (world.root / name / DONE).unlink()
     again = world.pretrain({name: 0.0}, config)[0]
     assert to_json(again) == to_json(result)
 
