@@ -29,6 +29,7 @@ class Measure:
       items: what they are, in words; empty where they do not stand for others of their kind, as heads do not.
       delta: a difference up to this counts as none.
       unit: of the number.
+      absent: (member) → why a member that has results has no number, in words; None where it has one.
       within: (results, member → weight) → variance of the weighted sum within one pretraining run, where items do not give it; None if unknown.
     """
 
@@ -38,6 +39,7 @@ class Measure:
     delta: float
     unit: str = ""
     within: "Callable[[StudyResults, list[tuple[MemberResults, float]]], float | None] | None" = None
+    absent: Callable[[MemberResults], str | None] | None = None
 
     def finite(self, member: MemberResults) -> list[np.ndarray] | None:
         """The groups as numbers; None where one is missing, empty or not finite."""
@@ -139,8 +141,10 @@ def left_out(results: StudyResults, measure: Measure, points: Sequence[Any]) -> 
     """Which results at these points cannot be used and why, as sentences with a space before each; empty where all can."""
     members = [m for point in points for m in results.at(point)]
     broken = [m.name for m in members if measure.groups(m) and measure.finite(m) is None]
-    missing = [m.name for m in members if not measure.groups(m)]
+    gone = {m.name: why for m in members if measure.absent is not None and (why := measure.absent(m)) is not None}
+    missing = [m.name for m in members if not measure.groups(m) and m.name not in gone]
     said = f" Not a finite number, so left out: {', '.join(broken)}." if broken else ""
+    said += f" Left out: {'; '.join(f'{name} ({why})' for name, why in gone.items())}." if gone else ""
     return said + (f" No result: {', '.join(missing)}." if missing else "")
 
 

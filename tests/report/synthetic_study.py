@@ -39,6 +39,7 @@ class Planted:
     validation: tuple = ()  # empty: the tasks have no validation rows
     rank_qk: tuple = (0.80, 0.70, 0.50, 0.30)
     rank_vo: tuple = (0.85, 0.84, 0.83, 0.80)
+    norm_qk: tuple = (4.0, 3.0, 2.0, 1.0)  # Frobenius norm of W_QK, whose noise floor is 0.1
     gap: tuple = (0.50, 0.40, 0.20, 0.05)
     probe: tuple = (0.60, 0.64, 0.70, 0.74)
     control_passes: bool = True
@@ -244,7 +245,11 @@ def _probe(path, run, planted, point, config):
 
 def _spectra(path, run, planted, point, config):
     wobble = 0.02 * np.sin(np.arange(config.model.n_layers * config.model.n_heads) * (1 + point)).reshape(config.model.n_layers, config.model.n_heads)
-    results = {name: {"pseudo_rank": rank[point] + wobble} for name, rank in (("W_QK", planted.rank_qk), ("W_VO", planted.rank_vo))}
+    norms = {"W_QK": planted.norm_qk[point % len(planted.norm_qk)], "W_VO": 2.0}
+    results = {
+        name: {"pseudo_rank": rank[point] + wobble, "frobenius_norm": norms[name] + 0 * wobble, "noise_floor": 0.1 + 0 * wobble}
+        for name, rank in (("W_QK", planted.rank_qk), ("W_VO", planted.rank_vo))
+    }
     _finish(path, run, results | {"mass": 0.95, "power": 1, "fold_norms": False, "norm_gains": {}, "seconds": 1.0})
 
 

@@ -10,6 +10,8 @@ from plasticity_jax.config import GridConfig
 from plasticity_jax.report import verdicts as rules
 from plasticity_jax.report.effects import difference, pairwise_rows
 from plasticity_jax.report.results import collect
+from plasticity_jax.report.sentences import warnings
+from plasticity_jax.report.tables import summary_rows, tables
 from plasticity_jax.report.verdicts import CANNOT_TELL, CONTRADICTS, NO_EFFECT, ONE_RUN, SUPPORTS, score_measure
 from plasticity_jax.stages.gap import gap_measure
 
@@ -36,6 +38,10 @@ CASES = [
     ("query_key_rank_falls", Planted(rank_qk=(0.80, 0.80, 0.80, 0.80), rank_vo=(0.8, 0.8, 0.8, 0.8)), NO_EFFECT),
     # The last λ is ruined, and what is left of its W_QK has full rank: it does not count.
     ("query_key_rank_falls", Planted(loss=(3.20, 3.15, 3.18, 4.5), rank_qk=(0.80, 0.70, 0.50, 0.95)), SUPPORTS),
+    # So it is within the useful range, where W_QK has vanished.
+    ("query_key_rank_falls", Planted(rank_qk=(0.80, 0.70, 0.50, 0.95), norm_qk=(4.0, 3.0, 2.0, 0.1)), SUPPORTS),
+    ("query_key_rank_falls", Planted(rank_qk=(0.80, 0.70, 0.50, 0.95), norm_qk=(4.0, 3.0, 2.0, 0.11)), CONTRADICTS),
+    ("query_key_rank_falls", Planted(norm_qk=(4.0, 0.1, 0.1, 0.1)), CANNOT_TELL),  # one λ is left
     ("gap_falls", Planted(gap=(0.50, 0.40, 0.20, 0.05)), SUPPORTS),
     ("gap_falls", Planted(gap=(0.05, 0.20, 0.40, 0.50)), CONTRADICTS),
     ("gap_falls", Planted(gap=(0.50, 0.30, 0.45, 0.05)), CANNOT_TELL),  # not monotone
@@ -88,6 +94,20 @@ def test_a_second_seed_that_has_not_finished_leaves_one_run(tmp_path):
     twice = {name: getattr(Planted(), name) * 2 for name in ("before", "rank_qk", "rank_vo", "gap", "probe")}
     planted = Planted(loss=(3.30, 3.20, 3.10, 3.15) * 2, after=(0.60, 0.65, 0.75, 0.80) + (None,) * 4, grid=grid, **twice)
     assert decided(tmp_path, "gain_rises", planted).verdict == ONE_RUN
+
+
+def test_a_product_that_has_vanished_is_named_and_has_no_rank(tmp_path):
+    results = collect(write_study(tmp_path, Planted(rank_qk=(0.80, 0.70, 0.50, 0.95), norm_qk=(4.0, 3.0, 2.0, 0.05), seeds=SEEDS)))
+    [decide] = [one for one in rules.rules() if one.__name__ == "query_key_rank_falls"]
+    evidence = decide(results).evidence
+    assert "Left out: wd2 (W_QK has vanished: 12 of 12 heads at the noise floor, mean norm 0.05, floor 0.1); wd2-s1" in evidence
+    assert "0.95" not in evidence and "No result" not in evidence
+    assert "W_QK has vanished in wd2, wd2-s1, wd2-s2: its norm" in " ".join(warnings(results))
+    assert [row["W_QK pseudo-rank"] is None for row in summary_rows(results)[:4]] == [False, False, False, True]
+    ranks = [row for row in tables()["ranks"].rows(results) if row["product"] == "W_QK"]
+    assert {(row["weight_decay"], row["vanished"]) for row in ranks} == {(0.0, "no"), (0.1, "no"), (0.5, "no"), (2.0, "yes")}
+    assert all((row["pseudo_rank"] is None) == (row["vanished"] == "yes") for row in ranks)
+    assert {row["finetuned_on"] for row in ranks} == {"(base)", "topic", "sentiment"}
 
 
 def noisy(**changed):
