@@ -7,8 +7,10 @@ import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator
 
 from plasticity_jax.report.results import MemberResults, StudyResults
 from plasticity_jax.study.sweep import DECAY, PEAK_LR
@@ -132,6 +134,28 @@ def _legend_columns(labels: Sequence[str]) -> int:
         if sum(widths) <= LEGEND_CHARACTERS:
             return columns
     return 1
+
+
+def marked_values(picture: Figure) -> dict[str, list[str]]:
+    """Gives every line with markers an id for the SVG. Returns the id → what to show over each marker: the line's name, x and y."""
+    found, ticks, axis = {}, {}, ""
+    for axes in reversed(picture.axes):  # panels above the last have its ticks without their texts
+        texts = [text.get_text().split("\n")[0] for text in axes.get_xticklabels()]
+        ticks |= {round(float(place), 9): text for place, text in zip(axes.get_xticks(), texts) if text}
+    for i, axes in reversed(list(enumerate(picture.axes))):
+        axis = axes.get_xlabel().split(" (")[0].split(";")[0] or axis
+        of_bars = {container[0]: str(container.get_label()) for container in axes.containers if isinstance(container, ErrorbarContainer)}
+        for j, line_ in enumerate(axes.lines):
+            if line_.get_marker() not in ("None", "", " ", "_", "|", None):
+                line_.set_gid(f"values-{i}-{j}")
+                label = of_bars.get(line_, str(line_.get_label()))
+                named = "" if label.startswith("_") else f"{label}: "
+                x, y = np.asarray(line_.get_xdata(), np.float64), np.asarray(line_.get_ydata(), np.float64)
+                places = sorted(ticks) if isinstance(axes.xaxis.get_major_locator(), FixedLocator) else []
+                nearest = [min(places, key=lambda place: abs(place - a)) if places else None for a in x]  # some markers stand a little to the side
+                texts = [f"{axis} {f'{a:.4g}' if place is None else ticks[place]}".strip() for a, place in zip(x, nearest)]
+                found[f"values-{i}-{j}"] = [f"{named}{b:.4g} at {text}" for text, b in zip(texts, y)]
+    return found
 
 
 def seed_means(axes: Axes, results: StudyResults, value: Callable[[MemberResults], float | None], color_: str) -> dict[Any, float]:

@@ -1,5 +1,7 @@
 """The page of a study: one self-contained index.html, figures as PNG and SVG, numbers as CSV. Works on partial studies too."""
 
+import base64
+import hashlib
 import io
 import itertools
 import json
@@ -19,12 +21,12 @@ from plasticity_jax.evaluate.metrics import macro_average
 from plasticity_jax.progress import Progress
 from plasticity_jax.report.browse import completions
 from plasticity_jax.report.comparisons import metric_interval
-from plasticity_jax.report.drawing import STYLE
+from plasticity_jax.report.drawing import STYLE, marked_values
 from plasticity_jax.report.effects import pairwise_rows
 from plasticity_jax.report.figures import draw_figure, figures
 from plasticity_jax.report.results import MemberResults, Score, StudyResults, collect
 from plasticity_jax.report.sentences import answer, prepared_name, slice_answer, warnings
-from plasticity_jax.report.tables import columns, summary_rows, summary_table, tables, to_csv
+from plasticity_jax.report.tables import columns, summary_rows, summary_table, tables, to_csv, to_tex
 from plasticity_jax.report.verdicts import Verdict, verdicts
 from plasticity_jax.runs.directory import COMPLETIONS
 from plasticity_jax.runs.jsonfiles import to_json
@@ -72,7 +74,7 @@ class Part:
 
 
 def write_report(study_dir: AnyPath) -> AnyPath:
-    """Writes `<study_dir>/report/`: index.html, figures/*.png, figures/*.svg, tables/*.csv.
+    """Writes `<study_dir>/report/`: index.html, figures/*.png, figures/*.svg, tables/*.csv, tables/*.tex.
 
     Every file is replaced as a whole, the page last: a reader sees the old page or the new one. What earlier reports left behind and this one
     does not have is removed.
@@ -93,14 +95,16 @@ def write_report(study_dir: AnyPath) -> AnyPath:
             for name, figure in figures().items():
                 if figure.available(part.results) and not (part.repeats and figure.of_base):
                     picture, full = draw_figure(part.results, name), part.prefix + name
+                    values = marked_values(picture)
                     svg = render(picture, "svg").decode()
-                    part.drawn[name] = inline_svg(svg, full, f"{figure.title}. {figure.text(part.results)}")
+                    part.drawn[name] = inline_svg(svg, full, f"{figure.title}. {figure.text(part.results)}", values)
                     written.add(_replace(out / "figures" / f"{full}.svg", svg.encode()))
                     written.add(_replace(out / "figures" / f"{full}.png", render(picture, "png")))
                 progress.update(1, note=part.prefix + name)
         numbers = numbers_of(results, parts)
         for name, rows in numbers.items():
             written.add(_replace(out / "tables" / f"{name}.csv", to_csv(rows).encode()))
+            written.add(_replace(out / "tables" / f"{name}.tex", to_tex(rows).encode()))
         progress.update(1, note="tables")
         page = render_page(results, parts, numbers)
         written.add(_replace(out / "index.html", page.encode()))
@@ -150,9 +154,15 @@ def render(picture: Figure, kind: str) -> bytes:
     return out.getvalue()
 
 
-def inline_svg(svg: str, name: str, description: str) -> Markup:
-    """An SVG to stand inside a page: its ids prefixed by `name`, so that figures do not mix up each other's, its size left to the page."""
+def inline_svg(svg: str, name: str, description: str, values: dict[str, list[str]] | None = None) -> Markup:
+    """An SVG to stand inside a page: its ids prefixed by `name`, so that figures do not mix up each other's, its size left to the page.
+
+    Args:
+      values: id of a line → what a pointer over each of its markers shows, as `marked_values` gives it.
+    """
     svg = svg[svg.index("<svg") :]
+    for gid, texts in (values or {}).items():
+        svg = _with_titles(svg, gid, texts)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
@@ -161,6 +171,17 @@ def inline_svg(svg: str, name: str, description: str) -> Markup:
     head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
     label = Markup.escape(description)
     return Markup(f'{head} role="img" aria-label="{label}">{body}')
+
+
+def _with_titles(svg: str, gid: str, texts: list[str]) -> str:
+    """Titles for the markers of a line, which browsers show on hover; none where some markers lie outside the figure."""
+    start = svg.find(f'<g id="{gid}">')
+    line = re.compile(r"<g id=.*?</g>\n? *</g>", re.DOTALL).match(svg, start) if start >= 0 else None
+    if line is None or line[0].count("<use ") != len(texts):
+        return svg
+    left = iter(texts)
+    titled = re.sub(r"<use ([^>]*)/>", lambda use: f"<use {use[1]}><title>{Markup.escape(next(left))}</title></use>", line[0])
+    return svg[:start] + titled + svg[line.end() :]
 
 
 def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str, Rows]) -> str:
@@ -181,8 +202,11 @@ def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str,
         "spoken": lambda part: " ".join(slice_answer(part.results, part.verdicts)),
     }
     folder, macro = files("plasticity_jax.report"), macro_rows(results)
+    script = "\n" + (folder / "sort.js").read_text(encoding="utf-8")
     return environment.from_string((folder / "template.html").read_text(encoding="utf-8")).render(
         css=Markup((folder / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         results=results,
         config=results.config,
         answer=" ".join(answer(results, parts[0].verdicts)),
@@ -248,10 +272,11 @@ def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
         cells = [
             {"pair": (_metric(before, name), _metric(after, name)), "interval": _interval(after, name, results.config.report)} for name in metrics
         ]
+        links = tuple(None if score is None else _completions_link(results, score) for score in (before, after))
         cells += [
             {"pair": tuple(None if score is None else score.failures[name] for score in (before, after)), "interval": None} for name in FAILURES
         ]
-        rows.append({"member": m, "cells": cells})
+        rows.append({"member": m, "cells": cells, "links": links})
     return {
         "name": task,
         "learned": task in results.learned,
@@ -264,6 +289,12 @@ def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
         "problems": len(scores[0].greedy) if scores else None,
         "train_rows": summary.get("rows", {}).get("train"),
     }
+
+
+def _completions_link(results: StudyResults, score: Score) -> str | None:
+    """Where the completions behind a score lie, seen from the page: those of the first fine-tuning seed."""
+    file = score.runs[0] / COMPLETIONS
+    return f"../{file.relative_to(results.path).as_posix()}" if file.is_file() else None
 
 
 def _metric(score: Score | None, name: str) -> float | None:

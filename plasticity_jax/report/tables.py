@@ -1,8 +1,9 @@
-"""A study's numbers as rows: for the terminal, for CSV files, for the page. A missing number is None, and an empty cell in CSV."""
+"""A study's numbers as rows: for the terminal, for CSV and LaTeX files, for the page. A missing number is None, and an empty cell in CSV."""
 
 import csv
 import io
 from dataclasses import replace
+from typing import Any
 
 from plasticity_jax.report.results import StudyResults, collect
 from plasticity_jax.runs.storage import AnyPath
@@ -61,3 +62,48 @@ def to_csv(rows: Rows) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+TEX_ROWS = 40  # of a table on one page; longer ones break over pages
+_TEX = {
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}"},
+    **{"|": r"\textbar{}", '"': r"\textquotedbl{}", "'": r"\textquotesingle{}", "`": r"\textasciigrave{}", "-": "{-}", "\u2212": "$-$"},
+    **{"λ": r"$\lambda$", "δ": r"$\delta$", "→": r"$\to$", "·": r"$\cdot$", "×": r"$\times$", "±": r"$\pm$", "≤": r"$\leq$", "≥": r"$\geq$"},
+    **{"–": "--", "’": "'", "‘": "`", "“": "``", "”": "''", "∞": r"$\infty$", "ᵀ": r"$^\top$", "‖": r"$\|$"},
+}
+
+
+def tex_escaped(text: str) -> str:
+    """Text as LaTeX prints it; line breaks and runs of spaces become one space."""
+    return "".join(_TEX.get(c, c) for c in " ".join(text.split()))
+
+
+def to_tex(rows: Rows) -> str:
+    """Rows as a LaTeX table with booktabs' rules (packages booktabs and textcomp; longtable beyond 40 rows); numbers in four digits, aligned to the right."""
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    if not names:
+        return "% no rows\n"
+    numeric = [all(_is_number(row.get(name)) or row.get(name) is None for row in rows) for name in names]
+    kind = "longtable" if len(rows) > TEX_ROWS else "tabular"
+    head = " & ".join(map(tex_escaped, names)) + r" \\"
+    lines = [rf"\begin{{{kind}}}{{{''.join('r' if one else 'l' for one in numeric)}}}", r"\toprule", head, r"\midrule"]
+    lines += [r"\endhead", r"\bottomrule", r"\endfoot"] if kind == "longtable" else []
+    lines += [" & ".join(_tex_cell(row.get(name)) for name in names) + r" \\" for row in rows]
+    lines += [] if kind == "longtable" else [r"\bottomrule"]
+    return "\n".join([*lines, rf"\end{{{kind}}}", ""])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _tex_cell(value: Any) -> str:
+    if value is None:
+        return "--"
+    if not _is_number(value):
+        return tex_escaped(", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value))
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    digits, _, power = text.partition("e")
+    power = rf" \times 10^{{{int(power)}}}" if power else ""
+    return f"${digits}{power}$" if power or digits.startswith("-") else tex_escaped(digits)

@@ -268,7 +268,8 @@ def _draw_over_points(results: "StudyResults") -> "Drawing":
             for point in results.points
             if point not in means and (found := [v for m in results.at(point) if (v := mean_of(product, "pseudo_rank")(m)) is not None])
         }
-        drawing.line(panels[0], results, gone, color=color, marker="x", linestyle="none", label=f"{product}, vanished")
+        if gone:
+            drawing.line(panels[0], results, gone, color=color, marker="x", linestyle="none", label=f"{product}, vanished")
         for task in tuned:
             after = {
                 p: float(np.mean(found))
@@ -281,7 +282,7 @@ def _draw_over_points(results: "StudyResults") -> "Drawing":
         for name, style in (("frobenius_norm", "-"), ("noise_floor", ":")):
             found = {p: v for p in results.points if (v := results.mean(p, mean_of(product, name))) is not None and v > 0}
             label = f"{product}, {'norm' if name == 'frobenius_norm' else 'noise floor'}"
-            drawing.line(panels[1], results, found, color=color, linestyle=style, marker=drawing.MARKERS[i], label=label)
+            drawing.line(panels[1], results, found, color=color, linestyle=style, marker=drawing.MARKERS[i] if style == "-" else None, label=label)
     panels[0].set_title("Pseudo-rank")
     panels[0].set_ylim(0, 1.03)
     panels[0].set_ylabel("mean over heads")
@@ -318,7 +319,8 @@ def _draw_heads(results: "StudyResults") -> "Drawing":
             below = results.mean(point, lambda m: at_noise_floor(m, product))
             if below is not None:
                 layers, heads = np.nonzero(below > 0.5)
-                axes.plot(heads + 1, layers + 1, "x", color="white", markersize=4)
+                for color, width in (("white", 2.4), (drawing.INK, 1.0)):
+                    axes.plot(heads + 1, layers + 1, "x", color=color, markersize=4, markeredgewidth=width)
             axes.set_title(f"{product}, {results.axis.equation(point)}")
             axes.grid(visible=False)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

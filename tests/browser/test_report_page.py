@@ -61,7 +61,8 @@ def _chromium(tmp_path: Path, *arguments: str) -> str:
 
 def _measure(page: Path, tmp_path: Path, width: int) -> dict:
     """Opens a copy of the page, with the script above, in a frame of this width: a headless window cannot be as narrow as a phone."""
-    (tmp_path / "copy.html").write_text(page.read_text(encoding="utf-8").replace("</body>", MEASURE), encoding="utf-8")
+    text = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text(encoding="utf-8"))  # the page's own policy would refuse the script
+    (tmp_path / "copy.html").write_text(text.replace("</body>", MEASURE), encoding="utf-8")
     frame = f"""<!DOCTYPE html><body style="margin:0">
     <iframe src="copy.html" style="width:{width}px;height:900px;border:0"></iframe><pre id="out"></pre>
     <script>addEventListener("message", e => document.getElementById("out").textContent = "RESULT" + e.data + "END")</script></body>"""
@@ -93,6 +94,44 @@ def test_page_fits_its_width(pages, tmp_path, which, width, columns):
     assert all(w > 250 and h > 150 for w, h in found["figures"])
     assert found["loaded"] == []
     assert found["smallest"] >= 10
+
+
+SORT = """
+<script>
+addEventListener("load", () => {
+  const table = document.querySelector("#members table"), header = [...table.tHead.rows[0].cells].find(c => c.textContent.startsWith("held-out loss"));
+  const column = () => [...table.tBodies[0].rows].map(r => r.cells[header.cellIndex].textContent);
+  const found = [column()];
+  for (let i = 0; i < 2; i++) {
+    const button = header.querySelector("button");
+    button.focus();
+    found.push(document.activeElement === button);
+    button.click();
+    found.push(header.getAttribute("aria-sort"), column());
+  }
+  document.body.textContent = "RESULT" + JSON.stringify(found) + "END";
+});
+</script></body>
+"""
+
+
+def test_headers_sort_a_column_and_say_so(tmp_path):
+    page = write_report(write_study(tmp_path / "study", Planted(loss=(3.3, None, 3.1, 3.2)), stages=("prepare", "init", "pretrain")))
+    text = page.read_text(encoding="utf-8")
+    assert "RESULT" not in _chromium(tmp_path, "--virtual-time-budget=5000", "--dump-dom", page.as_uri())
+    refused = tmp_path / "refused.html"
+    refused.write_text(text.replace("</body>", SORT), encoding="utf-8")
+    dom = _chromium(tmp_path, "--virtual-time-budget=5000", "--dump-dom", refused.as_uri())
+    assert "RESULT[" not in dom, "the policy lets a script in that is not the page's own"
+    assert "<button" in dom, "and refuses the page's own"
+    copy = tmp_path / "copy.html"
+    copy.write_text(re.sub(r"<meta http-equiv=[^>]*>", "", text).replace("</body>", SORT), encoding="utf-8")
+    found = re.search("RESULT(.*?)END", _chromium(tmp_path, "--virtual-time-budget=5000", "--dump-dom", copy.as_uri()))
+    assert found and json.loads(found[1]) == [
+        ["3.300", "–", "3.100", "3.200"],
+        *(True, "ascending", ["3.100", "3.200", "3.300", "–"]),
+        *(True, "descending", ["3.300", "3.200", "3.100", "–"]),
+    ]
 
 
 def test_screenshots_show_something(pages, tmp_path):

@@ -1,6 +1,8 @@
 """The page holds every section, loads nothing, shows no number for what has none, and its CSV files equal the stages' results."""
 
+import base64
 import csv
+import hashlib
 import html.parser
 import json
 import os
@@ -24,6 +26,7 @@ from plasticity_jax.report.page import (
     summary_table,
     write_report,
 )
+from plasticity_jax.report.tables import to_tex
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 
@@ -38,7 +41,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.ids, self.loads, self.links, self.text, self.open = [], [], [], "", []
+        self.ids, self.loads, self.links, self.scripts, self.text, self.script, self.open, self.policy = [], [], [], [], "", "", [], ""
         self.feed(text)
         assert not self.open
 
@@ -50,7 +53,11 @@ class Page(html.parser.HTMLParser):
                 self.loads.append(value)
             if name == "href" and tag == "a":
                 self.links.append(value)
-        assert tag != "script"
+        if tag == "script":
+            assert not attributes and "script" not in self.scripts  # one, inline
+            self.scripts.append(tag)
+        if ("http-equiv", "Content-Security-Policy") in attributes:
+            self.policy = dict(attributes)["content"]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -63,7 +70,9 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] == "script":
+            self.script += data
+        elif self.open and self.open[-1] not in ("style", "title"):
             self.text += data
 
 
@@ -111,6 +120,50 @@ def test_page_is_self_contained(study, page):
     assert len(text) < 3_000_000
     for link in page.links:
         assert (link[1:] in page.ids) if link.startswith("#") else (study / "report" / link).is_file(), link
+
+
+def test_the_policy_allows_the_pages_own_script_and_nothing_from_elsewhere(page):
+    digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
+    assert page.policy.split("; ") == ["default-src 'none'", "img-src data:", "style-src 'unsafe-inline'", f"script-src 'sha256-{digest}'"]
+
+
+def test_numbers_lead_to_their_completions(study, page):
+    files = [link for link in page.links if link.endswith("completions.jsonl")]
+    assert len(files) == len(set(files)) == 4 * 2 * len(PROBLEMS)
+    assert all("/evaluate/" in os.fspath((study / "report" / link).resolve()) for link in files)
+
+
+def test_markers_show_their_value_on_hover(study, page):
+    text = (study / "report" / "index.html").read_text(encoding="utf-8")
+    figure = text[text.index('id="figure-scores"') :]
+    titles = re.findall(r"<use [^>]*><title>([^<]*)</title></use>", figure[: figure.index("</figure>")])
+    for name, values in (("after", (0.6, 0.65, 0.75, 0.8)), ("before", (0.1,) * 4)):
+        expected = [f"{name}: {y:.4g} at weight decay λ {x}" for x, y in zip((0, 0.1, 0.5, 2), values)]
+        assert [title for title in titles if title.startswith(name)] == 2 * expected  # of both tasks
+
+
+def test_latex_has_every_special_character_escaped():
+    special = r"a_b & 5% #1 $x$ {y} ~ ^ \alpha <b> | λ → − “q” it's"
+    text = to_tex([{"na_me": special, "n": 3, "x": -1.25e-7, "y": 0.5}, {"na_me": "two\nlines", "n": None, "x": 2.0}])
+    assert text.splitlines() == [
+        r"\begin{tabular}{lrrr}",
+        r"\toprule",
+        r"na\_me & n & x & y \\",
+        r"\midrule",
+        r"a\_b \& 5\% \#1 \$x\$ \{y\} \textasciitilde{} \textasciicircum{} \textbackslash{}alpha \textless{}b\textgreater{} \textbar{} "
+        r"$\lambda$ $\to$ $-$ ``q'' it\textquotesingle{}s & 3 & $-1.25 \times 10^{-7}$ & 0.5 \\",
+        r"two lines & -- & 2 & -- \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    assert to_tex([]) == "% no rows\n"
+    long = to_tex([{"n": i} for i in range(41)])
+    assert long.startswith(r"\begin{longtable}{r}") and long.count(r"\bottomrule") == 1 and len(re.findall(r"^\d+ \\\\$", long, re.M)) == 41
+
+
+def test_every_csv_file_has_its_latex(study, page):
+    names = {file.stem for file in (study / "report" / "tables").glob("*.csv")}
+    assert names and names == {file.stem for file in (study / "report" / "tables").glob("*.tex")}
 
 
 def test_references_inside_figures_resolve(study, page):
