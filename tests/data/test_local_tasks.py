@@ -232,7 +232,7 @@ def test_commonsense_formats_are_the_papers(commonsense):
     assert (row.prompt, row.response) == ("When boiling butter, when it's ready, you can", "Pour it into a jar")
     row = by_id["arc_easy-train:Mercury_7220990"]
     assert (row.prompt, row.response) == (
-        "Which factor will most likely cause a person to develop a fever?",
+        "Question: Which factor will most likely cause a person to develop a fever?\nAnswer:",
         "a bacterial population in the bloodstream",
     )
     row = by_id["hellaswag-train:4"]
