@@ -30,7 +30,7 @@ from plasticity_jax.report.tables import columns, summary_rows, summary_table, t
 from plasticity_jax.report.verdicts import Verdict, verdicts
 from plasticity_jax.runs.directory import COMPLETIONS
 from plasticity_jax.runs.jsonfiles import to_json
-from plasticity_jax.runs.storage import AnyPath, location, make_folder, write_bytes
+from plasticity_jax.runs.storage import AnyPath, location, make_folder, relative, write_bytes
 from plasticity_jax.stages import number
 from plasticity_jax.stages.evaluate import correlation_rows, macro_rows
 from plasticity_jax.stages.stage import Rows
@@ -294,7 +294,7 @@ def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
 def _completions_link(results: StudyResults, score: Score) -> str | None:
     """Where the completions behind a score lie, seen from the page: those of the first fine-tuning seed."""
     file = score.runs[0] / COMPLETIONS
-    return f"../{file.relative_to(results.path).as_posix()}" if file.is_file() else None
+    return f"../{relative(file, results.path)}" if file.is_file() else None
 
 
 def _metric(score: Score | None, name: str) -> float | None:

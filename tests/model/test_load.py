@@ -5,7 +5,8 @@ import pytest
 from plasticity_jax.config import ModelConfig, StudyConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.model import Checkpoints, apply, init_params, load_model
-from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.directory import DONE, RunDirectory
+from plasticity_jax.runs.jsonfiles import write_json
 from plasticity_jax.runs.run import Run
 
 CONFIG = ModelConfig(vocab_size=300, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=8)
@@ -123,6 +124,10 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
     else:
         data[len(data) // 2] ^= 0xFF
         largest.write_bytes(data)
+    if damage != "flip":  # of arrays, only the lengths are looked at when a run is opened
+        with pytest.raises(UserError, match="since the run finished.* delete .* and run again"):
+            load_model(path)
+    write_json(path / DONE, {"diverged": ""})  # as one from before there were checksums
     with pytest.raises(UserError, match="checkpoint .*/checkpoints/0 cannot be read .* delete the run's directory") as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
