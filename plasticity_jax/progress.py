@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 log = logging.getLogger("plasticity_jax")
 
-LOG_EVERY_SECONDS = 10.0
+SHOW_AFTER_SECONDS, LOG_EVERY_SECONDS = 2.0, 10.0
 
 checks: list[Callable[[], None]] = []  # called at every update, in the thread that works; one raises to end the work
 
@@ -15,7 +15,7 @@ checks: list[Callable[[], None]] = []  # called at every update, in the thread t
 class Progress:
     """Shows how far a wait has come, its rate and the time left.
 
-    On a terminal this is a tqdm bar on standard error; elsewhere a log line every ten seconds, the first after two seconds, and one at the end.
+    On a terminal this is a tqdm bar on standard error, elsewhere a log line every ten seconds and one at the end; either only after two seconds.
 
     Args:
       what: what is being done, in the user's words ("pretrain wd0.1").
@@ -30,7 +30,7 @@ class Progress:
         self.note = ""
         self._bar = None
         self._start = time.monotonic()
-        self._next_line = self._start + 2.0
+        self._next_line = self._start + SHOW_AFTER_SECONDS
 
     def __enter__(self) -> "Progress":
         if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
@@ -44,6 +44,7 @@ class Progress:
                 unit_scale=True,
                 leave=None,  # one within another, such as a held-out loss during training, goes when it is done
                 dynamic_ncols=True,
+                delay=SHOW_AFTER_SECONDS,
                 file=sys.stderr,
             )
         return self
@@ -64,7 +65,7 @@ class Progress:
     def __exit__(self, kind, value, traceback) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif kind is None and time.monotonic() - self._start > 2.0:
+        elif kind is None and time.monotonic() - self._start > SHOW_AFTER_SECONDS:
             log.info(self._line(final=True))
 
     def _line(self, final: bool = False) -> str:

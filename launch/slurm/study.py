@@ -6,7 +6,7 @@ launch/slurm/study.py --config C --workdir W --out jobs --options="--partition=g
 jobs/submit.sh [--dry-run]
 
 Each run is a job; the analyses of one model share a job, and so does the whole grid in vmapped mode. A job waits for its parents with afterok and
-is canceled if one fails. The report waits with afterany and shows the available results, as `plasticity study` does. Finished runs get no job:
+is canceled if one fails; one that works on the runs of several jobs waits with afterany and does what it can. The report does too and shows the available results, as `plasticity study` does. Finished runs get no job:
 after a failure, the same two commands submit the rest. Run it with the Python of the environment that has plasticity_jax.
 """
 
@@ -88,6 +88,11 @@ class Job:
     arguments: list[str]
     parents: list[str]
 
+    @property
+    def waits(self) -> str:
+        """How it waits for them: `plasticity study`, which works on the runs of several jobs, does what it can when some have failed."""
+        return "afterany" if self.arguments[0] == "study" and len(self.parents) > 1 else "afterok"
+
 
 def jobs_of(config: StudyConfig, runs: list[Run], *, done: set[str], workdir: str, given: list[str]) -> list[Job]:
     """Returns the jobs of a study, parents before children.
@@ -152,7 +157,7 @@ def script(job: Job, study: str, options: list[str], *, out: Path) -> str:
 
 def submit_script(study: str, jobs: list[Job]) -> str:
     """Returns the text of submit.sh: one line per job, and the report after the jobs that no other job waits for."""
-    lines = [shlex.join(["submit", job.name, "afterok", *job.parents]) for job in jobs if job.name != "report"]
+    lines = [shlex.join(["submit", job.name, job.waits, *job.parents]) for job in jobs if job.name != "report"]
     waited_for = {parent for job in jobs for parent in job.parents}
     leaves = [job.name for job in jobs if job.name not in waited_for and job.name != "report"]
     return SUBMIT.format(study=_name(study), lines="\n".join([*lines, shlex.join(["submit", "report", "afterany", *leaves])]))

@@ -4,6 +4,7 @@ import ast
 import re
 import string
 import unicodedata
+import warnings
 from collections.abc import Sequence
 
 from plasticity_jax.data.tasks.boxed import last_boxed
@@ -224,11 +225,13 @@ def _literal(text: str) -> tuple[str, str]:
     """("value", the Python value that the first line is, written by Python), or ("text", that line), without a period, backticks or spaces around it."""
     line = next((line for line in map(str.strip, text.split("\n")) if line), "")
     plain = line.removesuffix(".").strip("` ")
-    for form in (plain, line.strip("` "), own_clause(line).strip("` ")):
-        try:
-            return ("value", repr(ast.literal_eval(form)))
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's own, about the escapes in a text
+        for form in (plain, line.strip("` "), own_clause(line).strip("` ")):
+            try:
+                return ("value", repr(ast.literal_eval(form)))
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue
     return ("text", plain)
 
 

@@ -381,7 +381,8 @@ def count_cut(prompts: Sequence[Sequence[int]], longest: int) -> int:
 
 
 class _Work:
-    """A batch on the device, decoded in segments. Prompts whose completions have all ended leave it between two of them.
+    """A batch on the device. It is decoded in segments if the text of a completion can end it, or if prompts whose completions have all ended leave it
+    between two of them; and otherwise in one call.
 
     They leave in float32 only: elsewhere what else is decoded with a prompt would change its tokens. And they stay where prompts are sharded, because a
     device has few of them there.
@@ -398,7 +399,7 @@ class _Work:
         self._places = np.arange(len(batch.filled_P))  # of the prompts that are decoded, in the batch as it began
         self._tokens: np.ndarray | None = None
         self._memory: Memory | None = None
-        if plan.max_new_tokens <= SEGMENT:
+        if plan.max_new_tokens <= SEGMENT or not (is_end or self._leave):
             self._sent = plan.max_new_tokens
             self._decoded = complete(plan, params, batch, traced)
         else:

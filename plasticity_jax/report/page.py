@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
+from urllib.parse import quote
 
 import matplotlib
 from jinja2 import Environment, StrictUndefined
@@ -294,7 +295,7 @@ def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
 def _completions_link(results: StudyResults, score: Score) -> str | None:
     """Where the completions behind a score lie, seen from the page: those of the first fine-tuning seed."""
     file = score.runs[0] / COMPLETIONS
-    return f"../{relative(file, results.path)}" if file.is_file() else None
+    return f"../{quote(relative(file, results.path))}" if file.is_file() else None
 
 
 def _metric(score: Score | None, name: str) -> float | None:

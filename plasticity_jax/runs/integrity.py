@@ -2,7 +2,7 @@
 
 import fnmatch
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ def checksums(folder: AnyPath, *, without: tuple[str, ...]) -> Checksums:
     """
     files = {name: path for name, path in sorted(_files(folder)) if name not in without}
     with Progress(f"checksums of {folder.name}", total=len(files), unit="files") as progress:
-        return dict(_each(_checksum, files, progress))
+        return dict(zip(files, _each(_checksum, files.values(), progress), strict=True))
 
 
 def differences(folder: AnyPath, recorded: Checksums, *, whole: bool = False) -> list[str]:
@@ -54,7 +54,7 @@ def differences(folder: AnyPath, recorded: Checksums, *, whole: bool = False) ->
         return None
 
     with Progress(f"verify {folder.name}", total=len(recorded), unit="files") as progress:
-        return [found for _, found in _each(difference, {name: name for name in recorded}, progress) if found]
+        return [found for found in _each(difference, recorded, progress) if found]
 
 
 def _files(folder: AnyPath) -> Iterator[tuple[str, AnyPath]]:
@@ -63,12 +63,12 @@ def _files(folder: AnyPath) -> Iterator[tuple[str, AnyPath]]:
             yield relative(path, folder), path
 
 
-def _each(function: Callable[[T], U], items: dict[str, T], progress: Progress) -> Iterator[tuple[str, U]]:
-    """The items with what a function makes of them, several at once, because files on a store take long to open."""
+def _each(function: Callable[[T], U], items: Iterable[T], progress: Progress) -> Iterator[U]:
+    """What a function makes of each item; several at once, because files on a store take long to open."""
     with ThreadPoolExecutor(READERS) as readers:
-        for name, found in zip(items, readers.map(function, items.values()), strict=True):
+        for found in readers.map(function, items):
             progress.update(1)
-            yield name, found
+            yield found
 
 
 def _checksum(path: AnyPath) -> tuple[int, str]:

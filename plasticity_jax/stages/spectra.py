@@ -92,13 +92,12 @@ def run(context: Context) -> Spectra:
 
 def _noise_variance(path: AnyPath) -> float | None:
     """`noise_variance` of a model's attention weights, from the config and the steps of its runs; None where a run's training is not recorded."""
-    import math
-
     import jax.numpy as jnp
     import numpy as np
 
     from plasticity_jax.analysis.spectra import noise_variance
     from plasticity_jax.train.optimizer import Schedule, schedule_shape, warmup_steps
+    from plasticity_jax.train.tuning import TO_ZERO, tuning_warmup_steps
 
     directory = RunDirectory(path)
     if not (path / CONFIG).is_file() or (run := directory.run()).stage not in ("pretrain", "finetune"):
@@ -117,7 +116,7 @@ def _noise_variance(path: AnyPath) -> float | None:
         schedule = Schedule(recipe["schedule"], recipe["final_lr_fraction"], recipe["decay_fraction"])
         warmup = warmup_steps(steps, recipe["warmup_fraction"])
     else:
-        schedule, warmup = Schedule("cosine", 0.0, 1.0), max(1, math.ceil(recipe["warmup_fraction"] * steps))
+        schedule, warmup = TO_ZERO, tuning_warmup_steps(steps, recipe["warmup_fraction"])
     shape = np.asarray(
         schedule_shape(jnp.arange(steps), warmup=jnp.asarray(warmup, float), total=jnp.asarray(steps, float), schedule=schedule), np.float64
     )

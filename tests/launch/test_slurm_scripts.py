@@ -88,7 +88,8 @@ def test_slurm_study_has_a_job_for_every_run_after_its_parents(study, tmp_path):
     for run_ in runs:
         kind, parents = after[job(run_)]
         needed = {job(by_id[parent]) for parent in run_.parents.values()} - {job(run_)}
-        assert needed <= set(parents) and (kind == "afterok" or not needed)
+        # One job for the runs of several others does what it can when some of them have failed.
+        assert needed <= set(parents) and (not needed or kind == ("afterany" if job(run_) == "validation" else "afterok"))
         assert all(order.index(parent) < order.index(job(run_)) for parent in parents)
     kind, last = after["report"]
     waited_for = {parent for name, (_, parents) in after.items() if name != "report" for parent in parents}

@@ -18,7 +18,7 @@ from plasticity_jax.errors import StudyRefused, UserError
 from plasticity_jax.parallel import lanes, preemption, processes
 from plasticity_jax.progress import Progress
 
-CONFIG = [*ON_TWO, "--config.grid.timescales=(None,0.8,0.2)"]
+CONFIG = [*ON_TWO, "--config.grid.timescales=(None,0.8,0.2)", "--config.tasks={}"]
 STAGES = ["study", *CONFIG, "--stages", "prepare,init,pretrain,spectra"]
 SIDE_BY_SIDE = [*STAGES, "--config.launch.parallel_runs=2"]
 IN_ONE = """

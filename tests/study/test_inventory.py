@@ -9,7 +9,8 @@ import pytest
 from running import TINY, plasticity
 
 from plasticity_jax.config import DataConfig, RewardConfig, StudyConfig, TaskConfig, load_config
-from plasticity_jax.study.inventory import PUBLISHED, needed, needed_lines
+from plasticity_jax.data.tasks import get_task
+from plasticity_jax.study.inventory import needed, needed_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name.startswith(("llama", "olmo2")))
@@ -44,7 +45,7 @@ def test_what_is_there_is_counted_and_what_is_wrong_is_said(tmp_path, monkeypatc
     found = {one.what: one for one in needed(config)}
     assert not found["data.token_files"].there and "other.npy names no file" in found["data.token_files"].found
     assert (found["SimpleScaling train"].there, found["SimpleScaling train"].found) == (True, "1 file, 0.000 GB")
-    assert not found["SimpleScaling math"].there and found["SimpleScaling math"].command == PUBLISHED["SimpleScaling math"].command("nowhere")
+    assert not found["SimpleScaling math"].there and found["SimpleScaling math"].command == get_task("SimpleScaling").sets["math"].command("nowhere")
     assert found["reward.model"].there and not found["data.tokenizer"].there
     lines = needed_lines(found.values())
     assert lines[-1].startswith(f"{sum(one.there for one in found.values())} of {len(found)} there, ")

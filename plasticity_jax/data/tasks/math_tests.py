@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from plasticity_jax.data.tasks.base import RowSettings
+from plasticity_jax.data.tasks.base import Origin, RowSettings
 from plasticity_jax.data.tasks.boxed import last_boxed
 from plasticity_jax.data.tasks.published import EMPTY, Candidate, Dropped, Row, example_of, is_empty, read_set
 
-SETS = ("gsm8k-platinum", "math")
+SETS = {"gsm8k-platinum": Origin("madrylab/gsm8k-platinum"), "math": Origin("EleutherAI/hendrycks_math", "*/test*")}
 SUBSET_OF_LEVEL = {"Level 1": "MATH-1", "Level 2": "MATH-2", "Level 3": "MATH-3", "Level 4": "MATH-4", "Level 5": "MATH-Hard"}
 ROWS = 6_209  # GSM8K-Platinum's 1,209 and MATH's 5,000
 CHANCE = "guessing the value of an open answer is right in almost no row"

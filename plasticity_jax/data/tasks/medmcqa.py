@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from plasticity_jax.data.tasks.base import Rows, RowSettings, Task
+from plasticity_jax.data.tasks.base import Origin, Rows, RowSettings, Task
 from plasticity_jax.data.tasks.published import (
     EMPTY,
     LETTERS,
@@ -78,6 +78,6 @@ MEDMCQA = Task(
     packages=(),
     chance_note="one of four options: about 0.25 of the rows",
     build=build,
-    sets=("train", "validation"),
+    sets={"train": Origin("HPAI-BSC/medmcqa-cot-llama31"), "validation": Origin("openlifescienceai/medmcqa", "*validation*")},
     published=(PUBLISHED.kept, 4_183),
 )

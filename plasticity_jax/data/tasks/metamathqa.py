@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from plasticity_jax.data.tasks.base import Rows, RowSettings, Task
+from plasticity_jax.data.tasks.base import Origin, Rows, RowSettings, Task
 from plasticity_jax.data.tasks.boxed import last_boxed
 from plasticity_jax.data.tasks.math_tests import CHANCE, ROWS, SETS, math_test_rows
 from plasticity_jax.data.tasks.published import EMPTY, Candidate, Dropped, Published, Row, build_rows, example_of, is_empty, read_set
@@ -33,5 +33,12 @@ def _train(settings: RowSettings) -> Iterator[Row]:
 
 
 METAMATHQA = Task(
-    name=NAME, grader="math", labels=(), packages=(), chance_note=CHANCE, build=build, sets=("train", *SETS), published=(PUBLISHED.kept, ROWS)
+    name=NAME,
+    grader="math",
+    labels=(),
+    packages=(),
+    chance_note=CHANCE,
+    build=build,
+    sets={"train": Origin("meta-math/MetaMathQA"), **SETS},
+    published=(PUBLISHED.kept, ROWS),
 )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from plasticity_jax.data.tasks.base import Rows, RowSettings, Task
+from plasticity_jax.data.tasks.base import Origin, Rows, RowSettings, Task
 from plasticity_jax.data.tasks.published import (
     EMPTY,
     LETTERS,
@@ -113,6 +113,6 @@ MMLUPROCOT = Task(
     packages=(),
     chance_note="one of ten options as a rule: about 0.1 of the rows",
     build=build,
-    sets=("test", "validation"),
+    sets={split: Origin("dongboklee/MMLU-Pro-Llama-3.1-70B-Instruct-CoT", f"*{split}*") for split in ("test", "validation")},
     published=(PUBLISHED.kept, N_MOVED + 67),
 )

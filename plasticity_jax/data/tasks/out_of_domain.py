@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from plasticity_jax.data.tasks.base import Rows, RowSettings, Task
+from plasticity_jax.data.tasks.base import Origin, Rows, RowSettings, Task
 from plasticity_jax.data.tasks.originals import Columns
 from plasticity_jax.data.tasks.published import EMPTY, TOO_LONG, Candidate, Dropped, Row, build_test, example_of, is_empty, read_set
 from plasticity_jax.errors import UserError
@@ -76,6 +76,7 @@ def _task(
     *,
     grader: str,
     rows: int | None,
+    origin: Origin,
     chance: str,
     labels: tuple[str, ...] = (),
     longest: int | None = None,
@@ -87,7 +88,7 @@ def _task(
         packages=(),
         chance_note=chance,
         build=partial(build, name, columns, ask, longest),
-        sets=(SET,),
+        sets={SET: origin},
         published=(0, rows),
         trained=False,
     )
@@ -99,6 +100,7 @@ CRUXEVAL = _task(
     cruxeval,
     grader="literal",
     rows=800,
+    origin=Origin("cruxeval-org/cruxeval"),
     chance="guessing the output of a function is right in almost no row",
 )
 BOARDGAMEQA = _task(
@@ -107,6 +109,7 @@ BOARDGAMEQA = _task(
     boardgameqa,
     grader="exact",
     rows=None,
+    origin=Origin("tasksource/Boardgame-QA", "*test*"),
     chance="one of three answers: about a third of the rows",
     labels=tuple(BOARDGAME.values()),
     longest=MAX_TOKENS,
@@ -117,6 +120,7 @@ TABMWP = _task(
     tabmwp,
     grader="math",
     rows=1_000,
+    origin=Origin("https://github.com/lupantech/PromptPG (data/tabmwp/problems_test1k.json; one object per line)"),
     chance="a quarter of the questions have options, the others a number that guessing hardly finds",
 )
 STRATEGYQA = _task(
@@ -125,6 +129,7 @@ STRATEGYQA = _task(
     strategyqa,
     grader="exact",
     rows=2_290,
+    origin=Origin("https://allenai.org/data/strategyqa (strategyqa_train.json)"),
     chance="one of two answers: about half of the rows",
     labels=("True", "False"),
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from plasticity_jax.data.tasks.base import Rows, RowSettings, Task
+from plasticity_jax.data.tasks.base import Origin, Rows, RowSettings, Task
 from plasticity_jax.data.tasks.published import EMPTY, TOO_LONG, Candidate, Dropped, Published, Row, build_rows, example_of, is_empty, read_set
 
 NAME = "PubMedQA"
@@ -54,6 +54,6 @@ PUBMEDQA = Task(
     packages=(),
     chance_note="yes is the answer of about 0.55 of the test rows",
     build=build,
-    sets=("pqa_artificial", "pqa_labeled"),
+    sets={name: Origin("qiaojin/PubMedQA", f"{name}/*") for name in ("pqa_artificial", "pqa_labeled")},
     published=(PUBLISHED.kept, 1_000),
 )

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from plasticity_jax.data.tasks.base import Rows, RowSettings, Task
+from plasticity_jax.data.tasks.base import Origin, Rows, RowSettings, Task
 from plasticity_jax.data.tasks.published import (
     EMPTY,
     LETTERS,
@@ -106,6 +106,6 @@ RACE = Task(
     packages=(),
     chance_note="one of four options: about 0.25 of the rows",
     build=build,
-    sets=("train", "validation", "test"),
+    sets={split: Origin("ehovy/race", f"all/{split}*") for split in ("train", "validation", "test")},
     published=(PUBLISHED.kept, 4_934),
 )

@@ -6,7 +6,7 @@ Their test is unknown. Ours counts refusals of the harmful prompts, and over-ref
 
 from collections.abc import Iterator
 
-from plasticity_jax.data.tasks.base import Rows, RowSettings, Task, shuffled
+from plasticity_jax.data.tasks.base import Origin, Rows, RowSettings, Task, shuffled
 from plasticity_jax.data.tasks.published import EMPTY, Candidate, Dropped, Published, Row, build_rows, example_of, is_empty, read_set
 from plasticity_jax.errors import UserError
 
@@ -69,6 +69,10 @@ TASK = Task(
     packages=(),
     chance_note="a model that refuses everything, or nothing, is right in the rows of one label",
     build=build,
-    sets=("instructions", "safety", "test"),
+    sets={
+        "instructions": Origin("tatsu-lab/alpaca"),
+        "safety": Origin("https://github.com/vinid/safety-tuned-llamas (data/training/safety_only_data_Instructions.json)"),
+        "test": Origin("walledai/XSTest"),
+    },
     published=(INSTRUCTIONS + SAFETY, None),
 )

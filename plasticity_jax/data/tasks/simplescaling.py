@@ -2,7 +2,7 @@ r"""SimpleScaling: the 59K questions of s1 with an attempt that ends in a \boxed
 
 from collections.abc import Iterator
 
-from plasticity_jax.data.tasks.base import Rows, RowSettings, Task
+from plasticity_jax.data.tasks.base import Origin, Rows, RowSettings, Task
 from plasticity_jax.data.tasks.boxed import last_boxed
 from plasticity_jax.data.tasks.math_tests import CHANCE, ROWS, SETS, math_test_rows
 from plasticity_jax.data.tasks.published import EMPTY, Candidate, Dropped, Published, Row, build_rows, example_of, is_empty, read_set
@@ -33,5 +33,12 @@ def _train(settings: RowSettings) -> Iterator[Row]:
 
 
 SIMPLESCALING = Task(
-    name=NAME, grader="math", labels=(), packages=(), chance_note=CHANCE, build=build, sets=("train", *SETS), published=(PUBLISHED.kept, ROWS)
+    name=NAME,
+    grader="math",
+    labels=(),
+    packages=(),
+    chance_note=CHANCE,
+    build=build,
+    sets={"train": Origin("simplescaling/data_ablation_full59K"), **SETS},
+    published=(PUBLISHED.kept, ROWS),
 )
