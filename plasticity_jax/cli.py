@@ -19,6 +19,7 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import preemption, processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
 from plasticity_jax.parallel.flags import prepare_backend
+from plasticity_jax.progress import start_logging
 
 if TYPE_CHECKING:
     from plasticity_jax.runs.storage import AnyPath
@@ -372,7 +373,7 @@ def _check(arguments) -> int:
             raise UserError(f"--mfu={arguments.mfu} is a fraction of the peak; it must be above 0 and at most 1.")
         config = replace(config, launch=replace(config.launch, mfu=arguments.mfu))
     place = target(arguments.topology)
-    part = replace(place, devices=divided(place.devices, resolved(config, place).launch.parallel_runs)[0])  # what one run gets
+    part = replace(place, devices=divided(place.devices, resolved(config, place).launch.parallel_runs or 1)[0])  # what one run gets
     cases = study_check.cases(config, part)
     answers = study_check.check_pretraining(cases, part, search=arguments.search)
     ways_out = study_check.remedies(answers, part)
@@ -592,10 +593,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit status, as `STATUSES` lists them."""
     argv = sys.argv[1:] if argv is None else list(argv)
     worker = supervise.become_worker()
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(logging.INFO)
-    for library in ("absl", "asyncio", "gcsfs"):  # what fails raises in our code too; they would add a trace per array or request
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    start_logging()
     try:
         rest, overrides = split_overrides(argv)
         arguments = parser().parse_args(rest)

@@ -9,6 +9,15 @@ log = logging.getLogger("plasticity_jax")
 
 SHOW_AFTER_SECONDS, LOG_EVERY_SECONDS = 2.0, 10.0
 
+
+def start_logging() -> None:
+    """Sends log lines to standard error, ours from INFO on, and of some libraries only what is fatal: what fails there raises in our code too."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)
+    for library in ("absl", "asyncio", "gcsfs"):  # they would add a trace per array or request
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+
+
 checks: list[Callable[[], None]] = []  # called at every update, in the thread that works; one raises to end the work
 
 

@@ -288,7 +288,10 @@ class LaunchConfig:
 
     start_timeout: PositiveInt = execution(300, "seconds that processes wait for one another at the start")
     compile_cache: Text | None = execution("~/.cache/plasticity_jax/compiled", "folder of compiled programs, kept between runs; None keeps none")
-    parallel_runs: PositiveInt = execution(1, "runs at once, each on an equal part of the devices, which the mesh then lays out")
+    parallel_runs: NonNegativeInt = execution(
+        1,
+        "runs at once: each on an equal part of the devices, which the mesh then lays out; on a CPU each in a process of one thread, and 0: per core",
+    )
     mfu: PositiveFraction = execution(0.4, "fraction of the devices' peak FLOP/s that estimates assume for training")
 
 

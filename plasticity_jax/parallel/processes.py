@@ -197,11 +197,11 @@ def broadcast(decide: Callable[[], Any]) -> Any:
         return decide()
     key = _key("broadcast")
     if not primary():
-        return _outcome(json.loads(_read(key, None)))
+        return outcome_of(json.loads(_read(key, None)))
     try:
         value = decide()
     except Exception as error:
-        _client().key_value_set(key, json.dumps(_as_message(error)))
+        _client().key_value_set(key, json.dumps(as_message(error)))
         raise
     _client().key_value_set(key, json.dumps({"value": value}))
     return value
@@ -225,7 +225,7 @@ def together(work: Callable[[], Any], *, patient: bool = False) -> Any:
         own = error
     try:
         everyone = gather(
-            "together", {"value": None} if own is None else _as_message(own), timeout=None if own is None or patient else HEARTBEAT_TIMEOUT + 15
+            "together", {"value": None} if own is None else as_message(own), timeout=None if own is None or patient else HEARTBEAT_TIMEOUT + 15
         )
     except Exception as error:
         if own is None or isinstance(error, Disconnected):
@@ -234,17 +234,19 @@ def together(work: Callable[[], Any], *, patient: bool = False) -> Any:
     for i, message in enumerate(everyone):
         if i == index() and own is not None:
             raise own
-        _outcome(message)
+        outcome_of(message)
     return value
 
 
-def _as_message(error: Exception) -> dict[str, str]:
+def as_message(error: Exception) -> dict[str, str]:
+    """An error as JSON, which `outcome_of` raises again in another process."""
     if isinstance(error, UserError):
         return {"ends study" if isinstance(error, StudyRefused) else "refused": str(error)}
     return {"failed": reason(error)}
 
 
-def _outcome(message: dict[str, Any]) -> Any:
+def outcome_of(message: dict[str, Any]) -> Any:
+    """The value that another process sent. Raises its error: StudyRefused or UserError with the same words, or Failed."""
     if "ends study" in message:
         raise StudyRefused(message["ends study"])
     if "refused" in message:

@@ -80,11 +80,11 @@ def supervise(argv: list[str], log_dir: Path | None) -> int:
     if status != 1:  # main returns 1 only after it has printed why
         who = re.search(rf"^{JOINED}(\d+ of \d+)$", marks, re.MULTILINE)
         name = f"process {who[1]}" if who else "this process"
-        print(f"plasticity: {name} ended with {_ending(status)}; see {log_path}; run the same commands again: they resume", file=sys.stderr)
+        print(f"plasticity: {name} ended with {ending(status)}; see {log_path}; run the same commands again: they resume", file=sys.stderr)
     return 1
 
 
-def _ending(status: int) -> str:
+def ending(status: int) -> str:
     if status > 0:
         return f"status {status}"
     try:

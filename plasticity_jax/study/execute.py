@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
+from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config, restore_config, to_dict
 from plasticity_jax.errors import StudyRefused, UserError, reason
-from plasticity_jax.parallel import lanes, processes
+from plasticity_jax.parallel import lanes, processes, workers
+from plasticity_jax.parallel.allocator import keep_freed_memory
+from plasticity_jax.parallel.flags import prepare_backend
+from plasticity_jax.progress import start_logging
 from plasticity_jax.runs.directory import CHECKPOINTS, ERROR_LOG, STUDY, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json, to_json
 from plasticity_jax.runs.run import Run
-from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, relative
+from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, location, relative
 from plasticity_jax.stages import Context, Stage, stages
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
@@ -221,7 +224,7 @@ def execute(
     children diverged: that is a result.
 
     With `launch.parallel_runs`, runs that use all devices proceed side by side, each on its part of them; always in the same parts, whatever is left to
-    do, because the number of devices decides how sums are rounded.
+    do, because the number of devices decides how sums are rounded. On a CPU they proceed in worker processes.
 
     Args:
       runs: in topological order, as build_graph gives them.
@@ -243,22 +246,25 @@ def execute(
     todo = [run for run in runs if run.id not in done]
     if not todo:
         return outcome
-    devices = None
+    devices = n_workers = None
     if any(stages()[run.stage].devices != "none" for run in todo):
         config = _on_this_device(config)
-        devices = _lanes(config)
+        devices, n_workers = _lanes(config), workers.number_of_workers(config.launch.parallel_runs)
     configs = run_configs(config, runs)
     with devices[0].active() if devices else contextlib.nullcontext():
         groups = grouped(runs, configs, {run.id for run in todo})
     execution = _Execution(workdir, path_of, configs, _serve_one(runs), fail_fast, outcome, len(groups))
-    for wave in _waves(groups, devices):
-        if outcome.failed and fail_fast:
-            break
-        if devices is None or stages()[wave[0][1][0].stage].devices != "all":
-            for number, group in wave:
-                execution.carry_out(number, group)
-        else:
-            execution.side_by_side(devices, wave)
+    with workers.Workers(n_workers or 0, _WORKER, execution.task(config, runs)) as hands:
+        for wave in _waves(groups, side_by_side=devices is not None or n_workers is not None):
+            if outcome.failed and fail_fast:
+                break
+            if stages()[wave[0][1][0].stage].devices == "all" and n_workers is not None:
+                execution.by_workers(hands, wave)
+            elif stages()[wave[0][1][0].stage].devices == "all" and devices is not None:
+                execution.side_by_side(devices, wave)
+            else:
+                for number, group in wave:
+                    execution.carry_out(number, group)
     tried = {*outcome.carried_out, *outcome.failed, *outcome.waiting}
     outcome.left = [run.id for run in todo if run.id not in tried]
     return outcome
@@ -281,16 +287,17 @@ def _on_this_device(config: StudyConfig) -> StudyConfig:
 
 
 def _lanes(config: StudyConfig) -> list[lanes.Lane] | None:
-    """The parts of the devices on which runs proceed side by side; None for one after the other on all. Raises UserError."""
-    return lanes.split(config.launch.parallel_runs) if config.launch.parallel_runs > 1 else None
+    """The parts of the devices on which runs proceed side by side; None for all devices. Raises UserError."""
+    number = config.launch.parallel_runs
+    return lanes.split(number) if number > 1 and workers.number_of_workers(number) is None else None
 
 
-def _waves(groups: Sequence[list[Run]], devices: Sequence[lanes.Lane] | None) -> Iterator[list[Numbered]]:
+def _waves(groups: Sequence[list[Run]], *, side_by_side: bool) -> Iterator[list[Numbered]]:
     """The groups in order, those together that may proceed side by side: they use all devices, and none is a parent of another."""
     wave: list[Numbered] = []
     for number, group in enumerate(groups, 1):
         ids = {run.id for _, others in wave for run in others}
-        apart = devices is None or any(stages()[run.stage].devices != "all" or ids & set(run.parents.values()) for run in group)
+        apart = not side_by_side or any(stages()[run.stage].devices != "all" or ids & set(run.parents.values()) for run in group)
         if wave and (apart or stages()[wave[0][1][0].stage].devices != "all"):
             yield wave
             wave = []
@@ -320,7 +327,7 @@ class _Execution:
 
     def side_by_side(self, devices: Sequence[lanes.Lane], wave: Sequence[Numbered]) -> None:
         """Carries out the groups of a wave, each in its lane."""
-        of_lanes = [replace(self, outcome=Outcome([], [], [], [], [], {}), exhausted=dict(self.exhausted)) for _ in devices]
+        of_lanes = [replace(self, outcome=_nothing_yet(), exhausted=dict(self.exhausted)) for _ in devices]
 
         def in_lane(lane: lanes.Lane) -> None:
             own = of_lanes[lane.index]
@@ -338,6 +345,29 @@ class _Execution:
             for name in ("carried_out", "failed", "waiting"):
                 getattr(self.outcome, name).extend(found[name])
             self.exhausted |= exhausted
+
+    def task(self, config: StudyConfig, runs: Sequence[Run]) -> dict[str, Any]:
+        """What a worker must know to do the same: `_in_worker` reads it."""
+        places = {run_id: str(self.path_of(run_id)) for run in runs for run_id in (run.id, *run.parents.values())}
+        fixed = {"single": self.single, "fail_fast": self.fail_fast, "total": self.total}
+        return {"config": to_dict(config), "workdir": str(self.workdir), "runs": [run.to_dict() for run in runs], "places": places} | fixed
+
+    def by_workers(self, hands: workers.Workers, wave: Sequence[Numbered]) -> None:
+        """Has the groups of a wave carried out by worker processes."""
+        answers: dict[int, dict[str, list[str]]] = {}
+
+        def answered(index: int, answer: dict[str, Any]) -> bool:
+            if "died" in answer:
+                ids = [run.id for run in wave[index][1]]
+                log.error("%s failed: its process ended with %s", ", ".join(ids), answer["died"])
+                answer = {"failed": ids}
+            answers[index] = answer
+            return not (answer.get("failed") and self.fail_fast)
+
+        hands.ask([{"number": number, "runs": [run.id for run in group]} for number, group in wave], answered)
+        for _, answer in sorted(answers.items()):
+            for name, ids in answer.items():
+                getattr(self.outcome, name).extend(ids)
 
     def carry_out(self, number: int, group: Sequence[Run]) -> None:
         """Carries out the runs of a group whose parents are done."""
@@ -377,6 +407,37 @@ class _Execution:
                 outcome.failed += [run.id for run in part]
                 if self.fail_fast:
                     return
+
+
+_WORKER = "from plasticity_jax.study.execute import serve; serve()"
+
+
+def serve() -> None:
+    """The program of a worker process: carries out the groups of runs that `_Execution.by_workers` asks for."""
+    start_logging()
+    workers.serve(_in_worker)
+
+
+def _in_worker(task: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, list[str]]]:
+    """What carries out a group and says what became of its runs."""
+    config, runs = restore_config(task["config"]), [Run.from_dict(row) for row in task["runs"]]
+    prepare_backend(config.launch.compile_cache)
+    keep_freed_memory()
+    places = {run_id: location(place) for run_id, place in task["places"].items()}
+    fixed = {name: task[name] for name in ("single", "fail_fast", "total")}
+    execution = _Execution(location(task["workdir"]), places.__getitem__, run_configs(config, runs), outcome=_nothing_yet(), **fixed)
+    by_id = {run.id: run for run in runs}
+
+    def carry_out(question: dict[str, Any]) -> dict[str, list[str]]:
+        execution.outcome = _nothing_yet()
+        execution.carry_out(question["number"], [by_id[run_id] for run_id in question["runs"]])
+        return {name: getattr(execution.outcome, name) for name in ("carried_out", "failed", "waiting")}
+
+    return carry_out
+
+
+def _nothing_yet() -> Outcome:
+    return Outcome([], [], [], [], [], {})
 
 
 @contextlib.contextmanager

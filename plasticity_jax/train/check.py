@@ -195,7 +195,7 @@ def lines(answer: Answer, target: Target) -> list[str]:
     mesh = make_mesh(config.mesh, target.devices).shape
     free, share = answer.limit - answer.total, answer.total / answer.limit
     flops = flops_per_token(config.model, train.seq_len)
-    hours, everything = grid_device_hours(config, known.peak_flops), len(target.devices) * config.launch.parallel_runs
+    hours, everything = grid_device_hours(config, known.peak_flops), len(target.devices) * (config.launch.parallel_runs or 1)
     speed = config.launch.mfu * known.peak_flops * len(target.devices) / flops
     text = [
         f"{target.topology}: {len(target.devices)} x {known.kind}, mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.items()),
