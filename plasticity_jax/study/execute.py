@@ -138,7 +138,7 @@ def _held_bytes(folder: str) -> int:
 
 
 def _bytes_needed(config: StudyConfig) -> int:
-    """Rough size of a study on disk: float32 parameters per checkpoint, data, and the moments: of all models, or of those in training, saved twice."""
+    """Rough size of a study on disk: float32 parameters per checkpoint, data, and the moments: of all models, or of those in training, saved three times."""
     members = [(member_config(config, member), member) for member in grid_members(config)]
     tuned = len(config.tasks) * len(config.finetune.seeds)
     pretrained = [_parameters(own) for own, _ in members]
@@ -147,7 +147,7 @@ def _bytes_needed(config: StudyConfig) -> int:
     in_training = sum(pretrained) if config.grid.mode == "vmapped" else max(pretrained)
     starts = sum({init_run(own, 0).id: _parameters(own) for own, _ in members}.values())
     data = sum({corpus_run(own).id: _data_bytes(own) for own, _ in members}.values())
-    moments = 8 * models + 12 * in_training if config.train.keep_optimizer else (20 + 8 * kept) * in_training
+    moments = 8 * models + 24 * in_training if config.train.keep_optimizer else (32 + 8 * kept) * in_training
     return int(4 * (models + starts) + moments + data + 10e6)
 
 
