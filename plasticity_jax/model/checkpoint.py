@@ -90,8 +90,9 @@ def keep_last(directory: AnyPath, keep_steps: Sequence[int]) -> None:
 
 def drop_optimizer(directory: AnyPath) -> None:
     """Removes the optimizer's state of every step. Only for a run whose training is over: no other can resume without it."""
-    for step in finished_steps(directory):
-        remove_tree(directory / str(step) / "optimizer")
+    for step in directory.iterdir() if directory.is_dir() else ():
+        if step.name.isdigit():
+            remove_tree(step / "optimizer")
 
 
 class Checkpoints:

@@ -13,7 +13,7 @@ from typing import Any
 
 from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config
 from plasticity_jax.errors import StudyRefused, UserError, reason
-from plasticity_jax.parallel import lanes, processes
+from plasticity_jax.parallel import lanes, preemption, processes
 from plasticity_jax.runs.directory import CHECKPOINTS, ERROR_LOG, STUDY, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json, to_json
 from plasticity_jax.runs.run import Run
@@ -341,6 +341,7 @@ class _Execution:
 
     def carry_out(self, number: int, group: Sequence[Run]) -> None:
         """Carries out the runs of a group whose parents are done."""
+        preemption.check()
         outcome, path_of = self.outcome, self.path_of
         missing = processes.broadcast(
             lambda: [[parent for parent in run.parents.values() if not RunDirectory(path_of(parent)).done] for run in group]

@@ -151,8 +151,7 @@ def train(
     Returns:
       The last state.
     Raises:
-      Preempted: after SIGTERM; the step in progress is saved.
-      KeyboardInterrupt: re-raised after checkpoints in flight are complete.
+      Preempted: after SIGTERM or Ctrl-C; the step in progress is saved.
     """
     start = int(np.asarray(state["step"]).reshape(-1)[0])
     with contextlib.ExitStack() as stack:
@@ -180,12 +179,13 @@ def train(
             loop.pending = (done, metrics)
             if save_and_end(done):
                 loop.last = done
+                stack.enter_context(preemption.writing())
             if loop.due(done):
                 loop.settle_pending(state)
             if all(track.diverged for track in tracks):
                 break
             if loop.last == done:
-                raise preemption.Preempted(f"ended by SIGTERM, saved at step {done} of {settings.steps}")
+                raise preemption.Preempted(f"ended by {preemption.name()}, saved at step {done} of {settings.steps}")
         loop.settle_pending(state)
         for track in tracks:
             if not track.diverged:
@@ -232,7 +232,7 @@ class _Loop:
     clock: _Clock
     progress: Progress
     pending: tuple[int, Metrics] | None = None
-    last: int | None = None  # the step at which training ends early, after SIGTERM
+    last: int | None = None  # the step at which training ends early, after a signal
 
     def _checkpoint_due(self, step: int) -> bool:
         return step % self.settings.checkpoint_every == 0 or step in (self.settings.steps, self.last, *self.settings.keep_steps)
