@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("plasticity_jax")
 
-REFUSED, INTERRUPTED = 2, 130
+REFUSED = 2
 STATUSES = """\
 exit status:
   0    done
   1    a run failed, or waits for one that did; the last line names it, and error.log in its directory holds the details
   2    the input was refused
-  130  interrupted, by Ctrl-C or SIGTERM; the same command resumes. After SIGTERM training first saves the step in progress; a second one ends at once
+  130  interrupted, by Ctrl-C or SIGTERM; the same command resumes. Training first saves the step in progress; a second signal ends at once
 """
 NAMED = 20  # failed runs that the last line names
 MODEL_HELP = "directory of a finished pretrain, finetune or import run, or a Hugging Face folder"
@@ -612,12 +612,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         several = is_one_of_several(arguments)
         if several and not worker:
             return supervise.supervise(argv, _log_folder(arguments))
-        preemption.handle_sigterm()
-        if command.memory:
-            (keep_freed_memory if command.memory == "keep" else return_freed_memory)()
-        if launch is not None and several:
-            processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=launch.start_timeout)
-        return command.run(arguments)
+        with preemption.handled():
+            if command.memory:
+                (keep_freed_memory if command.memory == "keep" else return_freed_memory)()
+            if launch is not None and several:
+                processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=launch.start_timeout)
+            return command.run(arguments)
     except UserError as error:
         print(f"plasticity: {error}", file=sys.stderr)
         return REFUSED
@@ -627,7 +627,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print(f"plasticity: {str(error) or 'interrupted'}; the same command resumes.", file=sys.stderr)
-        return INTERRUPTED
+        return preemption.INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         return 1
@@ -651,9 +651,9 @@ def entry() -> None:
             raise
         traceback.print_exc()
         status = 1
-    if status == REFUSED or (status and processes.count() > 1):
-        # Orbax would print a trace for every array that was still to be read or written, and jax would wait for processes that wait for this one; all
-        # that is to be said has been.
+    if status in (REFUSED, preemption.INTERRUPTED) or (status and processes.count() > 1):
+        # Orbax would print a trace for every array that was still to be read or written, and jax would wait for processes that wait for this one, or for
+        # what was interrupted; all that is to be said has been.
         processes.leave()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -89,7 +89,7 @@ def status_rows(workdir) -> list[dict]:
 
 
 # A `python -m plasticity_jax` whose training pauses at step $PAUSE_AT, once the step before is written, and says so by making $PAUSED: what is then killed
-# or interrupted is always in the middle of its run, on every machine; SIGTERM ends the pause. An evaluation pauses likewise once $PAUSE_AT problems are
+# or interrupted is always in the middle of its run, on every machine; a signal ends the pause. An evaluation pauses likewise once $PAUSE_AT problems are
 # written. It stands before the package on the path, and supervised workers take it too.
 _PAUSES = """
 import os, time

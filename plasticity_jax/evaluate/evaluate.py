@@ -1,5 +1,7 @@
 """Evaluation: one model, one task, its rows answered and graded."""
 
+import functools
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,7 +33,7 @@ from plasticity_jax.model.load import LoadedModel
 from plasticity_jax.parallel import processes
 from plasticity_jax.runs.directory import COMPLETIONS, OPTIONS, PROBLEMS
 from plasticity_jax.runs.jsonfiles import iter_jsonl, to_json, write_jsonl
-from plasticity_jax.runs.logs import AppendLog, read_log, remove_log
+from plasticity_jax.runs.logs import AppendLog, read_whole_rows, remove_log
 from plasticity_jax.runs.storage import AnyPath
 
 log = logging.getLogger("plasticity_jax")
@@ -142,13 +144,13 @@ def _generate(
     models: Sequence[Scored], tokens: Sequence[Sequence[int]], settings: EvaluateConfig, protocol: Protocol, forward: Forward
 ) -> list[Generated]:
     """The completions of each model. Resumes an interrupted run: what every model has is not generated again, and what one has is kept."""
-    found: list[Generated] = [
-        {row["problem"]: row for row in of_model} for of_model in processes.broadcast(lambda: [read_log(one.folder / GENERATED) for one in models])
-    ]
+    whole = functools.partial(_is_whole, problems=len(tokens), completions=protocol.n_samples + 1)
+    logs = processes.broadcast(lambda: [list(itertools.takewhile(whole, read_whole_rows(one.folder / GENERATED))) for one in models])
+    found: list[Generated] = [{row["problem"]: row for row in of_model} for of_model in logs]
     skip = frozenset.intersection(*(frozenset(of_model) for of_model in found))
     if any(found):
         log.info("resumes after %d of %d problems", len(skip), len(tokens))
-    stores = [AppendLog(one.folder / GENERATED, keep=lambda row: True) for one in models] if processes.primary() else []
+    stores = [AppendLog(one.folder / GENERATED, keep=whole) for one in models] if processes.primary() else []
     tokenizer = models[0].model.text_tokenizer
     for indices, of_models in _completed(models, tokens, settings, protocol, forward, skip):
         if not stores:  # the first process keeps them
@@ -163,6 +165,19 @@ def _generate(
     for store in stores:
         store.close()
     return found
+
+
+def _is_whole(row: dict[str, Any], *, problems: int, completions: int) -> bool:
+    """Whether a row of a log, which may have been damaged since, holds all completions of a problem."""
+    problem, texts, ended = row.get("problem"), row.get("texts"), row.get("ended")
+    return (
+        type(problem) is int
+        and 0 <= problem < problems
+        and isinstance(texts, list)
+        and isinstance(ended, list)
+        and [type(text) for text in texts] == [str] * completions
+        and [type(one) for one in ended] == [bool] * completions
+    )
 
 
 def _completed(

@@ -28,15 +28,28 @@ _PIECE, _FILE = 4 << 20, 16 << 20
 COMMITTED = "commit_success.txt"
 _BLOCK = 1 << 20  # elements summed at once
 _saving = threading.Lock()  # Orbax counts the saves of a process, and takes no two threads that begin one at once
+# What every step holds on a disk. One without them has been deleted in part.
+_OF_A_STEP = ("_CHECKPOINT_METADATA", "params/_METADATA", "checksums/metadata")
+_DAMAGED = ".damaged"  # ends the name of a step that was set aside
+# What says that nothing is known of the files themselves: another try may read them.
+_NO_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Permission denied", "Input/output error", "Too many open files")
+
+
+class Damaged(UserError):
+    """A checkpoint whose files are no longer what was saved; `what` says so without the way out."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}; delete the run's directory and run its stage again.")
+        self.what = what
 
 
 def finished_steps(directory: AnyPath) -> set[int]:
-    """The steps below a directory that are whole; none where there is no such directory."""
-    if is_local(directory):  # a save is renamed to its step's number when it is whole
-        return {int(path.name) for path in directory.iterdir() if path.name.isdigit()} if directory.is_dir() else set()
+    """The steps below a directory that are whole, as far as their names tell; none where there is no such directory."""
     if not directory.is_dir():
         return set()
-    return {int(path.name) for path in directory.iterdir() if path.name.isdigit() and (path / COMMITTED).is_file()}
+    # On a disk a save is renamed to its step's number when it is whole.
+    needed = _OF_A_STEP if is_local(directory) else (COMMITTED,)
+    return {int(path.name) for path in directory.iterdir() if path.name.isdigit() and all((path / name).is_file() for name in needed)}
 
 
 def delete_step(directory: AnyPath, step: int) -> None:
@@ -46,10 +59,40 @@ def delete_step(directory: AnyPath, step: int) -> None:
     remove_tree(directory / str(step))
 
 
+def set_aside(directory: AnyPath, step: int) -> None:
+    """Makes a step one of those that are not finished. On a disk its files stay until the training is over: who knows why they could not be read."""
+    if not is_local(directory):
+        delete_step(directory, step)
+        return
+    aside = directory / f"{step}{_DAMAGED}"
+    remove_tree(aside)
+    (directory / str(step)).rename(aside)
+
+
+def remove_leftovers(directory: AnyPath) -> None:
+    """Removes what killed saves and deletions have left behind on a disk. Only where no other process saves."""
+    if not is_local(directory) or not directory.is_dir():
+        return
+    whole = finished_steps(directory)
+    for path in directory.iterdir():
+        if path.is_dir() and not path.name.endswith(_DAMAGED) and not (path.name.isdigit() and int(path.name) in whole):
+            remove_tree(path)
+
+
+def keep_last(directory: AnyPath, keep_steps: Sequence[int]) -> None:
+    """Removes all steps but the last and those to keep, and those that were set aside: for a training that is over."""
+    steps = finished_steps(directory)
+    for step in steps - {max(steps, default=0), *keep_steps}:
+        delete_step(directory, step)
+    for aside in directory.glob(f"*{_DAMAGED}") if is_local(directory) else ():
+        remove_tree(aside)
+
+
 def drop_optimizer(directory: AnyPath) -> None:
     """Removes the optimizer's state of every step. Only for a run whose training is over: no other can resume without it."""
-    for step in finished_steps(directory):
-        remove_tree(directory / str(step) / "optimizer")
+    for step in directory.iterdir() if directory.is_dir() else ():
+        if step.name.isdigit():
+            remove_tree(step / "optimizer")
 
 
 class Checkpoints:
@@ -155,7 +198,7 @@ class Checkpoints:
         Args:
           abstract: a tree of `jax.ShapeDtypeStruct`; each array gets the dtype and sharding (if any) named there.
         Raises:
-          UserError: the step is damaged, or its arrays are not of these names and shapes.
+          Damaged: the step is damaged, or its arrays are not of these names and shapes.
         """
         return self._restore(step, params=abstract)["params"]
 
@@ -171,7 +214,7 @@ class Checkpoints:
           abstract: the whole tree, as for `restore_params`.
           index: of the array among the tree's leaves.
         Raises:
-          UserError: as `restore_params`.
+          Damaged: as `restore_params`.
         """
         leaves: list[Any] = [v1.PLACEHOLDER] * len(jax.tree.leaves(abstract))
         wanted = jax.tree.leaves(abstract)[index]
@@ -205,15 +248,19 @@ class Checkpoints:
             for name, tree in abstract.items():
                 _check(name, tree, restored[name], restored["checksums"][name])
             return restored
+        except MemoryError:
+            raise
         except Exception as error:  # Orbax and tensorstore raise many types for a missing file, a bad checksum or another shape
-            raise self._unreadable(step, error) from error
+            first: BaseException = error  # Orbax wraps it, and puts the whole tree into its own
+            while first.__cause__ is not None:
+                first = first.__cause__
+            if any(words in str(first) for words in _NO_DAMAGE):
+                raise
+            raise self._unreadable(step, first) from error
 
-    def _unreadable(self, step: int, error: Exception) -> UserError:
-        first: BaseException = error  # Orbax wraps it, and puts the whole tree into its own
-        while first.__cause__ is not None:
-            first = first.__cause__
-        said = reason(first).split(". ")[0]
-        return UserError(f"checkpoint {self._place / str(step)} cannot be read ({said}); delete the run's directory and run its stage again.")
+    def _unreadable(self, step: int, error: BaseException) -> Damaged:
+        said = reason(error).split(". ")[0]
+        return Damaged(f"checkpoint {self._place / str(step)} cannot be read ({said})")
 
 
 @functools.cache

@@ -94,9 +94,10 @@ class Workers:
             self._wait(threads, errors)
         except KeyboardInterrupt as interrupt:
             left.clear()
-            self._signal(signal.SIGTERM if preemption.requested() else signal.SIGINT)
-            for thread in threads:
-                thread.join()
+            self._signal(signal.SIGTERM if preemption.name() == "SIGTERM" else signal.SIGINT)
+            with preemption.writing():  # which the workers may do
+                for thread in threads:
+                    thread.join()
             raise next((error for error in errors if isinstance(error, preemption.Preempted)), interrupt) from None
         if errors:
             raise errors[0]
@@ -114,6 +115,7 @@ class Workers:
     def _wait(self, threads: Sequence[threading.Thread], errors: Sequence[BaseException]) -> None:
         told = False
         while any(thread.is_alive() for thread in threads):
+            preemption.check()
             if errors and not told:
                 self._signal(signal.SIGTERM)  # so that the others save what they train
                 told = True
@@ -191,9 +193,8 @@ def serve(prepare: Callable[[Message], Callable[[Message], Any]]) -> None:
         questions.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
-    preemption.handle_sigterm()
     message: Message = {}
-    try:
+    with preemption.handled(), contextlib.suppress(KeyboardInterrupt):  # while there is nothing to do
         answer = prepare(json.loads(questions.get() or "{}"))
         answered += 1
         while "interrupted" not in message and (question := questions.get()) is not None:
@@ -205,5 +206,6 @@ def serve(prepare: Callable[[Message], Callable[[Message], Any]]) -> None:
                 message = {"interrupted": str(error), "saved": isinstance(error, preemption.Preempted)}
             answered += 1
             print(to_json(message), file=answers, flush=True)
-    except KeyboardInterrupt:  # while there was nothing to do
-        pass
+    if preemption.requested():  # jax would wait for what was interrupted
+        sys.stderr.flush()
+        os._exit(preemption.INTERRUPTED)

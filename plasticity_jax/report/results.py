@@ -13,7 +13,7 @@ from plasticity_jax.data.tasks import tasks
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.evaluate.metrics import pass_at_k
 from plasticity_jax.report.selection import selected_members
-from plasticity_jax.runs.directory import PROVENANCE, STUDY, RunDirectory
+from plasticity_jax.runs.directory import PROVENANCE, STUDY, RunDirectory, warnings_of
 from plasticity_jax.runs.jsonfiles import read_json
 from plasticity_jax.runs.logs import METRICS, read_log
 from plasticity_jax.runs.run import Run
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunState:
-    """A run of the study and how far it has come: done, diverged, running, failed or missing."""
+    """A run of the study and how far it has come: done, diverged, running, failed, damaged or missing; `warnings` says what was passed over for it."""
 
     run: Run
     state: str
     reason: str
     path: AnyPath
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,11 @@ def _state(study_dir: AnyPath, run: Run) -> RunState:
     state, reason = directory.state()
     if directory.done and (damage := directory.damage()):
         state, reason = "damaged", damage
-    return RunState(run, state, reason, path)
+    try:
+        warned = tuple(warnings_of(path))
+    except UserError as error:
+        warned = (str(error),)
+    return RunState(run, state, reason, path, warned)
 
 
 def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults:

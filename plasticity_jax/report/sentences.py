@@ -34,6 +34,7 @@ SENTENCES = {
     "direction.",
     "changed": "Members differ in more than what is swept: {changes} for {names}.",
     "ended": "{name} {state}{reason}. It has no number on this page.",
+    "passed over": "{name}: {warning}. Its numbers are those of a run without this.",
     "partial": "Partial study: {waiting} of {runs} runs have no result ({stages}).",
     "single seed": "Single pretraining seed ({seed}): a difference between two {members} may be the luck of one run, whatever its interval says.",
     "splits": "Published test or validation rows are in use: {used}. They serve comparisons within this study; never set these scores beside published "
@@ -202,6 +203,7 @@ def _changes(results: StudyResults) -> list[str]:
 def _states(results: StudyResults) -> list[str]:
     ended = [s for state in ("diverged", "failed") for s in results.runs if s.state == state]
     found = [_say("ended", name=s.run.id.rsplit("-", 1)[0], state=s.state, reason=f": {s.reason}" if s.reason else "") for s in ended]
+    found += [_say("passed over", name=s.run.id.rsplit("-", 1)[0], warning=warning) for s in results.runs for warning in s.warnings]
     waiting = [s.run.stage for s in results.runs if s.state in ("missing", "running")]
     if waiting:
         by_stage = ", ".join(f"{stage} {waiting.count(stage)}" for stage in dict.fromkeys(waiting))

@@ -1,6 +1,7 @@
 """The directory of a run: its files, its states, and who works on it."""
 
 import contextlib
+import logging
 import time
 import traceback
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from plasticity_jax.runs.jsonfiles import read_json, write_json
 from plasticity_jax.runs.locks import is_locked, lock
 from plasticity_jax.runs.provenance import new_provenance
 from plasticity_jax.runs.run import Run
-from plasticity_jax.runs.storage import AnyPath, location, make_folder
+from plasticity_jax.runs.storage import AnyPath, location, make_folder, remove_partial
+
+log = logging.getLogger("plasticity_jax")
 
 STUDY = "study.json"  # of a study's folder
 
@@ -21,6 +24,7 @@ STUDY = "study.json"  # of a study's folder
 CONFIG, PROVENANCE, RESULTS, DONE = "config.json", "provenance.json", "results.json", "DONE"
 FAILED, ERROR_LOG, LOCK = "FAILED", "error.log", "LOCK"
 CHANGING = (DONE, FAILED, ERROR_LOG, LOCK)  # what no checksum is taken of
+WARNINGS = "warnings.json"  # of a run in which something was passed over
 # Of runs that train.
 CHECKPOINTS = "checkpoints"
 # Of evaluate and reward runs.
@@ -90,6 +94,7 @@ class RunDirectory:
             if self.done:
                 raise StudyRefused(f"{self.path} has been finished by another process meanwhile; run again to go on from there.")
             (self.path / FAILED).unlink(missing_ok=True)
+            remove_partial(self.path)
             write_json(self.path / CONFIG, {"run": run.to_dict(), "config": to_dict(config)})
             self.provenance = new_provenance(run, config)
             try:
@@ -120,6 +125,17 @@ class RunDirectory:
 
     def _config_json(self) -> dict[str, Any]:
         return read_json(self.path / CONFIG)
+
+
+def warnings_of(path: AnyPath) -> list[str]:
+    """What was passed over while a run was made, oldest first."""
+    return [str(text) for text in read_json(path / WARNINGS).get("warnings", [])] if (path / WARNINGS).is_file() else []
+
+
+def add_warning(path: AnyPath, text: str) -> None:
+    """Logs a warning and keeps it with the run, for its page."""
+    log.warning("%s: %s", path.name, text)
+    write_json(path / WARNINGS, {"warnings": [*warnings_of(path), text]})
 
 
 def open_run(path: str | AnyPath) -> RunDirectory:

@@ -5,6 +5,7 @@ in the order of their steps, so whatever is cut off, by a kill or on purpose, is
 """
 
 import io
+import itertools
 import json
 import math
 import tempfile
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from plasticity_jax.runs.jsonfiles import to_json
+from plasticity_jax.runs.jsonfiles import iter_jsonl, to_json
 from plasticity_jax.runs.storage import AnyPath, is_local, replacing, upload, write_bytes
 
 METRICS = "metrics.jsonl"
@@ -23,7 +24,7 @@ class AppendLog:
 
     Args:
       path: of the file as it is called on a disk.
-      keep: of a row that is there already; the first that is not kept goes with all that follow.
+      keep: of a row that is there already; the first that is not kept, or is damaged, goes with all that follow.
     """
 
     def __init__(self, path: AnyPath, *, keep: Callable[[dict], bool]):
@@ -31,7 +32,7 @@ class AppendLog:
         self._file = None
         if is_local(path):
             if path.exists():
-                _write(path, [line for line in _lines(path.read_bytes()) if keep(json.loads(line))])
+                _write(path, _kept(_lines(path.read_bytes()), keep))
             self._file = open(path, "a", encoding="utf-8")
         else:
             self._part = io.StringIO()
@@ -60,12 +61,20 @@ class AppendLog:
 
 
 def read_log(path: AnyPath) -> list[dict]:
-    """The rows of a log, in order; none if there is no log. A half-written last line (after a kill) is left out."""
-    if is_local(path):
-        contents = [path.read_bytes()] if path.is_file() else []
-    else:
-        contents = [part.read_bytes() for _, part in _parts(path)]
-    return [json.loads(line) for content in contents for line in _lines(content)]
+    """The rows of a log, in order; none if there is no log. A half-written last line (after a kill) is left out. Raises UserError at a line that holds none."""
+    rows = []
+    for part in [path] if is_local(path) else [part for _, part in _parts(path)]:
+        if part.is_file():
+            rows += iter_jsonl(part)
+    return rows
+
+
+def read_whole_rows(path: AnyPath) -> list[dict]:
+    """The rows of a log before the first line that holds none."""
+    lines = [
+        line for part in ([path] if is_local(path) else [part for _, part in _parts(path)]) if part.is_file() for line in _lines(part.read_bytes())
+    ]
+    return [row for line in _kept(lines, lambda row: True) if (row := _row(line)) is not None]
 
 
 def remove_log(path: AnyPath) -> None:
@@ -83,7 +92,7 @@ def _cut(path: AnyPath, keep: Callable[[dict], bool]) -> int:
     kept = []
     for number, part in parts:
         lines = _lines(part.read_bytes())
-        good = next((i for i, line in enumerate(lines) if not keep(json.loads(line))), len(lines))
+        good = len(_kept(lines, keep))
         kept.append((number, part, lines, good))
         if good < len(lines):
             break
@@ -113,6 +122,20 @@ def _parts(path: AnyPath) -> list[tuple[int, AnyPath]]:
 
 def _part_path(path: AnyPath, number: int) -> AnyPath:
     return path.with_name(f"{path.stem}.{number:05d}{path.suffix}")
+
+
+def _kept(lines: list[bytes], keep: Callable[[dict], bool]) -> list[bytes]:
+    """The lines before the first that holds no row, or one that is not kept."""
+    return list(itertools.takewhile(lambda line: (row := _row(line)) is not None and keep(row), lines))
+
+
+def _row(line: bytes) -> dict | None:
+    """The row that a line holds; None if it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _lines(content: bytes) -> list[bytes]:

@@ -103,6 +103,12 @@ def replacing(path: AnyPath) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+def remove_partial(folder: AnyPath) -> None:
+    """Removes the files of a folder that a killed `replacing` has left half-written. Only where no other process writes there."""
+    for partial in folder.glob(".*.partial") if is_local(folder) else ():
+        partial.unlink(missing_ok=True)
+
+
 def write_bytes(path: AnyPath, content: bytes) -> None:
     """Writes a file that readers see whole or not at all."""
     with replacing(path) as file:

@@ -13,7 +13,7 @@ from typing import Any
 
 from plasticity_jax.config import StudyConfig, for_device, grid_members, member_config, restore_config, to_dict
 from plasticity_jax.errors import StudyRefused, UserError, reason
-from plasticity_jax.parallel import lanes, processes, workers
+from plasticity_jax.parallel import lanes, preemption, processes, workers
 from plasticity_jax.parallel.allocator import keep_freed_memory
 from plasticity_jax.parallel.flags import prepare_backend
 from plasticity_jax.progress import start_logging
@@ -141,7 +141,7 @@ def _held_bytes(folder: str) -> int:
 
 
 def _bytes_needed(config: StudyConfig) -> int:
-    """Rough size of a study on disk: float32 parameters per checkpoint, data, and the moments: of all models, or of those in training, saved twice."""
+    """Rough size of a study on disk: float32 parameters per checkpoint, data, and the moments: of all models, or of those in training, saved three times."""
     members = [(member_config(config, member), member) for member in grid_members(config)]
     tuned = len(config.tasks) * len(config.finetune.seeds)
     pretrained = [_parameters(own) for own, _ in members]
@@ -150,7 +150,7 @@ def _bytes_needed(config: StudyConfig) -> int:
     in_training = sum(pretrained) if config.grid.mode == "vmapped" else max(pretrained)
     starts = sum({init_run(own, 0).id: _parameters(own) for own, _ in members}.values())
     data = sum({corpus_run(own).id: _data_bytes(own) for own, _ in members}.values())
-    moments = 8 * models + 12 * in_training if config.train.keep_optimizer else (20 + 8 * kept) * in_training
+    moments = 8 * models + 24 * in_training if config.train.keep_optimizer else (32 + 8 * kept) * in_training
     return int(4 * (models + starts) + moments + data + 10e6)
 
 
@@ -371,6 +371,7 @@ class _Execution:
 
     def carry_out(self, number: int, group: Sequence[Run]) -> None:
         """Carries out the runs of a group whose parents are done."""
+        preemption.check()
         outcome, path_of = self.outcome, self.path_of
         missing = processes.broadcast(
             lambda: [[parent for parent in run.parents.values() if not RunDirectory(path_of(parent)).done] for run in group]

@@ -22,7 +22,7 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.model.flops import flops_per_token
 from plasticity_jax.model.kernels import choose_kernel
 from plasticity_jax.model.transformer import abstract_params
-from plasticity_jax.parallel import hardware
+from plasticity_jax.parallel import hardware, preemption
 from plasticity_jax.parallel.batches import padded_batch_size, part_counts
 from plasticity_jax.parallel.collectives import collective_bytes, largest_arrays
 from plasticity_jax.parallel.deviceless import Target
@@ -319,7 +319,8 @@ def _ticking(what: str) -> Iterator[None]:
     thread = threading.Thread(target=tick, daemon=True)
     thread.start()
     try:
-        yield
+        with preemption.ends_at_once():
+            yield
     finally:
         done.set()
         thread.join()

@@ -105,15 +105,15 @@ def finetune(members: Sequence[Tuned], examples: Sequence[Example], *, epochs: i
     padded = padded_batch_size(mesh, recipe.batch_size, recipe.grad_accum_steps, "finetune")
     settings = step_settings(config, base.config, mesh)
     initials = [arrays.put(member.base.params, param_shardings(mesh, member.base.params)) for member in members]
-    tracks = [Track(member.path, keep=2 if vmapped else 1) for member in members]
-    alive = [i for i, track in enumerate(tracks) if not track.diverged]
+    tracks = [Track(member.path) for member in members]
     final: dict[int, Any] = {}
-    if alive:
-        paths = [tracks[i].directory for i in alive]
-        state, start = starting_state(settings, mesh, [initials[i] for i in alive], paths, steps=len(steps), members=vmapped)
+    if not all(track.diverged for track in tracks):
+        # A member that has diverged stays in the program, whose size decides how the others are rounded.
+        paths = [None if track.diverged else track.directory for track in tracks]
+        state, start = starting_state(settings, mesh, initials, paths, steps=len(steps), members=vmapped)
         if start:
             log.info("resumes at step %d of %d", start, len(steps))
-        recipes = [members[i].config.finetune for i in alive]
+        recipes = [member.config.finetune for member in members]
         hypers = [tuning_numbers(own, steps=len(steps), weight_decay=own.weight_decay) for own in recipes]
         params = train(
             f"finetune {what}",
@@ -121,7 +121,7 @@ def finetune(members: Sequence[Tuned], examples: Sequence[Example], *, epochs: i
             train_step=compile_train_step(settings, mesh, members=vmapped),
             hyper=stack(hypers) if vmapped else hypers[0],
             batches=global_batches(_batches(rows, steps[start:], recipe, base.text_tokenizer.pad_id), mesh, None, padded),
-            tracks=[tracks[i] for i in alive],
+            tracks=tracks,
             members=vmapped,
             settings=LoopSettings(
                 steps=len(steps),
@@ -133,7 +133,7 @@ def finetune(members: Sequence[Tuned], examples: Sequence[Example], *, epochs: i
             ),
             held_out=None,
         )["params"]
-        final = {i: jax.tree.map(lambda x: x[place], params) if vmapped else params for place, i in enumerate(alive)}
+        final = {i: jax.tree.map(lambda x: x[i], params) if vmapped else params for i, track in enumerate(tracks) if not track.diverged}
     results = []
     for i, track in enumerate(tracks):
         update = None if track.diverged else relative_update(initials[i], arrays.put(final[i], param_shardings(mesh, final[i])))

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from plasticity_jax.model.checkpoint import Checkpoints
+from plasticity_jax.errors import UserError
+from plasticity_jax.model.checkpoint import Checkpoints, keep_last
 from plasticity_jax.parallel import arrays, preemption, processes
 from plasticity_jax.progress import Progress
 from plasticity_jax.runs.directory import CHECKPOINTS
@@ -24,6 +25,7 @@ from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.train.profile import StepProfile
 from plasticity_jax.train.step import Batch, Hyper, Metrics, State
 
+KEPT = 2  # latest checkpoints while a training goes on: if one is damaged, or a kill falls between those of two members, there is another before it
 TAIL_STEPS = 20  # last steps, which are all logged; their mean is the training loss of a run
 
 
@@ -59,14 +61,12 @@ class Track:
 
     Attributes:
       directory: of its run.
-      keep: latest checkpoints to keep; members of one program need 2, so that a kill between their saves leaves a common step.
       diverged: the reason, or None.
       tokens: number of targets trained on.
       seconds: training time over all resumes, without held-out losses, saving and compilation; members of one program share its time equally.
     """
 
     directory: AnyPath
-    keep: int
     diverged: str | None = None
     tokens: int = 0
     seconds: float = 0.0
@@ -78,16 +78,20 @@ class Track:
         self.diverged = processes.broadcast(self._noted)
 
     def _noted(self) -> str | None:
-        return read_json(self.directory / _DIVERGED)["reason"] if (self.directory / _DIVERGED).is_file() else None
+        if not (self.directory / _DIVERGED).is_file():
+            return None
+        reason = read_json(self.directory / _DIVERGED).get("reason")
+        if not isinstance(reason, str) or not self.rows():
+            raise UserError(f"{self.directory} holds no reason or no log of its divergence; delete it and run again, which makes it anew.")
+        return reason
 
     def begin(self, step: int, *, keep_steps: tuple[int, ...]) -> None:
         """Opens the log and the checkpoints as of `step`."""
         if processes.primary():
-            for row in self.rows():
-                if row["step"] <= step:
-                    self.tokens, self.seconds = row["tokens"], row["seconds"]
             self.log = MetricsLog(self.directory, step=step)
-        self.checkpoints = Checkpoints(self.directory / CHECKPOINTS, keep=self.keep, keep_steps=keep_steps, asynchronous=True)
+            if rows := self.rows():
+                self.tokens, self.seconds = rows[-1]["tokens"], rows[-1]["seconds"]
+        self.checkpoints = Checkpoints(self.directory / CHECKPOINTS, keep=KEPT, keep_steps=keep_steps, asynchronous=True)
 
     def rows(self) -> list[dict]:
         """All logged rows."""
@@ -103,6 +107,13 @@ class Track:
         self.diverged = reason
         if processes.primary():
             write_json(self.directory / _DIVERGED, {"reason": reason})
+
+    def finish(self, keep_steps: tuple[int, ...]) -> None:
+        """Leaves the last checkpoint, and those to keep, of a training that is over."""
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+            if processes.primary():
+                keep_last(self.directory / CHECKPOINTS, keep_steps)
 
     def close(self) -> None:
         """Waits for a checkpoint in flight."""
@@ -133,21 +144,22 @@ def train(
       what: label of the progress bar.
       state: after `state["step"]` updates; donated.
       batches: from that step on.
-      tracks: of the models, in the order of the member axis; opened and closed here. They hold `diverged`, `tokens` and `seconds` at the end.
+      tracks: of the models, in the order of the member axis; opened and closed here, but for those that have diverged before. They hold `diverged`,
+        `tokens` and `seconds` at the end.
       members: the state, hyperparameters and metrics have a leading member axis.
       held_out: params of one model → metrics for its log, every `settings.eval_every` steps and at the end.
     Returns:
       The last state.
     Raises:
-      Preempted: after SIGTERM; the step in progress is saved.
-      KeyboardInterrupt: re-raised after checkpoints in flight are complete.
+      Preempted: after SIGTERM or Ctrl-C; the step in progress is saved.
     """
     start = int(np.asarray(state["step"]).reshape(-1)[0])
     with contextlib.ExitStack() as stack:
         save_and_end = stack.enter_context(preemption.saves_first())
         for track in tracks:
-            stack.callback(track.close)
-            track.begin(start, keep_steps=settings.keep_steps)
+            if not track.diverged:
+                stack.callback(track.close)
+                track.begin(start, keep_steps=settings.keep_steps)
         clock = _Clock()
         progress = stack.enter_context(
             Progress(what, total=settings.total_tokens * len(tracks), unit="tokens", initial=sum(track.tokens for track in tracks))
@@ -167,13 +179,17 @@ def train(
             loop.pending = (done, metrics)
             if save_and_end(done):
                 loop.last = done
+                stack.enter_context(preemption.writing())
             if loop.due(done):
                 loop.settle_pending(state)
             if all(track.diverged for track in tracks):
                 break
             if loop.last == done:
-                raise preemption.Preempted(f"ended by SIGTERM, saved at step {done} of {settings.steps}")
+                raise preemption.Preempted(f"ended by {preemption.name()}, saved at step {done} of {settings.steps}")
         loop.settle_pending(state)
+        for track in tracks:
+            if not track.diverged:
+                track.finish(settings.keep_steps)
     return state
 
 
@@ -216,7 +232,7 @@ class _Loop:
     clock: _Clock
     progress: Progress
     pending: tuple[int, Metrics] | None = None
-    last: int | None = None  # the step at which training ends early, after SIGTERM
+    last: int | None = None  # the step at which training ends early, after a signal
 
     def _checkpoint_due(self, step: int) -> bool:
         return step % self.settings.checkpoint_every == 0 or step in (self.settings.steps, self.last, *self.settings.keep_steps)

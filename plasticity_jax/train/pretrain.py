@@ -123,18 +123,18 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
 
     loop = _loop_settings(config, mesh)
     curve_blocks = first_blocks(held_out_records, tokens_per_domain=config.train.eval_tokens)
-    tracks = [Track(member.path, keep=2 if vmapped else 1) for member in members]
-    alive = [i for i, track in enumerate(tracks) if not track.diverged]
+    tracks = [Track(member.path) for member in members]
     final: dict[int, Params] = {}
-    if alive:
-        paths = [tracks[i].directory for i in alive]
-        state, start = starting_state(settings, mesh, [initial] * len(alive), paths, steps=config.train.steps, members=vmapped)
+    if not all(track.diverged for track in tracks):
+        # A member that has diverged stays in the program, whose size decides how the others are rounded.
+        paths = [None if track.diverged else track.directory for track in tracks]
+        state, start = starting_state(settings, mesh, [initial] * len(members), paths, steps=config.train.steps, members=vmapped)
         if start:
             log.info("resumes at step %d of %d", start, config.train.steps)
-        hypers = [_hyper(members[i]) for i in alive]
+        hypers = [_hyper(member) for member in members]
         rows = local_rows(mesh, padded) if processes.count() > 1 else None
         state = train(
-            "pretrain " + ", ".join(members[i].name for i in alive),
+            "pretrain " + ", ".join(member.name for member in members),
             state,
             train_step=compile_train_step(settings, mesh, members=vmapped),
             hyper=stack(hypers) if vmapped else hypers[0],
@@ -152,13 +152,13 @@ def pretrain(members: Sequence[MemberRun], *, seed: int, corpus: AnyPath, init: 
                 rows,
                 padded,
             ),
-            tracks=[tracks[i] for i in alive],
+            tracks=tracks,
             members=vmapped,
             settings=loop,
             held_out=lambda params: score(params, curve_blocks),
         )
         params = state["params"]
-        final = {i: jax.tree.map(lambda x: x[place], params) if vmapped else params for place, i in enumerate(alive)}
+        final = {i: jax.tree.map(lambda x: x[i], params) if vmapped else params for i, track in enumerate(tracks) if not track.diverged}
     blocks = first_blocks(held_out_records, tokens_per_domain=config.train.held_out_tokens)
     results = []
     for i, (member, track) in enumerate(zip(members, tracks, strict=True)):

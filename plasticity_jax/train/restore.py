@@ -1,4 +1,4 @@
-"""Where a run resumes: the last step that every model of a program has saved, and its state."""
+"""Where a run resumes: the last step that every model of a program has saved and logged, and its state."""
 
 import functools
 from collections.abc import Sequence
@@ -9,50 +9,108 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from plasticity_jax.model.checkpoint import Checkpoints, delete_step, finished_steps
+from plasticity_jax.errors import UserError
+from plasticity_jax.model.checkpoint import Checkpoints, Damaged, delete_step, finished_steps, remove_leftovers, set_aside
 from plasticity_jax.parallel import arrays, processes
 from plasticity_jax.parallel.rules import param_paths
-from plasticity_jax.runs.directory import CHECKPOINTS
+from plasticity_jax.runs.directory import CHECKPOINTS, add_warning
+from plasticity_jax.runs.logs import METRICS, read_whole_rows
 from plasticity_jax.runs.storage import AnyPath
+from plasticity_jax.train.loop import TAIL_STEPS
 from plasticity_jax.train.optimizer import Params
 from plasticity_jax.train.step import State, StepSettings, initial_state, stack, state_shardings
 
 
 def common_step(runs: Sequence[AnyPath]) -> int:
     """The last step for which all runs have a complete checkpoint; 0 if there is none."""
-    return max(set.intersection(*(finished_steps(run / CHECKPOINTS) for run in runs)), default=0)
+    return max(_common_steps(runs), default=0)
+
+
+def _common_steps(runs: Sequence[AnyPath]) -> set[int]:
+    return set.intersection(*(finished_steps(run / CHECKPOINTS) for run in runs))
 
 
 def starting_state(
-    settings: StepSettings, mesh: Mesh, initials: Sequence[Params], runs: Sequence[AnyPath], *, steps: int, members: bool
+    settings: StepSettings,
+    mesh: Mesh,
+    initials: Sequence[Params],
+    runs: Sequence[AnyPath | None],
+    *,
+    steps: int,
+    members: bool,
 ) -> tuple[State, int]:
-    """The state from which training continues, on the mesh: the runs' last common checkpoint, or the step-0 parameters.
+    """The state from which training continues, on the mesh: the runs' last common checkpoint that is whole, or the step-0 parameters.
 
-    Later checkpoints are deleted, because they will be written again.
+    A checkpoint that cannot be read, or whose step the log does not hold, is set aside, and the one before it taken: with a warning that stays with the
+    run. Later checkpoints are deleted, because they will be written again.
 
     Args:
       initials: step-0 parameters of each run; copied.
+      runs: their directories; None for a member that has ended and only keeps its place in the program.
       steps: of the whole training. After the last, the optimizer's state is not read, because a run that is nearly done has dropped it.
       members: give the state a leading member axis, in the order of `runs`.
     Returns:
       (state, its step).
     Raises:
-      UserError: a damaged checkpoint.
+      UserError: there are checkpoints, and none from which all runs can go on.
     """
-    step = processes.broadcast(lambda: _prepare_step(runs))
-    states = [_state_at(settings, mesh, initial, run, step, last=step == steps) for initial, run in zip(initials, runs, strict=True)]
+    going = [run for run in runs if run is not None]
+    processes.broadcast(lambda: _tidy(going))
+    while True:
+        step = processes.broadcast(lambda: _next_step(going, steps))
+        states, damage = [], None
+        for initial, run in zip(initials, runs, strict=True):
+            try:
+                states.append(_state_at(settings, mesh, initial, run, step, last=step == steps))
+            except Damaged as error:
+                damage = going.index(run), error.what
+                break
+        found = next((one for one in processes.gather("checkpoint", damage) if one), None)
+        if found is None:
+            break
+        processes.broadcast(lambda: _pass_over(going, going[found[0]], step, found[1]))
     state = stack(states) if members else states[0]
     # Always a copy: the first update donates its state, and the step-0 parameters are still needed.
     return arrays.copied(state, state_shardings(settings, mesh, members=members)), step
 
 
-def _prepare_step(runs: Sequence[AnyPath]) -> int:
-    step = common_step(runs)
+def _tidy(runs: Sequence[AnyPath]) -> None:
+    for run in runs:
+        remove_leftovers(run / CHECKPOINTS)
+
+
+def _next_step(runs: Sequence[AnyPath], steps: int) -> int:
+    """The last common step up to which every run's log is whole, without those that come after it."""
+    while step := common_step(runs):
+        without = next((run for run in runs if step not in _logged_steps(run, steps)), None)
+        if without is None:
+            break
+        _pass_over(runs, without, step, f"{without / METRICS} does not hold its rows from step 1 to step {step}, at which a checkpoint lies")
     for run in runs:
         for later in finished_steps(run / CHECKPOINTS):
             if later > step:
                 delete_step(run / CHECKPOINTS, later)
     return step
+
+
+def _logged_steps(run: AnyPath, steps: int) -> set[int]:
+    """The steps of a run's log, up to the first line that is damaged, or that comes after a step which is always logged and is not there."""
+    logged: list[int] = []
+    for row in read_whole_rows(run / METRICS):
+        step, last = row.get("step"), logged[-1] if logged else 0
+        if not isinstance(step, int) or step <= last or step > last + 1 and (last == 0 or step > steps - TAIL_STEPS + 1):
+            break
+        logged.append(step)
+    return set(logged)
+
+
+def _pass_over(runs: Sequence[AnyPath], run: AnyPath, step: int, why: str) -> None:
+    """Sets a step of one of the runs aside. Raises UserError if no step is before it."""
+    before = max((other for other in _common_steps(runs) if other < step), default=None)
+    if before is None:
+        raise UserError(f"{why}, and there is no checkpoint before it; put the file back, or delete {run} and run again, which makes it anew.")
+    set_aside(run / CHECKPOINTS, step)
+    add_warning(run, f"{why}; it went on from step {before}, and trained the steps after it again")
 
 
 def param_norms(params: Params) -> dict[str, float]:
@@ -78,9 +136,10 @@ def _total(squares: np.ndarray) -> float:
     return float(squares.sum(dtype=np.float64))
 
 
-def _state_at(settings: StepSettings, mesh: Mesh, initial: Params, run: AnyPath, step: int, *, last: bool) -> State:
-    if step == 0:
-        return _compiled_start(settings)(initial)
+def _state_at(settings: StepSettings, mesh: Mesh, initial: Params, run: AnyPath | None, step: int, *, last: bool) -> State:
+    counter = jax.device_put(jnp.int32(step), NamedSharding(mesh, PartitionSpec()))
+    if step == 0 or run is None:
+        return _compiled_start(settings)(initial) | {"step": counter}
     abstract = _abstract_state(settings, mesh)
     with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
         if last:
@@ -88,7 +147,6 @@ def _state_at(settings: StepSettings, mesh: Mesh, initial: Params, run: AnyPath,
             optimizer = _compiled_start(settings)(params)["optimizer"]
         else:
             params, optimizer = checkpoints.restore(step, abstract["params"], abstract["optimizer"])
-    counter = jax.device_put(jnp.int32(step), NamedSharding(mesh, PartitionSpec()))
     return {"params": params, "optimizer": optimizer, "step": counter}
 
 

@@ -104,7 +104,7 @@ def train_verifier(base: LoadedModel, samples: Sequence[Completion], config: Stu
     model = ScalarModel(model.config, arrays.put(model.params, scalar_shardings(mesh, model.config)))
     buckets = length_buckets(config.reward.max_length, config.finetune.length_buckets)
     learned = np.flatnonzero(~is_held_out)
-    track = Track(path, keep=1)
+    track = Track(path)
     if len(set(right[learned].tolist())) == 2:
         model = _train(name, config, track, model, mesh, [rows[i] for i in learned], right[learned], buckets)
         reason = ""

@@ -153,6 +153,28 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(context, monkeypatch, tmp
     assert len(first) == 1 and sorted(i for batch in generated for i in batch) == list(range(9))
 
 
+@pytest.mark.parametrize(
+    "line", [b"[]", b"{}", b"\xff", b'{"problem": 1e9}', b'{"problem": 99, "texts": [], "ended": []}', b'{"problem": true, "texts": 3}']
+)
+def test_a_damaged_line_of_what_was_generated_is_generated_again_with_all_after_it(context, monkeypatch, tmp_path, line):
+    whole, graded = _evaluated(context, tmp_path / "whole"), evaluate.graded
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "graded", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _evaluated(context, tmp_path / "harmed")
+    log = tmp_path / "harmed" / "generated.jsonl"
+    rows = log.read_bytes().splitlines()
+    log.write_bytes(b"\n".join([*rows[:2], line, *rows[3:]]) + b"\n")
+    monkeypatch.setattr(evaluate, "graded", graded)
+    said, real = [], evaluate.log.info
+    monkeypatch.setattr(evaluate.log, "info", lambda text, *values: said.append(text % values) or real(text, *values))
+    assert _evaluated(context, tmp_path / "harmed") == whole
+    assert "resumes after 2 of 9 problems" in said
+
+
 def test_members_together_write_what_each_writes_alone_also_after_kills(context, monkeypatch, tmp_path):
     """Killed once in the middle, and once when one member has lost the last batch of its log."""
     other = tmp_path / "other"

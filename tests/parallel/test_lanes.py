@@ -122,8 +122,6 @@ def test_an_error_of_one_lane_ends_the_others_at_their_next_report(two, error):
 def test_sigterm_lets_trainings_save_and_ends_everything_else(two):
     import os
 
-    before = signal.getsignal(signal.SIGTERM)
-    preemption.handle_sigterm()
     saved, both = [], threading.Barrier(2, action=lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     def work(lane):
@@ -135,12 +133,8 @@ def test_sigterm_lets_trainings_save_and_ends_everything_else(two):
                     saved.append(lane.index)
                     raise preemption.Preempted(f"saved at step {step}")
 
-    try:
-        with pytest.raises(preemption.Preempted):
-            lanes.side_by_side(two, work)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        preemption._requested = None
+    with preemption.handled(), pytest.raises(preemption.Preempted):
+        lanes.side_by_side(two, work)
     assert sorted(saved) == [0, 1]
 
 

@@ -202,7 +202,7 @@ def test_an_interrupt_reaches_the_workers(workdir, tmp_path):
         process.send_signal(signal.SIGINT)
     for status, lines in map(end, processes):
         assert status == 130, lines
-        assert lines[-1] == "plasticity: interrupted; the same command resumes."
+        assert lines[-1].startswith("plasticity: ended by Ctrl-C, saved at step "), lines
 
 
 def test_sigterm_to_one_process_saves_a_step_of_all_and_the_pair_resumes_to_the_same_bits(workdir, by_two, tmp_path):
@@ -214,7 +214,7 @@ def test_sigterm_to_one_process_saves_a_step_of_all_and_the_pair_resumes_to_the_
     for status, lines in map(end, processes):
         assert status == 130, lines
         assert lines[-1] == "plasticity: ended by SIGTERM, saved at step 16 of 24; the same command resumes."
-    assert [path.name for path in (run_folder(workdir) / "checkpoints").iterdir() if path.name.isdigit()] == ["16"]
+    assert max(int(path.name) for path in (run_folder(workdir) / "checkpoints").iterdir() if path.name.isdigit()) == 16
     two(arguments)
     assert_same(workdir, by_two)
 

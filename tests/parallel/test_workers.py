@@ -89,14 +89,11 @@ def ended(pid):
 ASKING = f"""
 import sys
 from plasticity_jax.parallel import preemption, workers
-preemption.handle_sigterm()
 try:
-    with workers.Workers(2, {PROGRAM!r}, {{}}) as crew:
+    with preemption.handled(), workers.Workers(2, {PROGRAM!r}, {{}}) as crew:
         crew.ask([{{"do": "wait", "value": path}} for path in sys.argv[1:]], lambda *_: True)
 except preemption.Preempted as error:
     print(error)
-except KeyboardInterrupt:
-    print("interrupted")
 """
 
 
@@ -104,7 +101,7 @@ except KeyboardInterrupt:
     ("number", "said"),
     [
         (signal.SIGTERM, "ended by SIGTERM after the last step of a training, which is saved\n"),
-        (signal.SIGINT, "interrupted\n"),
+        (signal.SIGINT, "ended by Ctrl-C after the last step of a training, which is saved\n"),
         (signal.SIGKILL, ""),
     ],
     ids=lambda value: str(value),
