@@ -415,6 +415,7 @@ _WORKER = "from plasticity_jax.study.execute import serve; serve()"
 
 def serve() -> None:
     """The program of a worker process: carries out the groups of runs that `_Execution.by_workers` asks for."""
+    keep_freed_memory()  # first of all: once there is a thread, it has no effect
     start_logging()
     workers.serve(_in_worker)
 
@@ -423,7 +424,6 @@ def _in_worker(task: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, lis
     """What carries out a group and says what became of its runs."""
     config, runs = restore_config(task["config"]), [Run.from_dict(row) for row in task["runs"]]
     prepare_backend(config.launch.compile_cache)
-    keep_freed_memory()
     places = {run_id: location(place) for run_id, place in task["places"].items()}
     fixed = {name: task[name] for name in ("single", "fail_fast", "total")}
     execution = _Execution(location(task["workdir"]), places.__getitem__, run_configs(config, runs), outcome=_nothing_yet(), **fixed)
