@@ -1,4 +1,4 @@
-"""The first study: a 0.22M-parameter Llama at 20 tokens per parameter, four weight decays, three seeds, real text, on a CPU.
+"""The first study: a 0.15M-parameter Llama at 20 tokens per parameter, four weight decays, three seeds, real text, on a CPU.
 
 Command:   make study          (plasticity study --config configs/default.py --workdir work)
 """
@@ -9,13 +9,13 @@ from plasticity_jax.config import base_config, task
 def get_config():
     config = base_config()
     config.name = "default"
-    config.model.d_model = 64
+    config.model.d_model = 48
     config.model.n_layers = 2
-    config.model.d_ff = 172
-    config.train.steps = 1080
-    config.train.eval_every = 180
-    config.train.checkpoint_every = 360
-    config.train.log_every = 60
+    config.model.d_ff = 128
+    config.train.steps = 728
+    config.train.eval_every = 182
+    config.train.checkpoint_every = 364
+    config.train.log_every = 52
     config.grid.timescales = (None, 0.8, 0.4, 0.2)
     config.grid.seeds = (3, 4, 5)
     config.finetune.peak_lr = 3e-3

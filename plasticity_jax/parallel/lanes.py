@@ -5,6 +5,7 @@ While a lane is active in a thread, everything there works as if its devices wer
 
 import contextlib
 import contextvars
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 from plasticity_jax import progress
 from plasticity_jax.errors import UserError
+from plasticity_jax.parallel.threads import Threads
 
 log = logging.getLogger("plasticity_jax")
 
@@ -158,24 +160,16 @@ def side_by_side(lanes: Sequence[Lane], work: Callable[[Lane], None]) -> None:
             errors.append(error)
             stop.ask(in_order=True)
 
-    threads = [threading.Thread(target=guarded, args=(lane,), name=f"lane {lane.index}", daemon=True) for lane in here]
     progress.checks.append(stop.check)
     try:
-        for thread in threads:
-            thread.start()
+        threads = Threads({f"lane {lane.index}": functools.partial(guarded, lane) for lane in here})
         try:
-            _wait(threads)
+            threads.wait()
         except KeyboardInterrupt:
             stop.ask(in_order=False)
-            _wait(threads)
+            threads.wait()
             raise
     finally:
         progress.checks.remove(stop.check)
     if errors:
         raise errors[0]
-
-
-def _wait(threads: Sequence[threading.Thread]) -> None:
-    while any(thread.is_alive() for thread in threads):
-        for thread in threads:
-            thread.join(0.1)  # signals are handled between the waits

@@ -77,7 +77,9 @@ def requested() -> bool:
 
 def check() -> None:
     """Raises KeyboardInterrupt after a signal, unless this thread is in a training, which ends by itself."""
+    global _raised
     if _requested is not None and threading.get_ident() not in _saving:
+        _raised |= threading.current_thread() is threading.main_thread()  # the handler, which may run later than the watcher, need not
         raise KeyboardInterrupt
 
 

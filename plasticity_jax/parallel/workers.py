@@ -5,6 +5,7 @@ most: their operations are too short to be divided among threads.
 """
 
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -18,6 +19,7 @@ from typing import Any
 
 from plasticity_jax.parallel import preemption, processes
 from plasticity_jax.parallel.supervise import ending
+from plasticity_jax.parallel.threads import Threads
 from plasticity_jax.runs.jsonfiles import to_json
 
 ONE_THREAD = {"NPROC": "1", "JAX_PLATFORMS": "cpu"}
@@ -87,17 +89,22 @@ class Workers:
                 except BaseException as error:
                     errors.append(error)
 
-        threads = [threading.Thread(target=work, args=(i,), name=f"worker {i}", daemon=True) for i in range(min(len(self._workers), len(left)))]
-        for thread in threads:
-            thread.start()
+        told = threading.Event()
+
+        def check() -> None:
+            preemption.check()
+            if errors and not told.is_set():
+                told.set()
+                self._signal(signal.SIGTERM)  # so that the others save what they train
+
+        threads = Threads({f"worker {place}": functools.partial(work, place) for place in range(min(len(self._workers), len(left)))})
         try:
-            self._wait(threads, errors)
+            threads.wait(check)
         except KeyboardInterrupt as interrupt:
             left.clear()
             self._signal(signal.SIGTERM if preemption.name() == "SIGTERM" else signal.SIGINT)
             with preemption.writing():  # which the workers may do
-                for thread in threads:
-                    thread.join()
+                threads.wait()
             raise next((error for error in errors if isinstance(error, preemption.Preempted)), interrupt) from None
         if errors:
             raise errors[0]
@@ -107,20 +114,10 @@ class Workers:
         answer = worker.ask(question)
         if answer is None:
             self._workers[place] = None
-            return {"died": ending(worker.wait())}
+            return {"died": ending(worker.end())}
         if "interrupted" in answer:
             raise (preemption.Preempted if answer["saved"] else KeyboardInterrupt)(answer["interrupted"])
         return processes.outcome_of(answer)
-
-    def _wait(self, threads: Sequence[threading.Thread], errors: Sequence[BaseException]) -> None:
-        told = False
-        while any(thread.is_alive() for thread in threads):
-            preemption.check()
-            if errors and not told:
-                self._signal(signal.SIGTERM)  # so that the others save what they train
-                told = True
-            for thread in threads:
-                thread.join(0.1)  # signals are handled between the waits
 
     def _signal(self, number: int) -> None:
         for worker in filter(None, self._workers):
@@ -145,20 +142,16 @@ class _Worker:
         line = self._process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
         return json.loads(line) if line.endswith("\n") else None
 
-    def wait(self) -> int:
-        """Its exit status."""
-        return self._process.wait()
-
     def signal(self, number: int) -> None:
         if self._process.poll() is None:
             self._process.send_signal(number)
 
-    def end(self) -> None:
-        """Lets it end, which it does at once where it has nothing to do or was told to."""
+    def end(self) -> int:
+        """Its exit status, once it has said all. It ends by itself where it has nothing to do or was told to."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()  # pyright: ignore[reportOptionalMemberAccess]
-        self._process.wait()
         self._relay.join()
+        return self._process.wait()
 
     def _say(self, line: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # that it has died is seen when it does not answer
