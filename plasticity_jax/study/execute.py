@@ -22,7 +22,7 @@ from plasticity_jax.stages import Context, Stage, stages
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
 from plasticity_jax.study.graph import build_graph, run_configs, save_study, study_dir
-from plasticity_jax.study.together import check_groups, grouped, shapes
+from plasticity_jax.study.together import check_groups, check_memory, grouped, shapes
 
 log = logging.getLogger("plasticity_jax")
 
@@ -100,6 +100,8 @@ def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> N
             if mine and stage.batched and config.grid.mode != "sequential":
                 alike = [run for run in runs if run.stage == name]
                 check_groups(alike, run_configs(_on_this_device(config), alike))
+            if mine and stage.batched:
+                check_memory(mine, run_configs(_on_this_device(config), mine))
 
 
 @contextlib.contextmanager
