@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutate import change_bytes, change_tree, files_below, within_limits
 
+from plasticity_jax.cli import main
 from plasticity_jax.model import load_model
+from plasticity_jax.parallel import hardware
 
 sys.path.append(str(Path(__file__).parents[1] / "model"))
 from hf_folders import llama_tensors, write_folder  # noqa: E402
@@ -95,3 +97,13 @@ def read_as_a_model(folder):
     if model.tokenizer is not None:
         model.tokenizer.decode(model.tokenizer.encode("the cat \u00e9 12"))
         assert model.tokenizer.prefix_ids is not None and len(model.tokenizer.token_bytes) == model.tokenizer.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"), [("\udcff", "no valid text"), ("the cat sees a dog " * 4000, "give a shorter prompt"), ("", "--prompt is empty")]
+)
+def test_a_prompt_that_is_no_text_or_takes_more_than_the_memory(whole, monkeypatch, capsys, prompt, words):
+    monkeypatch.setattr(hardware, "memory_of", lambda device: 2**30)
+    assert main(["generate", "--model", str(whole), "--prompt", prompt]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert words in line
