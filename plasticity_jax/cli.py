@@ -293,6 +293,27 @@ def _show(arguments) -> int:
     return 0
 
 
+@_command(
+    "diff",
+    "what differs between two runs: config, inputs, environment, the first step at which their logs part, results",
+    _flag("runs", nargs=2, type=_place, metavar="RUN", help="directories of two runs"),
+    JSON,
+    config=False,
+    workdir=False,
+    several=False,
+    memory="",
+)
+def _diff(arguments) -> int:
+    from plasticity_jax.runs.jsonfiles import to_json
+    from plasticity_jax.study.diff import diff_lines, run_differences
+
+    first, second = arguments.runs
+    found = run_differences(first, second)
+    named = {kind: {name: [a, b] for name, a, b in pairs} for kind, pairs in found.items()}
+    print(to_json(named) if arguments.json else "\n".join(diff_lines(first, second, found)))
+    return 0
+
+
 @_command("report", "write <workdir>/<study>/report/index.html, figures and tables", config=False, several=False, memory="")
 def _report(arguments) -> int:
     from plasticity_jax.study.graph import study_files

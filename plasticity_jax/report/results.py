@@ -1,5 +1,6 @@
 """What a study has found so far, read from its runs' directories into typed records. What is missing stays missing, and is never a number."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -36,6 +37,7 @@ class RunState:
     reason: str
     path: AnyPath
     warnings: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -315,7 +317,11 @@ def _state(study_dir: AnyPath, run: Run) -> RunState:
         warned = tuple(warnings_of(path))
     except UserError as error:
         warned = (str(error),)
-    return RunState(run, state, reason, path, warned)
+    provenance = {}
+    if state == "done" and (path / PROVENANCE).is_file():
+        with contextlib.suppress(UserError):
+            provenance = read_json(path / PROVENANCE)
+    return RunState(run, state, reason, path, warned, provenance)
 
 
 def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults:

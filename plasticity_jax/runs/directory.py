@@ -106,10 +106,20 @@ class RunDirectory:
                     (self.path / ERROR_LOG).write_text(traceback.format_exc(), encoding="utf-8")
                 raise
 
+    def earlier_environments(self) -> list[dict[str, Any]]:
+        """Where earlier attempts at this run were made, as its provenance says; none if it cannot be read."""
+        with contextlib.suppress(UserError, OSError):
+            found = read_json(self.path / PROVENANCE).get("environments")
+            return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+        return []
+
+    def write_provenance(self, **more: Any) -> None:
+        write_json(self.path / PROVENANCE, self.provenance | more)
+
     def finish(self, results: dict[str, Any]) -> None:
         """Writes results and provenance, then DONE with the checksums. `results["diverged"]`, a reason, marks a diverged run."""
         write_json(self.path / RESULTS, results)
-        write_json(self.path / PROVENANCE, self.provenance | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        self.write_provenance(finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         (self.path / ERROR_LOG).unlink(missing_ok=True)
         files: Checksums = checksums(self.path, without=CHANGING)
         write_json(self.path / DONE, {"diverged": results.get("diverged") or "", "files": files})
