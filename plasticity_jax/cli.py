@@ -20,6 +20,7 @@ from plasticity_jax.parallel import preemption, processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
 from plasticity_jax.parallel.flags import prepare_backend
 from plasticity_jax.progress import start_logging
+from plasticity_jax.text import valid_text
 
 if TYPE_CHECKING:
     from plasticity_jax.runs.storage import AnyPath
@@ -293,6 +294,27 @@ def _show(arguments) -> int:
     return 0
 
 
+@_command(
+    "diff",
+    "what differs between two runs: config, inputs, environment, the first step at which their logs part, results",
+    _flag("runs", nargs=2, type=_place, metavar="RUN", help="directories of two runs"),
+    JSON,
+    config=False,
+    workdir=False,
+    several=False,
+    memory="",
+)
+def _diff(arguments) -> int:
+    from plasticity_jax.runs.jsonfiles import to_json
+    from plasticity_jax.study.diff import diff_lines, run_differences
+
+    first, second = arguments.runs
+    found = run_differences(first, second)
+    named = {kind: {name: [a, b] for name, a, b in pairs} for kind, pairs in found.items()}
+    print(to_json(named) if arguments.json else "\n".join(diff_lines(first, second, found)))
+    return 0
+
+
 @_command("report", "write <workdir>/<study>/report/index.html, figures and tables", config=False, several=False, memory="")
 def _report(arguments) -> int:
     from plasticity_jax.study.graph import study_files
@@ -471,6 +493,7 @@ def _generate(arguments) -> int:
         raise UserError(f"--top-k={arguments.top_k} must not be negative, and --top-p={arguments.top_p} must be above 0 and at most 1.")
     if not 0 < arguments.repetition_penalty < float("inf"):
         raise UserError(f"--repetition-penalty={arguments.repetition_penalty} must be positive; 1 is none.")
+    valid_text("--prompt", arguments.prompt)
     from plasticity_jax.evaluate.generate import continue_text
     from plasticity_jax.model.load import load_model
 
@@ -539,7 +562,7 @@ def parser() -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=command.does, description=command.does, allow_abbrev=False)
         if command.config:
             about = "Python config file, or the config.json of a run; --config.a.b=value overrides one of its keys"
-            sub.add_argument("--config", type=Path, required=True, metavar="C", help=about)
+            sub.add_argument("--config", required=True, metavar="C", help=about)
         if command.workdir:
             sub.add_argument("--workdir", type=_place, required=True, metavar="W", help="folder that holds the studies")
         for flag, settings in command.flags:

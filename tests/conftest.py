@@ -44,6 +44,7 @@ if "jax" in sys.modules:  # a plugin of pytest has imported it, and it reads its
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=100)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=2000)  # make fuzz
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

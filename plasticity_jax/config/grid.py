@@ -1,6 +1,7 @@
 """The grid of a study: its members, the config of each, and the rules for what may differ between them."""
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any
 from plasticity_jax.config.schema import StudyConfig, execution_fields
 from plasticity_jax.errors import UserError
 
+MOST_MEMBERS = 10_000
 SWEPT_SECTIONS = ("model", "train", "decay", "data", "finetune")
 
 
@@ -123,6 +125,9 @@ def check_members(config: StudyConfig) -> None:
         for name in changed:
             if name in swept:
                 raise UserError(f"grid.changes: {pattern!r} sets {name}, which grid.fields sweeps; do one of the two.")
+    size = math.prod([len(grid.seeds), len(grid.weight_decay or grid.timescales or ()), *(len(values) for _, values in grid.fields)])
+    if size > MOST_MEMBERS:
+        raise UserError(f"the grid has {size:,} members, and {MOST_MEMBERS:,} are the most; sweep fewer values or fields at once.")
     if config.finetune.select != "none" and not any(name.startswith("finetune.") and len(values) > 1 for name, values in grid.fields):
         raise UserError(
             f"finetune.select={config.finetune.select!r} has nothing to choose from; sweep a field of finetune in grid.fields, or set it to 'none'."

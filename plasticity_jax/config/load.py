@@ -23,7 +23,8 @@ from typing import Any, NoReturn
 from plasticity_jax.config.grid import check_members, check_swept
 from plasticity_jax.config.presets import presets
 from plasticity_jax.config.schema import RENAMED, StudyConfig, TaskConfig, execution_fields, explain, nearest, study_class, to_dict, unknown_key
-from plasticity_jax.errors import UserError
+from plasticity_jax.errors import UserError, reason
+from plasticity_jax.text import local_path
 
 log = logging.getLogger("plasticity_jax")
 
@@ -64,7 +65,7 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     Raises:
       UserError: a missing file, an unknown key (the nearest known one is named), a value of another type, or values that do not fit.
     """
-    path, given = Path(path), {key: _literal(text) for key, text in overrides}
+    path, given = local_path(str(path)), {key: _literal(text) for key, text in overrides}
     if not path.is_file():
         raise UserError(f"--config={path}: no such file; give a Python config file such as configs/default.py, or the config.json of a run.")
     tree = _read_json(path) if path.suffix == ".json" else _read_python(path, faithful=given.get("faithful"))
@@ -280,8 +281,10 @@ def _without(pattern: str, changes: dict[str, Any], given: dict[str, Any]) -> tu
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); give the config.json of a run, a study.json, or the output of plasticity config.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not JSON ({reason(error)}); give the config.json of a run, a study.json, or the output of plasticity config."
+        ) from None
     tree = tree.get("config", tree) if isinstance(tree, dict) else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no config; give the config.json of a run, a study.json, or the output of plasticity config.")
@@ -345,5 +348,5 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last two of expressions that are nested too deeply
         return text  # a bare string such as bfloat16

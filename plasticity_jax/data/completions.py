@@ -57,12 +57,15 @@ def read_completions(folder: AnyPath) -> list[Completion]:
     return [completion for found in of_problem.values() for completion in found]
 
 
+_KINDS: dict[str, type] = {"id": str, "prompt": str, "problem": str, "sample": int, "text": str, "ended": int, "correct": int}
+
+
 def _rows(path: AnyPath, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path} is missing, so there are no completions to read; give an evaluate run of a task whose answers are generated.")
     rows = read_jsonl(path)
     for number, row in enumerate(rows, 1):
         for name in fields:
-            if name not in row:
-                raise UserError(f"{path}: line {number} has no {name!r}; delete the run's directory and run its stage again.")
+            if not isinstance(row.get(name), _KINDS[name]):
+                raise UserError(f"{path}: line {number} has no {name!r} of the right type; delete the run's directory and run its stage again.")
     return rows

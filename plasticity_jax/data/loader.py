@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
@@ -17,7 +17,7 @@ from upath import UPath
 from plasticity_jax.data.packing import MANIFEST, index_path, records_path
 from plasticity_jax.data.store_records import AGAIN, StoreRecords, read_objects
 from plasticity_jax.errors import UserError, reason
-from plasticity_jax.runs.jsonfiles import read_json
+from plasticity_jax.runs.jsonfiles import damaged, read_json
 from plasticity_jax.runs.storage import AnyPath, is_local, location
 
 if TYPE_CHECKING:
@@ -62,7 +62,10 @@ class TokenRecords:
         directory = location(directory)
         if not (directory / MANIFEST).is_file():
             raise UserError(f"{directory} holds no finished token records ({MANIFEST} is missing); run `plasticity prepare` for this study")
-        manifest = read_json(directory / MANIFEST)
+        with damaged(directory / MANIFEST):
+            self._open(directory, read_json(directory / MANIFEST), split)
+
+    def _open(self, directory: AnyPath, manifest: dict[str, Any], split: str) -> None:
         if split not in manifest["splits"]:
             raise UserError(f"split {split!r} is unknown; {directory} has {' and '.join(manifest['splits'])}")
         self.split = split

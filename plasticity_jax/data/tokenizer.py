@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from plasticity_jax.data.pretokenize import SPACE, own_pre_tokenizer, splitter
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.runs.storage import AnyPath, location, make_folder, write_bytes
+from plasticity_jax.text import valid_text
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -298,7 +299,7 @@ def read_specials(folder: AnyPath, backend: tokenizers.Tokenizer) -> tuple[dict[
         entry: Any = settings.get(key)
         token = entry.get("content") if isinstance(entry, dict) else entry
         if isinstance(token, str):
-            found[key] = token
+            found[key] = valid_text(f"{key} of {CONFIG_FILE} or {SPECIALS_FILE}", token)
     path = next((folder / name for name in GENERATION_FILES if (folder / name).is_file()), None)
     ids = () if path is None else _end_ids(path)
     if ids and "eos_token" not in found and (token := backend.id_to_token(ids[0])) is not None:

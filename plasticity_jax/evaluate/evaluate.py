@@ -32,7 +32,7 @@ from plasticity_jax.model.forward import Forward
 from plasticity_jax.model.load import LoadedModel
 from plasticity_jax.parallel import processes
 from plasticity_jax.runs.directory import COMPLETIONS, OPTIONS, PROBLEMS
-from plasticity_jax.runs.jsonfiles import iter_jsonl, to_json, write_jsonl
+from plasticity_jax.runs.jsonfiles import damaged, iter_jsonl, to_json, write_jsonl
 from plasticity_jax.runs.logs import AppendLog, read_whole_rows, remove_log
 from plasticity_jax.runs.storage import AnyPath
 
@@ -243,12 +243,15 @@ def graded(
 def regraded(source: AnyPath, folder: AnyPath, task: Task, faithful: bool, workers: int) -> dict[str, Any]:
     """Grades the completions in one run's directory again, into another's: problems.jsonl, completions.jsonl, and the results that follow from them."""
     about, before = list(iter_jsonl(source / PROBLEMS)), list(iter_jsonl(source / COMPLETIONS))
-    problems = [
-        Example(row["id"], row["problem"], "", row["gold"], "", row["source_split"], row["subset"])  # graders read no more
-        for row in about
-    ]
-    width = len(before) // len(problems)
-    texts, ended = ([[row[name] for row in before[first : first + width]] for first in range(0, len(before), width)] for name in ("text", "ended"))
+    with damaged(source / COMPLETIONS):
+        problems = [
+            Example(row["id"], row["problem"], "", row["gold"], "", row["source_split"], row["subset"])  # graders read no more
+            for row in about
+        ]
+        width = len(before) // len(problems)
+        texts, ended = (
+            [[row[name] for row in before[first : first + width]] for first in range(0, len(before), width)] for name in ("text", "ended")
+        )
     rows = graded(problems, texts, ended, task, faithful, workers)
     write_jsonl(folder / PROBLEMS, about)
     write_jsonl(folder / COMPLETIONS, rows)

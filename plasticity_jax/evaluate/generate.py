@@ -358,6 +358,7 @@ def continue_text(model: Any, prompt: str, *, max_new_tokens: int, temperature: 
     if not tokens:
         raise UserError("--prompt is empty; give at least one character to continue from.")
     tokens = [*model.tokenizer.prefix_ids, *tokens]
+    _check_room(model.config, len(tokens), max_new_tokens)
     [[completion]] = generate(
         model,
         [tokens],
@@ -370,6 +371,17 @@ def continue_text(model: Any, prompt: str, *, max_new_tokens: int, temperature: 
         compute_dtype=jnp.float32,
     )
     return model.tokenizer.decode(completion)
+
+
+def _check_room(config: ModelConfig, prompt: int, new: int) -> None:
+    """Refuses a text that takes far more memory than there is. Attention over the prompt holds a few matrices of all pairs of its tokens per head."""
+    limit = hardware.memory_of(jax.devices()[0])
+    needed = 4 * (4 * config.n_heads * prompt**2 + 2 * config.n_layers * config.n_kv_heads * config.head_dim * (prompt + new) + prompt * config.d_ff)
+    if limit is not None and needed > limit:
+        raise UserError(
+            f"--prompt has {prompt:,} tokens, which with --max-new-tokens={new} take about {needed / 2**30:,.1f} GiB of memory, and there are "
+            f"{limit / 2**30:,.1f}; give a shorter prompt, or ask for fewer tokens."
+        )
 
 
 def count_cut(prompts: Sequence[Sequence[int]], longest: int) -> int:

@@ -58,6 +58,11 @@ def open_folder(folder: AnyPath) -> tuple[Description, Weights]:
         raise UserError(f"{folder} is a Hugging Face folder on a store, and weights are read from a local disk; copy it to one first.")
     description = read_description(folder)
     weights = Weights(folder)
+    layers = description.model.n_layers
+    if layers > len(weights.tensors):  # before they are listed one by one
+        raise UserError(
+            f"{folder / 'config.json'}: num_hidden_layers={layers} is more than the {len(weights.tensors)} tensors there; correct config.json."
+        )
     expected = {part.name: part.shape for part in parts(description.model, description.family)}
     check_tensors(folder, weights, expected, tied=description.model.tie_embeddings)
     return description, weights

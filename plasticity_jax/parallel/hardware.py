@@ -77,6 +77,20 @@ def of_kind(device_kind: str) -> Hardware | None:
     return next((named(name) for pattern, name in _KINDS if re.search(pattern, device_kind, re.IGNORECASE)), None)
 
 
+def memory_of(device: Any) -> int | None:
+    """Bytes of a jax device's memory that programs can use; of a CPU's, its part of the machine's. None if they are not known."""
+    if device.platform == "cpu":
+        import jax
+
+        return _memory_here() // jax.local_device_count()
+    known = of_kind(device.device_kind)
+    return known.limit if known else (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _memory_here() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 @functools.lru_cache(maxsize=4)
 def measured(device_kind: str, sharing: int) -> Hardware:
     """Describes local hardware of an unknown kind. Measures a float32 matmul and a sum on the first jax device, once.
@@ -99,5 +113,4 @@ def measured(device_kind: str, sharing: int) -> Hardware:
 
     square, large = jnp.ones((MATMUL_SIZE, MATMUL_SIZE)), jnp.ones(SUM_SIZE)
     flops, bandwidth = 2 * MATMUL_SIZE**3 / fastest(jnp.matmul, square, square), large.nbytes / fastest(jnp.sum, large)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware(device_kind, device_kind, flops / sharing, bandwidth / sharing, memory // sharing, 0, sharing)
+    return Hardware(device_kind, device_kind, flops / sharing, bandwidth / sharing, _memory_here() // sharing, 0, sharing)

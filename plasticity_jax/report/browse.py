@@ -7,7 +7,7 @@ from typing import Any
 
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import COMPLETIONS, OPTIONS, PROBLEMS, REWARDS, RunDirectory
-from plasticity_jax.runs.jsonfiles import iter_jsonl
+from plasticity_jax.runs.jsonfiles import damaged, iter_jsonl
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.study.graph import read_study, study_files
@@ -58,24 +58,29 @@ def browse(workdir: AnyPath, wanted: Filter) -> Iterator[dict[str, Any]]:
     if wanted.weight_decay is not None:
         _check("weight-decay", f"{wanted.weight_decay:.4g}", [f"{decay:.4g}" for decay in decays.values()])
     for path, _, of_study in studies:
-        bases = {run.id: run.member for run in of_study if run.stage == "pretrain"}
-        tuned = {run.id: bases.get(run.parents["base"]) for run in of_study if run.stage == "finetune"}
-        owners = bases | tuned
-        of_member = decays | {run.member: decays.get(owners.get(run.parents["model"]), -1.0) for run in of_study if run.stage == "evaluate"}
-        rewards = {run.parents["completions"]: path.parent / run.id for run in of_study if run.stage == "reward"}
-        for run in of_study:
-            if wanted.takes_run(run, of_member) and RunDirectory(path.parent / run.id).done:
-                about = {
-                    "study": run.study,
-                    "member": run.member,
-                    "weight_decay": of_member[run.member],
-                    "task": run.task,
-                    "when": run.fields["when"],
-                    "seed": run.seed,
-                }
-                for row in _rows(path.parent / run.id, rewards.get(run.id), greedy=not wanted.samples):
-                    if wanted.takes(row):
-                        yield about | row
+        with damaged(path):
+            yield from _of_study(path, of_study, decays, wanted)
+
+
+def _of_study(path: AnyPath, of_study: list[Run], decays: dict[str | None, float], wanted: Filter) -> Iterator[dict[str, Any]]:
+    bases = {run.id: run.member for run in of_study if run.stage == "pretrain"}
+    tuned = {run.id: bases.get(run.parents["base"]) for run in of_study if run.stage == "finetune"}
+    owners = bases | tuned
+    of_member = decays | {run.member: decays.get(owners.get(run.parents["model"]), -1.0) for run in of_study if run.stage == "evaluate"}
+    rewards = {run.parents["completions"]: path.parent / run.id for run in of_study if run.stage == "reward"}
+    for run in of_study:
+        if wanted.takes_run(run, of_member) and RunDirectory(path.parent / run.id).done:
+            about = {
+                "study": run.study,
+                "member": run.member,
+                "weight_decay": of_member[run.member],
+                "task": run.task,
+                "when": run.fields["when"],
+                "seed": run.seed,
+            }
+            for row in _rows(path.parent / run.id, rewards.get(run.id), greedy=not wanted.samples):
+                if wanted.takes(row):
+                    yield about | row
 
 
 def completions(folder: AnyPath, *, greedy: bool) -> Iterator[dict[str, Any]]:

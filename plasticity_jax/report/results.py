@@ -1,5 +1,6 @@
 """What a study has found so far, read from its runs' directories into typed records. What is missing stays missing, and is never a number."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from plasticity_jax.evaluate.metrics import pass_at_k
 from plasticity_jax.report.selection import selected_members
 from plasticity_jax.runs.directory import PROVENANCE, STUDY, RunDirectory, warnings_of
 from plasticity_jax.runs.jsonfiles import read_json
-from plasticity_jax.runs.logs import METRICS, read_log
+from plasticity_jax.runs.logs import METRICS, read_whole_rows
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, location
 from plasticity_jax.stages import guarded, number, stages
@@ -36,6 +37,7 @@ class RunState:
     reason: str
     path: AnyPath
     warnings: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ def collect(study_dir: AnyPath) -> StudyResults:
     try:
         runs = [Run.from_dict(row) for row in tree["runs"]]
         config, resolved = restore_config(tree["config"]), dict(tree["resolved"])
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is not a study of this version ({error!r} is missing); run plasticity study again.") from error
     states, axis = tuple(_state(study_dir, run) for run in runs), study_axis(config)
     prepared = {s.run.id: RunDirectory(s.path).results() for s in states if s.run.stage == "prepare" and s.state == "done"}
@@ -315,7 +317,11 @@ def _state(study_dir: AnyPath, run: Run) -> RunState:
         warned = tuple(warnings_of(path))
     except UserError as error:
         warned = (str(error),)
-    return RunState(run, state, reason, path, warned)
+    provenance = {}
+    if state == "done" and (path / PROVENANCE).is_file():
+        with contextlib.suppress(UserError):
+            provenance = read_json(path / PROVENANCE)
+    return RunState(run, state, reason, path, warned, provenance)
 
 
 def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults:
@@ -328,7 +334,7 @@ def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults
         state="missing" if pretrain is None else pretrain.state,
         reason="" if pretrain is None else pretrain.reason,
         pretrain=_record(pretrain) if pretrain is not None and finished else None,
-        curve=tuple(read_log(pretrain.path / METRICS)) if pretrain is not None else (),
+        curve=tuple(row for row in read_whole_rows(pretrain.path / METRICS) if isinstance(row.get("step"), int)) if pretrain is not None else (),
         before=_scores(states, "evaluate", "before"),
         after=_scores(states, "evaluate", "after"),
         validation=_scores(states, "validation", None),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from plasticity_jax.report.effects import difference
 from plasticity_jax.report.results import StudyResults
 from plasticity_jax.report.verdicts import CONTRADICTS, LOSS_MARGIN, NO_EFFECT, ONE_RUN, SUPPORTS, Verdict, score_measure
+from plasticity_jax.runs.environment import differing
 from plasticity_jax.stages import guarded, stages
 from plasticity_jax.study.sweep import DECAY, SELECTED, Axis, facet_axes
 
@@ -35,6 +36,7 @@ SENTENCES = {
     "changed": "Members differ in more than what is swept: {changes} for {names}.",
     "ended": "{name} {state}{reason}. It has no number on this page.",
     "passed over": "{name}: {warning}. Its numbers are those of a run without this.",
+    "environments": "Not all {stage} runs were made alike: {what}. Such differences move last digits, and a score by chance.",
     "partial": "Partial study: {waiting} of {runs} runs have no result ({stages}).",
     "single seed": "Single pretraining seed ({seed}): a difference between two {members} may be the luck of one run, whatever its interval says.",
     "splits": "Published test or validation rows are in use: {used}. They serve comparisons within this study; never set these scores beside published "
@@ -44,6 +46,7 @@ SENTENCES = {
     "of averages and verdicts.",
 }
 
+DIFFERENCES = 3  # that a warning lists
 TINY = 100_000_000  # parameters; the smallest model of the paper has five times as many
 # What a row's split may be without a warning: published for training, generated, never split, or split here.
 HARMLESS_SPLITS = {"train", "held_out", "generated", "none", ""}
@@ -179,7 +182,16 @@ def warnings(results: StudyResults) -> list[str]:
     """What a reader must know before believing a number; most general first."""
     declared = [guarded(stage, "warnings", stage.warnings, []) for stage in stages().values() if stage.warnings is not None]
     of_stages = [warning for of_stage in declared for warning in of_stage(results)]
-    return [*_tiny(results), *_changes(results), *_states(results), *_single_seed(results), *_splits(results), *of_stages, *_not_learned(results)]
+    return [
+        *_tiny(results),
+        *_changes(results),
+        *_states(results),
+        *_environments(results),
+        *_single_seed(results),
+        *_splits(results),
+        *of_stages,
+        *_not_learned(results),
+    ]
 
 
 def _tiny(results: StudyResults) -> list[str]:
@@ -209,6 +221,25 @@ def _states(results: StudyResults) -> list[str]:
         by_stage = ", ".join(f"{stage} {waiting.count(stage)}" for stage in dict.fromkeys(waiting))
         found.append(_say("partial", waiting=len(waiting), runs=len(results.runs), stages=by_stage))
     return found
+
+
+def _environments(results: StudyResults) -> list[str]:
+    """What changes rounding and is not the same for all runs of a stage, which are compared with one another."""
+    said = []
+    for stage in dict.fromkeys(s.run.stage for s in results.runs if s.run.member is not None):
+        made = [s for s in results.runs if s.run.stage == stage and s.provenance]
+        found = differing([s.provenance for s in made])
+        facts = []
+        for name, values in list(found.items())[:DIFFERENCES]:
+            names = {value: [s.run.name for s, own in zip(made, values, strict=True) if own == value] for value in dict.fromkeys(values)}
+            facts.append(f"{name} was " + " and ".join(f"{value[:60]} for {_few(of_value)}" for value, of_value in names.items()))
+        more = f", and {len(found) - DIFFERENCES} more (plasticity diff lists them)" if len(found) > DIFFERENCES else ""
+        said += [_say("environments", stage=stage, what="; ".join(facts) + more)] if facts else []
+    return said
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _single_seed(results: StudyResults) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from plasticity_jax.config import StudyConfig, restore_config, to_dict
 from plasticity_jax.errors import StudyRefused, UserError, reason
 from plasticity_jax.runs.integrity import Checksums, checksums, differences
-from plasticity_jax.runs.jsonfiles import read_json, write_json
+from plasticity_jax.runs.jsonfiles import damaged, read_json, write_json
 from plasticity_jax.runs.locks import is_locked, lock
 from plasticity_jax.runs.provenance import new_provenance
 from plasticity_jax.runs.run import Run
@@ -53,7 +53,7 @@ class RunDirectory:
         if is_locked(self.path / LOCK):
             return "running", ""
         if (self.path / FAILED).is_file():
-            return "failed", read_json(self.path / FAILED)["reason"]
+            return "failed", str(read_json(self.path / FAILED).get("reason"))
         return "missing", "interrupted; it resumes when run again" if self.path.is_dir() else ""
 
     def damage(self, *, whole: bool = False) -> str | None:
@@ -74,11 +74,11 @@ class RunDirectory:
     def _done(self) -> dict[str, Any]:
         """What DONE holds: why the run diverged or "", and the checksums; none in those that were written before there were any."""
         path = self.path / DONE
-        try:
+        with damaged(path):
             found = read_json(path)
             diverged, files = found["diverged"], {name: (int(size), str(digest)) for name, (size, digest) in found.get("files", {}).items()}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged; delete {self.path} and run again, which makes it anew.") from error
+            if not isinstance(diverged, str):
+                raise TypeError(f"diverged is {type(diverged).__name__}")
         return {"diverged": diverged, "files": files}
 
     @contextlib.contextmanager
@@ -106,19 +106,31 @@ class RunDirectory:
                     (self.path / ERROR_LOG).write_text(traceback.format_exc(), encoding="utf-8")
                 raise
 
+    def earlier_environments(self) -> list[dict[str, Any]]:
+        """Where earlier attempts at this run were made, as its provenance says; none if it cannot be read."""
+        with contextlib.suppress(UserError, OSError):
+            found = read_json(self.path / PROVENANCE).get("environments")
+            return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+        return []
+
+    def write_provenance(self, **more: Any) -> None:
+        write_json(self.path / PROVENANCE, self.provenance | more)
+
     def finish(self, results: dict[str, Any]) -> None:
         """Writes results and provenance, then DONE with the checksums. `results["diverged"]`, a reason, marks a diverged run."""
         write_json(self.path / RESULTS, results)
-        write_json(self.path / PROVENANCE, self.provenance | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        self.write_provenance(finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         (self.path / ERROR_LOG).unlink(missing_ok=True)
         files: Checksums = checksums(self.path, without=CHANGING)
         write_json(self.path / DONE, {"diverged": results.get("diverged") or "", "files": files})
 
     def run(self) -> Run:
-        return Run.from_dict(self._config_json()["run"])
+        with damaged(self.path / CONFIG):
+            return Run.from_dict(self._config_json()["run"])
 
     def config(self) -> StudyConfig:
-        return restore_config(self._config_json()["config"])
+        with damaged(self.path / CONFIG):
+            return restore_config(self._config_json()["config"])
 
     def results(self) -> dict[str, Any]:
         return read_json(self.path / RESULTS)

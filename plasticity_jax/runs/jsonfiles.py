@@ -1,5 +1,6 @@
 """Strict JSON, and JSON lines."""
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,18 @@ def _strict(value: Any) -> Any:
     if isinstance(value, AnyPath):
         return str(value)
     return value
+
+
+@contextlib.contextmanager
+def damaged(path: AnyPath) -> Iterator[None]:
+    """Takes what is missing, or of another type, in what was read from a file of a run for its damage. Raises UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"{path} is damaged, or of another version ({said}); put the file back, or delete {path.parent} and run again.") from error
 
 
 def write_json(path: AnyPath, value: Any) -> None:

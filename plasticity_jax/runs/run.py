@@ -57,4 +57,16 @@ class Run:
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Run":
-        return cls(**{f.name: tree[f.name] for f in dataclasses.fields(cls) if f.name in tree or f.default is dataclasses.MISSING})
+        """The run that `to_dict` wrote. Raises KeyError or TypeError for anything else."""
+        run = cls(**{f.name: tree[f.name] for f in dataclasses.fields(cls) if f.name in tree or f.default is dataclasses.MISSING})
+        for name, kinds in _KINDS.items():
+            if type(getattr(run, name)) not in kinds:
+                raise TypeError(f"{name} is {type(getattr(run, name)).__name__}")
+        if not all(type(parent) is str and "-" in parent for parent in run.parents.values()):
+            raise TypeError("a parent is no id of a run")
+        return run
+
+
+_KINDS = {"study": (str,), "stage": (str,), "name": (str,), "fields": (dict,), "parents": (dict,), "version": (int,)} | {
+    name: (str, type(None)) for name in ("member", "task")
+}  # fmt: skip

@@ -25,6 +25,7 @@ from upath import UPath
 
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.progress import Progress
+from plasticity_jax.text import local_path
 
 AnyPath: TypeAlias = Path | UPath
 
@@ -53,7 +54,7 @@ def location(place: str | os.PathLike | UPath) -> AnyPath:
         return place
     url = _URL.fullmatch(place) if isinstance(place, str) else None
     if url is None:
-        return Path(place)
+        return Path(place) if isinstance(place, Path) else local_path(str(place))
     scheme, rest = url[1].lower(), url[2]
     if scheme in ("file", "local"):
         return Path(rest)

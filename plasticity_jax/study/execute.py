@@ -18,6 +18,7 @@ from plasticity_jax.parallel.allocator import keep_freed_memory
 from plasticity_jax.parallel.flags import prepare_backend
 from plasticity_jax.progress import start_logging
 from plasticity_jax.runs.directory import CHECKPOINTS, ERROR_LOG, STUDY, RunDirectory
+from plasticity_jax.runs.environment import environment
 from plasticity_jax.runs.jsonfiles import read_json, to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, location, relative
@@ -25,7 +26,7 @@ from plasticity_jax.stages import Context, Stage, stages
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
 from plasticity_jax.study.graph import build_graph, run_configs, save_study, study_dir
-from plasticity_jax.study.together import check_groups, grouped, shapes
+from plasticity_jax.study.together import check_groups, check_memory, grouped, shapes
 
 log = logging.getLogger("plasticity_jax")
 
@@ -103,6 +104,8 @@ def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> N
             if mine and stage.batched and config.grid.mode != "sequential":
                 alike = [run for run in runs if run.stage == name]
                 check_groups(alike, run_configs(_on_this_device(config), alike))
+            if mine and stage.batched:
+                check_memory(mine, run_configs(_on_this_device(config), mine))
 
 
 @contextlib.contextmanager
@@ -515,6 +518,9 @@ def _carry_out(
 
         def carry_out() -> None:
             start = time.monotonic()
+            if processes.primary():
+                for context in contexts:
+                    _record_environment(stage, context, len(contexts))
             if diverged:
                 results = [{"diverged": f"its {diverged[0]} diverged"} for _ in contexts]
             elif too_large:
@@ -526,7 +532,6 @@ def _carry_out(
                 for context, result in zip(contexts, results, strict=True):
                     if stage.checkpoints and not context.config.train.keep_optimizer:
                         _drop_optimizer(context.directory.path)
-                    context.directory.provenance |= _devices(stage, context.config)
                     context.directory.provenance["seconds"] = time.monotonic() - start
                     context.directory.finish(result)
 
@@ -559,16 +564,14 @@ def _as_dict(stage: Stage, record: Any) -> dict[str, Any]:
     return record or {}
 
 
-def _devices(stage: Stage, config: StudyConfig) -> dict[str, Any]:
-    """Kind and mesh of the devices that a stage ran on, for provenance."""
-    if stage.devices == "none":
-        return {}
-    import jax
-
-    from plasticity_jax.parallel.mesh import make_mesh
-
-    kind = {"device_kind": jax.devices()[0].device_kind}
-    return kind | ({"mesh": dict(make_mesh(config.mesh).shape)} if stage.devices == "all" else {})
+def _record_environment(stage: Stage, context: Context, together: int) -> None:
+    """Adds where a run is made to its provenance, after the environments of earlier attempts, from whose files it goes on."""
+    directory = context.directory
+    own = environment(context.config, stage.devices, together=together)
+    earlier = directory.earlier_environments()
+    directory.provenance["environments"] = [*(one for one in earlier if one != own), own]
+    directory.provenance |= {name: own[name] for name in ("device_kind", "mesh") if name in own}
+    directory.write_provenance()
 
 
 @contextlib.contextmanager

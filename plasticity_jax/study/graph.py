@@ -65,5 +65,5 @@ def read_study(path: AnyPath) -> tuple[dict, list[Run]]:
     tree = read_json(path)
     try:
         return tree, [Run.from_dict(row) for row in tree["runs"]]
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a study of this version ({error!r} is missing); run plasticity study again.") from error

@@ -5,6 +5,8 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from plasticity_jax.config import StudyConfig, to_dict
+from plasticity_jax.errors import UserError
+from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import stages
 
@@ -21,6 +23,7 @@ _TRACED = {
     "data": ("max_tokens",),
 }
 MEMORY_SHARE = 0.5  # of a device, which `grid.mode = "auto"` fills with members; the estimate of a member is within 15%
+FAR_TOO_MUCH = 2  # times the memory of a device: what an estimate is not wrong by
 
 
 def shapes(config: StudyConfig) -> dict[str, Any]:
@@ -88,11 +91,13 @@ def members_that_fit(members: int, bytes_of_one: int, limit: int, axis: int) -> 
 
 def group_size(config: StudyConfig, group: Sequence[Run], mesh: "Mesh") -> int:
     """How many runs of a group of alike ones are carried out together on this mesh."""
+    from plasticity_jax.parallel import hardware
+
     stage, members = stages()[group[0].stage], len(group)
     if config.grid.mode != "auto" or members == 1 or stage.batched is None:
         return members
     axis, device = mesh.shape["member"], mesh.devices.flat[0]
-    limit = None if device.platform == "cpu" else _limit(device)
+    limit = None if device.platform == "cpu" else hardware.memory_of(device)
     if limit is None:
         size = members if axis > 1 else 1
         why = f"mesh.member={axis}" if axis > 1 else f"one by one on {device.device_kind}, whose memory is not known"
@@ -104,9 +109,22 @@ def group_size(config: StudyConfig, group: Sequence[Run], mesh: "Mesh") -> int:
     return size
 
 
-def _limit(device) -> int | None:
-    """Bytes of a device's memory that programs can use, if they are known."""
+def check_memory(runs: Sequence[Run], configs: dict[str, StudyConfig]) -> None:
+    """Refuses runs of a stage that would take far more memory than a device has. The estimate is rough, and so is the rule. Raises UserError."""
     from plasticity_jax.parallel import hardware
+    from plasticity_jax.parallel.mesh import make_mesh
 
-    known = hardware.of_kind(device.device_kind)
-    return known.limit if known else (device.memory_stats() or {}).get("bytes_limit")
+    seen = set()
+    for run in runs:
+        batched, config = stages()[run.stage].batched, configs[run.id]
+        program = to_json([run.stage, shapes(config)])
+        if batched is None or program in seen:
+            continue
+        seen.add(program)
+        mesh = make_mesh(config.mesh)
+        limit = hardware.memory_of(mesh.devices.flat[0])
+        if limit is not None and (needed := batched.bytes(config, mesh)) > FAR_TOO_MUCH * limit:
+            raise UserError(
+                f"{run.id} would take about {needed / 2**30:,.1f} GiB of memory per device, and {mesh.devices.flat[0].device_kind} has "
+                f"{limit / 2**30:,.1f}; lower the batch size or the lengths of its section, raise its grad_accum_steps, or spread it over more devices."
+            )

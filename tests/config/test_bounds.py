@@ -2,8 +2,11 @@
 
 import pytest
 
+from plasticity_jax.cli import main
 from plasticity_jax.config import grid_members, load_config
 from plasticity_jax.errors import UserError
+from plasticity_jax.study.execute import check_start
+from plasticity_jax.study.graph import build_graph
 
 TINY = "configs/tiny.py"
 
@@ -65,3 +68,33 @@ def test_members_are_left_out_by_name():
     assert "matches no member" in refused("grid.leave_out", ("wd7",))
     assert "leaves no member" in refused("grid.leave_out", (".",))
     assert "not a regular expression" in refused("grid.leave_out", ("(",))
+
+
+def test_a_grid_of_millions_is_refused_before_it_is_listed():
+    values = tuple(float(number) for number in range(1, 101))
+    fields = (("train.peak_lr", values), ("train.eps", values), ("train.clip_norm", values))
+    assert "the grid has 4,000,000 members" in refused("grid.fields", fields) or "2,000,000 members" in refused("grid.fields", fields)
+
+
+@pytest.mark.parametrize(("key", "value"), [("train.batch_size", 10**6), ("finetune.batch_size", 10**6), ("evaluate.batch_size", 10**9)])
+def test_what_takes_many_times_the_memory_of_the_machine_is_refused_before_anything_is_written(tmp_path, key, value):
+    given = [(key, value), ("train.compute_dtype", "float32"), ("train.loss_chunks", 1), ("evaluate.max_length", 4096)]
+    config = load_config(TINY, [(name, str(one)) for name, one in given])
+    runs = [run for run in build_graph(config) if run.stage in ("pretrain", "finetune", "evaluate")]
+    with pytest.raises(UserError, match=rf"{key.split('.')[0].replace('train', 'pretrain')}.* would take about .* GiB of memory per device.*; lower"):
+        check_start(config, tmp_path / "work", runs)
+    assert not (tmp_path / "work").exists()
+
+
+def test_what_a_message_quotes_cannot_break_its_line():
+    said = str(UserError("a\nb\0c\u202ed\ud800e" + "x" * 5000 + "; the way out."))
+    assert said.startswith("a\\nb\\x00c\\u202ed\\ud800e") and said.endswith("; the way out.") and len(said) < 1010
+    assert str(UserError("λ=0.1: “é” fits")) == "λ=0.1: “é” fits"
+
+
+@pytest.mark.parametrize("place", ["a\0b", "x" * 256, "a/" * 2000, "\udcff"])
+@pytest.mark.parametrize("flag", ["--workdir", "--config"])
+def test_a_path_that_no_file_can_have(flag, place, capsys):
+    argv = {"--config": TINY, "--workdir": "work"} | {flag: place}
+    assert main(["study", "--dry-run", *(word for pair in argv.items() for word in pair)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

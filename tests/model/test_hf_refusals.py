@@ -68,6 +68,7 @@ def refused(folder, tmp_path, capsys, *words) -> str:
         ({"head_dim": 5}, ["head size 5 is odd"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings='yes'"]),
         ({"vocab_size": 321}, ["model.embed_tokens.weight has shape [320, 16]", "[321, 16]"]),
+        ({"num_hidden_layers": 10**12}, ["num_hidden_layers=1000000000000 is more than the 21 tensors"]),
         ({"num_hidden_layers": 3}, ["lacks the tensor model.layers.2.", "and 8 more"]),
         ({"num_hidden_layers": 1}, ["holds the tensor model.layers.1.", "and 8 more", "no place"]),
         ({"tie_word_embeddings": True}, ["lm_head.weight is not model.embed_tokens.weight", "set tie_word_embeddings to false"]),

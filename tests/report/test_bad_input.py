@@ -15,7 +15,10 @@ from test_verdicts import SEEDS, noisy
 
 from plasticity_jax.report.effects import pairwise_rows
 from plasticity_jax.report.page import Part, collect, numbers_of, render_page, write_report
+from plasticity_jax.report.sentences import warnings
 from plasticity_jax.report.verdicts import CANNOT_TELL, ONE_RUN, verdicts
+from plasticity_jax.runs.directory import add_warning
+from plasticity_jax.runs.jsonfiles import read_json, write_json
 
 pytestmark = pytest.mark.slow
 
@@ -132,3 +135,16 @@ def test_verify_ends_with_one_where_a_run_is_damaged(tmp_path):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     assert plasticity("status", "--verify", "--workdir", tmp_path).returncode == 1
     assert [row["id"] for row in status_rows(tmp_path) if row["state"] == "damaged"] == [], "without --verify nothing is read"
+
+
+def test_runs_that_were_made_apart_and_checkpoints_that_were_passed_over_are_on_the_page(tmp_path):
+    folder = write_study(tmp_path, Planted())
+    first, second = sorted((folder / "pretrain").iterdir())[:2]
+    for path, kind in ((first, "cpu"), (second, "H100")):
+        provenance = read_json(path / "provenance.json")
+        write_json(path / "provenance.json", provenance | {"environments": [{"device_kind": kind}]})
+        write_json(path / "DONE", {"diverged": ""})
+    add_warning(second, "checkpoint 16 cannot be read; it went on from step 8, and trained the steps after it again")
+    said = " ".join(warnings(collect(folder)))
+    assert "Not all pretrain runs were made alike: device_kind was cpu for" in said and f"H100 for {second.name.rsplit('-', 1)[0]}." in said
+    assert f"pretrain/{second.name.rsplit('-', 1)[0]}: checkpoint 16 cannot be read; it went on from step 8" in said
