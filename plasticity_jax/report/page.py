@@ -19,7 +19,7 @@ from plasticity_jax.report.figures import draw_figure, figures
 from plasticity_jax.report.frame import digits, inline_svg, render, render_template, replace_file, shown_table
 from plasticity_jax.report.results import MemberResults, Score, StudyResults, collect
 from plasticity_jax.report.sentences import answer, prepared_name, slice_answer, warnings
-from plasticity_jax.report.tables import columns, summary_rows, summary_table, tables, to_csv, to_tex
+from plasticity_jax.report.tables import aligned, columns, summary_rows, summary_table, tables, to_csv, to_tex
 from plasticity_jax.report.verdicts import Verdict, verdicts
 from plasticity_jax.runs.directory import COMPLETIONS
 from plasticity_jax.runs.jsonfiles import to_json
@@ -131,8 +131,7 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
         line += ["none" if row["timescale"] is None else f"{row['timescale']:.3g}", digits(row["held_out_loss"], 3)]
         line += ["–" if pair == (None, None) else "→".join(digits(score, 3) for score in pair) for pair in before_after]
         lines.append([*line, *(digits(row[name], column.digits) for name, column in extra.items()), row["state"]])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str, Rows]) -> str:

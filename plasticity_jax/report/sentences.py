@@ -178,7 +178,15 @@ def warnings(results: StudyResults) -> list[str]:
     """What a reader must know before believing a number; most general first."""
     declared = [guarded(stage, "warnings", stage.warnings, []) for stage in stages().values() if stage.warnings is not None]
     of_stages = [warning for of_stage in declared for warning in of_stage(results)]
-    return [*_tiny(results), *_changes(results), *_states(results), *_single_seed(results), *_splits(results), *of_stages, *_not_learned(results)]
+    return [
+        *_tiny(results),
+        *_changes(results),
+        *ended_or_waiting(results),
+        *_single_seed(results),
+        *_splits(results),
+        *of_stages,
+        *_not_learned(results),
+    ]
 
 
 def _tiny(results: StudyResults) -> list[str]:
@@ -199,7 +207,8 @@ def _changes(results: StudyResults) -> list[str]:
     return [_say("changed", changes=changes, names=", ".join(names)) for changes, names in changed.items()]
 
 
-def _states(results: StudyResults) -> list[str]:
+def ended_or_waiting(results: StudyResults) -> list[str]:
+    """Which runs diverged or failed, and how many have no result yet."""
     ended = [s for state in ("diverged", "failed") for s in results.runs if s.state == state]
     found = [_say("ended", name=s.run.id.rsplit("-", 1)[0], state=s.state, reason=f": {s.reason}" if s.reason else "") for s in ended]
     waiting = [s.run.stage for s in results.runs if s.state in ("missing", "running")]
