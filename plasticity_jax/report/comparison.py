@@ -426,7 +426,7 @@ def answer(comparison: "Comparison", rows: Rows) -> list[str]:
     words = [verdict.verdict for verdict in comparison.verdicts]
     if words:
         said.append(
-            f"Of {len(words)} pairs of settings that differ in their tokens, {words.count(SUPPORTS)} support that both optima move down with more tokens, "
-            f"{words.count(CONTRADICTS)} contradict it."
+            f"That both optima move down with more tokens is judged on {len(words)} pair{'s' if len(words) > 1 else ''} of settings: {words.count(SUPPORTS)} "
+            f"support it, {words.count(CONTRADICTS)} contradict it."
         )
     return said

@@ -112,8 +112,7 @@ class Larger:
 
 def larger(results: StudyResults, tasks: Sequence[str]) -> Larger:
     """Whether some λ above the loss-best has a better score than every λ at or below it, by the chance of pretraining."""
-    one_seed = len(results.config.grid.seeds) == 1
-    if one_seed:
+    if len(results.config.grid.seeds) == 1:
         return Larger(ONE_RUN, seeds=1)
     respect, losses = by_score(tasks), finished_losses(results)
     scores = measured(results, respect.measure, list(losses))
@@ -189,8 +188,8 @@ def _optima_move(fewer: Budget, more: Budget, tasks: Sequence[str]) -> tuple[Fou
         if any(best is None for _, best in found):
             evidence[-1] += "."
             continue
-        down.append(_moves(respect, fewer.results, more.results))
-        up.append(_moves(respect, more.results, fewer.results))
+        down.append(moves(respect, fewer.results, more.results))
+        up.append(moves(respect, more.results, fewer.results))
         seeds += [len(best.of_seeds) for _, best in found if best is not None]
         evidence[-1] += f"; moves down p = {down[-1]:.2g}, up p = {up[-1]:.2g} (one-sided)."
     if not tasks:
@@ -200,25 +199,25 @@ def _optima_move(fewer: Budget, more: Budget, tasks: Sequence[str]) -> tuple[Fou
     return Found(" ".join(evidence), supports=max(down), contradicts=min(1.0, 2 * min(up)), tested=True), min(seeds)
 
 
-def _moves(respect: Respect, upper: StudyResults, lower: StudyResults) -> float:
+def moves(respect: Respect, upper: StudyResults, lower: StudyResults) -> float:
     """One-sided p value for the optimum of `upper` lying above that of `lower`; 1 where their λ leave no cut."""
     points = [list(measured(results, respect.measure, list(finished_losses(results)))) for results in (upper, lower)]
     leads = [respect.lead(results) for results in (upper, lower)]
     found = []
-    for above, rest, below, others in _cuts(*points):
+    for above, rest, below, others in cuts(*points):
         found.append(max(some_lead(leads[0], above, rest), some_lead(leads[1], below, others)))
     return min(1.0, len(found) * min(found, default=1.0))
 
 
-def _cuts(upper: list[float], lower: list[float]) -> list[tuple[list[float], list[float], list[float], list[float]]]:
+def cuts(upper: list[float], lower: list[float]) -> list[tuple[list[float], list[float], list[float], list[float]]]:
     """For every cut: λ of the upper setting above it and the rest, then λ of the lower setting below it and the rest."""
     shared = [(d, other) for d in upper for other in lower if abs(d - other) <= SAME_DECAY * max(d, other)]
     if len(shared) >= 2:
         ups, lows = map(list, zip(*shared))
         return [(ups[i:], ups[:i], lows[:i], lows[i:]) for i in range(1, len(shared))]
-    cuts = []
+    found = []
     for i, floor in enumerate(upper[:-1]):
         below = [d for d in lower if d <= floor * (1 + SAME_DECAY)]
         if len(below) >= 2:
-            cuts.append((upper[i + 1 :], upper[: i + 1], below[:-1], lower[len(below) - 1 :]))
-    return cuts
+            found.append((upper[i + 1 :], upper[: i + 1], below[:-1], lower[len(below) - 1 :]))
+    return found

@@ -495,8 +495,8 @@ def _move(fewer: Setting, more: Setting) -> Verdict:
     )
     others = {name: values for name, values in differing(fewer, more).items() if name not in ("train.steps", "train.held_out_tokens")}
     shown = ", ".join(f"{name} ({_plain(a)} against {_plain(b)})" for name, (a, b) in others.items())
-    budgets = [Budget(setting.name, setting.results, _tokens(setting)) for setting in (fewer, more)]
-    return optima_move(*budgets, tasks, f"They also differ in {shown}." if shown else "")
+    budget, more_budget = (Budget(setting.name, setting.results, _tokens(setting)) for setting in (fewer, more))
+    return optima_move(budget, more_budget, tasks, f"They also differ in {shown}." if shown else "")
 
 
 def _plain(value: Any) -> str:

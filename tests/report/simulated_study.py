@@ -169,7 +169,7 @@ def move_rates(fewer: Truth, more: Truth, pairs: int, first: int = 0) -> Counter
 MOVES = {
     "nothing depends on λ": (Truth(loss=FLAT), Truth(loss=FLAT)),
     "the same optima": (Truth(loss=(0.1, 0.0, 0.06, 0.9), after=(0.0, 0.05, 0.1, 0.0)),) * 2,
-    "the same optima, four times the noise in one": (
+    "the same optima, sixteen times the noise in one": (
         Truth(loss=(0.02, 0.0, 0.02, 0.9), after=(0.0, 0.05, 0.05, 0.0), seed_noise=0.005),
         Truth(loss=(0.02, 0.0, 0.02, 0.9), after=(0.0, 0.05, 0.05, 0.0), seed_noise=0.08),
     ),
