@@ -410,9 +410,8 @@ def render_comparison(comparison: "Comparison", numbers: dict[str, Rows], drawn:
 
 def answer(comparison: "Comparison", rows: Rows) -> list[str]:
     """Sentences: what is compared, where the best λ lie, what is certain of it, and whether they move."""
-    names = [results.path.name for results in comparison.studies]
     models = f", with the ranks of {', '.join(model.name for model in comparison.models)}" if comparison.models else ""
-    said = [f"{len(comparison.settings)} settings of {len(names)} studies are compared{models}."]
+    said = [f"{len(comparison.settings)} settings of {len(comparison.studies)} studies are compared{models}."]
     both = [row for row in rows if row["loss_best"] is not None and row["score_best"] is not None]
     if both:
         order = [sum(compare(row["score_best"], row["loss_best"]) for row in both) for compare in (float.__gt__, float.__eq__, float.__lt__)]

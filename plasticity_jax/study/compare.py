@@ -196,6 +196,11 @@ class Comparison:
     notes: tuple[str, ...]
 
     @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the studies, unique."""
+        return tuple(study_names(self.studies))
+
+    @cached_property
     def verdicts(self) -> list[Verdict]:
         """Whether the optima move down with tokens, for every pair of settings that differ in their budget; Holm's correction is over the pairs."""
         return with_holm([_move(fewer, more) for fewer, more in self.pairs])
@@ -274,10 +279,10 @@ def comparison(studies: Sequence[StudyResults], models: Sequence[OtherModel] = (
     _note_losses(settings, notes)
     _note_settings(settings, notes)
     _note_pairs(settings, notes)
-    for results in studies:
-        notes += [f"{results.path.name}: {said}" for said in ended_or_waiting(results)]
+    for results, name in zip(studies, study_names(studies)):
+        notes += [f"{name}: {said}" for said in ended_or_waiting(results)]
         broken = [s.run.id for s in results.runs if s.state == "damaged"]
-        notes += [f"{results.path.name}: files of {', '.join(broken)} have changed since, so their numbers are left out."] if broken else []
+        notes += [f"{name}: files of {', '.join(broken)} have changed since, so their numbers are left out."] if broken else []
     return Comparison(tuple(studies), tuple(settings), tuple(kept), tasks, tuple(notes))
 
 
@@ -322,7 +327,7 @@ def _refuse_twice(flag: str, paths: Sequence[AnyPath]) -> None:
 
 def _settings(studies: Sequence[StudyResults], notes: list[str]) -> list[Setting]:
     found = []
-    for results, name in zip(studies, _names(studies)):
+    for results, name in zip(studies, study_names(studies)):
         parts = [part for part in results.slices if part.members]
         if results.axis.field != DECAY:
             notes.append(f"{name} compares along {results.axis.name} and not along weight decay, so it has no best λ and is left out.")
@@ -338,7 +343,7 @@ def _settings(studies: Sequence[StudyResults], notes: list[str]) -> list[Setting
     return found
 
 
-def _names(studies: Sequence[StudyResults]) -> list[str]:
+def study_names(studies: Sequence[StudyResults]) -> list[str]:
     """A name for each study: that of its folder, with the workdir's before it where two have the same, and its whole path where that is not enough."""
     short = [results.path.name for results in studies]
     longer = [f"{results.path.parent.name}/{results.path.name}" for results in studies]
@@ -506,10 +511,10 @@ def _plain(value: Any) -> str:
 def provenance(comparison: Comparison) -> Rows:
     """What every study rests on: its folder, the state of its runs, its data."""
     rows = []
-    for results in comparison.studies:
+    for results, name in zip(comparison.studies, comparison.names):
         states = [s.state for s in results.runs]
         counts = ", ".join(f"{state} {states.count(state)}" for state in dict.fromkeys(states))
-        row = {"study": results.path.name, "path": str(results.path), "runs": counts, "compute_dtype": results.resolved.get("compute_dtype")}
+        row = {"study": name, "path": str(results.path), "runs": counts, "compute_dtype": results.resolved.get("compute_dtype")}
         commits = {
             str(m.provenance["git"]["commit"])
             for m in results.members

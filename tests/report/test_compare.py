@@ -66,6 +66,13 @@ def test_one_run_at_either_budget_gives_no_verdict_on_tokens(seeds):
     assert found.verdict == ONE_RUN and found.p is None and "λ=0.75" in found.evidence
 
 
+def test_a_second_seed_that_has_not_finished_gives_no_verdict_on_tokens():
+    short, long = budgets(*(replace(truth, **(QUIET | {"seeds": 2})) for truth in MOVES["both optima move down by one λ"]))
+    members = tuple(replace(m, pretrain=None, after={}) if m.member.seed == 1 and m.point == 0.15 else m for m in long.results.members)
+    found = optima_move(short, replace(long, results=replace(long.results, members=members)), ("one", "two"))
+    assert found.verdict == ONE_RUN and found.seeds == 1 and "(1 of 1 seeds) with 140" in found.evidence
+
+
 def test_without_a_shared_task_nothing_is_said_of_the_optima():
     found = optima_move(*budgets(*(replace(truth, **QUIET) for truth in MOVES["both optima move down by one λ"])), ())
     assert found.verdict == CANNOT_TELL and "No task was learned in both settings" in found.evidence
@@ -259,7 +266,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(pair, tmp_path):
 def test_a_workdir_with_one_study_names_it(tmp_path):
     folders = [write_study(tmp_path / name, SHORT, stages=("prepare", "init", "pretrain")) for name in ("a", "b")]
     found = pj.compare_studies([tmp_path / "a", folders[1]])
-    assert [setting.name for setting in found.settings] == ["a/short", "b/short"]
+    assert [setting.name for setting in found.settings] == list(found.names) == ["a/short", "b/short"]
+    assert any(note.startswith("b/short: Partial study") for note in found.notes)
 
 
 def test_a_model_stands_beside_the_ranks_and_one_of_another_cut_is_left_out(pair, tmp_path):
