@@ -325,6 +325,48 @@ def _report(arguments) -> int:
 
 
 @_command(
+    "compare",
+    "join finished studies on one page: best weight decays before and after fine-tuning, whether they move with tokens, ranks",
+    _flag(
+        "--study",
+        type=_place,
+        action="append",
+        default=[],
+        metavar="A",
+        help="folder of a study, or a workdir that holds one; given two or more times, local or on a store",
+    ),
+    _flag(
+        "--model",
+        type=_place,
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="a spectra run of a model beside them, as plasticity analyze prints it",
+    ),
+    _flag("--out", type=_place, required=True, metavar="DIR", help="folder of the page, its figures and tables"),
+    JSON,
+    config=False,
+    workdir=False,
+    several=False,
+    memory="",
+)
+def _compare(arguments) -> int:
+    from plasticity_jax.report.comparison import check_out, format_settings, write_comparison
+    from plasticity_jax.runs.jsonfiles import to_json
+    from plasticity_jax.study.compare import compare_studies
+
+    check_out(arguments.out)
+    found = compare_studies(arguments.study, arguments.model)
+    page, settings = write_comparison(found, arguments.out), found.tables()["settings"]
+    if arguments.json:
+        print(to_json({"page": str(page), "settings": settings, "verdicts": list(map(vars, found.verdicts)), "notes": found.notes}))
+    else:
+        print(format_settings(settings))
+        print(f"comparison: {page}")
+    return 0
+
+
+@_command(
     "power",
     "which differences between weight decays a config's study would see, and how many pretraining seeds it takes",
     _flag(

@@ -1,38 +1,30 @@
 """The page of a study: one self-contained index.html, figures as PNG and SVG, numbers as CSV. Works on partial studies too."""
 
-import base64
-import hashlib
-import io
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
-import matplotlib
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from plasticity_jax.config import ReportConfig, name_text, to_dict
 from plasticity_jax.evaluate.metrics import macro_average
 from plasticity_jax.progress import Progress
 from plasticity_jax.report.browse import completions
 from plasticity_jax.report.comparisons import metric_interval
-from plasticity_jax.report.drawing import STYLE, marked_values
+from plasticity_jax.report.drawing import marked_values
 from plasticity_jax.report.effects import pairwise_rows
 from plasticity_jax.report.figures import draw_figure, figures
+from plasticity_jax.report.frame import digits, inline_svg, render, render_template, replace_file, shown_table
 from plasticity_jax.report.results import MemberResults, Score, StudyResults, collect
 from plasticity_jax.report.sentences import answer, prepared_name, slice_answer, warnings
-from plasticity_jax.report.tables import columns, summary_rows, summary_table, tables, to_csv, to_tex
+from plasticity_jax.report.tables import aligned, columns, summary_rows, summary_table, tables, to_csv, to_tex
 from plasticity_jax.report.verdicts import Verdict, verdicts
 from plasticity_jax.runs.directory import COMPLETIONS
 from plasticity_jax.runs.jsonfiles import to_json
-from plasticity_jax.runs.storage import AnyPath, location, make_folder, relative, write_bytes
-from plasticity_jax.stages import number
+from plasticity_jax.runs.storage import AnyPath, location, relative
 from plasticity_jax.stages.evaluate import correlation_rows, macro_rows
 from plasticity_jax.stages.stage import Rows
 from plasticity_jax.stages.zero_shot import forgetting_rows
@@ -41,11 +33,9 @@ from plasticity_jax.study.sweep import DECAY
 __all__ = ["collect", "draw_figure", "format_summary", "summary_table", "write_report"]
 
 SECTIONS = ("pretraining", "finetuning", "inside")
-ROWS_SHOWN = 200  # of a stage's table on the page; its CSV file holds all
 FAILURES = ("wrong", "no answer", "timed out")  # of greedy completions
 SAMPLES = 2  # problems shown per task
 SAMPLE_CHARACTERS = 280  # of a prompt or completion
-PNG_DPI = 160
 
 
 @dataclass(frozen=True)
@@ -99,16 +89,16 @@ def write_report(study_dir: AnyPath) -> AnyPath:
                     values = marked_values(picture)
                     svg = render(picture, "svg").decode()
                     part.drawn[name] = inline_svg(svg, full, f"{figure.title}. {figure.text(part.results)}", values)
-                    written.add(_replace(out / "figures" / f"{full}.svg", svg.encode()))
-                    written.add(_replace(out / "figures" / f"{full}.png", render(picture, "png")))
+                    written.add(replace_file(out / "figures" / f"{full}.svg", svg.encode()))
+                    written.add(replace_file(out / "figures" / f"{full}.png", render(picture, "png")))
                 progress.update(1, note=part.prefix + name)
         numbers = numbers_of(results, parts)
         for name, rows in numbers.items():
-            written.add(_replace(out / "tables" / f"{name}.csv", to_csv(rows).encode()))
-            written.add(_replace(out / "tables" / f"{name}.tex", to_tex(rows).encode()))
+            written.add(replace_file(out / "tables" / f"{name}.csv", to_csv(rows).encode()))
+            written.add(replace_file(out / "tables" / f"{name}.tex", to_tex(rows).encode()))
         progress.update(1, note="tables")
         page = render_page(results, parts, numbers)
-        written.add(_replace(out / "index.html", page.encode()))
+        written.add(replace_file(out / "index.html", page.encode()))
         progress.update(1, note="page")
     for old in [*out.glob("figures/*"), *out.glob("tables/*")]:
         if old not in written:
@@ -139,50 +129,10 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         before_after = [(row[f"{task} before"], row[f"{task} after"]) for task in tasks]
         line = [row["member"], f"{row['weight_decay']:.4g}", *(str(row[name]) for name in swept)]
-        line += ["none" if row["timescale"] is None else f"{row['timescale']:.3g}", _digits(row["held_out_loss"], 3)]
-        line += ["–" if pair == (None, None) else "→".join(_digits(score, 3) for score in pair) for pair in before_after]
-        lines.append([*line, *(_digits(row[name], column.digits) for name, column in extra.items()), row["state"]])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
-
-
-def render(picture: Figure, kind: str) -> bytes:
-    """A figure as "png" or "svg"; the same figure gives the same bytes."""
-    out = io.BytesIO()
-    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context(STYLE):
-        picture.savefig(out, format=kind, dpi=PNG_DPI, metadata=metadata)
-    return out.getvalue()
-
-
-def inline_svg(svg: str, name: str, description: str, values: dict[str, list[str]] | None = None) -> Markup:
-    """An SVG to stand inside a page: its ids prefixed by `name`, so that figures do not mix up each other's, its size left to the page.
-
-    Args:
-      values: id of a line → what a pointer over each of its markers shows, as `marked_values` gives it.
-    """
-    svg = svg[svg.index("<svg") :]
-    for gid, texts in (values or {}).items():
-        svg = _with_titles(svg, gid, texts)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    head, body = svg.split(">", 1)
-    head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
-    label = Markup.escape(description)
-    return Markup(f'{head} role="img" aria-label="{label}">{body}')
-
-
-def _with_titles(svg: str, gid: str, texts: list[str]) -> str:
-    """Titles for the markers of a line, which browsers show on hover; none where some markers lie outside the figure."""
-    start = svg.find(f'<g id="{gid}">')
-    line = re.compile(r"<g id=.*?</g>\n? *</g>", re.DOTALL).match(svg, start) if start >= 0 else None
-    if line is None or line[0].count("<use ") != len(texts):
-        return svg
-    left = iter(texts)
-    titled = re.sub(r"<use ([^>]*)/>", lambda use: f"<use {use[1]}><title>{Markup.escape(next(left))}</title></use>", line[0])
-    return svg[:start] + titled + svg[line.end() :]
+        line += ["none" if row["timescale"] is None else f"{row['timescale']:.3g}", digits(row["held_out_loss"], 3)]
+        line += ["–" if pair == (None, None) else "→".join(digits(score, 3) for score in pair) for pair in before_after]
+        lines.append([*line, *(digits(row[name], column.digits) for name, column in extra.items()), row["state"]])
+    return aligned(lines)
 
 
 def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str, Rows]) -> str:
@@ -192,22 +142,10 @@ def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str,
       parts: of the study, with the figures that were drawn.
       numbers: rows of the CSV files beside the page, as `numbers_of` gives them.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "digits": _digits,
-        "count": lambda value: "–" if value is None else f"{value:,.0f}",
-        "plain": lambda value: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value),
-        "p_value": lambda value: "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
-        "general": lambda value: "–" if value is None else f"{value:.3g}",
-        "general_or_text": _cell,
-        "spoken": lambda part: " ".join(slice_answer(part.results, part.verdicts)),
-    }
-    folder, macro = files("plasticity_jax.report"), macro_rows(results)
-    script = "\n" + (folder / "sort.js").read_text(encoding="utf-8")
-    return environment.from_string((folder / "template.html").read_text(encoding="utf-8")).render(
-        css=Markup((folder / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    macro = macro_rows(results)
+    return render_template(
+        "template.html",
+        {"spoken": lambda part: " ".join(slice_answer(part.results, part.verdicts))},
         results=results,
         config=results.config,
         answer=" ".join(answer(results, parts[0].verdicts)),
@@ -239,26 +177,13 @@ def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str,
 
 
 def _shown_tables(numbers: dict[str, Rows]) -> dict[str, dict[str, Any]]:
-    """Name → the tables of stages that are shown on the page, as {"title", "table", "columns", "rows", "count"}; rows beyond ROWS_SHOWN are in the CSV file only."""
+    """Name → the tables of stages that are shown on the page, as `shown_table` gives them."""
     shown = {}
     for name, table in tables().items():
         rows = numbers[name]
         if table.on_page and (rows or not table.optional):
-            names = list(dict.fromkeys(key for row in rows for key in row))
-            shown[name] = {"title": table.title or name, "table": table, "columns": names, "rows": rows[:ROWS_SHOWN], "count": len(rows)}
+            shown[name] = shown_table(table.title or name, table.caption, rows)
     return shown
-
-
-def _cell(value: Any) -> str:
-    return (
-        "–"
-        if value is None
-        else f"{value:.4g}"
-        if isinstance(value, float)
-        else ", ".join(map(str, value))
-        if isinstance(value, tuple)
-        else str(value)
-    )
 
 
 def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
@@ -391,14 +316,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for key, value in tree.items():
         found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return found
-
-
-def _digits(value: Any, digits: int) -> str:
-    found = number(value)
-    return "–" if found is None else f"{round(found, digits) + 0.0:.{digits}f}"  # no -0.000
-
-
-def _replace(path: AnyPath, content: bytes) -> AnyPath:
-    make_folder(path.parent)
-    write_bytes(path, content)
-    return path

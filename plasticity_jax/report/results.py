@@ -343,14 +343,16 @@ def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults
     )
 
 
-def _record(state: RunState) -> Any:
+def read_record(path: AnyPath, stage: str) -> Any:
     """What a finished run wrote, as the record of its stage. Raises UserError if it is not one."""
     try:
-        return stages()[state.run.stage].read(RunDirectory(state.path).results())
+        return stages()[stage].read(RunDirectory(path).results())
     except ValueError as error:
-        raise UserError(
-            f"{state.path} holds results of another version of stage {state.run.stage} ({reason(error)}); delete it and run again."
-        ) from error
+        raise UserError(f"{path} holds results of another version of stage {stage} ({reason(error)}); delete it and run again.") from error
+
+
+def _record(state: RunState) -> Any:
+    return read_record(state.path, state.run.stage)
 
 
 def _found(states: list[RunState]) -> dict[str, dict[str, Any]]:

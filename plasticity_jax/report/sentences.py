@@ -185,7 +185,7 @@ def warnings(results: StudyResults) -> list[str]:
     return [
         *_tiny(results),
         *_changes(results),
-        *_states(results),
+        *ended_or_waiting(results),
         *_environments(results),
         *_single_seed(results),
         *_splits(results),
@@ -212,7 +212,8 @@ def _changes(results: StudyResults) -> list[str]:
     return [_say("changed", changes=changes, names=", ".join(names)) for changes, names in changed.items()]
 
 
-def _states(results: StudyResults) -> list[str]:
+def ended_or_waiting(results: StudyResults) -> list[str]:
+    """Which runs diverged or failed, and how many have no result yet."""
     ended = [s for state in ("diverged", "failed") for s in results.runs if s.state == state]
     found = [_say("ended", name=s.run.id.rsplit("-", 1)[0], state=s.state, reason=f": {s.reason}" if s.reason else "") for s in ended]
     found += [_say("passed over", name=s.run.id.rsplit("-", 1)[0], warning=warning) for s in results.runs for warning in s.warnings]

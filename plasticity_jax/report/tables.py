@@ -54,6 +54,12 @@ def summary_rows(results: StudyResults) -> Rows:
     return rows
 
 
+def aligned(lines: list[list[str]]) -> str:
+    """Lines of cells as text for the terminal, its columns aligned."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
 def to_csv(rows: Rows) -> str:
     """Rows as CSV with a header of every key in order of appearance; numbers in full precision."""
     names = list(dict.fromkeys(key for row in rows for key in row))

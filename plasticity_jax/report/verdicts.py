@@ -85,32 +85,40 @@ def verdicts(results: StudyResults) -> list[Verdict]:
     """Every claim's verdict, in the order of the page; none for a study that does not compare weight decays."""
     if results.axis.field != DECAY:
         return []
-    found = [verdict for rule in rules() if (verdict := rule(results)) is not None]
+    return with_holm([verdict for rule in rules() if (verdict := rule(results)) is not None])
+
+
+def with_holm(found: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts with p adjusted for their number."""
     tested = [i for i, verdict in enumerate(found) if verdict.p is not None]
-    for i, p in zip(tested, holm([found[i].p for i in tested]) if tested else ()):
-        found[i] = replace(found[i], p_holm=float(p))
-    return found
+    adjusted = dict(zip(tested, holm([found[i].p for i in tested]) if tested else ()))
+    return [replace(verdict, p_holm=float(adjusted[i])) if i in adjusted else verdict for i, verdict in enumerate(found)]
 
 
 def rules() -> list[Callable[[StudyResults], Verdict | None]]:
     """The rules of the claims: those across stages, and those that a stage declares."""
     of_stages = [guarded(stage, "a claim", rule, None) for stage in stages().values() for rule in stage.claims]
-    return [loss_is_u_shaped, downstream_prefers_more, *of_stages, gain_rises, optima_move]
+    return [loss_is_u_shaped, downstream_prefers_more, *of_stages, gain_rises]
 
 
 def judged(results: StudyResults, claim: str, source: str, rule: str, found: Found) -> Verdict:
     """The verdict that follows from the two one-sided p values, the equivalence, and the number of pretraining seeds."""
+    one_run = len(results.config.grid.seeds) == 1 or found.shown.seeds == 1
+    return decided(claim, source, rule, found, one_run=one_run, seeds=found.shown.seeds)
+
+
+def decided(claim: str, source: str, rule: str, found: Found, *, one_run: bool, seeds: int) -> Verdict:
+    """`judged` for a claim that rests on `seeds` pretraining seeds, or on one run, which decides nothing."""
     p = min(1.0, 2 * min(found.supports, found.contradicts)) if found.tested else None
     verdict = CANNOT_TELL
-    if len(results.config.grid.seeds) == 1 or found.shown.seeds == 1:
+    if one_run:
         verdict, p = ONE_RUN, None
     elif found.tested:
         if found.no_effect:
             verdict = NO_EFFECT
         elif min(found.supports, found.contradicts) <= ONE_SIDED:
             verdict = SUPPORTS if found.supports < found.contradicts else CONTRADICTS
-    shown = found.shown
-    return Verdict(claim, source, rule, found.evidence, verdict, *shown.interval, shown.over, shown.seeds, p, delta=found.delta)
+    return Verdict(claim, source, rule, found.evidence, verdict, *found.shown.interval, found.shown.over, seeds, p, delta=found.delta)
 
 
 def finished_losses(results: StudyResults) -> dict[float, float]:
@@ -279,8 +287,7 @@ def _downstream(results: StudyResults) -> Found:
         return difference(results, measure, other, decay)
 
     losses = {d: finished[d] for d in scores}
-    lowest, best = min(losses, key=lambda d: losses[d]), max(scores, key=lambda d: scores[d])
-    optima = [d for d in sorted(losses) if losses[d] <= losses[lowest] + LOSS_MARGIN or _may_tie(results, lowest, d)]
+    best, optima = max(scores, key=lambda d: scores[d]), loss_optima(results, losses)
     evidence = [f"Lowest loss at λ={' or '.join(f'{d:.4g}' for d in optima)}, best score {scores[best]:.3f} at λ={best:.4g}."]
     supports, contradicts, no_effect, shown = 0.0, 0.0, True, Contrast()
     for optimum in optima:
@@ -299,6 +306,12 @@ def _downstream(results: StudyResults) -> Found:
         effects = [lead(decay, other).effect for decay in rest for other in below]
         no_effect = no_effect and all(effect is not None and effect.within(SCORE_MARGIN) for effect in effects)
     return Found(" ".join(evidence), shown, supports, contradicts, no_effect, SCORE_MARGIN, shown.effect is not None)
+
+
+def loss_optima(results: StudyResults, losses: dict[float, float]) -> list[float]:
+    """Every λ that may have the lowest loss, ascending: within LOSS_MARGIN of the lowest, or not above it with 95% confidence."""
+    lowest = min(losses, key=lambda d: losses[d])
+    return [d for d in sorted(losses) if losses[d] <= losses[lowest] + LOSS_MARGIN or _may_tie(results, lowest, d)]
 
 
 def _may_tie(results: StudyResults, lowest: float, decay: float) -> bool:
@@ -322,18 +335,6 @@ def _gain(results: StudyResults) -> Found:
     if not results.learned:
         return Found(_nothing_learned(results))
     return trend_found(results, [score_measure(results.learned, gain=True)], 1, "a gain on every learned task")
-
-
-def optima_move(results: StudyResults) -> Verdict:
-    counts = sorted({round(m.pretrain.tokens / m.pretrain.parameters, 1) for m in results.members if m.pretrain})
-    shown = ", ".join(f"{count:g}" for count in counts) or "none finished"
-    return judged(
-        results,
-        "With more tokens per parameter, both the loss-best and the downstream-best weight decay move down.",
-        "models at 20 and 140 tokens per parameter",
-        "Needs two token budgets, each with its own grid. One study has one budget, so this is never decided.",
-        Found(f"Tokens per parameter in this study: {shown}."),
-    )
 
 
 def _nothing_learned(results: StudyResults) -> str:

@@ -148,27 +148,46 @@ def pseudo_ranks(member: "MemberResults", product: str, task: str = "") -> "np.n
 
 
 def _per_head(member: "MemberResults", product: str, name: str, task: str = "") -> "np.ndarray | None":
+    return _of_heads(member.record("spectra", task), product, name)
+
+
+def _of_heads(found: Spectra | None, product: str, name: str) -> "np.ndarray | None":
     import numpy as np
 
-    found = member.record("spectra", task)
     values = None if found is None else getattr(found, product).get(name)
     return None if values is None else np.asarray(values, dtype=np.float64)
 
 
 def at_noise_floor(member: "MemberResults", product: str, task: str = "") -> "np.ndarray | None":
     """[L, H] whether a head's product is not above its noise floor, so that its pseudo-rank is that of noise; None where that is not known."""
-    norm, floor = (_per_head(member, product, name, task) for name in ("frobenius_norm", "noise_floor"))
+    return _at_floor(member.record("spectra", task), product)
+
+
+def _at_floor(found: Spectra | None, product: str) -> "np.ndarray | None":
+    norm, floor = (_of_heads(found, product, name) for name in ("frobenius_norm", "noise_floor"))
     return None if norm is None or floor is None else norm <= floor
 
 
 def vanished(member: "MemberResults", product: str, task: str = "") -> str | None:
     """Why a model's product has no rank, in words; None where at least a tenth of its heads rise above the noise floor."""
-    heads = at_noise_floor(member, product, task)
+    return _vanished(member.record("spectra", task), product)
+
+
+def _vanished(found: Spectra | None, product: str) -> str | None:
+    heads = _at_floor(found, product)
     if heads is None or heads.mean() < VANISHED:
         return None
-    norm, floor = (_per_head(member, product, name, task) for name in ("frobenius_norm", "noise_floor"))
+    norm, floor = (_of_heads(found, product, name) for name in ("frobenius_norm", "noise_floor"))
     assert norm is not None and floor is not None
     return f"{product} has vanished: {heads.sum()} of {heads.size} heads at the noise floor, mean norm {norm.mean():.2g}, floor {floor.mean():.2g}"
+
+
+def median_rank(found: Spectra | None, product: str) -> float | None:
+    """Median pseudo-rank over a model's heads; None without spectra, for a product that has vanished, and for ranks that are not finite."""
+    import numpy as np
+
+    rank = _of_heads(found, product, "pseudo_rank")
+    return None if rank is None or _vanished(found, product) else number(np.median(rank))
 
 
 def _rows(results: "StudyResults") -> Rows:

@@ -5,7 +5,7 @@ python tests/report/simulated_study.py            how often each claim gets a ve
 
 import argparse
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from plasticity_jax.config import GridConfig, ProbeConfig, ReportConfig, StudyConfig, TaskConfig, grid_members
+from plasticity_jax.report.optima import Budget, optima_move
 from plasticity_jax.report.page import FAILURES
 from plasticity_jax.report.results import MemberResults, Outcomes, Score, StudyResults
 from plasticity_jax.report.verdicts import verdicts
@@ -29,6 +30,7 @@ class Truth:
     """What a simulated study is made of. Effects are one number per λ, in its order, on top of a value that all share.
 
     Attributes:
+      decays: λ.
       loss, before, after, rank, rank_vo, gap, probe: effects.
       seeds, tuning_seeds: pretraining seeds, and fine-tuning seeds of each.
       problems: rows of each of the two tasks and of the probe set.
@@ -38,6 +40,7 @@ class Truth:
       problem_noise: how much a problem, whatever the seed, prefers one λ to another; in the units of a logistic curve.
     """
 
+    decays: tuple[float, ...] = DECAYS
     loss: tuple[float, ...] = (0.0, -0.01, 0.06, 0.9)
     before: tuple[float, ...] = FLAT
     after: tuple[float, ...] = FLAT
@@ -59,7 +62,7 @@ def simulated(truth: Truth, seed: int) -> StudyResults:
     rng = np.random.default_rng(seed)
     tasks = ("one", "two")
     config = StudyConfig(
-        grid=GridConfig(weight_decay=DECAYS, timescales=None, seeds=tuple(range(truth.seeds))),
+        grid=GridConfig(weight_decay=truth.decays, timescales=None, seeds=tuple(range(truth.seeds))),
         tasks={name: TaskConfig(test_rows=truth.problems) for name in tasks},
         probe=ProbeConfig(sets=("one",)),
         report=ReportConfig(bootstrap_samples=200),
@@ -72,7 +75,7 @@ def simulated(truth: Truth, seed: int) -> StudyResults:
 
 def _problems(truth: Truth, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """[P] difficulty, and [Λ, P] preference for each λ."""
-    return rng.normal(scale=1.5, size=truth.problems), rng.normal(scale=truth.problem_noise, size=(len(DECAYS), truth.problems))
+    return rng.normal(scale=1.5, size=truth.problems), rng.normal(scale=truth.problem_noise, size=(len(truth.decays), truth.problems))
 
 
 def _right(shape: tuple[np.ndarray, np.ndarray], point: int, shift: float, rng: np.random.Generator) -> np.ndarray:
@@ -89,7 +92,7 @@ def _score(shape, point: int, shifts: list[float], rng) -> Score:
 
 
 def _member(truth: Truth, member: Any, shapes: dict, documents: np.ndarray, rng: np.random.Generator) -> MemberResults:
-    point = DECAYS.index(member.weight_decay)
+    point = truth.decays.index(member.weight_decay)
 
     def noise(scale: float = 1.0) -> float:
         return float(rng.normal(scale=truth.seed_noise * scale))
@@ -154,6 +157,33 @@ def rates(truth: Truth, studies: int, first: int = 0) -> dict[str, Counter]:
     return found
 
 
+def move_rates(fewer: Truth, more: Truth, pairs: int, first: int = 0) -> Counter:
+    """How often each verdict was given on whether the optima move down from one truth to the other."""
+    words = Counter()
+    for seed in range(first, first + pairs):
+        low, high = simulated(fewer, seed), simulated(more, seed + 1_000_000)
+        words[optima_move(Budget("fewer", low, 20.0), Budget("more", high, 140.0), low.tasks).verdict] += 1
+    return words
+
+
+MOVES = {
+    "nothing depends on λ": (Truth(loss=FLAT), Truth(loss=FLAT)),
+    "the same optima": (Truth(loss=(0.1, 0.0, 0.06, 0.9), after=(0.0, 0.05, 0.1, 0.0)),) * 2,
+    "the same optima, sixteen times the noise in one": (
+        Truth(loss=(0.02, 0.0, 0.02, 0.9), after=(0.0, 0.05, 0.05, 0.0), seed_noise=0.005),
+        Truth(loss=(0.02, 0.0, 0.02, 0.9), after=(0.0, 0.05, 0.05, 0.0), seed_noise=0.08),
+    ),
+    "the same optima, timescales": (
+        Truth(loss=(0.05, 0.01, 0.05, 0.9), after=(0.0, 0.1, 0.06, 0.0)),
+        Truth(decays=(0.0, 0.1, 0.3, 1.0), loss=(0.05, 0.02, 0.0, 0.2), after=(0.0, 0.09, 0.09, 0.05)),
+    ),
+    "both optima move down by one λ": (
+        Truth(loss=(0.2, 0.06, 0.0, 0.9), after=(0.0, 0.0, 0.15, 0.0)),
+        Truth(loss=(0.2, 0.0, 0.06, 0.9), after=(0.0, 0.15, 0.0, 0.0)),
+    ),
+}
+
+
 def _print(title: str, truth: Truth, studies: int) -> None:
     print(f"\n{title}: {truth.seeds} pretraining seeds, {studies} studies")
     for claim, counts in rates(truth, studies).items():
@@ -187,3 +217,7 @@ if __name__ == "__main__":
             _print("nothing depends on λ but the loss", Truth(seeds=seeds), arguments.studies)
             _print("nothing depends on λ", Truth(seeds=seeds, loss=FLAT), arguments.studies)
         _print("704 heads", Truth(heads=704), arguments.studies)
+        for title, (fewer, more) in MOVES.items():
+            for seeds in (3, 5, 8):
+                counts = move_rates(replace(fewer, seeds=seeds), replace(more, seeds=seeds), arguments.studies)
+                print(f"{title}, {seeds} seeds: " + ", ".join(f"{word} {100 * n / arguments.studies:.1f}%" for word, n in counts.most_common()))

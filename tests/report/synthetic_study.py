@@ -1,6 +1,6 @@
 """A study directory with planted results, in the stages' formats. Nothing in it was measured."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from plasticity_jax.config import (
     RewardConfig,
     StudyConfig,
     TaskConfig,
+    TrainConfig,
     ZeroShotConfig,
     grid_members,
 )
@@ -49,14 +50,19 @@ class Planted:
     zero_shot: tuple = ()
     finetune: FinetuneConfig = FinetuneConfig()
     forgetting: float | None = None  # rise of the held-out loss after fine-tuning
+    name: str = "planted"
+    train: dict = field(default_factory=dict)  # fields of `train` that differ from the defaults
+    tasks: tuple = tuple(PROBLEMS)
+    data: str = ""  # end of the fingerprints of the prepared data
 
 
 def config_of(planted: Planted) -> StudyConfig:
     timescales = (None, 4.0, 0.8, 0.2, 0.05)[: len(planted.loss)]
     return StudyConfig(
-        name="planted",
+        name=planted.name,
+        train=TrainConfig(**planted.train),
         grid=planted.grid or GridConfig(timescales=timescales, seeds=planted.seeds),
-        tasks={name: TaskConfig(test_rows=rows, validation_rows=VALIDATION if planted.validation else 0) for name, rows in PROBLEMS.items()},
+        tasks={name: TaskConfig(test_rows=PROBLEMS[name], validation_rows=VALIDATION if planted.validation else 0) for name in planted.tasks},
         finetune=planted.finetune,
         reward=RewardConfig(scorer=planted.scorer),
         zero_shot=ZeroShotConfig(sets=planted.zero_shot),
@@ -114,7 +120,7 @@ def _finish(path: Path, run: Run, results: dict, provenance: dict | None = None)
 
 
 def _prepare(path, run, planted, point, config):
-    summary = {"fingerprint": f"fingerprint-of-{run.name}"}
+    summary = {"fingerprint": f"fingerprint-of-{run.name}{planted.data}"}
     if run.task:
         splits = {"train": {"train": 100}, "test": {"validation": 50} if run.task == "sentiment" else {"held_out": 50}}
         summary |= {"rows": {"train": 6000, "test": PROBLEMS[run.task]}, "source_splits": splits, "licences": {"a-package": "a licence"}}

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from simulated_study import FLAT, Truth, rates, simulated
+from simulated_study import FLAT, MOVES, Truth, move_rates, rates, simulated
 
 from plasticity_jax.analysis.statistics import t_power
 from plasticity_jax.config import TaskConfig
@@ -64,3 +64,14 @@ def test_an_effect_is_found_as_often_as_the_power_says():
         assert counts[CONTRADICTS] <= 2, (claim, counts)
         if any(word in claim for word in ("gain more", "Linear probes", "pseudo-rank", "The gap")):
             assert counts[SUPPORTS] >= 40, (claim, counts)
+
+
+@pytest.mark.parametrize("title", [title for title in MOVES if "move down" not in title])
+def test_optima_that_stay_are_seldom_said_to_move(title):
+    fewer, more = MOVES[title]
+    assert directed(move_rates(fewer, more, 100)) <= 0.07
+
+
+def test_optima_that_move_are_found_with_five_seeds():
+    fewer, more = (replace(truth, seeds=5) for truth in MOVES["both optima move down by one λ"])
+    assert move_rates(fewer, more, 30)[SUPPORTS] >= 20 and move_rates(more, fewer, 30)[CONTRADICTS] >= 20

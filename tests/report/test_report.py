@@ -14,14 +14,13 @@ from synthetic_study import PROBLEMS, Planted, write_study
 
 from plasticity_jax.errors import UserError
 from plasticity_jax.report.figures import figures
+from plasticity_jax.report.frame import inline_svg, render
 from plasticity_jax.report.page import (
     Part,
     collect,
     draw_figure,
     format_summary,
-    inline_svg,
     numbers_of,
-    render,
     render_page,
     summary_table,
     write_report,

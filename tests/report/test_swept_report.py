@@ -214,7 +214,7 @@ def test_seeds_are_averaged_within_a_part(tmp_path):
 def test_a_partial_faceted_study_has_a_page(tmp_path):
     study = write_study(tmp_path, BY_RATE, stages=("prepare", "init"))
     page = Page(write_report(study).read_text(encoding="utf-8"))
-    assert page.text.count("no verdict on any of the seven claims") == len(RATES) and "Partial study" in page.text
+    assert page.text.count("no verdict on any of the six claims") == len(RATES) and "Partial study" in page.text
     fields = (("train.peak_lr", RATES), ("model.d_ff", (64, 96)))
     by_rate = replace(BY_RATE, grid=replace(BY_RATE.grid, weight_decay=(0.1,), changes=(), fields=fields))
     assert words(write_study(tmp_path / "rates", by_rate, stages=())).count("No member of this part has finished yet.") == 2

@@ -57,7 +57,6 @@ CASES = [
     ("gain_rises", Planted(after=(0.70, 0.70, 0.70, 0.70)), NO_EFFECT),
     ("gain_rises", Planted(after=(0.70, 0.80, 0.80, 0.70)), CANNOT_TELL),  # a hump has no trend, and is an effect
     ("gain_rises", Planted(loss=(3.1, 3.3, 3.4, 3.5)), CANNOT_TELL),
-    ("optima_move", Planted(), CANNOT_TELL),
 ]
 
 
@@ -78,8 +77,7 @@ def test_each_rule_says_what_was_planted(tmp_path, rule, planted, word):
 def test_one_pretraining_run_has_effects_and_no_verdict(tmp_path, rule):
     verdict = decided(tmp_path, rule, Planted())
     assert verdict.verdict == ONE_RUN and verdict.p is None
-    if rule != "optima_move":
-        assert verdict.effect is not None and verdict.seeds == 1
+    assert verdict.effect is not None and verdict.seeds == 1
     over = {
         "gain_rises": "problems only",
         "downstream_prefers_more": "problems only",
@@ -160,7 +158,7 @@ def test_holm_is_over_the_claims_and_over_the_pairs(tmp_path):
 @pytest.mark.parametrize("seeds", [(0,), SEEDS])
 def test_every_rule_answers_on_a_partial_study(tmp_path, stages, seeds):
     found = rules.verdicts(collect(write_study(tmp_path, Planted(seeds=seeds), stages=stages)))
-    assert len(found) == 7 and all(v.evidence for v in found)
+    assert len(found) == 6 and all(v.evidence for v in found)
     words = {v.verdict for v in found}
     assert words == {ONE_RUN} if len(seeds) == 1 else words <= {SUPPORTS, CANNOT_TELL}
     if not stages and len(seeds) > 1:
