@@ -17,7 +17,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from plasticity_jax.config import ReportConfig, name_text, to_dict
-from plasticity_jax.evaluate.metrics import macro_average
+from plasticity_jax.evaluate.metrics import macro_average, metric_of, ordered_metrics
 from plasticity_jax.progress import Progress
 from plasticity_jax.report.browse import completions
 from plasticity_jax.report.comparisons import metric_interval
@@ -31,6 +31,7 @@ from plasticity_jax.report.verdicts import Verdict, verdicts
 from plasticity_jax.runs.directory import COMPLETIONS
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.storage import AnyPath, location, make_folder, relative, write_bytes
+from plasticity_jax.stages import Figure as Declared
 from plasticity_jax.stages import number
 from plasticity_jax.stages.evaluate import correlation_rows, macro_rows
 from plasticity_jax.stages.stage import Rows
@@ -40,6 +41,7 @@ from plasticity_jax.study.sweep import DECAY
 __all__ = ["collect", "draw_figure", "format_summary", "summary_table", "write_report"]
 
 SECTIONS = ("pretraining", "finetuning", "inside")
+SPOKEN = 60  # markers at most that the text alternative of a figure reads out; one with more says its numbers by itself, or in its tables
 ROWS_SHOWN = 200  # of a stage's table on the page; its CSV file holds all
 FAILURES = ("wrong", "no answer", "timed out")  # of greedy completions
 SAMPLES = 2  # problems shown per task
@@ -90,14 +92,16 @@ def write_report(study_dir: AnyPath) -> AnyPath:
     out = location(study_dir) / "report"
     written: set[AnyPath] = set()
     parts = [Part.of(one, results.slices[:i]) for i, one in enumerate(results.slices)]
-    with Progress("report", total=len(figures()) * len(parts) + 2, unit="parts") as progress:
-        for part in parts:
+    whole = Part(results, "", [], [], {})
+    with Progress("report", total=len(figures()) * (len(parts) + 1) + 2, unit="parts") as progress:
+        for part in (whole, *parts):
             for name, figure in figures().items():
-                if figure.available(part.results) and not (part.repeats and figure.of_base):
+                drawn_here = figure.of_study == (part is whole) and not (part.repeats and figure.of_base)
+                if drawn_here and figure.applies(results.config) and figure.available(part.results):
                     picture, full = draw_figure(part.results, name), part.prefix + name
                     values = marked_values(picture)
                     svg = render(picture, "svg").decode()
-                    part.drawn[name] = inline_svg(svg, full, f"{figure.title}. {figure.text(part.results)}", values)
+                    part.drawn[name] = inline_svg(svg, full, described(figure, part.results, values), values)
                     written.add(_replace(out / "figures" / f"{full}.svg", svg.encode()))
                     written.add(_replace(out / "figures" / f"{full}.png", render(picture, "png")))
                 progress.update(1, note=part.prefix + name)
@@ -106,13 +110,20 @@ def write_report(study_dir: AnyPath) -> AnyPath:
             written.add(_replace(out / "tables" / f"{name}.csv", to_csv(rows).encode()))
             written.add(_replace(out / "tables" / f"{name}.tex", to_tex(rows).encode()))
         progress.update(1, note="tables")
-        page = render_page(results, parts, numbers)
+        page = render_page(results, parts, numbers, whole)
         written.add(_replace(out / "index.html", page.encode()))
         progress.update(1, note="page")
     for old in [*out.glob("figures/*"), *out.glob("tables/*")]:
         if old not in written:
             old.unlink()
     return out / "index.html"
+
+
+def described(figure: Declared, results: StudyResults, values: dict[str, list[str]]) -> str:
+    """The text alternative of a figure: its title, caption, notes, and numbers in words."""
+    markers = [text for texts in values.values() for text in texts]
+    numbers = figure.numbers(results) if figure.numbers is not None else "; ".join(markers) + "." if 0 < len(markers) <= SPOKEN else ""
+    return " ".join([f"{figure.title}.", figure.text(results), *figure.notes(results), *([numbers] if numbers else [])])
 
 
 def numbers_of(results: StudyResults, parts: Sequence[Part]) -> dict[str, Rows]:
@@ -164,6 +175,8 @@ def inline_svg(svg: str, name: str, description: str, values: dict[str, list[str
     for gid, texts in (values or {}).items():
         svg = _with_titles(svg, gid, texts)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # A hundredth of a point is finer than any screen; six digits would be a third of the page.
+    svg = re.sub(r'\s(?:d|x|y|x1|x2|y1|y2)="[^"]*"', lambda found: re.sub(r"\d+\.\d{3,}", _rounded, found[0]), svg)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
@@ -171,6 +184,10 @@ def inline_svg(svg: str, name: str, description: str, values: dict[str, list[str
     head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
     label = Markup.escape(description)
     return Markup(f'{head} role="img" aria-label="{label}">{body}')
+
+
+def _rounded(found: re.Match[str]) -> str:
+    return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def _with_titles(svg: str, gid: str, texts: list[str]) -> str:
@@ -184,12 +201,13 @@ def _with_titles(svg: str, gid: str, texts: list[str]) -> str:
     return svg[:start] + titled + svg[line.end() :]
 
 
-def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str, Rows]) -> str:
+def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str, Rows], whole: Part | None = None) -> str:
     """The page's HTML.
 
     Args:
       parts: of the study, with the figures that were drawn.
       numbers: rows of the CSV files beside the page, as `numbers_of` gives them.
+      whole: the study with the figures that are drawn once for all of its parts.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -199,6 +217,7 @@ def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str,
         "p_value": lambda value: "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
         "general": lambda value: "–" if value is None else f"{value:.3g}",
         "general_or_text": _cell,
+        "metric": lambda name: metric_of(name).heading,
         "spoken": lambda part: " ".join(slice_answer(part.results, part.verdicts)),
     }
     folder, macro = files("plasticity_jax.report"), macro_rows(results)
@@ -212,21 +231,19 @@ def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str,
         answer=" ".join(answer(results, parts[0].verdicts)),
         warnings=warnings(results),
         parts=parts,
+        whole=whole,
         by_decay=results.axis.field == DECAY,
         swept=[name for name, _ in results.config.grid.fields],
         figures=figures(),
-        figures_of={section: [name for name, figure in figures().items() if figure.section == section] for section in SECTIONS},
+        figures_of={section: [n for n, figure in figures().items() if figure.section == section and not figure.of_study] for section in SECTIONS}
+        | {"study": [name for name, figure in figures().items() if figure.of_study]},
         shown_tables=_shown_tables(numbers),
         columns=columns(),
         members=numbers["members"],
         tasks=[_task_table(results, task) for task in results.tasks],
         correlation=correlation_rows,
         macro=macro,
-        macro_metrics=[
-            name
-            for name in (macro[0] if macro else ())
-            if "@" in name and "unbiased" not in name or name in ("orm_score", "accuracy", "acc_norm", "acc_bytes")
-        ],
+        macro_metrics=_shown_metrics(results, {name for row in macro for name in row}),
         forgetting=forgetting(results),
         summary=numbers["summary"],
         samples=[{"task": task, "problems": sample_completions(results, task)} for task in results.tasks],
@@ -263,8 +280,7 @@ def _cell(value: Any) -> str:
 def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
     """Every metric of a task, before and after, one row per member; the task's majority class and row counts."""
     scores = [s[task] for m in results.members for s in (m.after, m.before) if task in s]
-    named = [name for name in scores[0].metrics if not name.startswith("unbiased_")] if scores else []  # those are in the CSV
-    metrics = sorted(named, key=lambda name: name not in ("pass@1", "accuracy"))
+    metrics = _shown_metrics(results, {name for score in scores for name in score.metrics})
     summary = next((found for name, found in results.prepared.items() if prepared_name(name) == f"task-{task}"), {})
     rows = []
     for m in results.members:
@@ -289,6 +305,12 @@ def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
         "problems": len(scores[0].greedy) if scores else None,
         "train_rows": summary.get("rows", {}).get("train"),
     }
+
+
+def _shown_metrics(results: StudyResults, names: set[str]) -> list[str]:
+    """Those of the names that are metrics of the study and stand on the page; the others are in the CSV files."""
+    known = [name for m in results.members for scores in (m.before, m.after) for score in scores.values() for name in score.metrics]
+    return [name for name in ordered_metrics(known) if name in names and metric_of(name).on_page]
 
 
 def _completions_link(results: StudyResults, score: Score) -> str | None:
