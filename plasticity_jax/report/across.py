@@ -8,14 +8,14 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.evaluate.metrics import metric_of
 from plasticity_jax.report import drawing
 from plasticity_jax.report.effects import measured, measures
 from plasticity_jax.report.results import MemberResults, StudyResults, once
-from plasticity_jax.report.scores import MEAN, compared_metrics, value_of
+from plasticity_jax.report.scores import CONSTANT, MEAN, compared_metrics, value_of
 from plasticity_jax.stages import Figure, Table, member_row, number
 from plasticity_jax.stages.forgetting import held_out_rise_rows
 from plasticity_jax.stages.stage import Rows
@@ -77,8 +77,6 @@ def _draw_stability(results: StudyResults) -> Drawing:
             if label == list(of_task)[-1]:
                 for point, (x, y) in means.items():
                     axes.annotate(results.axis.text(point), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7.5, color=drawing.INK)
-        axes.axhline(0.0, color=drawing.REFERENCE, linewidth=1.0, zorder=1)
-        axes.axvline(0.0, color=drawing.REFERENCE, linewidth=1.0, zorder=1)
         axes.margins(0.1)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(FORGOTTEN[name])
@@ -174,27 +172,37 @@ def _draw_heat_map(results: StudyResults) -> Drawing:
     rates = sorted({_rate(results).value(m.member) for m in results.members})
     titles = [name + (f", {group}" if group else "") for name, group, _ in shown]
     texts = [f"{rate:.3g}" for rate in rates]
-    drawn, panels = drawing.small_multiples([(title, "") for title in titles], ticks=texts, height=0.3 + 0.27 * len(decays))
+    drawn, panels = drawing.small_multiples([(title, "") for title in titles], ticks=texts, height=0.3 + 0.27 * len(decays), top=0.3)
     for axes, last, (name, _, cells) in zip(panels, drawing.lowest(panels), shown):
         lower_is_better = name == "held-out loss"
         grid = np.array([[v if isinstance(v := cells.get((d, r)), float) else np.nan for r in rates] for d in decays])
-        span = float(np.nanmax(grid) - np.nanmin(grid)) or 1.0
-        shade = (np.nanmax(grid) - grid if lower_is_better else grid - np.nanmin(grid)) / span
+        lowest, highest = float(np.nanmin(grid)), float(np.nanmax(grid))
+        same = highest - lowest <= CONSTANT
+        shade = (0.5 + 0.0 * grid) if same else (highest - grid if lower_is_better else grid - lowest) / (highest - lowest)
         edges = np.arange(len(rates) + 1) - 0.5, np.arange(len(decays) + 1) - 0.5
         axes.pcolormesh(*edges, np.ma.masked_invalid(shade), vmin=0, vmax=1, cmap=colormaps["viridis"])
         for i, decay in enumerate(decays):
             for j, rate in enumerate(rates):
                 value = cells.get((decay, rate), "")
-                text, color = (f"{value:.3f}", "black" if shade[i, j] > 0.5 else "white") if isinstance(value, float) else (value or "", drawing.INK)
+                text, color = (f"{value:.3f}", "black" if shade[i, j] > 0.5 else "white") if isinstance(value, float) else (value, drawing.INK)
                 axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
-        i, j = np.unravel_index(np.nanargmax(shade), shade.shape)
-        axes.plot(j + np.array([-0.47, 0.47, 0.47, -0.47, -0.47]), i + np.array([-0.45, -0.45, 0.45, 0.45, -0.45]), color="#b91c1c", linewidth=1.6)
+        if not same:
+            i, j = np.unravel_index(np.nanargmax(shade), shade.shape)
+            axes.plot(
+                j + np.array([-0.47, 0.47, 0.47, -0.47, -0.47]), i + np.array([-0.45, -0.45, 0.45, 0.45, -0.45]), color="#b91c1c", linewidth=1.6
+            )
         axes.grid(visible=False)
         axes.set_xticks(range(len(rates)), texts if last else [""] * len(rates))
         axes.set_yticks(range(len(decays)), [_decay_text(results, d) for d in decays])
     panels[0].set_ylabel(_decay_name(results))
     drawing.frame_multiples(drawn, [], _rate(results).name)
     return drawn
+
+
+def _heat_map_notes(results: StudyResults) -> list[str]:
+    known = [(name, [v for v in cells.values() if isinstance(v, float)]) for name, _, cells in _maps(results)]
+    same = [name for name, values in known if np.ptp(values) <= CONSTANT]
+    return [f"The same in every cell, so none is the best: {', '.join(same)}."] if same else []
 
 
 def _heat_map_numbers(results: StudyResults) -> str:
@@ -223,10 +231,15 @@ def _draw_collapse(results: StudyResults) -> Drawing:
             for i, one in enumerate(rates):
                 _draw_rate(axes, [m for m in members if rate.value(m.member) == one], x_of, value, apart, linestyle, i / max(len(rates) - 1, 1), i)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter("{x:g}" if last else NullFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
         if any(x_of(m) is None for m in results.members):
-            text = "0" if x_of is sides[0][1] else "∞"
-            axes.annotate(text, (apart, 0.0), xycoords=("data", "axes fraction"), xytext=(0, -4), textcoords="offset points", ha="center", va="top")
+            text, limits = ("0", (apart / 1.5, None)) if x_of is sides[0][1] else ("∞", (None, apart * 1.5))
+            axes.set_xlim(*limits)
+            style: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center", "va": "top"}
+            axes.annotate(text if last else "", (apart, 0.0), xytext=(0, -4), fontsize=9, **style)
         if not last:
             axes.xaxis.label.set_visible(False)
     handles: list[Any] = [
@@ -266,7 +279,7 @@ def _draw_rate(
     label = _rate_label(members)
     axes.plot([x for x, _ in means], [y for _, y in means], color=color, marker=marker, linestyle=linestyle, markersize=4, label=label)
     if None in found:
-        axes.scatter([apart], [np.mean(found[None])], color=[color], marker=marker, s=18)
+        axes.scatter([apart], [np.mean(found[None])], color=[color], marker=marker, s=18, zorder=3)
 
 
 def _rate_label(members: list[MemberResults]) -> str:
@@ -284,7 +297,7 @@ def _collapse_notes(results: StudyResults) -> list[str]:
                 if rate.value(m.member) == one and m.loss is not None:
                     losses.setdefault(m.member.weight_decay, []).append(m)
             if losses:
-                best = losses[min(losses, key=lambda d: float(np.mean([m.loss for m in losses[d]])))][0].member
+                best = losses[min(losses, key=lambda d: float(np.mean([m.loss or 0.0 for m in losses[d]])))][0].member
                 timescale = "no decay" if best.timescale is None else f"timescale {best.timescale:.2g}"
                 said.append(f"{rate.equation(one)} at λ = {best.weight_decay:.3g} ({timescale})")
         if said:
@@ -341,6 +354,7 @@ FIGURES = {
         of_study=True,
         wide=True,
         applies=_sweeps_rates,
+        notes=_heat_map_notes,
         numbers=_heat_map_numbers,
     ),
     "collapse": Figure(
@@ -354,6 +368,7 @@ FIGURES = {
         wide=True,
         applies=_sweeps_rates,
         notes=_collapse_notes,
+        numbers=_heat_map_numbers,
     ),
 }
 

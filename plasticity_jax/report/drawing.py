@@ -107,7 +107,9 @@ def panels_below(count: int, height: float) -> tuple[Figure, list[Axes]]:
     return drawn, list(axes)
 
 
-def small_multiples(cells: Sequence[tuple[str, str]], *, ticks: Sequence[str] = (), height: float = 1.25) -> tuple[Figure, list[Axes]]:
+def small_multiples(
+    cells: Sequence[tuple[str, str]], *, ticks: Sequence[str] = (), height: float = 1.25, top: float = 0.6
+) -> tuple[Figure, list[Axes]]:
     """A wide figure with a small panel for each (row, column): rows named at the left, columns above. Those of one column stand in rows of three.
 
     The legend of the figure goes above it, the name of the x axis below: `frame_multiples`. Laid out here, because a constrained layout of dozens of
@@ -115,13 +117,14 @@ def small_multiples(cells: Sequence[tuple[str, str]], *, ticks: Sequence[str] = 
 
     Args:
       ticks: texts of the x axis; upright where they are too long to stand side by side.
+      height, top: inches of a panel, and of what stands above the first ones.
     """
     rows, columns = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
     flowing = len(columns) == 1
     across = 3 if flowing else len(columns)
     places = [divmod(i, across) if flowing else (rows.index(r), columns.index(c)) for i, (r, c) in enumerate(cells)]
     down = max(row for row, _ in places) + 1
-    left, gap, top, below = (0.55, 0.5, 0.85, 0.5) if flowing else (0.8, 0.44, 0.6, 0.12)
+    left, gap, below = (0.55, 0.5, 0.5) if flowing else (0.8, 0.44, 0.12)
     width = (WIDE - left - gap * (across - 1) - 0.08) / across
     upright = SMALL_CHARACTER * sum(len(text) + 1 for text in ticks) > width
     bottom = 0.5 + upright * SMALL_CHARACTER * max(map(len, ticks), default=0)
@@ -155,7 +158,8 @@ def lowest(panels: Sequence[Axes]) -> list[bool]:
 def frame_multiples(drawn: Figure, handles: Sequence[Artist], label: str) -> None:
     """The legend above small multiples, and the name of their x axis."""
     height = drawn.get_figheight()
-    drawn.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=8, handlelength=1.8, columnspacing=1.3, borderaxespad=0.2)
+    if handles:
+        drawn.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=8, handlelength=1.8, columnspacing=1.3, borderaxespad=0.2)
     drawn.supxlabel(label, fontsize=9, color=STYLE["axes.labelcolor"], y=0.05 / height, va="bottom")
 
 
@@ -258,4 +262,5 @@ def interval_line(axes: Axes, results: StudyResults, rows: list[dict], name: str
     ends = np.array([[row[f"{name}_lower"], row[f"{name}_upper"]] for row in rows])
     ends = np.array([[value if end is None else end for end in pair] for value, pair in zip(y, ends)], np.float64)  # no uncertainty is known
     # The mean of a percentile interval can lie outside it by rounding.
-    axes.errorbar(x, y, yerr=np.maximum([y - ends[:, 0], ends[:, 1] - y], 0.0), **{"capsize": 2.5, "elinewidth": 1.1} | style)
+    drawn: dict[str, Any] = {"capsize": 2.5, "elinewidth": 1.1} | style
+    axes.errorbar(x, y, yerr=np.maximum([y - ends[:, 0], ends[:, 1] - y], 0.0), **drawn)

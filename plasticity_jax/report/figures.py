@@ -56,4 +56,6 @@ def draw_figure(results: StudyResults, name: str) -> Drawing:
             # Laid out once, not again for every file format.
             drawn.draw_without_rendering()
             drawn.set_layout_engine("none")
+        for axes in drawn.axes:  # ticks take the style of the moment they are made in
+            _ = axes.get_xticklabels(), axes.get_yticklabels()
     return drawn

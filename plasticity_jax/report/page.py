@@ -1,12 +1,13 @@
 """The page of a study: one self-contained index.html, figures as PNG and SVG, numbers as CSV. Works on partial studies too."""
 
 import base64
+import difflib
 import hashlib
 import io
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -17,6 +18,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from plasticity_jax.config import ReportConfig, name_text, to_dict
+from plasticity_jax.errors import UserError
 from plasticity_jax.evaluate.metrics import macro_average, metric_of, ordered_metrics
 from plasticity_jax.progress import Progress
 from plasticity_jax.report.browse import completions
@@ -123,13 +125,37 @@ def described(figure: Declared, results: StudyResults, values: dict[str, list[st
     """The text alternative of a figure: its title, caption, notes, and numbers in words."""
     markers = [text for texts in values.values() for text in texts]
     numbers = figure.numbers(results) if figure.numbers is not None else "; ".join(markers) + "." if 0 < len(markers) <= SPOKEN else ""
-    return " ".join([f"{figure.title}.", figure.text(results), *figure.notes(results), *([numbers] if numbers else [])])
+    return " ".join(
+        [figure.title + ("" if figure.title.endswith("?") else "."), figure.text(results), *figure.notes(results), *([numbers] if numbers else [])]
+    )
 
 
 def numbers_of(results: StudyResults, parts: Sequence[Part]) -> dict[str, Rows]:
     """Name of every CSV file → its rows, of which the page shows some."""
-    numbers = {name: table.rows(results) for name, table in tables().items()}
-    return numbers | {"summary": summary_rows(results), "verdicts": verdict_rows(parts), "pairwise": [row for part in parts for row in part.pairwise]}
+    return {name: rows() for name, rows in _sources(results, lambda: parts).items()}
+
+
+def table_rows(results: StudyResults, name: str) -> Rows:
+    """The rows of one CSV file.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    sources = _sources(results, lambda: [Part.of(one) for one in results.slices])
+    if name not in sources:
+        near = difflib.get_close_matches(name, sources, n=1, cutoff=0.4)
+        raise UserError(f"table {name!r} is unknown; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(sources)}."))
+    return sources[name]()
+
+
+def _sources(results: StudyResults, parts: Callable[[], Sequence[Part]]) -> dict[str, Callable[[], Rows]]:
+    """Name of every table → what makes its rows."""
+    of_stages = {name: lambda table=table: table.rows(results) for name, table in tables().items()}
+    return of_stages | {
+        "summary": lambda: summary_rows(results),
+        "verdicts": lambda: verdict_rows(parts()),
+        "pairwise": lambda: [row for part in parts() for row in part.pairwise],
+    }
 
 
 def verdict_rows(parts: Sequence[Part]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Every metric at every point: by task and as a mean over the learned tasks, against the held-out loss, and all metrics as one number per model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,12 +129,13 @@ def by_seed(part: StudyResults, tasks: Sequence[str], metric: str, *, gain: bool
     """Pretraining seed → point → the metric after fine-tuning, or its gain, a mean over tasks; of the models that have it on all of them."""
     found: dict[int, dict[Any, float]] = {}
     for m in part.members:
-        values = [
-            None if after is None or gain and before is None else after - (before if gain else 0.0)
-            for after, before in ((value_of(m.after.get(task), metric), value_of(m.before.get(task), metric)) for task in tasks)
-        ]
-        if values and None not in values:
-            found.setdefault(m.member.seed, {})[m.point] = float(np.mean(values))
+        values = [value_of(m.after.get(task), metric) for task in tasks]
+        if gain:
+            pairs = zip(values, [value_of(m.before.get(task), metric) for task in tasks])
+            values = [None if after is None or before is None else after - before for after, before in pairs]
+        known = [value for value in values if value is not None]
+        if known and len(known) == len(values):
+            found.setdefault(m.member.seed, {})[m.point] = float(np.mean(known))
     return {seed: {p: of_seed[p] for p in part.points if p in of_seed} for seed, of_seed in sorted(found.items())}
 
 
@@ -287,9 +288,10 @@ def aggregate_contrasts(part: StudyResults, of: str) -> dict[Any, Contrast]:
 # ------------------------------------------------------------------------------------------------------------------------------ words
 
 
-def spoken(part: StudyResults, values: dict[Any, float], digits: int = 3) -> str:
+def spoken(part: StudyResults, values: Mapping[Any, float | None], digits: int = 3) -> str:
     """Values over the points in words: "0.6 at λ = 0, 0.65 at λ = 0.1"."""
-    return ", ".join(f"{round(value, 12) + 0.0:.{digits}g} at {part.axis.equation(point)}" for point, value in values.items())
+    known = [(point, value) for point, value in values.items() if value is not None]
+    return ", ".join(f"{round(value, 12) + 0.0:.{digits}g} at {part.axis.equation(point)}" for point, value in known)
 
 
 def spoken_rows(part: StudyResults, name: str) -> str:

@@ -439,7 +439,7 @@ def _draw_correlation(results: "StudyResults") -> "Drawing":
     from plasticity_jax.report import drawing, scores
 
     metrics = [metric for metric in scores.compared_metrics(results) if scores.tasks_with(results, metric)]
-    drawn, panels = drawing.small_multiples([(_heading(metric), "") for metric in metrics], height=1.9)
+    drawn, panels = drawing.small_multiples([(_heading(metric), "") for metric in metrics], height=1.9, top=0.85)
     styles = drawing.task_styles(results.tasks, scores.MEAN)
     losses = {m.member.seed: {} for m in results.members}
     for m in results.members:
@@ -463,22 +463,20 @@ def _draw_correlation(results: "StudyResults") -> "Drawing":
 
 
 def _mark_losses(axes: Any, results: "StudyResults", *, labels: bool) -> None:
-    """A line at each point's loss, and its value along the top; neighbors too close for one line take two."""
-    import numpy as np
-
+    """A line at each point's loss, and its value along the top, in as many rows as neighbors need that are too close for one."""
     from plasticity_jax.report import drawing
 
-    span, last, raised = max(results.losses.values()) - min(results.losses.values()), -np.inf, False
+    rows: list[float] = []  # the last loss of each row
+    near = 0.08 * (axes.get_xlim()[1] - axes.get_xlim()[0])
     for point, loss in sorted(results.losses.items(), key=lambda item: item[1]):
-        raised = not raised and loss - last < 0.1 * span
-        last = loss
         axes.axvline(loss, color=drawing.REFERENCE, linewidth=0.7, linestyle=":", zorder=1)
+        row = next((i for i, last in enumerate(rows) if loss - last > near), min(len(rows), 2))
+        rows[row : row + 1] = [loss]
         if labels:
             style: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center", "va": "bottom"}
-            shift = (0, 9 if raised else 0)
-            axes.annotate(results.axis.text(point), (loss, 1.0), xytext=shift, fontsize=7, color=drawing.INK, annotation_clip=False, **style)
+            axes.annotate(results.axis.text(point), (loss, 1.0), xytext=(0, 9 * row), fontsize=7, color=drawing.INK, annotation_clip=False, **style)
     if labels:
-        axes.set_title(axes.get_title(loc="left"), pad=22)
+        axes.set_title(axes.get_title(loc="left"), pad=4 + 9 * len(rows))
 
 
 def _correlation_numbers(results: "StudyResults") -> str:
@@ -504,7 +502,7 @@ def _draw_aggregate(results: "StudyResults") -> "Drawing":
         drawing.interval_line(axes, results, rows, "value", color=drawing.SERIES[0], marker="o", label=label)
         axes.set_ylabel(label)
         drawing.swept_axis(axes, results, label=axes is panels[-1])
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(found.models + 0.4, 0.6)  # intervals of few seeds reach beyond any rank
     panels[0].set_title(f"1: best of {found.models}")
     panels[1].set_title("Above 0: better than the mean model")
     panels[1].axhline(0.0, color=drawing.REFERENCE, linewidth=1.0, zorder=1)
