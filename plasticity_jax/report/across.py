@@ -184,7 +184,7 @@ def _draw_heat_map(results: StudyResults) -> Drawing:
         for i, decay in enumerate(decays):
             for j, rate in enumerate(rates):
                 value = cells.get((decay, rate), "")
-                text, color = (f"{value:.3f}", "black" if shade[i, j] > 0.5 else "white") if isinstance(value, float) else (value, drawing.INK)
+                text, color = (f"{value:.3f}", "black" if shade[i, j] > 0.5 else "white") if isinstance(value, float) else (str(value), drawing.INK)
                 axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
         if not same:
             i, j = np.unravel_index(np.nanargmax(shade), shade.shape)

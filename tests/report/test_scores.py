@@ -234,15 +234,10 @@ def test_two_points_have_no_correlation_and_it_is_said(tmp_path):
     assert "2 of the 3 λ that it needs have a loss and a score" in text
 
 
-@pytest.mark.slow
-def test_scores_that_are_not_finite_are_left_out(tmp_path):
-    study = write_study(tmp_path, NOISY)
-    [path] = study.glob("evaluate/wd0.1-topic-after-*/results.json")
-    found = json.loads(path.read_text())
-    found["metrics"] |= {"maj@8": "nan", "pass@8": "inf"}
-    path.write_text(json.dumps(found))
-    (path.parent / "DONE").write_text('{"diverged": ""}')  # without checksums
+def test_scores_that_are_not_finite_are_left_out(study):
     results = collect(study)
+    [m] = [m for m in results.members if m.name == "wd0.1"]
+    m.after["topic"] = replace(m.after["topic"], metrics=m.after["topic"].metrics | {"maj@8": float("nan"), "pass@8": float("inf")})
     rows = {(row["metric"], row["task"], row["weight_decay"]): row for row in gain_rows(results)}
     assert rows["maj@8", "topic", 0.1]["seeds"] == rows["pass@8", "topic", 0.1]["seeds"] == 2 and rows["pass@1", "topic", 0.1]["seeds"] == 3
     assert "Maj@8 on topic, Pass@8 on topic" in aggregate(results).notes[0]
