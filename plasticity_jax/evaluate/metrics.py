@@ -1,12 +1,66 @@
 """Scores over problems: greedy accuracy, majority, Pass@k, Correct Ratio, rewards. Their intervals are computed in the report."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 FAILURES = ("wrong", "no answer", "timed out")  # verdicts other than "right"; see `grading.Verdict`
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is known of a metric of the tasks, whatever the number of completions.
+
+    Attributes:
+      name: as in the results, with "n" for the number of completions, such as "maj@n".
+      heading: in figures and tables; "n" again.
+      unit: of its values; empty for a share of the problems.
+      higher_is_better: its direction.
+      compared: whether the page draws, correlates and aggregates it: the paper's six, and lm-evaluation-harness's two where options are compared.
+      of_all_problems: whether it is a mean over all problems, so that problems can be paired; correct_ratio is one over those with a right completion.
+      on_page: whether tables of the page hold it; its CSV files do.
+    """
+
+    name: str
+    heading: str
+    unit: str = ""
+    higher_is_better: bool = True
+    compared: bool = True
+    of_all_problems: bool = True
+    on_page: bool = True
+
+
+METRICS = (  # in the order of the page
+    Metric("pass@1", "Pass@1"),
+    Metric("maj@n", "Maj@n"),
+    Metric("rm@n", "RM@n"),
+    Metric("pass@n", "Pass@n"),
+    Metric("correct_ratio@n", "Correct Ratio@n", of_all_problems=False),
+    Metric("orm_score", "ORM Score", unit="reward"),
+    Metric("accuracy", "accuracy"),
+    Metric("acc_norm", "acc_norm"),
+    Metric("acc_bytes", "acc_bytes", compared=False),
+    Metric("mean@n", "Mean@n", compared=False),
+    Metric("unbiased_pass@n", "unbiased Pass@n", compared=False, on_page=False),
+)
+
+
+def metric_of(name: str) -> Metric:
+    """The declaration of a metric by its name in the results, such as "maj@16", with that number in its heading; one that is not declared is not compared."""
+    known = {metric.name: metric for metric in METRICS}
+    n = re.search(r"@(\d+)$", name)
+    found = known.get(name) or known.get(re.sub(r"@\d+$", "@n", name), Metric(name, name, compared=False))
+    return found if n is None else replace(found, heading=re.sub("@n$", n[0], found.heading))
+
+
+def ordered_metrics(names: Iterable[str]) -> list[str]:
+    """Names of metrics, each once, in the order of `METRICS`; others follow as they come."""
+    places = {metric.name: i for i, metric in enumerate(METRICS)}
+    return sorted(dict.fromkeys(names), key=lambda name: places.get(metric_of(name).name, len(places)))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -1,6 +1,7 @@
-"""Intervals within one run, problems resampled: of a metric of one member, of the difference of two."""
+"""Intervals within one run, problems resampled: of a metric of one member, of the difference of two, of a weighted sum over members and tasks."""
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,13 +29,30 @@ def metric_difference(low: Score, high: Score, name: str, settings: ReportConfig
     return high.metrics[name] - low.metrics[name], float(lower), float(upper)
 
 
-def _metric_draws(score: Score, name: str, settings: ReportConfig) -> np.ndarray | None:
-    """[S] the metric on resampled problems; 0 in a draw whose problems all weigh nothing, as `correct_ratio` is defined."""
+def weighted_interval(tasks: Sequence[Sequence[tuple[float, Score]]], name: str, settings: ReportConfig) -> tuple[float, float] | None:
+    """Ends of the interval of a weighted sum of a metric over scores of one task, averaged over tasks; problems are paired within a task, tasks drawn apart."""
+    summed = []
+    for i, scores in enumerate(tasks):
+        draws = [(weight, _metric_draws(score, name, settings, stream=i)) for weight, score in scores]
+        known = [weight * found for weight, found in draws if found is not None]
+        if len(known) < len(draws):
+            return None
+        summed.append(np.sum(known, axis=0))
+    lower, upper = np.quantile(np.mean(summed, axis=0), [0.025, 0.975])
+    return float(lower), float(upper)
+
+
+def _metric_draws(score: Score, name: str, settings: ReportConfig, stream: int = 0) -> np.ndarray | None:
+    """[S] the metric on resampled problems; 0 in a draw whose problems all weigh nothing, as `correct_ratio` is defined.
+
+    Args:
+      stream: of the draws: scores on the same problems share one, tasks have their own.
+    """
     parts = [outcome.metric(name) for outcome in score.outcomes]
     whole = [part for part in parts if part is not None]
     if not parts or len(whole) < len(parts):
         return None
-    times = _times_drawn(len(score.greedy), settings.bootstrap_samples, settings.seed)
+    times = _times_drawn(len(score.greedy), settings.bootstrap_samples, settings.seed, stream)
     by_seed = []
     for value, weight in whole:
         weights, sums = times @ np.asarray(weight, np.float64), times @ (value * np.asarray(weight, np.float64))
@@ -43,9 +61,13 @@ def _metric_draws(score: Score, name: str, settings: ReportConfig) -> np.ndarray
 
 
 @functools.lru_cache(maxsize=8)
-def _times_drawn(problems: int, samples: int, seed: int) -> np.ndarray:
+def _times_drawn(problems: int, samples: int, seed: int, stream: int) -> np.ndarray:
     """[S, P] how often each problem is in each resample."""
-    return np.random.default_rng(seed).multinomial(problems, np.full(problems, 1 / problems), size=samples).astype(np.float64)
+    return (
+        np.random.default_rng([seed, stream] if stream else seed)
+        .multinomial(problems, np.full(problems, 1 / problems), size=samples)
+        .astype(np.float64)
+    )
 
 
 def with_interval(name: str, interval: Interval | tuple[float | None, ...] | None) -> dict[str, float | None]:

@@ -31,6 +31,8 @@ class Measure:
       unit: of the number.
       absent: (member) → why a member that has results has no number, in words; None where it has one.
       within: (results, member → weight) → variance of the weighted sum within one pretraining run, where items do not give it; None if unknown.
+      interval: (results, member → weight) → ends of its 95% interval over `items` within one pretraining run, where it is no mean of theirs, or is
+        drawn faster than `bootstrap_mean` does; None if unknown.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Measure:
     unit: str = ""
     within: "Callable[[StudyResults, list[tuple[MemberResults, float]]], float | None] | None" = None
     absent: Callable[[MemberResults], str | None] | None = None
+    interval: "Callable[[StudyResults, list[tuple[MemberResults, float]]], tuple[float, float] | None] | None" = None
 
     def finite(self, member: MemberResults) -> list[np.ndarray] | None:
         """The groups as numbers; None where one is missing, empty or not finite."""
@@ -111,7 +114,7 @@ def contrast(results: StudyResults, measure: Measure, weights: Mapping[Any, floa
     found = [None if measure.within is None else measure.within(results, of_seed) for of_seed in members]
     variances = [variance for variance in found if variance is not None]
     if len(sums) == 1:
-        return _within_run(results, measure, sums[0], value, variances, constant)
+        return _within_run(results, measure, members[0], sums[0], value, variances, constant)
     tables = [[group.mean(axis=0) for group in summed] for summed in sums]  # over fine-tuning seeds
     if len({tuple(len(row) for row in rows) for rows in tables}) > 1:  # seeds were not scored on the same items
         tables = [[np.atleast_1d(row.mean()) for row in rows] for rows in tables]
@@ -183,14 +186,26 @@ def _weighted(groups: dict[Any, list[np.ndarray]], weights: Mapping[Any, float])
     return summed
 
 
-def _within_run(results: StudyResults, measure: Measure, groups: list[np.ndarray], value: float, variances: list[float], constant: bool) -> Contrast:
+def _within_run(
+    results: StudyResults,
+    measure: Measure,
+    members: list[tuple[MemberResults, float]],
+    groups: list[np.ndarray],
+    value: float,
+    variances: list[float],
+    constant: bool,
+) -> Contrast:
     """What one pretraining run knows of its uncertainty. It is no test of a claim about λ, so there is no p value."""
     if variances:
         reach = NORMAL * float(np.sqrt(variances[0]))
         return Contrast(value, value - reach, value + reach, "documents only", 1, None, constant)
+    several = len({len(group) for group in groups}) == 1 and len(groups[0]) > 1
+    if measure.interval is not None and not several:
+        ends = measure.interval(results, members) or (None, None)
+        return Contrast(value, *ends, over=f"{measure.items} only" if ends[0] is not None else "", seeds=1, constant=constant)
     if not measure.items:
         return Contrast(value, seeds=1, constant=constant)
-    if len({len(group) for group in groups}) == 1 and len(groups[0]) > 1:
+    if several:
         found = unit_effect(groups, sampled=True)
         return Contrast(value, found.low, found.high, f"fine-tuning seeds and {measure.items} only", 1, None, constant)
     settings = results.config.report

@@ -66,6 +66,8 @@ def inline_svg(svg: str, name: str, description: str, values: dict[str, list[str
     for gid, texts in (values or {}).items():
         svg = _with_titles(svg, gid, texts)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # A hundredth of a point is finer than any screen; six digits would be a third of the page.
+    svg = re.sub(r'\s(?:d|x|y|x1|x2|y1|y2)="[^"]*"', lambda found: re.sub(r"\d+\.\d{3,}", _rounded, found[0]), svg)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
@@ -73,6 +75,10 @@ def inline_svg(svg: str, name: str, description: str, values: dict[str, list[str
     head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
     label = Markup.escape(description)
     return Markup(f'{head} role="img" aria-label="{label}">{body}')
+
+
+def _rounded(found: re.Match[str]) -> str:
+    return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def _with_titles(svg: str, gid: str, texts: list[str]) -> str:

@@ -1,8 +1,9 @@
 """The page of a study: one self-contained index.html, figures as PNG and SVG, numbers as CSV. Works on partial studies too."""
 
+import difflib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -10,7 +11,8 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from plasticity_jax.config import ReportConfig, name_text, to_dict
-from plasticity_jax.evaluate.metrics import macro_average
+from plasticity_jax.errors import UserError
+from plasticity_jax.evaluate.metrics import macro_average, metric_of, ordered_metrics
 from plasticity_jax.progress import Progress
 from plasticity_jax.report.browse import completions
 from plasticity_jax.report.comparisons import metric_interval
@@ -25,6 +27,7 @@ from plasticity_jax.report.verdicts import Verdict, verdicts
 from plasticity_jax.runs.directory import COMPLETIONS
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.storage import AnyPath, location, relative
+from plasticity_jax.stages import Figure as Declared
 from plasticity_jax.stages.evaluate import correlation_rows, macro_rows
 from plasticity_jax.stages.stage import Rows
 from plasticity_jax.stages.zero_shot import forgetting_rows
@@ -33,6 +36,7 @@ from plasticity_jax.study.sweep import DECAY
 __all__ = ["collect", "draw_figure", "format_summary", "summary_table", "write_report"]
 
 SECTIONS = ("pretraining", "finetuning", "inside")
+SPOKEN = 60  # markers at most that the text alternative of a figure reads out; one with more says its numbers by itself, or in its tables
 FAILURES = ("wrong", "no answer", "timed out")  # of greedy completions
 SAMPLES = 2  # problems shown per task
 SAMPLE_CHARACTERS = 280  # of a prompt or completion
@@ -81,14 +85,16 @@ def write_report(study_dir: AnyPath) -> AnyPath:
     out = location(study_dir) / "report"
     written: set[AnyPath] = set()
     parts = [Part.of(one, results.slices[:i]) for i, one in enumerate(results.slices)]
-    with Progress("report", total=len(figures()) * len(parts) + 2, unit="parts") as progress:
-        for part in parts:
+    whole = Part(results, "", [], [], {})
+    with Progress("report", total=len(figures()) * (len(parts) + 1) + 2, unit="parts") as progress:
+        for part in (whole, *parts):
             for name, figure in figures().items():
-                if figure.available(part.results) and not (part.repeats and figure.of_base):
+                drawn_here = figure.of_study == (part is whole) and not (part.repeats and figure.of_base)
+                if drawn_here and figure.applies(results.config) and figure.available(part.results):
                     picture, full = draw_figure(part.results, name), part.prefix + name
                     values = marked_values(picture)
                     svg = render(picture, "svg").decode()
-                    part.drawn[name] = inline_svg(svg, full, f"{figure.title}. {figure.text(part.results)}", values)
+                    part.drawn[name] = inline_svg(svg, full, described(figure, part.results, values), values)
                     written.add(replace_file(out / "figures" / f"{full}.svg", svg.encode()))
                     written.add(replace_file(out / "figures" / f"{full}.png", render(picture, "png")))
                 progress.update(1, note=part.prefix + name)
@@ -97,7 +103,7 @@ def write_report(study_dir: AnyPath) -> AnyPath:
             written.add(replace_file(out / "tables" / f"{name}.csv", to_csv(rows).encode()))
             written.add(replace_file(out / "tables" / f"{name}.tex", to_tex(rows).encode()))
         progress.update(1, note="tables")
-        page = render_page(results, parts, numbers)
+        page = render_page(results, parts, numbers, whole)
         written.add(replace_file(out / "index.html", page.encode()))
         progress.update(1, note="page")
     for old in [*out.glob("figures/*"), *out.glob("tables/*")]:
@@ -106,10 +112,41 @@ def write_report(study_dir: AnyPath) -> AnyPath:
     return out / "index.html"
 
 
+def described(figure: Declared, results: StudyResults, values: dict[str, list[str]]) -> str:
+    """The text alternative of a figure: its title, caption, notes, and numbers in words."""
+    markers = [text for texts in values.values() for text in texts]
+    numbers = figure.numbers(results) if figure.numbers is not None else "; ".join(markers) + "." if 0 < len(markers) <= SPOKEN else ""
+    return " ".join(
+        [figure.title + ("" if figure.title.endswith("?") else "."), figure.text(results), *figure.notes(results), *([numbers] if numbers else [])]
+    )
+
+
 def numbers_of(results: StudyResults, parts: Sequence[Part]) -> dict[str, Rows]:
     """Name of every CSV file → its rows, of which the page shows some."""
-    numbers = {name: table.rows(results) for name, table in tables().items()}
-    return numbers | {"summary": summary_rows(results), "verdicts": verdict_rows(parts), "pairwise": [row for part in parts for row in part.pairwise]}
+    return {name: rows() for name, rows in _sources(results, lambda: parts).items()}
+
+
+def table_rows(results: StudyResults, name: str) -> Rows:
+    """The rows of one CSV file.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    sources = _sources(results, lambda: [Part.of(one) for one in results.slices])
+    if name not in sources:
+        near = difflib.get_close_matches(name, sources, n=1, cutoff=0.4)
+        raise UserError(f"table {name!r} is unknown; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(sources)}."))
+    return sources[name]()
+
+
+def _sources(results: StudyResults, parts: Callable[[], Sequence[Part]]) -> dict[str, Callable[[], Rows]]:
+    """Name of every table → what makes its rows."""
+    of_stages = {name: lambda table=table: table.rows(results) for name, table in tables().items()}
+    return of_stages | {
+        "summary": lambda: summary_rows(results),
+        "verdicts": lambda: verdict_rows(parts()),
+        "pairwise": lambda: [row for part in parts() for row in part.pairwise],
+    }
 
 
 def verdict_rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
@@ -135,37 +172,39 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
     return aligned(lines)
 
 
-def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str, Rows]) -> str:
+def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str, Rows], whole: Part | None = None) -> str:
     """The page's HTML.
 
     Args:
       parts: of the study, with the figures that were drawn.
       numbers: rows of the CSV files beside the page, as `numbers_of` gives them.
+      whole: the study with the figures that are drawn once for all of its parts.
     """
     macro = macro_rows(results)
     return render_template(
         "template.html",
-        {"spoken": lambda part: " ".join(slice_answer(part.results, part.verdicts))},
+        {
+            "metric": lambda name: metric_of(name).heading,
+            "spoken": lambda part: " ".join(slice_answer(part.results, part.verdicts)),
+        },
         results=results,
         config=results.config,
         answer=" ".join(answer(results, parts[0].verdicts)),
         warnings=warnings(results),
         parts=parts,
+        whole=whole,
         by_decay=results.axis.field == DECAY,
         swept=[name for name, _ in results.config.grid.fields],
         figures=figures(),
-        figures_of={section: [name for name, figure in figures().items() if figure.section == section] for section in SECTIONS},
+        figures_of={section: [n for n, figure in figures().items() if figure.section == section and not figure.of_study] for section in SECTIONS}
+        | {"study": [name for name, figure in figures().items() if figure.of_study]},
         shown_tables=_shown_tables(numbers),
         columns=columns(),
         members=numbers["members"],
         tasks=[_task_table(results, task) for task in results.tasks],
         correlation=correlation_rows,
         macro=macro,
-        macro_metrics=[
-            name
-            for name in (macro[0] if macro else ())
-            if "@" in name and "unbiased" not in name or name in ("orm_score", "accuracy", "acc_norm", "acc_bytes")
-        ],
+        macro_metrics=_shown_metrics(results, {name for row in macro for name in row}),
         forgetting=forgetting(results),
         summary=numbers["summary"],
         samples=[{"task": task, "problems": sample_completions(results, task)} for task in results.tasks],
@@ -189,8 +228,7 @@ def _shown_tables(numbers: dict[str, Rows]) -> dict[str, dict[str, Any]]:
 def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
     """Every metric of a task, before and after, one row per member; the task's majority class and row counts."""
     scores = [s[task] for m in results.members for s in (m.after, m.before) if task in s]
-    named = [name for name in scores[0].metrics if not name.startswith("unbiased_")] if scores else []  # those are in the CSV
-    metrics = sorted(named, key=lambda name: name not in ("pass@1", "accuracy"))
+    metrics = _shown_metrics(results, {name for score in scores for name in score.metrics})
     summary = next((found for name, found in results.prepared.items() if prepared_name(name) == f"task-{task}"), {})
     rows = []
     for m in results.members:
@@ -215,6 +253,12 @@ def _task_table(results: StudyResults, task: str) -> dict[str, Any]:
         "problems": len(scores[0].greedy) if scores else None,
         "train_rows": summary.get("rows", {}).get("train"),
     }
+
+
+def _shown_metrics(results: StudyResults, names: set[str]) -> list[str]:
+    """Those of the names that are metrics of the study and stand on the page; the others are in the CSV files."""
+    known = [name for m in results.members for scores in (m.before, m.after) for score in scores.values() for name in score.metrics]
+    return [name for name in ordered_metrics(known) if name in names and metric_of(name).on_page]
 
 
 def _completions_link(results: StudyResults, score: Score) -> str | None:

@@ -1,10 +1,11 @@
 """What a study has found so far, read from its runs' directories into typed records. What is missing stays missing, and is never a number."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,22 @@ if TYPE_CHECKING:
     from plasticity_jax.stages.pretrain import Pretrained
     from plasticity_jax.stages.reward import Rewarded
 
+T = TypeVar("T")
+
+
+def once(compute: "Callable[[StudyResults], T]") -> "Callable[[StudyResults], T]":
+    """Keeps what a function makes of results beside them: tables, figures and their words ask for the same numbers."""
+    key = f"{compute.__module__}.{compute.__qualname__}"
+
+    @functools.wraps(compute)
+    def kept(results: "StudyResults") -> T:
+        held = results.__dict__.setdefault("_kept", {})
+        if key not in held:
+            held[key] = compute(results)
+        return held[key]
+
+    return kept
+
 
 @dataclass(frozen=True)
 class RunState:
@@ -48,6 +65,7 @@ class Outcomes:
       greedy, majority: [P] whether that answer is right; `majority` is None where options were compared.
       right: [P] number of right samples, of `n_samples`.
       chosen: [P] whether the completion of the highest reward is right, `rewards`: [P] mean reward; None without rewards.
+      counts: the metric whose verdicts `greedy` holds: "pass@1", or the one of those of compared options that the task is scored by.
     """
 
     greedy: np.ndarray
@@ -56,12 +74,13 @@ class Outcomes:
     n_samples: int
     chosen: np.ndarray | None
     rewards: np.ndarray | None
+    counts: str = "pass@1"
 
     def metric(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
         """[P] numerator and [P] weight of a metric that is a mean over problems: sum of the one over sum of the other. None for any other metric."""
         ones = np.ones(len(self.greedy))
         kind = name.partition("@")[0]
-        if name == "pass@1" or name == "accuracy":
+        if name == self.counts:
             return self.greedy, ones
         if self.right is None:
             return None
@@ -404,11 +423,14 @@ def _outcomes(results: "Evaluated", reward: "Rewarded | None") -> Outcomes:
         return np.asarray(tree[name], dtype=np.float64) if name in tree else None
 
     found, rewarded = results.per_problem, {} if reward is None else reward.per_problem
+    greedy = np.asarray(found["greedy"], dtype=np.float64)
+    by_length = "pass@1" not in results.metrics and not np.isclose(results.metrics.get("accuracy", np.nan), greedy.mean(), atol=1e-9)
     return Outcomes(
-        np.asarray(found["greedy"], dtype=np.float64),
+        greedy,
         column(found, "samples"),
         column(found, "majority"),
         results.n_samples,
         column(rewarded, "rm"),
         column(rewarded, "orm"),
+        "pass@1" if "pass@1" in results.metrics else "acc_norm" if by_length else "accuracy",
     )

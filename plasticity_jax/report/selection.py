@@ -4,9 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from plasticity_jax.study.sweep import SELECTED, facet_axes
+import numpy as np
+
+from plasticity_jax.study.sweep import SELECTED, Axis, facet_axes, study_axis
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
+    from plasticity_jax.config import StudyConfig
     from plasticity_jax.report.results import MemberResults, StudyResults
     from plasticity_jax.stages.stage import Rows
 
@@ -36,8 +41,11 @@ def choices(results: "StudyResults") -> list[Choice]:
 
     One that a fine-tuning seed did not finish is not chosen. None where `finetune.select` is off.
     """
-    if results.config.finetune.select == "none":
-        return []
+    return [] if results.config.finetune.select == "none" else best_on_validation(results)
+
+
+def best_on_validation(results: "StudyResults") -> list[Choice]:
+    """The same whether or not `finetune.select` is on; none where the tasks have no validation rows."""
     seeds, found = len(results.config.finetune.seeds), []
     for members in _by_base(results).values():
         for task in results.tasks:
@@ -91,15 +99,103 @@ def choice_rows(results: "StudyResults") -> "Rows":
     return rows
 
 
+def sweeps_fine_tuning(config: "StudyConfig") -> bool:
+    """Whether values of the axis can be compared in several fine-tunings."""
+    return not study_axis(config).of_tuning and any(axis.of_tuning for axis in facet_axes(config))
+
+
+def swept_parts(results: "StudyResults") -> "dict[tuple[tuple[Axis, Any], ...], list[StudyResults]]":
+    """The slices of a study by what they share of the pretraining: in each group they differ in the fine-tuning only. Empty where none is swept."""
+    groups: dict[tuple[tuple[Axis, Any], ...], list[StudyResults]] = {}
+    for part in results.slices if sweeps_fine_tuning(results.config) else ():
+        if not any(axis == SELECTED for axis, _ in part.facet):
+            groups.setdefault(tuple((axis, value) for axis, value in part.facet if not axis.of_tuning), []).append(part)
+    return groups
+
+
 def win_rows(results: "StudyResults") -> "Rows":
     """For every task and two points: in how many of the swept fine-tunings the later has the better test score, a mean over seeds."""
-    if results.axis.of_tuning or not any(axis.of_tuning for axis in facet_axes(results.config)):
-        return []
-    groups: dict[tuple, list[StudyResults]] = {}
-    for part in results.slices:
-        if not any(axis == SELECTED for axis, _ in part.facet):
-            groups.setdefault(tuple((axis.field, value) for axis, value in part.facet if not axis.of_tuning), []).append(part)
-    return [row for shared, parts in groups.items() for task in results.tasks for row in _wins(dict(shared), parts, task)]
+    return [
+        row
+        for shared, parts in swept_parts(results).items()
+        for task in results.tasks
+        for row in _wins({axis.field: value for axis, value in shared}, parts, task)
+    ]
+
+
+def sweep_rows(results: "StudyResults") -> "Rows":
+    """For every task and point: the test scores of the swept fine-tunings, each a mean over seeds, and that of the ones chosen on validation rows.
+
+    `highest` is picked on the test rows themselves, so it flatters; `chosen` is not. None where a base model has no validation score.
+    """
+    chosen: dict[tuple[str, str], float | None] = {
+        (choice.member.member.base, choice.task): _test_score(choice.member, choice.task) for choice in best_on_validation(results)
+    }
+    rows = []
+    for shared, parts in swept_parts(results).items():
+        for task in results.tasks:
+            for point in parts[0].points:
+                scores = [score for part in parts if (score := part.mean(point, lambda m: _test_score(m, task))) is not None]
+                if scores:
+                    best = [chosen.get((m.member.base, task)) for m in parts[0].at(point) if any(task in tuned.after for tuned in _tuned(parts, m))]
+                    row = {**{axis.field: value for axis, value in shared}, "task": task, parts[0].axis.field: point}
+                    row |= {"settings": len(parts), "scored": len(scores), "lowest": float(min(scores)), "median": float(np.median(scores))}
+                    known = [score for score in best if score is not None]
+                    rows.append(row | {"highest": float(max(scores)), "chosen": float(np.mean(known)) if known and len(known) == len(best) else None})
+    return rows
+
+
+def _tuned(parts: "Sequence[StudyResults]", base: "MemberResults") -> "list[MemberResults]":
+    """A base model in each of the parts."""
+    return [m for part in parts for m in part.members if m.member.base == base.member.base]
+
+
+def draw_sweep(results: "StudyResults") -> "Drawing":
+    """Test score over the points by task: a gray line per fine-tuning, and the best of the sweep. A row per combination of the pretraining's other fields."""
+    from plasticity_jax.report import drawing
+
+    groups, rows = swept_parts(results), sweep_rows(results)
+    shown = [
+        (shared, parts, task, found)
+        for shared, parts in groups.items()
+        for task in results.tasks
+        if (found := [row for row in rows if row["task"] == task and all(row[axis.field] == value for axis, value in shared)])
+    ]
+    titles = {shared: ", ".join(axis.equation(value) for axis, value in shared) for shared in groups}
+    cells = [(titles[shared], task) if len(groups) > 1 else (task, "") for shared, _, task, _ in shown]
+    drawn, panels = drawing.small_multiples(cells, ticks=[results.axis.text(point) for point in results.points], height=1.6)
+    for axes, last, (_, parts, task, found) in zip(panels, drawing.lowest(panels), shown):
+        for i, part in enumerate(parts):
+            means = {p: float(v) for p in part.points if (v := part.mean(p, lambda m: _test_score(m, task))) is not None}
+            drawing.line(axes, part, means, color=drawing.REFERENCE, linewidth=0.8, label=None if i else "each setting")
+        highest, chosen = ({row[results.axis.field]: row[name] for row in found if row[name] is not None} for name in ("highest", "chosen"))
+        style: dict[str, Any] = {"color": drawing.SERIES[1], "marker": "s", "linestyle": "--", "markersize": 3.5, "linewidth": 1.1}
+        drawing.line(axes, results, highest, label="highest, picked on the test rows", **style)
+        if chosen:
+            drawing.line(axes, results, chosen, color=drawing.SERIES[0], marker="o", markersize=4, label="chosen on validation rows")
+        drawing.swept_axis(axes, results, label=last, small=True)
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    drawing.frame_multiples(drawn, list(handles.values()), results.axis.label)
+    return drawn
+
+
+def sweep_numbers(results: "StudyResults") -> str:
+    """In how many settings the largest value is ahead of the smallest, and the best of the sweep at every value, in words."""
+    sentences, rows = [], sweep_rows(results)
+    for shared, parts in swept_parts(results).items():
+        about = "".join(f", {axis.equation(value)}" for axis, value in shared)
+        for task in results.tasks:
+            ends = parts[0].points[0], parts[0].points[-1]
+            for win in _wins({}, parts, task):
+                if (win["from"], win["to"]) == ends:
+                    low, high = map(parts[0].axis.equation, ends)
+                    sentences.append(f"{task}{about}: {high} is ahead of {low} in {win['later_wins']} of {win['settings']} settings.")
+            found = [row for row in rows if row["task"] == task and all(row[axis.field] == value for axis, value in shared)]
+            for name, words in (("chosen", "chosen on validation rows"), ("highest", "highest on the test rows")):
+                values = [f"{row[name]:.3g} at {parts[0].axis.equation(row[parts[0].axis.field])}" for row in found if row[name] is not None]
+                if values:
+                    sentences.append(f"{task}{about}, {words}: {', '.join(values)}.")
+    return " ".join(sentences)
 
 
 def _wins(shared: dict[str, Any], parts: "Sequence[StudyResults]", task: str) -> "Rows":

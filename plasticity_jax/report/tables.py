@@ -5,6 +5,7 @@ import io
 from dataclasses import replace
 from typing import Any
 
+from plasticity_jax.report import across
 from plasticity_jax.report.results import StudyResults, collect
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.stages import Column, Table, guarded, stages
@@ -13,12 +14,13 @@ from plasticity_jax.study.sweep import swept_values
 
 
 def tables() -> dict[str, Table]:
-    """Name → table, of all stages in their order."""
-    return {
+    """Name → table, of all stages in their order, then those that rest on several."""
+    of_stages = {
         name: replace(table, rows=guarded(stage, f"table {name!r}", table.rows, []))
         for stage in stages().values()
         for name, table in stage.tables.items()
     }
+    return of_stages | across.TABLES
 
 
 def columns() -> dict[str, Column]:

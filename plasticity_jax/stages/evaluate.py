@@ -1,7 +1,7 @@
 """Evaluate: a base model (before) or a fine-tuned one (after) scored on the test rows of a task."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from plasticity_jax.runs.directory import CONFIG, RunDirectory
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import task_run, task_settings
-from plasticity_jax.stages.stage import Batched, Context, Figure, Knob, Plan, Planned, Program, Rows, Stage, Table, batch_fields, member_row, number
+from plasticity_jax.stages.stage import Batched, Context, Figure, Knob, Plan, Planned, Program, Rows, Stage, Table, batch_fields, member_row
 from plasticity_jax.stages.work import Ahead, Work, padded_to
 
 if TYPE_CHECKING:
@@ -339,150 +339,220 @@ def macro_rows(results: "StudyResults") -> Rows:
 
 
 def gain_rows(results: "StudyResults") -> Rows:
-    """Score and gain per point with 95% intervals, and of both less the first point's, paired; `interval_over` says what they cover."""
-    from plasticity_jax.report.comparisons import with_interval
-    from plasticity_jax.report.effects import contrast, difference
-    from plasticity_jax.report.verdicts import score_measure
+    from plasticity_jax.report import scores
 
-    field, rows = results.axis.field, []
-    for part in results.slices:
-        for task in results.tasks:
-            score, gain = score_measure((task,), gain=False), score_measure((task,), gain=True)
-            reference = next((p for p in part.points if contrast(part, score, {p: 1.0}).value is not None), None)
-            for point in part.points:
-                after = contrast(part, score, {point: 1.0})
-                if after.value is None:
-                    continue
-                before = part.mean(point, lambda m: m.before[task].greedy.mean() if task in m.before else None)
-                row = {"task": task, **part.swept(point), "timescale_share": part.timescale(point)} | with_interval("after", after.interval)
-                row |= {"before": None if before is None else float(before)} | with_interval("gain", contrast(part, gain, {point: 1.0}).interval)
-                row[f"reference_{field}"] = reference
-                for name, measure in (("after_difference", score), ("gain_difference", gain)):
-                    row |= with_interval(name, None if point == reference else difference(part, measure, reference, point).interval)
-                rows.append(row | {"interval_over": after.over, "seeds": after.seeds})
-    return rows
+    return scores.gain_rows(results)
 
 
 def correlation_rows(results: "StudyResults") -> Rows:
-    """Correlation over the points between held-out loss and score after fine-tuning, per task and for the mean over learned tasks; needs three points."""
-    import numpy as np
+    from plasticity_jax.report import scores
 
-    from plasticity_jax.analysis.statistics import leave_one_out_pearson, pearson, spearman
+    return scores.correlation_rows(results)
 
-    rows = []
-    for part in results.slices:
-        scores = {
-            task: {p: float(np.mean(s)) for p in part.losses if (s := part.mean(p, lambda m, t=task: m.after_task(t))) is not None}
-            for task in results.tasks
-        }
-        if len(part.learned) > 1:
-            scores["mean (learned)"] = {p: s for p in part.losses if (s := part.task_mean(p, lambda m, t: m.after_task(t))) is not None}
-        for task, by_point in scores.items():
-            if len(by_point) >= 3:
-                losses, values = [part.losses[p] for p in by_point], list(by_point.values())
-                # Two points always lie on a line: leaving one out of three says nothing.
-                left_out = [v for v in map(number, leave_one_out_pearson(losses, values)) if v is not None] if len(by_point) > 3 else []
-                rows.append(
-                    {
-                        **{axis.field: value for axis, value in part.facet},
-                        "task": task,
-                        "points": len(by_point),
-                        "pearson": number(pearson(losses, values)),
-                        "spearman": number(spearman(losses, values)),
-                        "leave_one_out_lowest": min(left_out, default=None),
-                        "leave_one_out_highest": max(left_out, default=None),
-                    }
-                )
-    return rows
+
+def aggregate_rows(results: "StudyResults") -> Rows:
+    from plasticity_jax.report import scores
+
+    return scores.aggregate_rows(results)
+
+
+def _heading(metric: str) -> str:
+    """Of a metric, with its unit where that is not a share."""
+    from plasticity_jax.evaluate.metrics import metric_of
+
+    about = metric_of(metric)
+    return about.heading + (f"\n({about.unit})" if about.unit else "")
 
 
 def _draw_scores(results: "StudyResults") -> "Drawing":
-    from plasticity_jax.report import drawing
+    """A row per metric, a column per task and one for the mean over the learned tasks: before and after fine-tuning."""
+    from plasticity_jax.report import drawing, scores
 
-    rows = gain_rows(results)
-    tasks = [task for task in results.tasks if any(row["task"] == task for row in rows)]
-    drawn, panels = drawing.panels_below(len(tasks), 2.1)
-    for axes, task in zip(panels, tasks):
-        found = [row for row in rows if row["task"] == task]
-        drawing.interval_line(axes, results, found, "after", color=drawing.SERIES[0], marker="o", label="after")
+    drawn, panels = _over_points(results, "after")
+    for axes, (metric, task, tasks), found in panels:
+        drawing.seed_lines(axes, results, scores.by_seed(results, tasks, metric), drawing.SERIES[0])
+        drawing.interval_line(axes, results, found, "after", color=drawing.SERIES[0], marker="o", label="after", **_SMALL)
         before = {row[results.axis.field]: row["before"] for row in found if row["before"] is not None}
-        drawing.line(axes, results, before, color=drawing.SERIES[1], marker="s", linestyle="--", label="before")
-        majority = next(s.majority_class for m in results.members for s in (m.after.get(task),) if s)
-        axes.axhline(majority, color=drawing.MUTED, linewidth=1.0, linestyle=":", label="majority class", zorder=1)
-        axes.set_ylim(-0.03, 1.03)
-        _task_panel(axes, results, task, "greedy accuracy", last=axes is panels[-1])
-    drawing.legend_above(panels[0], panels[0].get_legend_handles_labels()[0])
+        if before:
+            drawing.line(axes, results, before, color=drawing.SERIES[1], marker="s", linestyle="--", label="before", markersize=3, linewidth=1.1)
+        scored = [s for m in results.members for s in (m.after.get(task),) if s]
+        if scored and scored[0].outcomes[0].counts == metric:
+            axes.axhline(scored[0].majority_class, color=drawing.MUTED, linewidth=1.0, linestyle=":", label="majority class", zorder=1)
+    _frame(drawn, results, [axes for axes, _, _ in panels])
     return drawn
+
+
+_SMALL: dict[str, Any] = {"markersize": 3.5, "linewidth": 1.3, "elinewidth": 0.9, "capsize": 0}
 
 
 def _draw_gains(results: "StudyResults") -> "Drawing":
-    from plasticity_jax.report import drawing
+    """As `_draw_scores`: after less before."""
+    from plasticity_jax.report import drawing, scores
 
-    rows = [row for row in gain_rows(results) if row["gain"] is not None]
-    tasks = [task for task in results.tasks if any(row["task"] == task for row in rows)]
-    drawn, panels = drawing.panels_below(len(tasks), 2.1)
-    for axes, task in zip(panels, tasks):
-        found = [row for row in rows if row["task"] == task]
+    drawn, panels = _over_points(results, "gain")
+    for axes, (metric, _, tasks), found in panels:
         axes.axhline(0.0, color=drawing.REFERENCE, linewidth=1.0, zorder=1)
-        drawing.interval_line(axes, results, found, "gain", color=drawing.SERIES[0], marker="o", label="gain")
+        drawing.seed_lines(axes, results, scores.by_seed(results, tasks, metric, gain=True), drawing.SERIES[0])
+        drawing.interval_line(axes, results, found, "gain", color=drawing.SERIES[0], marker="o", label="gain", **_SMALL)
         differences = [row for row in found if row["gain_difference"] is not None]
         if differences:
             label = f"less the gain at {results.axis.equation(differences[0][f'reference_{results.axis.field}'])}"
-            style: dict[str, Any] = {"color": drawing.SERIES[4], "marker": "D", "linestyle": "none", "label": label, "shift": 0.02}
+            style: dict[str, Any] = _SMALL | {"color": drawing.SERIES[4], "marker": "D", "linestyle": "none", "label": label, "shift": 0.02}
             drawing.interval_line(axes, results, differences, "gain_difference", **style)
-        _task_panel(axes, results, task, "gain in accuracy", last=axes is panels[-1])
-    drawing.legend_above(panels[0], panels[0].get_legend_handles_labels()[0])
+    _frame(drawn, results, [axes for axes, _, _ in panels])
     return drawn
 
 
-def _task_panel(axes: Any, results: "StudyResults", task: str, label: str, *, last: bool) -> None:
+def _over_points(results: "StudyResults", name: str) -> tuple["Drawing", list[tuple[Any, tuple[str, str, tuple[str, ...]], Rows]]]:
+    """Small multiples of the rows that have a number: the figure, and of every panel its axes, (metric, task, tasks) and rows."""
+    from plasticity_jax.report import drawing, scores
+
+    shown = [
+        ((metric, task, tasks), found)
+        for metric in scores.compared_metrics(results)
+        for task, tasks in scores.tasks_with(results, metric).items()
+        if (found := [row for row in gain_rows(results) if (row["metric"], row["task"]) == (metric, task) and row[name] is not None])
+    ]
+    cells = [
+        (_heading(metric), task + ("" if task in results.learned or task == scores.MEAN else " (not learned)")) for (metric, task, _), _ in shown
+    ]
+    drawn, panels = drawing.small_multiples(cells, ticks=[results.axis.text(point) for point in results.points])
+    return drawn, [(axes, about, found) for axes, (about, found) in zip(panels, shown)]
+
+
+def _frame(drawn: "Drawing", results: "StudyResults", panels: Sequence[Any]) -> None:
+    """The x axes of small multiples over the points, and their legend."""
     from plasticity_jax.report import drawing
 
-    axes.set_ylabel(label)
-    axes.set_title(task + ("" if task in results.learned else " (not learned)"))
-    drawing.swept_axis(axes, results, label=last)
+    for axes, last in zip(panels, drawing.lowest(panels)):
+        drawing.swept_axis(axes, results, label=last, small=True)
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    ordered = sorted(handles, key=lambda label: label not in ("after", "gain"))  # those with intervals come last by themselves
+    drawing.frame_multiples(drawn, [handles[label] for label in ordered], results.axis.label)
 
 
 def _draw_correlation(results: "StudyResults") -> "Drawing":
-    import numpy as np
+    """A panel per metric: score against held-out loss, a line per task over the points, means over seeds; faint dots: each model."""
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
+    from plasticity_jax.report import drawing, scores
+
+    metrics = [metric for metric in scores.compared_metrics(results) if scores.tasks_with(results, metric)]
+    drawn, panels = drawing.small_multiples([(_heading(metric), "") for metric in metrics], height=1.9, top=0.85)
+    styles = drawing.task_styles(results.tasks, scores.MEAN)
+    losses = {m.member.seed: {} for m in results.members}
+    for m in results.members:
+        losses[m.member.seed] |= {m.point: m.loss} if m.loss is not None else {}
+    for axes, metric in zip(panels, metrics):
+        for task, tasks in scores.tasks_with(results, metric).items():
+            of_seeds, style = scores.by_seed(results, tasks, metric), styles[task]
+            means = sorted((results.losses[p], score) for p, score in scores.seed_mean(of_seeds, results.losses).items())
+            axes.plot([x for x, _ in means], [y for _, y in means], markersize=4, label=task, **style)
+            models = [(losses[seed][p], y) for seed, found in of_seeds.items() for p, y in found.items() if p in losses[seed]]
+            if len(of_seeds) > 1 and models:
+                axes.scatter(*zip(*models), s=8, color=style["color"], alpha=0.35, linewidths=0)
+        _mark_losses(axes, results, labels=axes.get_position().y1 > 0.99 * max(other.get_position().y1 for other in panels))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    for axes, last in zip(panels, drawing.lowest(panels)):
+        axes.tick_params(axis="x", labelbottom=last)
+    shown = [task for task in styles if any(task in scores.tasks_with(results, metric) for metric in metrics)]
+    handles = [Line2D([], [], markersize=4, label=task, **styles[task]) for task in shown]
+    drawing.frame_multiples(drawn, handles, f"held-out loss (nats per token); above the panels: {results.axis.symbol}")
+    return drawn
+
+
+def _mark_losses(axes: Any, results: "StudyResults", *, labels: bool) -> None:
+    """A line at each point's loss, and its value along the top, in as many rows as neighbors need that are too close for one."""
     from plasticity_jax.report import drawing
 
-    drawn, (axes,) = drawing.panels_below(1, 2.9)
-    for i, task in enumerate(results.tasks):
-        points = sorted(
-            (loss, float(np.mean(score)))
-            for point, loss in results.losses.items()
-            if (score := results.mean(point, lambda m: m.after_task(task))) is not None
-        )
-        if points:
-            style: dict[str, Any] = {"color": drawing.SERIES[i % len(drawing.SERIES)], "marker": drawing.MARKERS[i % len(drawing.MARKERS)]}
-            axes.plot([p[0] for p in points], [p[1] for p in points], linewidth=0.9, alpha=0.7, label=task, **style)
-    # Every task stands at the same losses, so the swept value is written once, along the top; neighbors too close for one line take two.
-    span, last, raised = max(results.losses.values()) - min(results.losses.values()), -np.inf, False
+    rows: list[float] = []  # the last loss of each row
+    near = 0.08 * (axes.get_xlim()[1] - axes.get_xlim()[0])
     for point, loss in sorted(results.losses.items(), key=lambda item: item[1]):
-        raised = not raised and loss - last < 0.08 * span
-        last = loss
         axes.axvline(loss, color=drawing.REFERENCE, linewidth=0.7, linestyle=":", zorder=1)
-        axes.annotate(
-            results.axis.text(point),
-            (loss, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 10 if raised else 1),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=7.5,
-            color=drawing.INK,
-            annotation_clip=False,
-        )
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel(f"held-out loss (nats per token); above the panel: {results.axis.symbol}")
-    axes.set_ylabel("greedy accuracy after")
-    axes.set_ylim(-0.03, 1.03)
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=drawing.LEGEND_COLUMNS, handlelength=1.6, columnspacing=1.1)
+        row = next((i for i, last in enumerate(rows) if loss - last > near), min(len(rows), 2))
+        rows[row : row + 1] = [loss]
+        if labels:
+            style: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+            axes.annotate(results.axis.text(point), (loss, 1.0), xytext=(0, 9 * row), fontsize=7, color=drawing.INK, annotation_clip=False, **style)
+    if labels:
+        axes.set_title(axes.get_title(loc="left"), pad=4 + 9 * len(rows))
+
+
+def _correlation_numbers(results: "StudyResults") -> str:
+    from plasticity_jax.report import scores
+
+    losses = f"Held-out loss: {scores.spoken(results, results.losses, 4)}. Score after fine-tuning: "
+    return losses + scores.spoken_rows(results, "after")
+
+
+def _draw_aggregate(results: "StudyResults") -> "Drawing":
+    """Mean rank, 1 at the top, and mean z-score over the points."""
+    from plasticity_jax.report import drawing, scores
+
+    found = scores.aggregate(results)
+    drawn, panels = drawing.panels_below(2, 2.1)
+    for axes, (of, label) in zip(panels, (("ranks", "mean rank"), ("z", "mean z-score"))):
+        values: dict[str, float] = getattr(found, of)
+        drawing.seed_means(axes, results, values_of(values), drawing.SERIES[0])
+        rows = [
+            {results.axis.field: p, "value": one.value, "value_lower": one.low, "value_upper": one.high}
+            for p, one in scores.aggregate_contrasts(results, of).items()
+        ]
+        drawing.interval_line(axes, results, rows, "value", color=drawing.SERIES[0], marker="o", label=label)
+        axes.set_ylabel(label)
+        drawing.swept_axis(axes, results, label=axes is panels[-1])
+    panels[0].set_ylim(found.models + 0.4, 0.6)  # intervals of few seeds reach beyond any rank
+    panels[0].set_title(f"1: best of {found.models}")
+    panels[1].set_title("Above 0: better than the mean model")
+    panels[1].axhline(0.0, color=drawing.REFERENCE, linewidth=1.0, zorder=1)
     return drawn
+
+
+def values_of(values: dict[str, float]) -> "Callable[[MemberResults], float | None]":
+    """Looks a model up by its name."""
+    return lambda m: values.get(m.name)
+
+
+def _aggregate_numbers(results: "StudyResults") -> str:
+    from plasticity_jax.report import scores
+
+    found = {of: {p: one.value for p, one in scores.aggregate_contrasts(results, of).items()} for of in ("ranks", "z")}
+    return f"Mean rank: {scores.spoken(results, found['ranks'])}. Mean z-score: {scores.spoken(results, found['z'])}."
+
+
+def _aggregate_notes(results: "StudyResults") -> list[str]:
+    from plasticity_jax.report import scores
+
+    return list(scores.aggregate(results).notes)
+
+
+def _reward_notes(results: "StudyResults") -> list[str]:
+    rated = [score.scorer for m in results.members for score in m.after.values() if score.scorer is not None]
+    if not rated:
+        return [
+            "No rewards, so neither RM nor ORM Score: "
+            + ("no run has finished." if results.config.reward.scorer != "none" else "reward.scorer is none.")
+        ]
+    before = any(score.scorer is not None for m in results.members for score in m.before.values())
+    return [] if before else ["Base models are rated only with faithful=True, so RM and ORM Score have no value before fine-tuning."]
+
+
+def _spoken(name: str) -> "Callable[[StudyResults], str]":
+    """A column of the gains in words."""
+
+    def numbers(results: "StudyResults") -> str:
+        from plasticity_jax.report import scores
+
+        return scores.spoken_rows(results, name)
+
+    return numbers
+
+
+def _has_aggregate(results: "StudyResults") -> bool:
+    from plasticity_jax.report import scores
+
+    return bool(scores.aggregate(results).ranks)
 
 
 def _measures(results: "StudyResults"):
@@ -515,34 +585,59 @@ STAGE = Stage(
             optional=True,
         ),
         "gains": Table(gain_rows, on_page=False),
+        "aggregate": Table(
+            aggregate_rows,
+            title="All tasks and metrics as one number",
+            caption="Means over learned tasks x metrics of a model’s rank (1 is the best) and z-score among the models of its pretraining seed; `scores` "
+            "counts them, `models` those compared. What is left out stands below the figure (docs/statistics.md).",
+            optional=True,
+        ),
         "correlation": Table(correlation_rows, on_page=False),
     },
     figures={
         "scores": Figure(
-            "Fine-tuned score",
-            "Greedy accuracy after fine-tuning with 95% intervals, over pretraining seeds where there are several, over problems only where there is one; "
-            "and before it with the same prompts and grader.",
+            "Score after fine-tuning, every metric",
+            "By task, and averaged over the tasks that were learned: after fine-tuning, and before it with the same prompts and grader. 95% intervals, over "
+            "pretraining seeds where there are several, over problems only where there is one. {seeds}",
             lambda results: any(m.after for m in results.members),
             _draw_scores,
             section="finetuning",
             of_base=False,
+            wide=True,
+            notes=_reward_notes,
+            numbers=_spoken("after"),
         ),
         "gains": Figure(
-            "Gain from fine-tuning",
+            "Gain from fine-tuning, every metric",
             "After less before, paired by problem. Diamonds: difference from the gain at the {first} {symbol}, paired by seed and problem. 95% intervals, "
-            "over pretraining seeds where there are several, over problems only where there is one.",
-            lambda results: any(m.gain(task) is not None for m in results.members for task in m.after),
+            "over pretraining seeds where there are several, over problems only where there is one. {seeds}",
+            lambda results: any(row["gain"] is not None for row in gain_rows(results)),
             _draw_gains,
             section="finetuning",
             of_base=False,
+            wide=True,
+            numbers=_spoken("gain"),
         ),
         "correlation": Figure(
-            "Loss against score",
-            "Does a lower held-out loss go with a better score after fine-tuning? One point per {symbol} and task.",
+            "Loss against score, every metric",
+            "Does a lower held-out loss go with a better score after fine-tuning? One point per {symbol} and task, a mean over pretraining seeds. {seeds}",
             lambda results: bool(results.losses) and any(m.after for m in results.members),
             _draw_correlation,
             section="finetuning",
             of_base=False,
+            wide=True,
+            numbers=_correlation_numbers,
+        ),
+        "aggregate": Figure(
+            "All tasks and metrics as one number",
+            "Mean over learned tasks and metrics of a model’s rank and of its z-score among the models of its pretraining seed. 95% intervals over seeds "
+            "where there are several. {seeds}",
+            _has_aggregate,
+            _draw_aggregate,
+            section="finetuning",
+            of_base=False,
+            notes=_aggregate_notes,
+            numbers=_aggregate_numbers,
         ),
     },
     measures=_measures,

@@ -1,5 +1,6 @@
 """Pretrain: the base model of every member of the grid."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,7 @@ def _member_rows(results: "StudyResults") -> Rows:
                 seconds=found.seconds if found else None,
                 train_loss=number(found.train_loss) if found else None,
                 held_out_loss=number(held_out.get("loss")),
+                perplexity=_perplexity(held_out.get("loss")),
                 bits_per_byte=number(held_out.get("bits_per_byte")),
                 state=m.state,
                 reason=m.reason,
@@ -180,9 +182,17 @@ def _held_out_rows(results: "StudyResults") -> Rows:
         if m.pretrain:
             held_out = m.pretrain.held_out or {"domains": {}}
             for domain, found in [("all", held_out), *sorted(held_out["domains"].items())]:
-                values = {name: number(found.get(name)) for name in ("loss", "bits_per_byte", "tokens")}
+                values = {name: number(found.get(name)) for name in ("loss", "bits_per_byte", "tokens")} | {
+                    "perplexity": _perplexity(found.get("loss"))
+                }
                 rows.append(member_row(m, domain=domain, **values))
     return rows
+
+
+def _perplexity(loss: Any) -> float | None:
+    """exp of a loss in nats per token; None where that is not a finite number."""
+    found = number(loss)
+    return None if found is None or found > 700 else math.exp(found)
 
 
 def _draw_loss_curves(results: "StudyResults") -> "Drawing":
@@ -210,6 +220,8 @@ def _draw_loss_curves(results: "StudyResults") -> "Drawing":
 
 
 def _draw_held_out_loss(results: "StudyResults") -> "Drawing":
+    import numpy as np
+
     from plasticity_jax.report import drawing
 
     drawn, panels = drawing.panels_below(2, 2.3)
@@ -227,6 +239,8 @@ def _draw_held_out_loss(results: "StudyResults") -> "Drawing":
         drawing.line(panels[1], results, means, color=series, marker=drawing.MARKERS[i % len(drawing.MARKERS)], label=domain)
     for axes, title in zip(panels, ("All domains", "By domain")):
         axes.set_ylabel("held-out loss\n(nats per token)")
+        right = axes.secondary_yaxis("right", functions=(np.exp, lambda perplexity: np.log(np.maximum(perplexity, 1e-12))))
+        right.set_ylabel("perplexity")
         drawing.swept_axis(axes, results, label=axes is panels[-1])
         axes.set_title(title)
     if domains:
@@ -268,7 +282,7 @@ STAGE = Stage(
         ),
         "held_out_loss": Figure(
             "Final held-out loss",
-            "Held-out loss at the end of pretraining, over all domains and by domain.",
+            "Held-out loss and perplexity at the end of pretraining, over all domains and by domain. {seeds}",
             lambda results: any(m.loss is not None for m in results.members),
             _draw_held_out_loss,
             section="pretraining",

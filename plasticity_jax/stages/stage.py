@@ -32,6 +32,10 @@ Rows = list[dict[str, Any]]
 Planned = tuple[StudyConfig, Run]  # a run, and the config of the member that it is for
 
 
+def _always(config: StudyConfig) -> bool:
+    return True
+
+
 @dataclass
 class Context:
     """What the run function of a stage receives.
@@ -123,6 +127,10 @@ class Table:
     optional: bool = False
 
 
+def _no_notes(results: "StudyResults") -> list[str]:
+    return []
+
+
 @dataclass(frozen=True)
 class Figure:
     """A figure of the page, also written as PNG and SVG.
@@ -130,11 +138,17 @@ class Figure:
     Attributes:
       title: heading on the page.
       caption: what the figure shows. `{symbol}` and `{first}` stand for the symbol of the swept field and for "smallest" or "first", `{batches}` for
-        what the members share.
+        what the members share, `{seeds}` for how single pretraining seeds are drawn.
       available: whether the study has results to draw.
       draw: draws the figure; called only when `available` says so. The helpers of `plasticity_jax.report.drawing` give it the page's style.
       section: where on the page it stands: "pretraining", "finetuning" or "inside" (Look inside).
       of_base: whether it shows base models only, so that it is drawn once where the fine-tuning is swept.
+      of_study: whether it is drawn once for a whole study over several fields, and not for each of its parts.
+      wide: whether it takes both columns of the page.
+      applies: whether a study may ever have it; otherwise the page leaves it out.
+      needs: what is missing where it applies and is not available, in words.
+      notes: what could not be drawn or computed and why, as sentences below the caption.
+      numbers: its numbers in words, for readers who do not see it; by default those of its markers.
     """
 
     title: str
@@ -143,11 +157,18 @@ class Figure:
     draw: "Callable[[StudyResults], Drawing]"
     section: str = "inside"
     of_base: bool = True
+    of_study: bool = False
+    wide: bool = False
+    applies: Callable[[StudyConfig], bool] = _always
+    needs: str = "no member has finished this stage"
+    notes: "Callable[[StudyResults], list[str]]" = _no_notes
+    numbers: "Callable[[StudyResults], str] | None" = None
 
     def text(self, results: "StudyResults") -> str:
         """The caption for this study."""
         batches = " All members see the same batches in the same order." if results.same_batches else ""
-        return self.caption.format(symbol=results.axis.symbol, first=results.axis.first, batches=batches)
+        seeds = "Faint: each pretraining seed." if len(results.config.grid.seeds) > 1 else "One pretraining seed, so no spread between seeds."
+        return self.caption.format(symbol=results.axis.symbol, first=results.axis.first, batches=batches, seeds=seeds)
 
 
 @dataclass(frozen=True)
@@ -226,10 +247,6 @@ def _no_inputs(config: StudyConfig, model: Run) -> dict[str, str]:
 
 def _no_fields(config: StudyConfig, model: Run) -> dict[str, Any]:
     return {}
-
-
-def _always(config: StudyConfig) -> bool:
-    return True
 
 
 def _no_measures(results: "StudyResults") -> "Sequence[Measure]":

@@ -7,9 +7,11 @@ from plasticity_jax.config import StudyConfig, result_fields
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages import evaluate
 from plasticity_jax.stages.prepare import task_settings
-from plasticity_jax.stages.stage import Plan, Planned, Rows, Stage, Table, batch_fields, member_row
+from plasticity_jax.stages.stage import Figure, Plan, Planned, Rows, Stage, Table, batch_fields, member_row
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
     from plasticity_jax.report.results import StudyResults
 
 # Fields of `config.evaluate` that only sampled completions depend on; here there are none.
@@ -62,6 +64,36 @@ def _win_rows(results: "StudyResults") -> Rows:
     return win_rows(results)
 
 
+def _sweep_rows(results: "StudyResults") -> Rows:
+    from plasticity_jax.report.selection import sweep_rows
+
+    return sweep_rows(results)
+
+
+def _draw_sweep(results: "StudyResults") -> "Drawing":
+    from plasticity_jax.report.selection import draw_sweep
+
+    return draw_sweep(results)
+
+
+def _sweep_numbers(results: "StudyResults") -> str:
+    from plasticity_jax.report.selection import sweep_numbers
+
+    return sweep_numbers(results)
+
+
+def _sweep_notes(results: "StudyResults") -> list[str]:
+    rows = _sweep_rows(results)
+    missing = bool(rows) and any(row["chosen"] is None for row in rows)
+    return ["Where no choice is shown, the fine-tuned models have no score on validation rows yet, or their task has none."] if missing else []
+
+
+def _sweeps_fine_tuning(config: StudyConfig) -> bool:
+    from plasticity_jax.report.selection import sweeps_fine_tuning
+
+    return sweeps_fine_tuning(config)
+
+
 STAGE = Stage(
     name="validation",
     title="answers to the validation rows, graded",
@@ -87,6 +119,28 @@ STAGE = Stage(
             title="Every fine-tuning setting, two values compared",
             caption="In how many of the swept fine-tunings the later of two values has the better test accuracy, a mean over seeds.",
             optional=True,
+        ),
+        "sweep": Table(
+            _sweep_rows,
+            title="The fine-tuning sweep, value by value",
+            caption="Test accuracy of the swept fine-tunings, each a mean over seeds: lowest, median and highest, which is picked on the test rows and so "
+            "flatters, and of the fine-tuning that is best on validation rows for each base model.",
+            optional=True,
+        ),
+    },
+    figures={
+        "sweep": Figure(
+            "The fine-tuning sweep",
+            "Test accuracy over {symbol} in every swept fine-tuning, a mean over seeds, and the best of the sweep.",
+            lambda results: bool(_sweep_rows(results)),
+            _draw_sweep,
+            section="finetuning",
+            of_base=False,
+            of_study=True,
+            wide=True,
+            applies=_sweeps_fine_tuning,
+            notes=_sweep_notes,
+            numbers=_sweep_numbers,
         ),
     },
 )

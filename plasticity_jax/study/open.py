@@ -4,8 +4,8 @@ from typing import Any
 
 from plasticity_jax.errors import UserError
 from plasticity_jax.report.figures import draw_figure
+from plasticity_jax.report.page import table_rows
 from plasticity_jax.report.results import collect
-from plasticity_jax.report.tables import summary_table
 from plasticity_jax.runs.storage import AnyPath, location
 from plasticity_jax.study.graph import study_files
 from plasticity_jax.study.status import study_status
@@ -23,17 +23,24 @@ class Study:
         self.path = path
         self.runs: list[dict[str, Any]] = [row for row in study_status(path.parent) if row["study"] == path.name]
 
-    def table(self) -> list[dict[str, Any]]:
-        """One row per member of the grid: λ, further swept fields, timescale, held-out loss, scores before and after, gain, pseudo-rank, gap, state."""
-        return summary_table(self.path)
+    def table(self, name: str = "summary") -> list[dict[str, Any]]:
+        """The rows of a table of the report, as in its CSV file.
+
+        Args:
+          name: of the file, such as "gains" or "correlation". The summary has one row per member of the grid: λ, further swept fields, timescale,
+            held-out loss, scores before and after, gain, pseudo-rank, gap, state.
+        Raises:
+          UserError: an unknown name.
+        """
+        return table_rows(collect(self.path), name)
 
     def figure(self, name: str, part: str | None = None):
         """A figure of the report as a matplotlib Figure.
 
         Args:
-          part: which part of a study over several fields, such as "peak lr = 0.0004".
+          part: which part of a study over several fields, such as "peak lr = 0.0004"; None for a figure of all parts, such as "heat_map".
         Raises:
-          UserError: an unknown name or part, or no part for a study that has several.
+          UserError: an unknown name or part, no part for a study that has several, or a figure with nothing to show yet.
         """
         results = collect(self.path)
         parts = {one.title: one for one in results.slices}

@@ -49,7 +49,8 @@ class Planted:
     scorer: str = "none"
     zero_shot: tuple = ()
     finetune: FinetuneConfig = FinetuneConfig()
-    forgetting: float | None = None  # rise of the held-out loss after fine-tuning
+    forgetting: float | tuple | None = None  # rise of the held-out loss after fine-tuning
+    reward: tuple = ()  # what every reward is shifted by; RM rises by a tenth of it
     name: str = "planted"
     train: dict = field(default_factory=dict)  # fields of `train` that differ from the defaults
     tasks: tuple = tuple(PROBLEMS)
@@ -187,8 +188,8 @@ def _evaluate(path, run, planted, point, config):
     metrics = {
         "pass@1": greedy.mean(),
         "maj@8": greedy.mean(),
-        "pass@8": min(1.0, share + 0.1),
-        "correct_ratio@8": share,
+        "pass@8": (samples > 0).mean(),
+        "correct_ratio@8": samples[samples > 0].mean() / 8 if samples.any() else 0.0,
         "mean@8": samples.mean() / 8,
     }
     problems, rows = [], []
@@ -300,12 +301,14 @@ def _gap(path, run, planted, point, config):
 
 def _reward(path, run, planted, point, config):
     count = PROBLEMS[run.task]
-    rewards = np.linspace(-1.0, 1.0, count)
+    shift = planted.reward[point] if planted.reward else 0.0
+    rewards = np.linspace(-1.0, 1.0, count) + shift
     path.mkdir(parents=True, exist_ok=True)
     write_jsonl(
         path / "rewards.jsonl", [{"id": f"{run.task}-{i}", "sample": s, "reward": float(rewards[i])} for i in range(count) for s in range(1, 9)]
     )
     chosen = (np.arange(count) % 2).astype(int)
+    chosen[: round(0.1 * count * shift)] = 1
     _finish(
         path,
         run,
@@ -326,7 +329,7 @@ def _zero_shot(path, run, planted, point, config):
 
 
 def _forgetting(path, run, planted, point, config):
-    loss = planted.loss[point] + planted.forgetting
+    loss = planted.loss[point] + (planted.forgetting[point] if isinstance(planted.forgetting, tuple) else planted.forgetting)
     domains = {d: {"loss": loss + shift, "bits_per_byte": loss / 2, "tokens": 1000} for d, shift in zip(DOMAINS, (-0.2, 0.2))}
     held_out = {"loss": loss, "bits_per_byte": loss / 2, "domains": domains}
     _finish(path, run, {"held_out": held_out, "seconds": 1.0})

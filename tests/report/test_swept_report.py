@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 from synthetic_study import Planted, write_study
-from test_report import Page
+from test_report import Page, shown_figures
 
 import plasticity_jax as pj
 from plasticity_jax.config import GridConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.report.drawing import positions
 from plasticity_jax.report.effects import difference
-from plasticity_jax.report.figures import figures
 from plasticity_jax.report.page import Part, collect, draw_figure, format_summary, numbers_of, render_page, summary_table, write_report
 from plasticity_jax.report.verdicts import score_measure
 from plasticity_jax.stages.evaluate import correlation_rows, gain_rows
@@ -76,10 +75,11 @@ def test_faceted_page_holds_every_part(faceted):
     assert len(page.ids) == len(set(page.ids))
     for rate in RATES:
         assert {f"peak_lr{rate:g}-{section}" for section in ("part", "verdicts", "pretraining", "finetuning", "inside")} <= set(page.ids)
-        assert {f"figure-peak_lr{rate:g}-{name}" for name in figures()} <= set(page.ids)
+        assert {f"figure-peak_lr{rate:g}-{name}" for name in shown_figures(faceted)} <= set(page.ids)
+    assert {"figure-heat_map", "figure-collapse"} <= set(page.ids)
     for link in page.links:
         assert (link[1:] in page.ids) if link.startswith("#") else (faceted / "report" / link).is_file(), link
-    assert len(list((faceted / "report" / "figures").glob("*.png"))) == 3 * len(figures())
+    assert len(list((faceted / "report" / "figures").glob("*.png"))) == 3 * len(shown_figures(faceted)) + 2
 
 
 def test_faceted_page_says_what_differs(faceted):
@@ -161,7 +161,7 @@ def test_another_field_has_figures_and_no_claim_about_decay(tmp_path, field, val
     assert "which this study does not compare" in text
     for phrase in ("claims of the paper", "no verdict", "supports", "more weight decay", "smallest weight decay", "two λ", "over λ"):
         assert phrase not in text, phrase
-    for name in figures():
+    for name in shown_figures(study):
         draw_figure(results, name)
 
 
@@ -177,7 +177,7 @@ def test_words_are_categories_in_the_order_of_the_config(tmp_path):
     assert results.points == ("olmo", "all", "matrices-only") and list(positions(results).values()) == [0.0, 1.0, 2.0]
     assert "one setting, decay.mask (olmo, all, matrices-only)" in words(study)
     assert ticks(results)[0] == ["olmo", "all", "matrices-only"]
-    for name in figures():
+    for name in shown_figures(study):
         draw_figure(results, name)
 
 
