@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import TINY, end, pausing, plasticity, start, status_rows, wait_until
+from running import PATIENCE, TINY, end, pausing, plasticity, start, status_rows, wait_until
 
 import plasticity_jax as pj
+from plasticity_jax.model.param_count import count_params
 from plasticity_jax.report.browse import Filter, browse
 from plasticity_jax.runs.directory import DONE
 from plasticity_jax.runs.jsonfiles import read_json, read_jsonl, write_json
 
 pytestmark = pytest.mark.slow
+
+NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebooks" / "first_study.ipynb"
 
 
 def options(workdir, wheels_dir):
@@ -110,9 +113,36 @@ def test_models_load_in_a_notebook(workdir):
     logits, activations = model(tokens)
     assert logits.shape == (*tokens.shape, model.config.vocab_size) and logits.dtype == np.float32
     assert set(activations) == {"embed", "block_out"}
+    assert repr(model) == f"<model of {count_params(model.config):,} parameters (2 layers, d_model 32, vocabulary 512) in {model.path}>"
+
+
+def test_a_study_opens_in_a_notebook(workdir):
     study = pj.open_study(workdir)
-    assert len(study.table()) == 2
-    assert study.runs
+    assert repr(study) == f"<study tiny: 6 models, {len(study.runs)} runs ({len(study.runs)} done)>"
+    assert len(study.table()) == 2 and "scores" in study.figures
+    assert study.figure("scores")._repr_svg_().startswith("<?xml")  # what a notebook shows
+    decays = [row["weight_decay"] for row in study.table()]
+    frame = study.frame()
+    assert list(frame["weight_decay"]) == decays and frame["state"].eq("done").all()
+    base, tuned = study.model(decays[1]), study.model(decays[1], task="topic")
+    assert base.run.stage == "pretrain" and tuned.run.parents["base"] == base.run.id
+    rows = study.completions("topic", weight_decay=decays[1], when="after")
+    assert len(rows) == 16 and {(row["task"], row["when"], row["sample"]) for row in rows} == {("topic", "after", 0)}
+    with pytest.raises(pj.UserError, match="no model with λ=77.*its models are the rows of table"):
+        study.model(77.0)
+    with pytest.raises(pj.UserError, match="fine-tuned on 'news'"):
+        study.model(decays[0], task="news")
+
+
+def test_the_notebook_of_the_docs_runs(workdir, monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("WORK", str(workdir))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=PATIENCE).execute()
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert all(cell.outputs for cell in notebook.cells if cell.cell_type == "code") and any("image/svg+xml" in one.get("data", {}) for one in shown)
 
 
 def test_generate_prints_a_continuation_and_repeats_it(workdir):

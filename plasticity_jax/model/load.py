@@ -16,6 +16,7 @@ from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
 from plasticity_jax.model.hf_import import is_hugging_face, open_folder, read_params, read_tokenizer
+from plasticity_jax.model.param_count import count_params
 from plasticity_jax.model.transformer import Params, abstract_params, apply
 from plasticity_jax.parallel.sharding import param_shardings
 from plasticity_jax.runs.directory import CHECKPOINTS, RunDirectory, open_run
@@ -46,6 +47,10 @@ class LoadedModel:
     run: Run | None
     mesh: Mesh | None = None
     dtype: str = "float32"
+
+    def __repr__(self) -> str:
+        shape = f"{self.config.n_layers} layers, d_model {self.config.d_model}, vocabulary {self.config.vocab_size:,}"
+        return f"<model of {count_params(self.config):,} parameters ({shape}) in {self.path}>"
 
     @property
     def text_tokenizer(self) -> Tokenizer:

@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 from plasticity_jax.errors import UserError
 from plasticity_jax.progress import Progress
 from plasticity_jax.report import drawing
-from plasticity_jax.report.frame import digits, inline_svg, render, render_template, replace_file, shown_table
+from plasticity_jax.report.frame import digits, inline_svg, render_template, replace_file, shown_table
 from plasticity_jax.report.optima import LARGER, Best
 from plasticity_jax.report.tables import aligned, to_csv, to_tex
 from plasticity_jax.report.verdicts import CONTRADICTS, SUPPORTS, USEFUL_LOSS
@@ -365,10 +365,10 @@ def write_comparison(comparison: "Comparison", out: AnyPath) -> AnyPath:
         for name in figures:
             picture, figure = draw(comparison, name), FIGURES[name]
             values = drawing.marked_values(picture)
-            svg = render(picture, "svg").decode()
+            svg = drawing.render(picture, "svg").decode()
             drawn[name] = inline_svg(svg, name, f"{figure.title}. {figure.caption(comparison)}", values)
             replace_file(out / "figures" / f"{name}.svg", svg.encode())
-            replace_file(out / "figures" / f"{name}.png", render(picture, "png"))
+            replace_file(out / "figures" / f"{name}.png", drawing.render(picture, "png"))
             progress.update(1, note=name)
         for name, rows in numbers.items():
             replace_file(out / "tables" / f"{name}.csv", to_csv(rows).encode())

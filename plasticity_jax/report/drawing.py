@@ -1,5 +1,6 @@
 """What the figures share: their style, the axis of the swept field, panels with a legend, lines with intervals."""
 
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from plasticity_jax.report.results import MemberResults, StudyResults
 from plasticity_jax.study.sweep import DECAY, PEAK_LR
 
+PNG_DPI = 160
 WIDTH = 4.5  # inches; at 9 points the text stays readable when the page scales a figure to a phone's width
 WIDE = 9.4  # inches, of a figure that takes both columns of the page, with text of the same size
 STYLE: Any = {
@@ -101,8 +103,24 @@ def _short(value: float) -> str:
     return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
 
 
+class Picture(Figure):
+    """A figure that a notebook shows by itself, as SVG."""
+
+    def _repr_svg_(self) -> str:
+        return render(self, "svg").decode()
+
+
+def render(picture: Figure, kind: str) -> bytes:
+    """A figure as "png" or "svg"; the same figure gives the same bytes."""
+    out = io.BytesIO()
+    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None} if kind == "svg" else {"Software": None}
+    with matplotlib.rc_context(STYLE):
+        picture.savefig(out, format=kind, dpi=PNG_DPI, metadata=metadata)
+    return out.getvalue()
+
+
 def panels_below(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    drawn = Figure(figsize=(WIDTH, height * count))
+    drawn = Picture(figsize=(WIDTH, height * count))
     axes = drawn.subplots(count, 1, squeeze=False)[:, 0]
     return drawn, list(axes)
 
@@ -129,7 +147,7 @@ def small_multiples(
     upright = SMALL_CHARACTER * sum(len(text) + 1 for text in ticks) > width
     bottom = 0.5 + upright * SMALL_CHARACTER * max(map(len, ticks), default=0)
     whole = bottom + top + height * down + below * (down - 1)
-    drawn, panels = Figure(figsize=(WIDE, whole)), []
+    drawn, panels = Picture(figsize=(WIDE, whole)), []
     drawn.set_layout_engine("none")
     for (row, column), (of_row, of_column) in zip(places, cells):
         corner = left + column * (width + gap), whole - top - height - row * (height + below)

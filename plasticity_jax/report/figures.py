@@ -4,12 +4,11 @@ import difflib
 from dataclasses import replace
 
 import matplotlib
-from matplotlib.figure import Figure as Drawing
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from plasticity_jax.errors import UserError
 from plasticity_jax.report import across
-from plasticity_jax.report.drawing import STYLE
+from plasticity_jax.report.drawing import STYLE, Picture
 from plasticity_jax.report.results import StudyResults
 from plasticity_jax.stages import Figure, guarded, stages
 
@@ -20,7 +19,7 @@ def figures() -> dict[str, Figure]:
         name: replace(
             figure,
             available=guarded(stage, f"figure {name!r}", figure.available, False),
-            draw=guarded(stage, f"figure {name!r}", figure.draw, Drawing(figsize=(4.5, 1.0))),
+            draw=guarded(stage, f"figure {name!r}", figure.draw, Picture(figsize=(4.5, 1.0))),
             notes=guarded(stage, f"notes of figure {name!r}", figure.notes, []),
             numbers=None if figure.numbers is None else guarded(stage, f"numbers of figure {name!r}", figure.numbers, ""),
         )
@@ -30,7 +29,7 @@ def figures() -> dict[str, Figure]:
     return of_stages | across.FIGURES
 
 
-def draw_figure(results: StudyResults, name: str) -> Drawing:
+def draw_figure(results: StudyResults, name: str) -> Picture:
     """Draws a figure.
 
     Raises:

@@ -2,23 +2,18 @@
 
 import base64
 import hashlib
-import io
 import re
 from importlib.resources import files
 from typing import Any
 
-import matplotlib
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from plasticity_jax.report.drawing import STYLE
 from plasticity_jax.runs.storage import AnyPath, make_folder, write_bytes
 from plasticity_jax.stages import number
 from plasticity_jax.stages.stage import Rows
 
 ROWS_SHOWN = 200  # of a table of numbers on the page; its CSV file holds all
-PNG_DPI = 160
 
 
 def render_template(name: str, filters: dict[str, Any] = {}, **values: Any) -> str:
@@ -45,15 +40,6 @@ def shown_table(title: str, caption: str, rows: Rows) -> dict[str, Any]:
     """A table of numbers as the macro `numbers` of parts.html shows it; rows beyond ROWS_SHOWN are in the CSV file only."""
     names = list(dict.fromkeys(key for row in rows for key in row))
     return {"title": title, "caption": caption, "columns": names, "rows": rows[:ROWS_SHOWN], "count": len(rows)}
-
-
-def render(picture: Figure, kind: str) -> bytes:
-    """A figure as "png" or "svg"; the same figure gives the same bytes."""
-    out = io.BytesIO()
-    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context(STYLE):
-        picture.savefig(out, format=kind, dpi=PNG_DPI, metadata=metadata)
-    return out.getvalue()
 
 
 def inline_svg(svg: str, name: str, description: str, values: dict[str, list[str]] | None = None) -> Markup:

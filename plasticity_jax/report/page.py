@@ -16,10 +16,10 @@ from plasticity_jax.evaluate.metrics import macro_average, metric_of, ordered_me
 from plasticity_jax.progress import Progress
 from plasticity_jax.report.browse import completions
 from plasticity_jax.report.comparisons import metric_interval
-from plasticity_jax.report.drawing import marked_values
+from plasticity_jax.report.drawing import marked_values, render
 from plasticity_jax.report.effects import pairwise_rows
 from plasticity_jax.report.figures import draw_figure, figures
-from plasticity_jax.report.frame import digits, inline_svg, render, render_template, replace_file, shown_table
+from plasticity_jax.report.frame import digits, inline_svg, render_template, replace_file, shown_table
 from plasticity_jax.report.results import MemberResults, Score, StudyResults, collect
 from plasticity_jax.report.sentences import answer, prepared_name, slice_answer, warnings
 from plasticity_jax.report.tables import aligned, columns, summary_rows, summary_table, tables, to_csv, to_tex

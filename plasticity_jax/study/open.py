@@ -1,14 +1,21 @@
 """A study on disk, for notebooks."""
 
-from typing import Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 from plasticity_jax.errors import UserError
-from plasticity_jax.report.figures import draw_figure
+from plasticity_jax.report.browse import Filter, browse
+from plasticity_jax.report.figures import draw_figure, figures
 from plasticity_jax.report.page import table_rows
 from plasticity_jax.report.results import collect
 from plasticity_jax.runs.storage import AnyPath, location
 from plasticity_jax.study.graph import study_files
 from plasticity_jax.study.status import study_status
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from plasticity_jax.model.load import LoadedModel
 
 
 class Study:
@@ -23,6 +30,19 @@ class Study:
         self.path = path
         self.runs: list[dict[str, Any]] = [row for row in study_status(path.parent) if row["study"] == path.name]
 
+    def __repr__(self) -> str:
+        models = sum(run["stage"] in ("pretrain", "finetune") for run in self.runs)
+        states = ", ".join(f"{count} {state}" for state, count in Counter(run["state"] for run in self.runs).items())
+        return f"<study {self.path.name}: {models} models, {len(self.runs)} runs ({states})>"
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of the figures that have something to show, in any part of the study."""
+        results = collect(self.path)
+        return tuple(
+            name for name, one in figures().items() if one.applies(results) and any(map(one.available, [results] if one.of_study else results.slices))
+        )
+
     def table(self, name: str = "summary") -> list[dict[str, Any]]:
         """The rows of a table of the report, as in its CSV file.
 
@@ -34,8 +54,50 @@ class Study:
         """
         return table_rows(collect(self.path), name)
 
+    def frame(self, name: str = "summary") -> "pd.DataFrame":
+        """A table as a pandas DataFrame. Raises UserError where pandas is not installed."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise UserError("frame() needs pandas, which is not installed: pip install pandas, or use table().") from error
+        return pd.DataFrame(self.table(name))
+
+    def model(self, weight_decay: float, *, task: str | None = None, seed: int | None = None) -> "LoadedModel":
+        """The model pretrained with a weight decay, or that model fine-tuned on a task; of several the first.
+
+        Args:
+          weight_decay: to four digits.
+          seed: of the pretraining.
+        Raises:
+          UserError: no such run, or it has not finished.
+        """
+        from plasticity_jax.model.load import load_model
+
+        results = collect(self.path)
+        members = [m.member for m in results.members if f"{m.member.weight_decay:.4g}" == f"{weight_decay:.4g}" and seed in (None, m.member.seed)]
+        bases, names = {member.base for member in members}, {member.name for member in members}
+        found = [s for s in results.runs if s.run.stage == "pretrain" and s.run.member in bases]
+        if task is not None:
+            found = [s for s in results.runs if s.run.stage == "finetune" and s.run.member in names and s.run.task == task]
+        if not found:
+            asked = (
+                f"λ={weight_decay:.4g}" + (f", seed {seed}" if seed is not None else "") + (f", fine-tuned on {task!r}" if task is not None else "")
+            )
+            raise UserError(f"study {self.path.name} has no model with {asked}; its models are the rows of table() and its tasks {results.tasks}.")
+        if found[0].state != "done":
+            raise UserError(f"{found[0].path} is {found[0].state}; run plasticity study until it is done.")
+        return load_model(found[0].path)
+
+    def completions(self, task: str | None = None, **wanted: Any) -> list[dict[str, Any]]:
+        """What the models wrote, one dict per completion, as `plasticity show` filters it.
+
+        Args:
+          wanted: further fields of `Filter`, such as `weight_decay=0.5`, `when="after"`, `verdict="wrong"`.
+        """
+        return [row for row in browse(self.path.parent, Filter(task=task, **wanted)) if row["study"] == self.path.name]
+
     def figure(self, name: str, part: str | None = None):
-        """A figure of the report as a matplotlib Figure.
+        """A figure of the report: a matplotlib Figure that a notebook shows by itself.
 
         Args:
           part: which part of a study over several fields, such as "peak lr = 0.0004"; None for a figure of all parts, such as "heat_map".

@@ -13,8 +13,9 @@ import pytest
 from synthetic_study import PROBLEMS, Planted, write_study
 
 from plasticity_jax.errors import UserError
+from plasticity_jax.report.drawing import render
 from plasticity_jax.report.figures import figures
-from plasticity_jax.report.frame import inline_svg, render
+from plasticity_jax.report.frame import inline_svg
 from plasticity_jax.report.page import (
     Part,
     collect,
