@@ -40,7 +40,9 @@ class Study:
         """Names of the figures that have something to show, in any part of the study."""
         results = collect(self.path)
         return tuple(
-            name for name, one in figures().items() if one.applies(results) and any(map(one.available, [results] if one.of_study else results.slices))
+            name
+            for name, one in figures().items()
+            if one.applies(results.config) and any(map(one.available, [results] if one.of_study else results.slices))
         )
 
     def table(self, name: str = "summary") -> list[dict[str, Any]]:
