@@ -424,11 +424,12 @@ def _refuse_long_cells(part: FilePart, number: int, batch: Any) -> None:
 
     if batch.nbytes <= TEXT_FILE_BYTES:
         return
+    compute: Any = pyarrow.compute
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-            lengths = pyarrow.compute.binary_length(column)
-            if (pyarrow.compute.max(lengths).as_py() or 0) > TEXT_FILE_BYTES:
-                row = pyarrow.compute.index(pyarrow.compute.greater(lengths, TEXT_FILE_BYTES), True).as_py()
+            lengths = compute.binary_length(column)
+            if (compute.max(lengths).as_py() or 0) > TEXT_FILE_BYTES:
+                row = compute.index(compute.greater(lengths, TEXT_FILE_BYTES), True).as_py()
                 raise _too_long(f"{part.place(number + row + 1)}: a cell of column {name!r}", TEXT_FILE_BYTES)
 
 
