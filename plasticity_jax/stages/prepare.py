@@ -3,13 +3,16 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plasticity_jax.config import DataConfig, StudyConfig, TaskConfig
 from plasticity_jax.config.schema import TABLE_FIELDS
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.stage import Context, Plan, Planned, Stage
+
+if TYPE_CHECKING:
+    from plasticity_jax.data.tasks import Rows
 
 SEED = 0  # of the choice of rows; fixed, so that a task's rows depend only on its settings
 
@@ -170,15 +173,32 @@ def _prepare(context: Context, out: Path) -> dict[str, Any]:
         summary = _corpus(config, out, wheels)
         context.directory.provenance["data_fingerprint"] = summary["fingerprint"]
         return summary
-    rows = {name: fields[name] for name in ("train_rows", "test_rows", "held_out_fraction")}
     if fields["kind"] == "task":
-        settings = config.tasks[context.task]
-        kept = {"validation_rows": settings.validation_rows, "verifier_rows": settings.verifier_rows}
-        task = tasks.build_task(context.task, wheels, **rows, **kept, seed=SEED, files=settings.files, own=config.tasks)
-        return tasks.write_task(out, task)
+        return tasks.write_task(out, task_rows(config, context.task))
+    rows = {name: fields[name] for name in ("train_rows", "test_rows", "held_out_fraction")}
     name, files = fields["set"], config.probe.files.get(fields["set"])
     probe_set = probe_sets.probe_set_of_files(name, files) if files else probe_sets.get_probe_set(name)
     return probe_sets.write_probe_set(out, probe_sets.build_probe_set(probe_set, wheels, **rows, seed=SEED))
+
+
+def task_rows(config: StudyConfig, task: str) -> "Rows":
+    """The rows of a task as the config asks for them. Raises UserError: see `build_task`."""
+    from plasticity_jax.data.tasks import build_task
+    from plasticity_jax.data.wheels import Wheels, wheels_dir
+
+    settings = task_settings(config, task)
+    return build_task(
+        task,
+        Wheels(wheels_dir(config.data.wheels)),
+        train_rows=settings.train_rows,
+        test_rows=settings.test_rows,
+        held_out_fraction=config.data.held_out_fraction,
+        seed=SEED,
+        validation_rows=settings.validation_rows,
+        verifier_rows=settings.verifier_rows,
+        files=settings.files,
+        own=config.tasks,
+    )
 
 
 def _corpus(config: StudyConfig, out: Path, wheels: Any) -> dict[str, Any]:
