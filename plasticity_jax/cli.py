@@ -390,16 +390,37 @@ def _power(arguments) -> int:
 
 
 @_command(
-    "data", "what a config's study reads: what is there, what is missing, and the command for it", JSON, workdir=False, several=False, memory=""
+    "data",
+    "what a config's study reads: what is there, what is missing, and the command for it; and what the rows of your own tasks look like",
+    _flag("--task", metavar="T", help="the task whose rows to show; by default those from tables and modules of your own"),
+    _flag("--workdir", type=_place, metavar="W", help="folder of the study, if its data is prepared: lengths by the tokenizer that it trained"),
+    JSON,
+    workdir=False,
+    several=False,
+    memory="",
 )
 def _data(arguments) -> int:
     from dataclasses import asdict
 
     from plasticity_jax.runs.jsonfiles import to_json
+    from plasticity_jax.stages.prepare import task_settings
     from plasticity_jax.study.inventory import needed, needed_lines
+    from plasticity_jax.study.look import look_at, look_lines
 
-    found = needed(arguments.config)
-    print(to_json({"needed": [asdict(one) for one in found]}) if arguments.json else "\n".join(needed_lines(found)))
+    config = arguments.config
+    if arguments.task is not None:
+        task_settings(config, arguments.task)
+    found = needed(config)
+    if not arguments.json:
+        print("\n".join(needed_lines(found)), flush=True)
+    shown = [arguments.task] if arguments.task else [name for name, settings in config.tasks.items() if settings.own]
+    shown = [name for name in shown if all(one.there for one in found if one.what.startswith(f"{name} "))]
+    looks = look_at(config, shown, arguments.workdir)
+    if not arguments.json:
+        for one in looks:
+            print("", *look_lines(one), sep="\n")
+    else:
+        print(to_json({"needed": [asdict(one) for one in found], "tasks": [asdict(one) for one in looks]}))
     return 0 if all(one.there for one in found) else REFUSED
 
 

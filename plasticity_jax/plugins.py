@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import logging
 import pkgutil
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -30,11 +31,13 @@ class Discovered(Generic[T]):
     Attributes:
       found: name → extension; ours in the order of their modules, then those of plug-ins in the order of their entry points.
       ours: the names of our own.
+      files: name → Python file that declares it, of the others.
       problems: one line each, on every module or plug-in that was left out.
     """
 
     found: dict[str, T]
     ours: frozenset[str]
+    files: dict[str, str]
     problems: tuple[str, ...]
 
 
@@ -54,23 +57,24 @@ def discover(group: str, *, package: str, kind: type[T]) -> Discovered[T]:
     folder = importlib.import_module(package).__path__
     for module in sorted(pkgutil.iter_modules(folder), key=lambda module: module.name):
         try:
-            for one in _extensions(importlib.import_module(f"{package}.{module.name}"), kind):
+            for one in extensions(importlib.import_module(f"{package}.{module.name}"), kind):
                 if found.setdefault(one.name, one) is not one:
                     problems.append(f"{package}/{module.name}.py: the name {one.name!r} is taken by another file; give its {kind.__name__} another")
         except (Exception, SystemExit) as error:
             problems.append(f"{package}/{module.name}.py is left out: {type(error).__name__}: {reason(error)}")
     ours = frozenset(found)
     owners: dict[str, list[str]] = {}
+    files: dict[str, str] = {}
     for point in sorted(importlib.metadata.entry_points(group=group), key=lambda point: (point.name, point.value)):
         who = f"plug-in {point.name!r} ({point.value})"
         try:
-            extensions = list(_extensions(point.load(), kind))
-            if not extensions:
+            declared = list(extensions(point.load(), kind))
+            if not declared:
                 raise TypeError(f"it holds no {kind.__name__}")
         except (Exception, SystemExit) as error:  # a package may call sys.exit() on import
             problems.append(f"{who} is left out: {type(error).__name__}: {reason(error)}")
             continue
-        for one in extensions:
+        for one in declared:
             if found.get(one.name) is one:  # imported from us, or behind another entry point too
                 continue
             if one.name in ours:
@@ -78,16 +82,17 @@ def discover(group: str, *, package: str, kind: type[T]) -> Discovered[T]:
             else:
                 owners.setdefault(one.name, []).append(who)
                 found[one.name] = one
+                files[one.name] = getattr(sys.modules[point.module], "__file__", None) or ""
     for name, claimed in owners.items():
         if len(claimed) > 1:
-            del found[name]
+            del found[name], files[name]
             problems.append(f"{' and '.join(claimed)} both define {name!r}, so neither is used; uninstall one or rename it")
     for problem in problems:
         log.warning("%s", problem)
-    return Discovered(found, ours, tuple(problems))
+    return Discovered(found, ours, files, tuple(problems))
 
 
-def _extensions(holder: Any, kind: type[T]) -> Iterator[T]:
+def extensions(holder: Any, kind: type[T]) -> Iterator[T]:
     """The extensions in a module, a list, or an object that is one. Objects imported into a module from elsewhere count once, by identity."""
     if isinstance(holder, (list, tuple)):
         values: Iterable[Any] = holder
@@ -96,8 +101,8 @@ def _extensions(holder: Any, kind: type[T]) -> Iterator[T]:
                 raise TypeError(f"its list holds {value!r}, which is no {kind.__name__}")
     else:
         values = [holder] if isinstance(holder, kind) else [value for value in vars(holder).values() if isinstance(value, kind)]
-    extensions = list({id(value): value for value in values}.values())
-    for extension in extensions:
+    found = list({id(value): value for value in values}.values())
+    for extension in found:
         if not isinstance(extension.name, str) or not extension.name:
             raise TypeError(f"the name of a {kind.__name__} must be a text, not {extension.name!r}")
-    yield from extensions
+    yield from found

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -60,7 +61,7 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
 
     Args:
       path: a Python file with `get_config()`, which is passed `faithful` if it takes it and the overrides set it; or JSON (the config.json of a run, a
-        study.json, the output of `plasticity config`), which executes no code.
+        study.json, the output of `plasticity config`), which executes no code but the modules that its tasks name.
       overrides: pairs (dotted key, text of a Python literal or bare string); later ones win, and they win over `hardware` rules.
     Raises:
       UserError: a missing file, an unknown key (the nearest known one is named), a value of another type, or values that do not fit.
@@ -76,6 +77,7 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
         other = {"grid.weight_decay": "timescales", "grid.timescales": "weight_decay"}.get(key)
         if other:
             tree["grid"][other] = None
+    _find_beside(tree, path.parent)
     config = parse_config(tree)
     if config.data.tokenizer == "train" and config.model.vocab_size < 300:
         raise UserError(f"model.vocab_size={config.model.vocab_size} is below 300; a byte-level tokenizer needs 256 bytes and special tokens.")
@@ -269,6 +271,23 @@ def _check_pattern(where: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise UserError(f"{where}: {pattern!r} is not a regular expression ({error}); write one such as '^wd1$' or 'H100|A100'.") from None
+
+
+def _find_beside(tree: dict[str, Any], folder: Path) -> None:
+    """Tables and modules of tasks that lie beside the config and not in the current folder get their path."""
+    tasks = tree["tasks"] if isinstance(tree.get("tasks"), dict) else {}
+    for task in (task for task in tasks.values() if isinstance(task, dict)):
+        if isinstance(task.get("module"), str):
+            task["module"] = _beside(task["module"], folder, "" if task["module"].endswith(".py") else ".py")
+        if isinstance(task.get("rows"), str):
+            task["rows"] = ", ".join(_beside(place.strip(), folder) for place in task["rows"].split(","))
+        if isinstance(task.get("files"), dict) and isinstance(task.get("prompt"), str):
+            task["files"] = {key: _beside(place, folder) if isinstance(place, str) else place for key, place in task["files"].items()}
+
+
+def _beside(place: str, folder: Path, ending: str = "") -> str:
+    there = str(folder / place)
+    return there if "://" not in place and not os.path.exists(place + ending) and os.path.exists(there + ending) else place
 
 
 def _without(pattern: str, changes: dict[str, Any], given: dict[str, Any]) -> tuple[str, dict[str, Any]]:

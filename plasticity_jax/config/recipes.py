@@ -126,6 +126,7 @@ def _study(preset_name: str, *, tokens: float, batch_size: int, seq_len: int, pe
     config.zero_shot.sets = ZERO_SHOT
     config.zero_shot.files = {"mathqa": "data/math_qa"}
     config.forgetting.held_out_loss = True
+    config.probe.sets = ("sentiment", "topic")
     config.probe.max_length = 512
     config.gap.tokens_per_side = 50_000_000
     return config

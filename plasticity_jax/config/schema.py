@@ -295,6 +295,9 @@ class LaunchConfig:
     mfu: PositiveFraction = execution(0.4, "fraction of the devices' peak FLOP/s that estimates assume for training")
 
 
+TABLE_FIELDS = ("rows", "prompt", "answer", "response", "labels", "split", "grader")
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """One fine-tuning task: how many rows, how often they are seen, how long an answer may be."""
@@ -306,13 +309,51 @@ class TaskConfig:
     epochs: Epochs = result(3, "passes over the training rows")
     max_new_tokens: PositiveInt | None = result(None, "longest answer in tokens; None: as long as evaluate.max_length allows")
     files: dict[str, str] = result(
-        {}, "set → original rows, for tasks without their own: Parquet or JSON lines, or tfds:NAME@SPLIT; several with commas"
+        {}, "set → original rows, for tasks without their own: Parquet, JSON lines, CSV or TSV, or tfds:NAME@SPLIT; several with commas"
     )
+    rows: Text | None = result(None, "a table of your own, of the same kinds, which makes a task without code (docs/tasks.md)")
+    prompt: Text | None = result(None, 'of a table: the prompt, such as "{text}\nWhich team?" with names of columns in braces')
+    answer: Text | None = result(None, 'of a table: the answer that is graded, such as "{team}"')
+    response: Text | None = result(None, 'of a table: what the model learns to write; None: "The answer is …."')
+    labels: tuple[Text, ...] = result((), "of a table: every answer that there may be; (): answers are open")
+    split: Text | None = result(None, "of a table: the column that says train, validation or test; None: by a hash of the row")
+    grader: Literal["exact", "text", "number", "math", "letter", "literal", "refusal"] | None = result(
+        None, "of a table: how answers are compared (docs/tasks.md); None: as fits the answers"
+    )
+    module: Text | None = result(None, "Python file that declares the task, such as my_tasks.py beside the config")
+
+    @property
+    def of_table(self) -> bool:
+        return any(value is not None for value in (self.rows, self.prompt, self.answer))
+
+    @property
+    def own(self) -> bool:
+        """Whether it declares a task of the user's own, and not one that is known by its name."""
+        return self.of_table or self.module is not None
+
+    def check_own(self, name: str) -> None:
+        """Refuses fields that do not declare a task. Raises UserError."""
+        from plasticity_jax.data.tasks import discovered, get_task, table
+
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise UserError(f"tasks has {name!r}, which becomes a folder: use letters, digits, dash and underscore.")
+        if name in discovered().ours:
+            raise UserError(f"tasks.{name} has the name of a built-in task; give your own another one, such as my_{name}.")
+        if self.module is None:
+            table.check(name, self)
+            return
+        if given := [field for field in TABLE_FIELDS if getattr(self, field)]:
+            raise UserError(f"tasks.{name}.{given[0]} is for a table, but tasks.{name}.module declares the task; leave one of the two out.")
+        get_task(name, {name: self})
 
     def check_files(self, name: str) -> None:
-        from plasticity_jax.data.tasks import tasks
+        from plasticity_jax.data.tasks import get_task
 
-        sets = tasks()[name].sets
+        if self.of_table:
+            return
+        if given := [field for field in TABLE_FIELDS if getattr(self, field)]:
+            raise UserError(f"tasks.{name}.{given[0]} is for a table; give it as tasks.{name}.rows, with a prompt and an answer.")
+        sets = get_task(name, {name: self}).sets
         for key in self.files:
             if not sets:
                 raise UserError(f"tasks.{name}.files sets {key!r}, but {name} brings its own rows; leave files out.")
@@ -449,7 +490,10 @@ class StudyConfig:
         if len(self.name) > LONGEST_NAME:
             raise UserError(f"name={self.name[:40]!r}… has {len(self.name)} characters and becomes a folder; use at most {LONGEST_NAME}.")
         for name, task in self.tasks.items():
-            check_choice("tasks", name, tasks())
+            if task.own:
+                task.check_own(name)
+            else:
+                check_choice("tasks", name, tasks())
             task.check_files(name)
         for field in dataclasses.fields(self):
             self.check_section(field.name)

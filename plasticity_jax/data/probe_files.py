@@ -1,17 +1,15 @@
 """Labeled texts for linear probes from the user's own files: JSON lines, CSV, TSV or Parquet."""
 
-import functools
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from plasticity_jax.config.schema import Text, result
-from plasticity_jax.data.corpus_files import COMPRESSIONS, FilePart, csv_rows, json_rows, kind_of, parquet_rows
-from plasticity_jax.errors import UserError, reason
+from plasticity_jax.data.content import content_hash
+from plasticity_jax.data.corpus_files import FilePart, kind_of
+from plasticity_jax.data.tasks.originals import KINDS, KNOWN_KINDS, raw_rows
+from plasticity_jax.errors import UserError
 from plasticity_jax.runs.storage import AnyPath, location
-
-KINDS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -36,31 +34,8 @@ class LabeledRows:
 
 def content(files: ProbeFiles) -> dict[str, Any]:
     """What identifies a set: the columns, and the sha256 of each file. A file that is not there (a plan made elsewhere) is identified by its path."""
-    found = {split: place and _sha256(place, _changed(place)) for split, place in (("train", files.train), ("test", files.test))}
+    found = {split: place and (content_hash(place) or f"place {place}") for split, place in (("train", files.train), ("test", files.test))}
     return found | {"text": files.text, "label": files.label, "id": files.id}
-
-
-def _changed(place: str) -> tuple[int, float] | None:
-    """Size and time of a file, by which a command knows whether it must read the file again."""
-    try:
-        path = location(place).expanduser()
-        if not path.is_file():
-            return None
-        found = path.stat()
-        return found.st_size, found.st_mtime
-    except (OSError, ValueError) as error:
-        raise UserError(f"{place} cannot be read ({reason(error)}); check the address") from error
-
-
-@functools.lru_cache
-def _sha256(place: str, changed: tuple[int, float] | None) -> str:
-    if changed is None:
-        return f"place {place}"
-    digest = hashlib.sha256()
-    with location(place).expanduser().open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_labeled(name: str, files: ProbeFiles) -> LabeledRows:
@@ -116,28 +91,25 @@ def _rows(name: str, place: str, files: ProbeFiles) -> Iterator[tuple[str, int |
 
 
 def _file(name: str, place: str) -> AnyPath:
-    if _changed(place) is None:
+    if content_hash(place) is None:
         raise UserError(f"probe set {name}: {place}: no such file; give the place where it was downloaded")
     return location(place).expanduser()
 
 
 def _part(name: str, path: AnyPath) -> FilePart:
     if kind_of(path.name) not in KINDS:
-        known = f"{', '.join(KINDS)}, all but Parquet also with {', '.join(COMPRESSIONS)}"
-        raise UserError(f"probe set {name}: {path} is of an unknown kind; known are {known}")
+        raise UserError(f"probe set {name}: {path} is of an unknown kind; known are {KNOWN_KINDS}")
     return FilePart(str(path.parent), path.name, path.stat().st_size)
 
 
 def _raw_rows(name: str, part: FilePart, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    def chosen(schema):
+    def chosen(names: Sequence[str]) -> list[str]:
         for column in columns:
-            if column not in schema.names:
-                raise _no_column(name, f"{part.name} in {part.folder}", column, schema.names)
+            if column not in names:
+                raise _no_column(name, f"{part.name} in {part.folder}", column, names)
         return columns
 
-    if part.is_parquet:
-        return parquet_rows(part, chosen)
-    return csv_rows(part, columns, f"name the column in probe.files.{name}") if part.kind in (".csv", ".tsv") else json_rows(part)
+    return raw_rows(part, chosen)
 
 
 def _no_column(name: str, where: str, column: str, names: Any) -> UserError:

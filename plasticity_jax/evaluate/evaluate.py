@@ -12,7 +12,7 @@ import numpy as np
 
 from plasticity_jax.config import EvaluateConfig
 from plasticity_jax.data.tasks import Example, Task, format_prompt
-from plasticity_jax.evaluate.answers import answer_of
+from plasticity_jax.evaluate.answers import answer_of, grader_for
 from plasticity_jax.evaluate.generate import (
     Completion,
     Sampling,
@@ -216,8 +216,9 @@ def graded(
     problems: Sequence[Example], texts: Sequence[Sequence[str]], ended: Sequence[Sequence[bool]], task: Task, faithful: bool, workers: int
 ) -> list[dict[str, Any]]:
     """Grades each problem's completions, the greedy one first; returns the rows of completions.jsonl."""
-    flat = [(answer_of(text, task.grader, faithful=faithful), problem.answer) for problem, of_problem in zip(problems, texts) for text in of_problem]
-    with Grading(task.grader, faithful=faithful, workers=workers) as grading:
+    grader = grader_for(task, [problem.answer for problem in problems])
+    flat = [(answer_of(text, grader, faithful=faithful), problem.answer) for problem, of_problem in zip(problems, texts) for text in of_problem]
+    with Grading(grader, faithful=faithful, workers=workers) as grading:
         verdicts = iter(grading.judge(flat))
         samples = [of_problem[1:] for of_problem in texts]
         chosen = grading.majority(samples) if any(samples) else [None] * len(texts)

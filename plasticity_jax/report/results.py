@@ -11,7 +11,7 @@ import numpy as np
 
 from plasticity_jax.analysis.statistics import wilson_interval
 from plasticity_jax.config import Member, StudyConfig, grid_members, restore_config
-from plasticity_jax.data.tasks import tasks
+from plasticity_jax.data.tasks import get_task
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.evaluate.metrics import pass_at_k
 from plasticity_jax.report.selection import selected_members
@@ -321,9 +321,16 @@ def collect(study_dir: AnyPath) -> StudyResults:
     members = tuple(
         _member(member, axis.value(member), [s for s in states if s.run.member in (member.name, member.base)]) for member in grid_members(config)
     )
-    known = tasks()  # those that no model is fine-tuned on have a table of their own
-    trained = tuple(name for name in config.tasks if name not in known or known[name].trained)
+    trained = tuple(name for name in config.tasks if _is_trained(config, name))
     return StudyResults(study_dir, config, resolved, members, trained, prepared, states, axis)
+
+
+def _is_trained(config: StudyConfig, task: str) -> bool:
+    """Whether models are fine-tuned on a task; the others have a table of their own. A study may be read where its tasks are not."""
+    try:
+        return get_task(task, config.tasks).trained
+    except UserError:
+        return True
 
 
 def _state(study_dir: AnyPath, run: Run) -> RunState:

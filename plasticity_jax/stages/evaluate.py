@@ -38,32 +38,38 @@ class Evaluated:
     unended: float | None = None
 
 
-def by_likelihood(task: str) -> bool:
+def by_likelihood(config: StudyConfig, task: str) -> bool:
     """Whether a task's options are compared, and nothing is generated."""
     from plasticity_jax.data.tasks import get_task
 
-    return get_task(task).grader == "likelihood"
+    return get_task(task, config.tasks).grader == "likelihood"
 
 
 ELSEWHERE = "elsewhere"  # a fine-tuned model on a test that no model is fine-tuned on
 
 
-def is_trained(task: str) -> bool:
+def is_trained(config: StudyConfig, task: str) -> bool:
     """Whether models are fine-tuned on a task; otherwise it is a test out of domain."""
     from plasticity_jax.data.tasks import get_task
 
-    return get_task(task).trained
+    return get_task(task, config.tasks).trained
+
+
+def of_grading(config: StudyConfig, task: str) -> dict[str, Any]:
+    """What defines a result of graded completions beside the task's rows: the grader, where a config names it."""
+    grader = config.tasks[task].grader
+    return {} if grader is None else {"grader": grader}
 
 
 def evaluate_run(config: StudyConfig, model: Run, task: str) -> Run:
     """A base model (before), one fine-tuned on the task (after) or on another one (elsewhere, out of domain) scored on a task's test rows."""
     tuned_on_it = model.stage == "finetune" and model.task == task
-    when = "after" if tuned_on_it else ELSEWHERE if model.stage == "finetune" and not is_trained(task) else "before"
+    when = "after" if tuned_on_it else ELSEWHERE if model.stage == "finetune" and not is_trained(config, task) else "before"
     name = f"{model.name}-after" if tuned_on_it else f"{model.name}-{task}-{when}"
     fields = {"when": when, "split": "test", "faithful": config.faithful, "compute_dtype": config.train.compute_dtype}
     fields |= batch_fields(config.train.compute_dtype, config.evaluate.batch_size)
-    if not by_likelihood(task):
-        fields |= result_fields(config.evaluate) | {"max_new_tokens": task_settings(config, task).max_new_tokens}
+    if not by_likelihood(config, task):
+        fields |= result_fields(config.evaluate) | {"max_new_tokens": task_settings(config, task).max_new_tokens} | of_grading(config, task)
     parents = {"model": model.id, "task": task_run(config, task).id}
     return STAGE.new_run(config, name, fields, parents, member=model.member or model.name, task=task, seed=model.seed)
 
@@ -73,7 +79,7 @@ def _plan(plan: Plan) -> Iterable[Planned]:
         yield from ((own, evaluate_run(own, base, task)) for own, base in plan.of("pretrain"))
     for own, tuned in plan.of("finetune"):
         yield own, evaluate_run(own, tuned, tuned.task_name)
-        yield from ((own, evaluate_run(own, tuned, task)) for task in plan.config.tasks if not is_trained(task))
+        yield from ((own, evaluate_run(own, tuned, task)) for task in plan.config.tasks if not is_trained(plan.config, task))
 
 
 def run(context: Context) -> Evaluated | None:
@@ -98,7 +104,9 @@ def run_batch(contexts: Sequence[Context]) -> list[Evaluated | None]:
     for program in programs.values():
         start, models = time.monotonic(), [scored for _, scored in program]
         forward = first.forward(models[0].model)
-        scores = evaluate(models, get_task(first.task), getattr(rows, fields["split"]), first.config.evaluate, protocol, forward=forward)
+        scores = evaluate(
+            models, get_task(first.task, first.config.tasks), getattr(rows, fields["split"]), first.config.evaluate, protocol, forward=forward
+        )
         seconds = (time.monotonic() - start) / len(models)
         for (context, _), results in zip(program, scores, strict=True):
             found[context.run.id] = Evaluated(**results, seconds=seconds) if results else None
@@ -107,7 +115,7 @@ def run_batch(contexts: Sequence[Context]) -> list[Evaluated | None]:
 
 def _program(run: Run) -> str:
     """What runs of one compiled program have in common: the task's rows and how they are answered. The model may be another."""
-    return to_json([run.stage, run.fields, run.parents["task"], by_likelihood(run.task_name) and run.id])
+    return to_json([run.stage, run.fields, run.parents["task"], "max_new_tokens" not in run.fields and run.id])  # options are compared by one
 
 
 def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
@@ -128,7 +136,7 @@ def _bytes(config: StudyConfig, mesh: "Mesh") -> int:
 
 def _longest_completion(config: StudyConfig) -> int | None:
     """The largest `max_new_tokens` of the tasks that generate; None: only `evaluate.max_length` bounds it."""
-    limits = [task_settings(config, task).max_new_tokens for task in config.tasks if not by_likelihood(task)]
+    limits = [task_settings(config, task).max_new_tokens for task in config.tasks if not by_likelihood(config, task)]
     return None if None in limits else max(filter(None, limits), default=None)
 
 
@@ -158,7 +166,7 @@ def regrade(directory: RunDirectory, run: Run, source: RunDirectory) -> Evaluate
     from plasticity_jax.data.tasks import get_task
     from plasticity_jax.evaluate.evaluate import regraded
 
-    before, task = STAGE.read(source.results()), get_task(run.task_name)
+    before, task = STAGE.read(source.results()), get_task(run.task_name, source.config().tasks)
     results = regraded(source.path, directory.path, task, run.fields["graded"] == "faithful", source.config().evaluate.grade_workers)
     kept = {"n_samples": before.n_samples, "cut_prompts": before.cut_prompts, "source_splits": before.source_splits, "seconds": before.seconds}
     return Evaluated(**results, **kept)
@@ -173,7 +181,7 @@ def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Progr
     from plasticity_jax.parallel.batches import smaller_batches
     from plasticity_jax.parallel.sharding import device_bytes, inference_shardings
 
-    if all(map(by_likelihood, config.tasks)):
+    if all(by_likelihood(config, task) for task in config.tasks):
         return
     settings, dtype = config.evaluate, config.train.compute_dtype
     params, forward = abstract_loaded(config.model, mesh, dtype), Forward.of(config, config.model, mesh, dtype)
@@ -195,7 +203,7 @@ def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Progr
 
 def work(ahead: Ahead) -> Iterable[Work]:
     """Reading the prompts and decoding to the last token; for tasks whose options are compared, reading them all."""
-    return _likelihood_work(ahead) if by_likelihood(ahead.run.task_name) else _generation_work(ahead)
+    return _likelihood_work(ahead) if by_likelihood(ahead.config, ahead.run.task_name) else _generation_work(ahead)
 
 
 def _generation_work(ahead: Ahead) -> Iterable[Work]:

@@ -45,7 +45,7 @@ def finetune_run(config: StudyConfig, base: Run, task: str, seed: int, member: M
 def _plan(plan: Plan) -> Iterable[Planned]:
     from plasticity_jax.data.tasks import get_task
 
-    for task in (name for name in plan.config.tasks if get_task(name).trained):
+    for task in (name for name in plan.config.tasks if get_task(name, plan.config.tasks).trained):
         for seed in plan.config.finetune.seeds:
             for own, member in plan.members:
                 yield own, finetune_run(own, pretrain_run(own, member), task, seed, member)

@@ -1,13 +1,18 @@
 """Prepare: one run each for the corpus, every task and every probe set. Needs no accelerator."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plasticity_jax.config import DataConfig, StudyConfig, TaskConfig
+from plasticity_jax.config.schema import TABLE_FIELDS
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.stage import Context, Plan, Planned, Stage
+
+if TYPE_CHECKING:
+    from plasticity_jax.data.tasks import Rows
 
 SEED = 0  # of the choice of rows; fixed, so that a task's rows depend only on its settings
 
@@ -22,7 +27,9 @@ def corpus_run(config: StudyConfig) -> Run:
 
 def task_run(config: StudyConfig, task: str) -> Run:
     """Train, validation and test rows of a fine-tuning task."""
-    from plasticity_jax.data.tasks import get_task
+    from plasticity_jax.data.fingerprints import task_files
+    from plasticity_jax.data.tasks import code_of, get_task
+    from plasticity_jax.data.tasks.table import places
 
     settings = task_settings(config, task)
     fields = {
@@ -32,12 +39,14 @@ def task_run(config: StudyConfig, task: str) -> Run:
         "held_out_fraction": config.data.held_out_fraction,
         "validation_rows": settings.validation_rows,
         "verifier_rows": settings.verifier_rows,
-        "wheels": pinned(get_task(task).packages),
+        "wheels": pinned(get_task(task, config.tasks).packages),
     }
-    if settings.files:
-        from plasticity_jax.data.fingerprints import task_files
-
-        fields["files"] = task_files(settings.files)
+    if files := places(settings):
+        fields["files"] = task_files(files)
+    if settings.of_table:
+        fields["table"] = {field: getattr(settings, field) for field in TABLE_FIELDS if field not in ("rows", "grader")}
+    if code := code_of(task, config.tasks):
+        fields["code"] = code
     return STAGE.new_run(config, f"task-{task}", fields, task=task)
 
 
@@ -73,7 +82,7 @@ def task_settings(config: StudyConfig, task: str) -> TaskConfig:
     """The config's settings for a task. Raises UserError for a task that the config does not list."""
     from plasticity_jax.data.tasks import get_task
 
-    get_task(task)  # an unknown name is refused with the nearest known one
+    get_task(task, config.tasks)  # an unknown name is refused with the nearest known one
     if task not in config.tasks:
         raise UserError(
             f"task {task!r} has no settings in this config, which lists {', '.join(config.tasks) or 'none'}; add config.tasks.{task} = task(...) to it."
@@ -109,10 +118,27 @@ def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
     for run in runs:
         for package in run.fields.get("wheels", ()):
             wheels.check(package)
-        for name, places in config.tasks[run.task].files.items() if run.task is not None else ():
-            check_places(places, what=f"tasks.{run.task}.files.{name}")
+        if run.task is not None and config.tasks[run.task].of_table:
+            check_table(config, run.task)
+        elif run.task is not None:
+            for name, places in config.tasks[run.task].files.items():
+                check_places(places, what=f"tasks.{run.task}.files.{name}")
         if run.fields["kind"] == "probe-set" and (files := config.probe.files.get(run.fields["set"])):
             read_labeled(run.fields["set"], files)
+
+
+def check_table(config: StudyConfig, name: str) -> None:
+    """Reads all rows of a table. Raises UserError: see `table.questions`; or the grader does not find the answer of a row in its own response, or takes
+    one label for another."""
+    from plasticity_jax.data.tasks import get_task
+    from plasticity_jax.data.tasks.table import questions
+    from plasticity_jax.evaluate.answers import check_gradable
+    from plasticity_jax.evaluate.stop_strings import cut_at_stop
+
+    rows = [question.row for _, question in questions(name, config.tasks[name])]
+    check_gradable(
+        [replace(row, response=cut_at_stop(row.response, config.evaluate.stop)) for row in rows], get_task(name, config.tasks), f"tasks.{name}.grader"
+    )
 
 
 def _open_stream(data: DataConfig) -> Any:
@@ -147,15 +173,32 @@ def _prepare(context: Context, out: Path) -> dict[str, Any]:
         summary = _corpus(config, out, wheels)
         context.directory.provenance["data_fingerprint"] = summary["fingerprint"]
         return summary
-    rows = {name: fields[name] for name in ("train_rows", "test_rows", "held_out_fraction")}
     if fields["kind"] == "task":
-        settings = config.tasks[context.task]
-        kept = {"validation_rows": settings.validation_rows, "verifier_rows": settings.verifier_rows}
-        task = tasks.build_task(context.task, wheels, **rows, **kept, seed=SEED, files=settings.files)
-        return tasks.write_task(out, task)
+        return tasks.write_task(out, task_rows(config, context.task))
+    rows = {name: fields[name] for name in ("train_rows", "test_rows", "held_out_fraction")}
     name, files = fields["set"], config.probe.files.get(fields["set"])
     probe_set = probe_sets.probe_set_of_files(name, files) if files else probe_sets.get_probe_set(name)
     return probe_sets.write_probe_set(out, probe_sets.build_probe_set(probe_set, wheels, **rows, seed=SEED))
+
+
+def task_rows(config: StudyConfig, task: str) -> "Rows":
+    """The rows of a task as the config asks for them. Raises UserError: see `build_task`."""
+    from plasticity_jax.data.tasks import build_task
+    from plasticity_jax.data.wheels import Wheels, wheels_dir
+
+    settings = task_settings(config, task)
+    return build_task(
+        task,
+        Wheels(wheels_dir(config.data.wheels)),
+        train_rows=settings.train_rows,
+        test_rows=settings.test_rows,
+        held_out_fraction=config.data.held_out_fraction,
+        seed=SEED,
+        validation_rows=settings.validation_rows,
+        verifier_rows=settings.verifier_rows,
+        files=settings.files,
+        own=config.tasks,
+    )
 
 
 def _corpus(config: StudyConfig, out: Path, wheels: Any) -> dict[str, Any]:

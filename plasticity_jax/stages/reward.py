@@ -38,14 +38,12 @@ class RewardConfig:
     batch_size: PositiveInt = execution(64, "completions scored at once")
 
     def check(self, config: StudyConfig) -> None:
-        from plasticity_jax.data.tasks import tasks
-
         if self.model is not None and self.scorer not in ("log-probability", "sequence-classification"):
             raise UserError(f"reward.model={self.model} has no effect with reward.scorer={self.scorer!r}; leave it out.")
         if self.model is None and self.scorer == "sequence-classification":
             raise UserError("reward.scorer='sequence-classification' needs reward.model, the folder of a Hugging Face reward model.")
         for name, settings in config.tasks.items():
-            if self.scorer == "verifier" and not settings.verifier_rows and tasks()[name].trained and tasks()[name].grader != "likelihood":
+            if self.scorer == "verifier" and not settings.verifier_rows and is_trained(config, name) and not by_likelihood(config, name):
                 raise UserError(f"reward.scorer='verifier' needs rows of its own in every task; set tasks.{name}.verifier_rows, such as 200.")
 
 
@@ -89,7 +87,7 @@ def _plan(plan: Plan) -> Iterable[Planned]:
     verifiers = {run.task: run for _, run in plan.of("verifier")}
     for own, scored in plan.of("evaluate"):
         wanted = scored.fields["when"] in (("before", "after") if own.faithful else ("after",))
-        if wanted and is_trained(scored.task_name) and not by_likelihood(scored.task_name):
+        if wanted and is_trained(plan.config, scored.task_name) and not by_likelihood(plan.config, scored.task_name):
             yield own, reward_run(own, scored, verifiers.get(scored.task))
 
 

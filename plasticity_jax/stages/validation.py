@@ -22,9 +22,10 @@ def validation_run(config: StudyConfig, tuned: Run) -> Run:
     """A fine-tuned model scored on the validation rows of its task."""
     fields = {"split": "validation", "faithful": config.faithful, "compute_dtype": config.train.compute_dtype}
     fields |= batch_fields(config.train.compute_dtype, config.evaluate.batch_size)
-    if not evaluate.by_likelihood(tuned.task_name):
+    if not evaluate.by_likelihood(config, tuned.task_name):
         fields |= {name: value for name, value in result_fields(config.evaluate).items() if name not in OF_SAMPLES}
         fields |= {"n_samples": 0, "max_new_tokens": task_settings(config, tuned.task_name).max_new_tokens}
+        fields |= evaluate.of_grading(config, tuned.task_name)
     parents = {"model": tuned.id, "task": tuned.parents["task"]}
     return STAGE.new_run(config, tuned.name, fields, parents, member=tuned.member, task=tuned.task, seed=tuned.seed)
 

@@ -61,7 +61,7 @@ def samples_run(config: StudyConfig, tuned: Run) -> Run:
         "max_new_tokens": task_settings(config, tuned.task_name).max_new_tokens,
         "compute_dtype": config.train.compute_dtype,
     }
-    fields |= batch_fields(config.train.compute_dtype, config.evaluate.batch_size)
+    fields |= batch_fields(config.train.compute_dtype, config.evaluate.batch_size) | evaluate.of_grading(config, tuned.task_name)
     parents = {"model": tuned.id, "task": tuned.parents["task"]}
     return SAMPLES.new_run(config, tuned.name, fields, parents, member=tuned.member, task=tuned.task, seed=tuned.seed)
 
@@ -85,7 +85,7 @@ def _sampled(plan: Plan, task: str) -> list[Planned]:
 
 
 def _tasks(config: StudyConfig) -> list[str]:
-    return [task for task in config.tasks if config.reward.scorer == "verifier" and not evaluate.by_likelihood(task)]
+    return [task for task in config.tasks if config.reward.scorer == "verifier" and not evaluate.by_likelihood(config, task)]
 
 
 def _plan_samples(plan: Plan) -> Iterable[Planned]:

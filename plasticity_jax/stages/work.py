@@ -58,7 +58,7 @@ class Ahead:
         if made is not None:
             corpus = self.finished(corpus_run(self.config).id)
             return TaskRows(name, read_summary(made)["rows"], True, made if corpus is not None else None, corpus)
-        train, test = get_task(name).published
+        train, test = get_task(name, self.config.tasks).published
         most = {"train": min(settings.train_rows, train or settings.train_rows), "test": min(settings.test_rows, test or settings.test_rows)}
         return TaskRows(name, most | {"validation": settings.validation_rows, "verifier": settings.verifier_rows}, False)
 

@@ -9,6 +9,7 @@ from plasticity_jax.data.named_tokenizers import NAMED, TRAINED
 from plasticity_jax.data.tasks import get_task
 from plasticity_jax.data.tasks.base import Origin
 from plasticity_jax.data.tasks.originals import TFDS, find_places, split_places
+from plasticity_jax.data.tasks.table import places
 from plasticity_jax.data.token_files import find_token_files, listed
 from plasticity_jax.data.wheels import Wheels, wheels_dir
 from plasticity_jax.errors import UserError
@@ -101,11 +102,17 @@ def _wheels(config: StudyConfig) -> Iterator[Needed]:
 
 
 def _sets(config: StudyConfig) -> Iterator[Needed]:
-    files = [(f"{name} {key}", places, get_task(name).sets.get(key)) for name, task in config.tasks.items() for key, places in task.files.items()]
+    of_tasks = [(name, get_task(name, config.tasks), places(task)) for name, task in config.tasks.items()]
+    files = [(f"{name} {key}", found, task.sets.get(key)) for name, task, sets in of_tasks for key, found in sets.items()]
     files += [(f"zero_shot.files {name}", places, MATHQA) for name, places in config.zero_shot.files.items()]
-    files += [(f"probe.files {name} {key}", each[key], None) for name, each in config.probe.files.items() for key in ("train", "test") if key in each]
-    for what, places, origin in files:
-        for text in split_places(places):
+    files += [
+        (f"probe.files {name} {key}", place, None)
+        for name, each in config.probe.files.items()
+        for key, place in (("train", each.train), ("test", each.test))
+        if place is not None
+    ]
+    for what, found, origin in files:
+        for text in split_places(found):
             yield _set(what, text, origin.command(text) if origin else "")
 
 

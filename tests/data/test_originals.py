@@ -105,12 +105,13 @@ def test_the_fingerprint_follows_the_content_not_the_place(tmp_path, exam):
         write(tmp_path / folder / "x.jsonl", [{"q": "1"}])
     one, other = (task_files({"train": str(tmp_path / folder / "x.jsonl")}) for folder in ("a", "b"))
     assert one == other == task_files({"train": str(tmp_path / "a")})
-    write(tmp_path / "b" / "x.jsonl", [{"q": "12"}])
+    assert task_files({"train": write(tmp_path / "c" / "renamed.jsonl", [{"q": "1"}])}) == one
+    write(tmp_path / "b" / "x.jsonl", [{"q": "2"}])  # as long as before
     assert task_files({"train": str(tmp_path / "b" / "x.jsonl")}) != one
     absent = task_files({"train": "/nowhere/x.parquet, tfds:none_such@train"})
     assert absent == {"train": [{"place": "/nowhere/x.parquet"}, {"place": "tfds:none_such@train"}]}
     train, test = (task_files({"train": f"tfds:{exam}@{split}"})["train"][0] for split in ("train", "test"))
-    assert train["names_and_sizes"] == test["names_and_sizes"] and (train["split"], test["split"]) == ("train", "test")
+    assert train["content"] == test["content"] and (train["split"], test["split"]) == ("train", "test")
     json.dumps([one, train])
 
 

@@ -91,7 +91,7 @@ REFUSED = {
         "a.csv",
         rows_with(),
         {"text": "sentence"},
-        "a.csv in {folder} has no column 'sentence'; its first line names text, label",
+        "a.csv in {folder} has no column 'sentence'; it has label, text: name it in",
     ),
     "no such column in Parquet": (
         "a.parquet",

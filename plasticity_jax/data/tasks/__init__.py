@@ -9,13 +9,17 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from plasticity_jax.data.content import content_hash
 from plasticity_jax.data.tasks.base import Example, Rows, RowSettings, Task
 from plasticity_jax.data.tasks.files import read_task, write_task
+from plasticity_jax.data.tasks.module import module_file, task_of_module
+from plasticity_jax.data.tasks.table import table_task
 from plasticity_jax.data.tasks.validation import with_validation
 from plasticity_jax.errors import UserError
 from plasticity_jax.plugins import Discovered, discover
 
 if TYPE_CHECKING:
+    from plasticity_jax.config import TaskConfig
     from plasticity_jax.data.wheels import Wheels
 
 GROUP = "plasticity_jax.tasks"
@@ -34,18 +38,37 @@ def tasks() -> dict[str, Task]:
     return discovered().found
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, own: Mapping[str, "TaskConfig"] | None = None) -> Task:
     """The task of that name.
 
+    Args:
+      own: settings of the tasks of a config (`config.tasks`), which declare a task of the user's own where they name a table or a module.
     Raises:
-      UserError: there is none; the message names the nearest one and lists them all.
+      UserError: there is none; the message names the nearest one and lists them all. Or the user's own cannot be had.
     """
+    settings = (own or {}).get(name)
+    if settings is not None and settings.of_table:
+        return table_task(name, settings)
+    if settings is not None and settings.module is not None:
+        return task_of_module(name, settings.module)
     known = tasks()
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         left_out = "".join(f" {problem}." for problem in discovered().problems)
-        raise UserError(f"task {name!r} is unknown; did you mean {nearest!r}? The tasks are {', '.join(known)}.{left_out}")
+        raise UserError(
+            f"task {name!r} is unknown; did you mean {nearest!r}? The tasks are {', '.join(known)}; one of your own needs rows or a module "
+            f"(docs/tasks.md).{left_out}"
+        )
     return known[name]
+
+
+def code_of(name: str, own: Mapping[str, "TaskConfig"] | None = None) -> str | None:
+    """The sha256 of the Python file that declares a task; None for a task of ours, or of a table."""
+    settings = (own or {}).get(name)
+    if settings is not None and settings.module is not None:
+        return content_hash(module_file(settings.module))
+    file = None if settings is not None and settings.of_table else discovered().files.get(name)
+    return content_hash(file) if file else None
 
 
 def format_prompt(prompt: str) -> str:
@@ -67,6 +90,7 @@ def build_task(
     validation_rows: int = 0,
     verifier_rows: int = 0,
     files: Mapping[str, str] | None = None,
+    own: Mapping[str, "TaskConfig"] | None = None,
 ) -> Rows:
     """Makes the rows of a task. Splits are disjoint, and equal arguments give equal rows on every machine.
 
@@ -83,11 +107,12 @@ def build_task(
       validation_rows: upper limit of the validation rows, see `with_validation`; the training rows then follow them in the order of `seed`.
       verifier_rows: training rows reserved for an outcome verifier, in addition to `train_rows`; rows without an answer are then removed.
       files: set of the task → places of its original rows, for tasks with `sets`.
+      own: see `get_task`.
     Raises:
       UserError: the task is unknown, a number is out of range, a wheel is missing or altered, files are missing or have another schema, a split
         is empty, or there are too few training rows.
     """
-    task = get_task(name)
+    task = get_task(name, own)
 
     def build(n: int) -> Rows:
         return task.build(wheels, RowSettings(n, test_rows, held_out_fraction, seed, files or {}))

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+AUTO = "auto"  # the grader that fits the answers
+
 _NO_LETTER_OR_DIGIT = re.compile(r"[\W_]+")
 
 # In letters and digits. Shorter texts ("refreshing") are stock phrases that sentences share without being copies.
@@ -138,8 +140,10 @@ class Task:
 
     Attributes:
       name: key of the task.
-      grader: how answers are compared: "exact" (first word, case and punctuation ignored), "number" (equal as numbers), "math" (equal by math-verify),
-        "letter" (the letter of an option), "literal" (equal as Python values), "refusal" (whether it refuses), or "likelihood" (nothing is generated: the most likely of the row's options is the answer).
+      grader: how answers are compared: "exact" (first word, case and punctuation ignored), "text" (the whole answer, case, white space and punctuation at
+        its ends ignored), "number" (equal as numbers), "math" (equal by math-verify), "letter" (the letter of an option), "literal" (equal as Python
+        values), "refusal" (whether it refuses), or "likelihood" (nothing is generated: the most likely of the row's options is the answer). AUTO is the
+        first of "letter", "number", "exact" and "text" that fits all answers (`evaluate.answers.grader_for`).
       labels: every possible answer, or () where the answer is open.
       packages: wheels the rows are read from, () for generated rows.
       chance_note: one line about the score of guessing.

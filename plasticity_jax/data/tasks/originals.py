@@ -1,24 +1,31 @@
-"""Reads the rows of a published data set: Parquet, JSON lines, a JSON list or a prepared TFDS data set. Checks the columns."""
+"""Reads the rows of a data set: Parquet, JSON lines, a JSON list, CSV, TSV or a prepared TFDS data set. Checks the columns."""
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
-from plasticity_jax.data.corpus_files import COMPRESSIONS, FilePart, json_rows, kind_of, parquet_rows, report_left_out, survey
+from plasticity_jax.data.corpus_files import COMPRESSIONS, FilePart, csv_rows, json_rows, kind_of, parquet_rows, report_left_out, survey
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.progress import Progress
 from plasticity_jax.runs.storage import location
 
 TFDS = "tfds:"
-KINDS = (".parquet", ".jsonl", ".ndjson", ".json")
+KINDS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 KNOWN_KINDS = f"{', '.join(KINDS)}, all but Parquet also with {', '.join(COMPRESSIONS)}"
 EXAMPLES_AT_ONCE = 256
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
-# Column → what its values are: str, int, bool, list[...] of one, or a dict of these for a struct.
+AS_PUBLISHED = "give the data set as it was published"
+
+# Column → what its values are: str, int, bool, list[...] of one, or a dict of these for a struct; or Cell.
 Columns = Mapping[str, Any]
+
+
+class Cell:
+    """A text, a number, or true or false, each of which is read as text; nothing and NaN as an empty one."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,9 @@ def _find(text: str) -> Place | None:
     return Place(text, text, tuple(file for file in found.files if rows[file[0]]), left_out=tuple(sorted([*found.left_out, *others])))
 
 
-def read_rows(places: str, columns: Columns, *, what: str, otherwise: Columns | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(
+    places: str, columns: Columns, *, what: str, otherwise: Columns | None = None, way_out: str = AS_PUBLISHED
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the rows of a set, in the order of its places, file names and rows, with a few in memory.
 
     Args:
@@ -79,6 +88,7 @@ def read_rows(places: str, columns: Columns, *, what: str, otherwise: Columns | 
       columns: the required columns; others are ignored.
       what: the set's name in messages and progress, such as "RACE train".
       otherwise: alternative columns, used if a file has all of them but not all of `columns`.
+      way_out: what to do about a column that is missing.
     Yields:
       (id, row): the id is "name:number" of the file and the row or line, from 1, prefixed by "2/" for the second place, and so on. The row has
       only `columns` (or `otherwise`): numbers as int, text as str ("" for null), lists as list, structs as dict.
@@ -92,7 +102,7 @@ def read_rows(places: str, columns: Columns, *, what: str, otherwise: Columns | 
             place = _check_place(text, place, what)
             report_left_out(f"{what}: {text}", place.left_out, len(place.names))
             prefix = f"{index + 1}/" if index else ""
-            for number, (row_id, row) in enumerate(_rows_of(place, columns, otherwise, what), 1):
+            for number, (row_id, row) in enumerate(_rows_of(place, columns, otherwise, what, way_out), 1):
                 yield prefix + row_id, row
                 if number % EXAMPLES_AT_ONCE == 0:
                     progress.update(EXAMPLES_AT_ONCE, note=row_id)
@@ -121,43 +131,53 @@ def _check_place(text: str, place: Place | None, what: str) -> Place:
     return place
 
 
-def _rows_of(place: Place, columns: Columns, otherwise: Columns | None, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows_of(place: Place, columns: Columns, otherwise: Columns | None, what: str, way_out: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def choose(names: Any, where: str) -> Columns:
+        return _choose(names, columns, otherwise, what, where, way_out)
+
     if place.split is not None:
-        yield from _tfds_rows(place, columns, otherwise, what)
+        yield from _tfds_rows(place, choose, what)
         return
     for name, size in place.names:
         part = FilePart(place.folder, name, size)
-        for number, row in _raw_rows(part, columns, otherwise, what):
-            chosen = _choose(row, columns, otherwise, what, part.place(number))
+        for number, row in raw_rows(part, lambda names, part=part: list(choose(names, f"{part.name} in {part.folder}"))):
+            chosen = choose(row, part.place(number))
             yield f"{name}:{number}", {key: _checked(row[key], chosen[key], key, what, part.place(number)) for key in chosen}
 
 
-def _raw_rows(part: FilePart, columns: Columns, otherwise: Columns | None, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def raw_rows(part: FilePart, columns_of: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the rows of a file of any of KINDS as (number from 1, row), with a few in memory. The values are as they lie in the file.
+
+    Args:
+      columns_of: returns the columns to read from those that a file with a header or a schema has, or raises UserError. Objects of JSON come whole.
+    Raises:
+      UserError: see `csv_rows`, `json_rows` and `parquet_rows`.
+    """
     if part.is_parquet:
-        return parquet_rows(part, lambda schema: list(_choose(schema.names, columns, otherwise, what, f"{part.name} in {part.folder}")))
-    return json_rows(part)
+        return parquet_rows(part, lambda schema: columns_of(schema.names))
+    return csv_rows(part, columns_of) if part.kind in (".csv", ".tsv") else json_rows(part)
 
 
-def _choose(names: Any, columns: Columns, otherwise: Columns | None, what: str, where: str) -> Columns:
+def _choose(names: Any, columns: Columns, otherwise: Columns | None, what: str, where: str, way_out: str) -> Columns:
     """Chooses the kind of rows that has these columns."""
     missing = [name for name in columns if name not in names]
     if not missing:
         return columns
     if otherwise and all(name in names for name in otherwise):
         return otherwise
-    raise UserError(
-        f"{what}: {where} has no column {missing[0]!r}; it has {', '.join(sorted(names)) or 'none'}: give the data set as it was published"
-    )
+    raise UserError(f"{what}: {where} has no column {missing[0]!r}; it has {', '.join(sorted(names)) or 'none'}: {way_out}")
 
 
 def _checked(value: Any, kind: Any, column: str, what: str, where: str) -> Any:
-    value = "" if value is None and kind is str else value
+    value = "" if value is None and kind in (str, Cell) else value
     if not _is(value, kind):
         raise UserError(f"{what}: {where}: column {column!r} holds {_short(value)}, not {_describe(kind)}; repair or drop the row")
     return _plain(value, kind)
 
 
 def _is(value: Any, kind: Any) -> bool:
+    if kind is Cell:
+        return isinstance(value, int | float) or _is(value, str)
     if kind is str:
         # Half a surrogate pair is not a character and cannot be written to a file.
         return isinstance(value, str) and not _HALF_PAIR.search(value)
@@ -171,6 +191,8 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def _plain(value: Any, kind: Any) -> Any:
+    if kind is Cell:
+        return "" if isinstance(value, float) and math.isnan(value) else str(value)
     return {name: value[name] for name in kind} if isinstance(kind, dict) else value
 
 
@@ -179,7 +201,7 @@ def _describe(kind: Any) -> str:
         return f"a list of {_describe(get_args(kind)[0]).removeprefix('a ')}s"
     if isinstance(kind, dict):
         return "a struct of " + ", ".join(f"{name} ({_describe(part)})" for name, part in kind.items())
-    return {str: "a text", int: "a whole number", bool: "true or false"}[kind]
+    return {str: "a text", int: "a whole number", bool: "true or false", Cell: "a text, a number, or true or false"}[kind]
 
 
 def _short(value: Any) -> str:
@@ -190,11 +212,11 @@ def _short(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------------------------- TFDS
 
 
-def _tfds_rows(place: Place, columns: Columns, otherwise: Columns | None, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _tfds_rows(place: Place, choose: Callable[[Any, str], Columns], what: str) -> Iterator[tuple[str, dict[str, Any]]]:
     from plasticity_jax.data.corpus_tfds import open_split
 
     info, source = open_split(place.folder, place.split or "", setting=what, split_setting=f"{what}: split")
-    chosen = _choose(tuple(info.features), columns, otherwise, what, f"data set {info.full_name}")
+    chosen = choose(tuple(info.features), f"data set {info.full_name}")
     for first in range(0, len(source), EXAMPLES_AT_ONCE):
         numbers = range(first, min(first + EXAMPLES_AT_ONCE, len(source)))
         try:
