@@ -191,7 +191,7 @@ def _decay_axis(axis: Any, decays: Sequence[float]) -> None:
     axis.set_ticks(ticks, [f"{decay:.3g}" for decay in ticks])
     axis.set_minor_locator(NullLocator())
     places = axis.get_transform().transform(np.array(ticks))
-    room, last = 0.075 * (places[-1] - places[0]), -np.inf
+    room, last = 0.12 * (places[-1] - places[0]), -np.inf
     for label, place in zip(axis.get_ticklabels(), places):
         label.set_visible(bool(place - last >= room))
         last = place if place - last >= room else last
