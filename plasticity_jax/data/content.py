@@ -5,13 +5,14 @@ import hashlib
 
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.storage import AnyPath, location
+from plasticity_jax.runs.storage import AnyPath, is_local, location
 
 READ_BYTES = 2**20
 
 
 def content_hash(place: str | AnyPath) -> str | None:
-    """The sha256 (hex) of a file; None where there is no such file. A process reads a file again only when its size or time has changed.
+    """The sha256 (hex) of a file; None where there is no such file. A process reads a file again only when its size or time, or what a store says of it,
+    has changed.
 
     Raises:
       UserError: the address cannot be read.
@@ -21,13 +22,13 @@ def content_hash(place: str | AnyPath) -> str | None:
         if not path.is_file():
             return None
         found = path.stat()
-        return _sha256(path, found.st_size, found.st_mtime)
+        return _sha256(path, found.st_size, str(found.st_mtime_ns) if is_local(path) else path.fs.ukey(path.path))
     except (OSError, ValueError) as error:
         raise UserError(f"{place} cannot be read ({reason(error)}); check the address") from error
 
 
 @functools.lru_cache(maxsize=4096)
-def _sha256(path: AnyPath, size: int, time: float) -> str:
+def _sha256(path: AnyPath, size: int, version: str) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file, Progress(f"hash {path.name}", total=size, unit="bytes") as progress:
         while chunk := file.read(READ_BYTES):
