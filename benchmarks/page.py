@@ -1,4 +1,4 @@
-"""Puts results/*.json into docs/performance.md, between the lines `<!-- results: NAME -->` and `<!-- end -->`.
+"""Puts results/*.json into docs/performance.md and docs/reliability.md, between the lines `<!-- results: NAME -->` and `<!-- end -->`.
 
 Command: python benchmarks/page.py
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from side_by_side import RESULTS, ROOT, markdown
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = [ROOT / "docs" / name for name in ("performance.md", "reliability.md")]
 SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -28,20 +28,21 @@ def section(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    names = [match[1] for match in SECTION.findall(text)]
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    names = [match[1] for text in texts.values() for match in SECTION.findall(text)]
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     for name in names:
         if name not in results:
-            print(f"docs/performance.md keeps its old {name}: benchmarks/{name}.py has written no results", file=sys.stderr)
+            print(f"the page keeps its old {name}: benchmarks/{name}.py has written no results", file=sys.stderr)
     for name in results.keys() - set(names):
-        print(f"docs/performance.md has no section for {name}: give it the lines <!-- results: {name} --> and <!-- end -->", file=sys.stderr)
+        print(f"no page has a section for {name}: give one the lines <!-- results: {name} --> and <!-- end -->", file=sys.stderr)
     for name, result in results.items():
         for heading, rows in result["tables"].items():
             for row in rows:
                 if row.get("missing"):
                     print(f"{name}, {heading}: {next(iter(row.values()))} is left out: {row['missing']}", file=sys.stderr)
-    PAGE.write_text(SECTION.sub(lambda m: f"{m[1]}\n{section(results[m[2]])}\n\n{m[3]}" if m[2] in results else m[0], text), encoding="utf-8")
+    for page, text in texts.items():
+        page.write_text(SECTION.sub(lambda m: f"{m[1]}\n{section(results[m[2]])}\n\n{m[3]}" if m[2] in results else m[0], text), encoding="utf-8")
 
 
 if __name__ == "__main__":

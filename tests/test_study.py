@@ -4,8 +4,10 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from running import PATIENCE, TINY, end, pausing, plasticity, start, status_rows, wait_until
@@ -309,3 +311,69 @@ def test_a_study_over_the_learning_rate_alone(tmp_path, wheels_dir):
     assert again.returncode == 0 and "0 runs carried out" in again.stderr, again.stderr
     dry = plasticity("study", *where, "--dry-run").stdout
     assert "wd0.1-peak_lr0.01: λ = 0.1, peak lr·λ = 0.001, timescale 100 of the run, train.peak_lr = 0.01" in dry
+
+
+def test_a_workdir_may_be_moved_and_have_any_name(workdir, wheels_dir, tmp_path):
+    """Spaces, quotes, other scripts: what is done counts, and what is missing is made from parents at their new places."""
+    place = tmp_path / "a b" / "wörk λ=0,1 (\"1\") 'q' %s {x}"
+    place.parent.mkdir()
+    moved = Path(shutil.copytree(workdir, place))
+    for stage in ("spectra", "evaluate"):
+        shutil.rmtree(runs(moved, stage)[0]["path"])
+    result = plasticity("study", *options(moved, wheels_dir))
+    assert result.returncode == 0, result.stderr
+    assert "2 runs carried out" in result.stderr
+    for stage in ("spectra", "evaluate"):
+        for before, after in zip(runs(workdir, stage), runs(moved, stage), strict=True):
+            a, b = (read_json(Path(row["path"]) / "results.json") for row in (before, after))
+            assert a | {"seconds": 0} == b | {"seconds": 0}
+    result = plasticity("generate", "--model", runs(moved, "finetune")[0]["path"], "--prompt", "The ", "--max-new-tokens", "2")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """(folder on a disk of its own, function that changes its size or makes it read-only)."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a disk of its own needs root")
+    yield folder, lambda how: subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(workdir, wheels_dir, disk):
+    """It fills up in the middle of a pretraining; with more room the same command resumes to the same bits."""
+    folder, remount = disk
+    member = runs(workdir, "pretrain")[-1]
+    work = folder / "work"
+    assert plasticity("study", *options(work, wheels_dir), "--stages", "prepare,init").returncode == 0
+    held = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    remount(f"size={(held >> 10) + 700}k")  # room for one checkpoint, not for three
+    argv = ["pretrain", *options(work, wheels_dir), "--member", member["member"]]
+    assert plasticity(*argv).returncode == 2, "refused before anything is written, for its estimate"
+    status, lines = end(start(*argv, PYTHONPATH=str(blind_to_free_space(folder.parent)), PYTHONSAFEPATH="1"))
+    assert status == 2 and "no space left on device" in lines[-1].lower() and str(work) in lines[-1] and "it resumes" in lines[-1], lines
+    assert not any("Traceback" in line for line in lines), lines
+    remount("size=64m")
+    result = plasticity(*argv)
+    assert result.returncode == 0, result.stderr
+    own = work / "tiny" / member["id"]
+    for a, b in zip(*(jax.tree.leaves(pj.load_model(path).params) for path in (member["path"], own)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    remount("ro")
+    result = plasticity("study", *options(work, wheels_dir))
+    assert result.returncode == 2 and "cannot be written to (Read-only file system)" in result.stderr.splitlines()[-1]
+    assert {row["state"] for row in status_rows(work) if row["stage"] in ("prepare", "init")} == {"done"}, "it can still be read"
+
+
+def blind_to_free_space(folder: Path) -> Path:
+    """A package that stands before ours on the path, and does not know how much room a disk has."""
+    package = folder / "blind" / "plasticity_jax"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"__path__.append({str(Path(pj.__file__).parent)!r})\n")
+    (package / "__main__.py").write_text(
+        "from plasticity_jax.study import execute\nexecute.free_bytes = lambda folder: None\nfrom plasticity_jax.cli import entry\nentry()\n"
+    )
+    return package.parent
