@@ -22,6 +22,7 @@ from plasticity_jax.data.tasks import build_task, get_task, read_task
 from plasticity_jax.data.tasks.originals import Cell, read_rows
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
+from plasticity_jax.evaluate.answers import grader_for, judge
 from plasticity_jax.stages.prepare import STAGE, check_table
 from plasticity_jax.study.graph import build_graph
 from plasticity_jax.study.look import CLOSES, OPENS, look
@@ -272,6 +273,36 @@ def test_braces_and_several_columns_and_a_response_of_its_own(tmp_path):
     row = min(rows_of(settings).train, key=lambda row: int(row.prompt[1:].split("}")[0]))
     number = int(row.prompt[1:].split("}")[0])
     assert row.prompt == f"{{{number}}} {TICKETS[number]['text']}" and row.response == f"Because of {number}. The answer is {row.answer}."
+
+
+@pytest.mark.parametrize(
+    "labels, answers, grader",
+    [
+        (("A", "B", "C"), [], "letter"),
+        ((), ["3", "-2.5", "1,200"], "number"),
+        ((), ["3 apples", "2"], "text"),
+        ((), ["Paris", "12"], "exact"),
+        (("Paris", "New York"), ["Paris"], "text"),
+    ],
+)
+def test_the_grader_is_the_first_that_fits_the_labels_or_the_answers(labels, answers, grader):
+    assert grader_for(get_task("own", {"own": tickets("a.csv", labels=labels)}), answers) == grader
+    assert grader_for(get_task("own", {"own": tickets("a.csv", labels=labels, grader="math")}), answers) == "math"
+
+
+@pytest.mark.parametrize(
+    "answer, gold, right",
+    [
+        ("new  york.", "New York", True),
+        ("**New York**", "New York", True),
+        ("New Jersey", "New York", False),
+        ("red, green", "red, blue", False),
+        ("New", "New York", False),
+        ("...", "New York", False),
+    ],
+)
+def test_text_compares_whole_answers(answer, gold, right):
+    assert judge(answer, gold, "text") is right
 
 
 @pytest.mark.parametrize(
