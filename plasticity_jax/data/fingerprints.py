@@ -14,7 +14,7 @@ from plasticity_jax.data.sources import SOURCES
 from plasticity_jax.data.tasks.originals import Place, find_places, split_places
 from plasticity_jax.data.wheels import pins
 from plasticity_jax.errors import UserError
-from plasticity_jax.runs.storage import location
+from plasticity_jax.runs.storage import is_local, location
 
 
 def corpus_fields(data: DataConfig) -> dict[str, Any]:
@@ -55,6 +55,15 @@ def task_files(files: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
       files: set of the task → its places (`TaskConfig.files`).
     """
     return {name: [_place_content(text, place) for text, place in zip(split_places(places), find_places(places))] for name, places in files.items()}
+
+
+def newest(places: str) -> float | None:
+    """When the last of a set's local files was changed, in seconds since 1970; None where one is missing, or on a store."""
+    found = find_places(places)
+    files = [location(place.folder).expanduser() / name for place in found if place is not None for name, _ in place.names]
+    if None in found or not files or not all(map(is_local, files)):
+        return None
+    return max(path.stat().st_mtime for path in files)
 
 
 def _place_content(text: str, place: Place | None) -> dict[str, str]:

@@ -141,6 +141,31 @@ def check_table(config: StudyConfig, name: str) -> None:
     )
 
 
+def edited_since(config: StudyConfig, run: Run, finished: float) -> str | None:
+    """Which local file of a prepared task or probe set was edited since; None where all are as they were, or not here.
+
+    Args:
+      finished: when the run was, in seconds since 1970. Files that are older are not read.
+    """
+    from plasticity_jax.data.content import content_hash
+    from plasticity_jax.data.fingerprints import newest, task_files
+    from plasticity_jax.data.probe_files import content
+    from plasticity_jax.data.tasks.module import module_file
+    from plasticity_jax.data.tasks.table import places
+
+    task, probe = config.tasks.get(run.task or ""), config.probe.files.get(run.fields.get("set", ""))
+    if task is not None and task.module is not None:
+        file = module_file(task.module)
+        if content_hash(file) not in (None, run.fields.get("code")):
+            return f"{file} was edited since"
+    files = {"train": probe.train, "test": probe.test} if probe is not None else {} if task is None else places(task)
+    newer = {name: place for name, place in files.items() if place is not None and (newest(place) or 0) > finished}
+    if not newer:
+        return None
+    now, before = content(probe) if probe is not None else task_files(newer), run.fields.get("files", {})
+    return next((f"{place} was edited since" for name, place in newer.items() if now[name] != before.get(name)), None)
+
+
 def _open_stream(data: DataConfig) -> Any:
     """The corpus in the user's own files or TFDS data set; None for the named sources."""
     if data.token_files is not None:

@@ -1,11 +1,14 @@
 """The state of every run of the studies in a workdir."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from plasticity_jax.runs.directory import CONFIG, RunDirectory
+from plasticity_jax.config import StudyConfig, restore_config
+from plasticity_jax.runs.directory import CONFIG, DONE, RunDirectory
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.stages.evaluate import is_regraded
+from plasticity_jax.stages.prepare import edited_since
 from plasticity_jax.study.graph import read_study, study_files
 
 
@@ -22,9 +25,12 @@ def study_status(workdir: AnyPath, *, verify: bool = False) -> list[dict[str, An
 
     rows = []
     for path in study_files(workdir):
-        _, runs = read_study(path)
+        tree, runs = read_study(path)
+        edited = _edited(restore_config(tree.get("config", {})), runs, path.parent)
         for run in runs:
             state, reason = state_of(RunDirectory(path.parent / run.id))
+            if state == "done" and run.id in edited:
+                state, reason = "stale", edited[run.id]
             rows.append(_row(run, state, reason, path.parent / run.id))
         listed = {run.id for run in runs}
         for config_file in sorted(path.parent.glob(f"*/*/{CONFIG}")):
@@ -38,6 +44,19 @@ def study_status(workdir: AnyPath, *, verify: bool = False) -> list[dict[str, An
                 state, reason = "stale", "not in study.json: its config, code version or a parent has changed"
             rows.append(_row(run, state, reason, directory.path))
     return rows
+
+
+def _edited(config: StudyConfig, runs: Sequence[Run], folder: AnyPath) -> dict[str, str]:
+    """Id → reason of the finished runs that rest on a file that was edited since; a study that is started again makes others in their place."""
+    reasons: dict[str, str] = {}
+    for run in runs:  # parents before children
+        done = folder / run.id / DONE
+        why = next((reasons[parent] for parent in run.parents.values() if parent in reasons), None)
+        if why is None and run.stage == "prepare" and done.is_file():
+            why = edited_since(config, run, done.stat().st_mtime)
+        if why is not None:
+            reasons[run.id] = why
+    return reasons
 
 
 def _rests_on_import(run: Run, folder: AnyPath) -> bool:

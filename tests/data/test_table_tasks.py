@@ -5,7 +5,9 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
+import time
 import uuid
 from pathlib import Path
 
@@ -22,9 +24,12 @@ from plasticity_jax.data.tasks import build_task, get_task, read_task
 from plasticity_jax.data.tasks.originals import Cell, read_rows
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
+from plasticity_jax.evaluate.answers import grader_for, judge
+from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.stages.prepare import STAGE, check_table
-from plasticity_jax.study.graph import build_graph
+from plasticity_jax.study.graph import build_graph, save_study
 from plasticity_jax.study.look import CLOSES, OPENS, look
+from plasticity_jax.study.status import study_status
 
 TEAMS = ("billing", "support", "sales")
 DOC = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
@@ -275,6 +280,36 @@ def test_braces_and_several_columns_and_a_response_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "labels, answers, grader",
+    [
+        (("A", "B", "C"), [], "letter"),
+        ((), ["3", "-2.5", "1,200"], "number"),
+        ((), ["3 apples", "2"], "text"),
+        ((), ["Paris", "12"], "exact"),
+        (("Paris", "New York"), ["Paris"], "text"),
+    ],
+)
+def test_the_grader_is_the_first_that_fits_the_labels_or_the_answers(labels, answers, grader):
+    assert grader_for(get_task("own", {"own": tickets("a.csv", labels=labels)}), answers) == grader
+    assert grader_for(get_task("own", {"own": tickets("a.csv", labels=labels, grader="math")}), answers) == "math"
+
+
+@pytest.mark.parametrize(
+    "answer, gold, right",
+    [
+        ("new  york.", "New York", True),
+        ("**New York**", "New York", True),
+        ("New Jersey", "New York", False),
+        ("red, green", "red, blue", False),
+        ("New", "New York", False),
+        ("...", "New York", False),
+    ],
+)
+def test_text_compares_whole_answers(answer, gold, right):
+    assert judge(answer, gold, "text") is right
+
+
+@pytest.mark.parametrize(
     "changes, message",
     [
         ({"response": "{team}, that is it."}, "tasks.tickets.grader='exact' does not read the answer"),
@@ -316,6 +351,29 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch):
     assert f"Assistant:{OPENS}The answer is " in second.stdout and f".<end of text>{CLOSES}" in second.stdout
     [found] = json.loads(plasticity("data", "--config", config, "--workdir", "work", "--json", *small).stdout)["tasks"]
     assert found["rows"]["train"] == len(rows.train) and sum(found["answers"]["train"].values()) == len(rows.train)
+
+
+def test_status_names_an_edited_file(tmp_path):
+    table = written(tmp_path / "a.csv", TICKETS)
+    config = study(table)
+    runs = build_graph(config)
+    save_study(tmp_path / "work", config, runs)
+    for run in runs:
+        with RunDirectory(tmp_path / "work" / config.name / run.id).work(run, config) as directory:
+            directory.finish({})
+
+    def states():
+        return {(row["stage"], row["task"]): (row["state"], row["reason"]) for row in study_status(tmp_path / "work")}
+
+    assert {state for state, _ in states().values()} == {"done"}
+    written(tmp_path / "a.csv", TICKETS)  # newer, and as before
+    os.utime(table, (time.time() + 10,) * 2)
+    assert {state for state, _ in states().values()} == {"done"}
+    written(tmp_path / "a.csv", [*TICKETS[1:], TICKETS[0]])
+    os.utime(table, (time.time() + 10,) * 2)
+    found = states()
+    assert found["prepare", "tickets"] == found["finetune", "tickets"] == found["evaluate", "tickets"] == ("stale", f"{table} was edited since")
+    assert found["finetune", "addition2"][0] == found["pretrain", None][0] == "done"
 
 
 def test_what_is_marked_is_what_the_loss_counts(tmp_path):

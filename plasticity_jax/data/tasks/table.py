@@ -146,9 +146,10 @@ def questions(name: str, settings: TaskConfig) -> Iterator[tuple[str, Question]]
       UserError: a file is missing or damaged, a column is missing, or a row has no prompt, no answer, an answer that is not one of `labels`, or an
         unknown split. Names the row.
     """
-    templates, found = Templates.of(name, settings), False
+    templates = Templates.of(name, settings)
     columns = dict.fromkeys(templates.columns, Cell)
     for files_of, files in places(settings).items():
+        found = False
         for row_id, row in read_rows(files, columns, what=f"task {name}", way_out=f"name its columns in tasks.{name}.prompt and answer"):
             found, row = True, {column: value.strip() for column, value in row.items()}
             where = f"task {name}: row {row_id.rpartition(':')[2]} of {row_id.rpartition(':')[0]}"
