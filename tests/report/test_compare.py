@@ -233,7 +233,13 @@ def test_what_an_earlier_page_left_goes_and_other_files_stay(pair, written, tmp_
     assert page == out / "index.html" and "No setting has both" in page.read_text(encoding="utf-8")
     kept = {path.name for path in (out / "figures").iterdir()} | {path.name for path in out.iterdir()}
     assert kept == {"over_decay.svg", "over_decay.png", "mine.png", "notes.txt", "index.html", "compare.json", "figures", "tables"}
-    (out / "compare.json").write_text('{"files": ["../../escape", "figures/mine.png", "/etc/passwd"]}')
+    victims = [tmp_path / "escape.txt", out / "notes.txt"]
+    victims[0].write_text("mine")
+    listed = json.loads((out / "compare.json").read_text())["files"]
+    (out / "compare.json").write_text(json.dumps({"files": [*listed, "../escape.txt", str(victims[0]), "notes.txt"]}))
+    pj.compare_studies(bare).write(out)
+    assert [victim.read_text() for victim in victims] == ["mine", "mine"], "a list of files that was tampered with deletes nothing else"
+    (out / "compare.json").unlink()
     with pytest.raises(UserError, match="index.html, which no comparison wrote"):
         pj.compare_studies(bare).write(out)
 
