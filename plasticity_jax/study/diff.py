@@ -29,9 +29,9 @@ def run_differences(first: AnyPath, second: AnyPath) -> dict[str, Pairs]:
     inputs = [one.parents | {name: provenance.get(name) for name in _INPUTS} for one, provenance in zip(about, provenances, strict=True)]
     of_runs = [{"stage": one.stage, "version": one.version, "fields": one.fields} for one in about]
     return {
-        "config": _pairs(*({"run": of_run, **config} for of_run, config in zip(of_runs, configs, strict=True))),
-        "inputs": _pairs(*inputs),
-        "environment": [(name, *values) for name, values in differing(provenances).items()],
+        "config": _pairs({"run": of_runs[0], **configs[0]}, {"run": of_runs[1], **configs[1]}),
+        "inputs": _pairs(inputs[0], inputs[1]),
+        "environment": [(name, a, b) for name, (a, b) in differing(provenances).items()],
         "metrics": _first_step(*(read_whole_rows(run.path / METRICS) for run in runs)),
         "results": _pairs(*(_timeless(_object(run.path / RESULTS)) for run in runs)),
     }
@@ -77,8 +77,8 @@ def _first_step(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> Pa
     for step in sorted(of_first.keys() & of_second.keys()):
         if pairs := _pairs(of_first[step], of_second[step], f"step {step} "):
             return pairs
-    ends = [max(steps, default=0) for steps in (of_first, of_second)]
-    return [("last step", *ends)] if ends[0] != ends[1] else []
+    a, b = (max(steps, default=0) for steps in (of_first, of_second))
+    return [("last step", a, b)] if a != b else []
 
 
 def _text(value: Any) -> str:

@@ -18,13 +18,13 @@ from plasticity_jax.parallel.allocator import keep_freed_memory
 from plasticity_jax.parallel.flags import prepare_backend
 from plasticity_jax.progress import start_logging
 from plasticity_jax.runs.directory import CHECKPOINTS, ERROR_LOG, STUDY, RunDirectory
-from plasticity_jax.runs.environment import environment
 from plasticity_jax.runs.jsonfiles import read_json, to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, location, relative
 from plasticity_jax.stages import Context, Stage, stages
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
+from plasticity_jax.study.environment import environment
 from plasticity_jax.study.graph import build_graph, run_configs, save_study, study_dir
 from plasticity_jax.study.together import check_groups, check_memory, grouped, shapes
 

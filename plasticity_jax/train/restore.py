@@ -59,16 +59,18 @@ def starting_state(
     while True:
         step = processes.broadcast(lambda: _next_step(going, steps))
         states, damage = [], None
-        for initial, run in zip(initials, runs, strict=True):
+        for number, (initial, run) in enumerate(zip(initials, runs, strict=True)):
             try:
                 states.append(_state_at(settings, mesh, initial, run, step, last=step == steps))
             except Damaged as error:
-                damage = going.index(run), error.what
+                damage = number, error.what
                 break
         found = next((one for one in processes.gather("checkpoint", damage) if one), None)
         if found is None:
             break
-        processes.broadcast(lambda: _pass_over(going, going[found[0]], step, found[1]))
+        why, damaged = found[1], runs[found[0]]
+        assert damaged is not None, "nothing is read for a member that has ended"
+        processes.broadcast(lambda: _pass_over(going, damaged, step, why))
     state = stack(states) if members else states[0]
     # Always a copy: the first update donates its state, and the step-0 parameters are still needed.
     return arrays.copied(state, state_shardings(settings, mesh, members=members)), step

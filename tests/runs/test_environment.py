@@ -10,8 +10,9 @@ import pytest
 from plasticity_jax.cli import main
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.runs.directory import PROVENANCE, RunDirectory
-from plasticity_jax.runs.environment import cpu, differing, environment, environments_of
+from plasticity_jax.runs.environment import differing, environments_of
 from plasticity_jax.runs.run import Run
+from plasticity_jax.study.environment import cpu, environment
 
 
 def test_an_environment_names_what_changes_rounding(monkeypatch):
