@@ -4,6 +4,7 @@ import difflib
 from dataclasses import replace
 
 import matplotlib
+from matplotlib.figure import Figure as Drawing
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from plasticity_jax.errors import UserError
@@ -29,7 +30,7 @@ def figures() -> dict[str, Figure]:
     return of_stages | across.FIGURES
 
 
-def draw_figure(results: StudyResults, name: str) -> Picture:
+def draw_figure(results: StudyResults, name: str) -> Drawing:
     """Draws a figure.
 
     Raises:
