@@ -183,7 +183,11 @@ def main() -> None:
     path = RESULTS / "torture.json"
     before = json.loads(path.read_text(encoding="utf-8"))["tables"] if path.is_file() else {}
     kept = [row for row in before.get("Kills", []) if row["mode"] != mode]
-    finish("Torture", {"Kills": sorted([*kept, summary], key=lambda row: list(OVERRIDES).index(row["mode"]))}, command="make torture")
+    finish(
+        "Torture",
+        {"Kills": sorted([*kept, summary], key=lambda row: list(OVERRIDES).index(row["mode"]))},
+        command="python benchmarks/torture.py --kills N --mode MODE",
+    )
     for row in rows:
         print(row, file=sys.stderr)
     if wrong:

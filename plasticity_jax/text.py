@@ -28,4 +28,8 @@ def local_path(place: str) -> Path:
     longest = max(len(part.encode()) for part in path.parts) if path.parts else 0
     if longest > LONGEST_PART or len(absolute.encode()) > LONGEST_PATH:
         raise UserError(f"{place} is too long for a path: of {LONGEST_PATH} bytes a part may have {LONGEST_PART}; give a shorter one.")
+    try:
+        path.expanduser()
+    except RuntimeError:
+        raise UserError(f"{place} begins with the home of a user who is not known here; write the whole path.") from None
     return path

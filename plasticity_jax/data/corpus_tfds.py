@@ -8,6 +8,7 @@ from typing import Any
 
 from plasticity_jax.data.corpus_files import PART_BYTES
 from plasticity_jax.errors import UserError, reason
+from plasticity_jax.text import local_path
 
 EXAMPLES_AT_ONCE = 256
 
@@ -21,7 +22,7 @@ def data_set_folder(setting: str) -> Path | None:
 
     from plasticity_jax.data.documents import quiet_tfds
 
-    folder = Path(setting).expanduser()
+    folder = local_path(setting).expanduser()
     if folder.is_dir():
         return folder if (folder / "dataset_info.json").is_file() else None
     try:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plasticity_jax.data.wheels import Wheels
-from plasticity_jax.errors import UserError
+from plasticity_jax.errors import UserError, reason
 from plasticity_jax.runs.storage import location
+from plasticity_jax.text import local_path
 
 TRAINED = "train"
 
@@ -43,7 +44,7 @@ def check_setting(setting: str, vocab_size: int) -> None:
     names = (TRAINED, *NAMED)
     if setting in NAMED:
         _check_size(setting, NAMED[setting].vocab_size, vocab_size)
-    elif setting != TRAINED and "/" not in setting and Path(setting).suffix not in (".json", ".model") and not Path(setting).exists():
+    elif setting != TRAINED and "/" not in setting and Path(setting).suffix not in (".json", ".model") and not local_path(setting).exists():
         near = difflib.get_close_matches(setting, names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
@@ -97,7 +98,10 @@ def setting_fingerprint(setting: str) -> str | None:
     digest = hashlib.sha256()
     for file in files:
         if file.is_file():
-            digest.update(file.read_bytes())
+            try:
+                digest.update(file.read_bytes())
+            except OSError as error:
+                raise UserError(f"data.tokenizer={setting!r}: {file} cannot be read ({reason(error)}); give another, or copy it again.") from error
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plasticity_jax.errors import UserError
+from plasticity_jax.text import local_path
 
 REQUIREMENTS = Path(__file__).with_name("requirements-data.txt")
 # Data that only some studies read has separate pin files, so that `make study` downloads no more than it needs.
@@ -124,6 +125,6 @@ def _normalize(package: str) -> str:
 
 def wheels_dir(folder: str) -> Path:
     """The folder of the pinned wheels. Looks for a relative path in the current folder, then in the project's checkout."""
-    path = Path(folder).expanduser()
+    path = local_path(str(folder)).expanduser()
     checkout = Path(__file__).resolve().parents[2] / path
     return checkout if not path.is_dir() and checkout.is_dir() else path

@@ -126,7 +126,7 @@ class Checkpoints:
         self._place = location(directory)
         check_checkpoint_place(self._place)
         self.directory = self._place.absolute() if is_local(self._place) else epath.Path(str(self._place))
-        absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns about every sharding and every missing item that is meant
+        absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax warns about what is meant, and prints a trace of every error that it also raises
         self._manager: ocp.CheckpointManager | None = None
         if read_only:
             return

@@ -92,7 +92,7 @@ def test_what_a_message_quotes_cannot_break_its_line():
     assert str(UserError("λ=0.1: “é” fits")) == "λ=0.1: “é” fits"
 
 
-@pytest.mark.parametrize("place", ["a\0b", "x" * 256, "a/" * 2000, "\udcff"])
+@pytest.mark.parametrize("place", ["a\0b", "x" * 256, "a/" * 2000, "\udcff", "~nobody-here/x"])
 @pytest.mark.parametrize("flag", ["--workdir", "--config"])
 def test_a_path_that_no_file_can_have(flag, place, capsys):
     argv = {"--config": TINY, "--workdir": "work"} | {flag: place}

@@ -17,7 +17,7 @@ MEGABYTES = 600  # by which a test's cases together may raise the memory of the 
 NUMBERS = (0, -1, 1, 2, 3, 7, 2**31, 2**32, 2**48, 2**63, 2**64, 10**18, 10**30, 10**400, -(10**400), 0.0, -0.0, 0.5, 1e-320, 1e308, -1e308)
 NOT_NUMBERS = (float("inf"), float("-inf"), float("nan"))
 TEXTS = ("", " ", "a", "\x00", "a\x00b", "\ud800", "\u202e", "é" * 130, "x" * 300, "x" * 5000, "../../x", "/dev/zero", "/proc/self/mem", "-1", "None",
-         "(a+)+$", "(", "{x}", "%s", "gs://", "file:///", "nan", "1e5", "auto", "train.steps", "wd0", "C:\\x", "a\nb", "~", "*")  # fmt: skip
+         "(a+)+$", "(", "{x}", "%s", "gs://", "file:///", "nan", "1e5", "auto", "train.steps", "wd0", "C:\\x", "a\nb", "~", "~nobody-here/x", "*")  # fmt: skip
 
 
 def deep(levels: int) -> Any:
