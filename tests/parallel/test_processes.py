@@ -138,7 +138,7 @@ def worker_of(process):
 @pytest.mark.parametrize("error", [UserError("no"), StudyRefused("no")])
 def test_an_error_keeps_its_kind_on_its_way_to_the_others(error):
     with pytest.raises(type(error), match="^no$") as heard:
-        processes._outcome(json.loads(json.dumps(processes._as_message(error))))
+        processes.outcome_of(json.loads(json.dumps(processes.as_message(error))))
     assert type(heard.value) is type(error)
 
 
