@@ -31,7 +31,7 @@ def task_run(config: StudyConfig, task: str) -> Run:
     from plasticity_jax.data.tasks import code_of, get_task
     from plasticity_jax.data.tasks.table import places
 
-    settings = task_settings(config, task)
+    settings, made = task_settings(config, task), get_task(task, config.tasks)
     fields = {
         "kind": "task",
         "train_rows": settings.train_rows,
@@ -39,8 +39,10 @@ def task_run(config: StudyConfig, task: str) -> Run:
         "held_out_fraction": config.data.held_out_fraction,
         "validation_rows": settings.validation_rows,
         "verifier_rows": settings.verifier_rows,
-        "wheels": pinned(get_task(task, config.tasks).packages),
+        "wheels": pinned(made.packages),
     }
+    if made.version > 1:
+        fields["version"] = made.version
     if files := places(settings):
         fields["files"] = task_files(files)
     if settings.of_table:

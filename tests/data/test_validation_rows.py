@@ -143,3 +143,8 @@ def test_validation_rows_of_a_likelihood_task_have_options(monkeypatch):
 def test_validation_rows_are_part_of_what_defines_a_task():
     ids = {task_run(StudyConfig(tasks={"addition2": TaskConfig(validation_rows=n)}), "addition2").id for n in (0, 100, 200)}
     assert len(ids) == 3
+
+
+def test_a_task_whose_rows_became_others_is_prepared_again():
+    first, second = (task_run(StudyConfig(tasks={name: TaskConfig()}), name) for name in ("PIQA", "ARC-Easy"))
+    assert "version" not in first.fields and second.fields["version"] == 2

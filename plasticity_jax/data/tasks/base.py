@@ -153,6 +153,7 @@ class Task:
       published: training and test rows that its files hold once filtered, as published; None where they are not known. For estimates only.
       by_length: with grader "likelihood", whether the log-likelihood is divided by the option's length in characters (`acc_norm` of lm-evaluation-harness)
         for the reported accuracy.
+      version: raise it when the rows become others: what was prepared before, and all that follows from it, becomes stale.
       trained: False for a test only, out of domain: no model is fine-tuned on it, and every base model and every fine-tuned model is tested on it.
     """
 
@@ -166,6 +167,7 @@ class Task:
     published: tuple[int | None, int | None] = (None, None)
     by_length: bool = False
     trained: bool = True
+    version: int = 1
 
 
 def shuffled(rows: Iterable[T], seed: int) -> list[T]:

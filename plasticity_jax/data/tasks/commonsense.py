@@ -117,6 +117,7 @@ def _task(
     chance: str,
     rows: tuple[int, int],
     by_length: bool = True,
+    version: int = 1,
 ) -> Task:
     return Task(
         name=name,
@@ -127,6 +128,7 @@ def _task(
         build=partial(build, folder, test_variant, test_split, of_train, of_test or of_train),
         published=rows,
         by_length=by_length,
+        version=version,
     )
 
 
@@ -143,5 +145,5 @@ WINOGRANDE = _task(
     by_length=False,
 )
 PIQA = _task("PIQA", "piqa", "rc_0shot", "validation", piqa, chance="half of the rows", rows=(16_113, 1_838))
-ARC_EASY = _task("ARC-Easy", "arc_easy", "test_rc_5shot", "test", arc, chance="a quarter of the rows", rows=(2_251, 2_376))
-ARC_CHALLENGE = _task("ARC-Challenge", "arc_challenge", "test_rc_5shot", "test", arc, chance="a quarter of the rows", rows=(1_119, 1_172))
+ARC_EASY = _task("ARC-Easy", "arc_easy", "test_rc_5shot", "test", arc, chance="a quarter of the rows", rows=(2_251, 2_376), version=2)
+ARC_CHALLENGE = _task("ARC-Challenge", "arc_challenge", "test_rc_5shot", "test", arc, chance="a quarter of the rows", rows=(1_119, 1_172), version=2)
