@@ -144,7 +144,7 @@ def test_the_notebook_of_the_docs_runs(workdir, monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=PATIENCE).execute()
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert all(cell.outputs for cell in notebook.cells if cell.cell_type == "code") and any("image/svg+xml" in one.get("data", {}) for one in shown)
+    assert repr(pj.open_study(workdir)) in str(shown[0]) and any("image/svg+xml" in one.get("data", {}) for one in shown)
 
 
 def test_generate_prints_a_continuation_and_repeats_it(workdir):
