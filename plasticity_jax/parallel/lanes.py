@@ -151,6 +151,8 @@ def side_by_side(lanes: Sequence[Lane], work: Callable[[Lane], None]) -> None:
     if len(here) == 1:
         in_lane(here[0])
         return
+    from plasticity_jax.parallel import preemption
+
     stop, errors = _Stop(), []
 
     def guarded(lane: Lane) -> None:
@@ -165,10 +167,10 @@ def side_by_side(lanes: Sequence[Lane], work: Callable[[Lane], None]) -> None:
         threads = Threads({f"lane {lane.index}": functools.partial(guarded, lane) for lane in here})
         try:
             threads.wait()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             stop.ask(in_order=False)
             threads.wait()
-            raise
+            raise next((error for error in errors if isinstance(error, preemption.Preempted)), interrupt) from None
     finally:
         progress.checks.remove(stop.check)
     if errors:

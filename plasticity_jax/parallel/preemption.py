@@ -79,7 +79,7 @@ def check() -> None:
     """Raises KeyboardInterrupt after a signal, unless this thread is in a training, which ends by itself."""
     global _raised
     if _requested is not None and threading.get_ident() not in _saving:
-        _raised |= threading.current_thread() is threading.main_thread()  # the handler, which may run later than the watcher, need not
+        _raised |= threading.current_thread() is threading.main_thread()  # as below
         raise KeyboardInterrupt
 
 
@@ -171,12 +171,14 @@ def saves_first() -> Iterator[Callable[[int], bool]]:
     Raises:
       Preempted: the signal came after the last question.
     """
+    global _raised
     _saving.add(threading.get_ident())
     try:
         yield _alone if processes.count() == 1 else _agreed()
         if any(processes.gather("preempted at the end", requested())):
             raise Preempted(f"ended by {name()} after the last step of a training, which is saved")
     finally:
+        _raised |= _requested is not None  # the handler, which may run later than this, need not raise
         _saving.discard(threading.get_ident())
 
 

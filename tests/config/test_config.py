@@ -76,7 +76,7 @@ def test_committed_configs_load(path):
         ("train.keep_steps", "lgo:8", ["train.keep_steps='lgo:8'", '"log:N"']),
         ("train.keep_steps", "log:1", ["train.keep_steps='log:1'", "from 2"]),
         ("train.keep_steps", "(1,0)", ["train.keep_steps", "greater than 0"]),
-        ("train.keep_steps", "(1,321)", ["step 321", "train.steps=320"]),
+        ("train.keep_steps", "(1,729)", ["step 729", "train.steps=728"]),
         ("model.n_kv_heads", "3", ["model.n_heads=4", "model.n_kv_heads=3"]),
         ("decay.mask", "none", ["decay.mask='none'", "matrices-only"]),
         ("data.sources", "('sotu','wikipdia')", ["data.sources[1]='wikipdia'", "did you mean wikipedia?"]),
@@ -115,11 +115,11 @@ def test_broken_file_is_one_line(tmp_path, text):
 
 
 def test_one_way_of_giving_the_grid_replaces_the_other():
-    config = load_config(CONFIGS / "default.py", [("grid.weight_decay", "(0.0,0.1)")])
+    config = load_config(CONFIGS / "tiny.py", [("grid.weight_decay", "(0.0,0.1)")])
     assert config.grid.timescales is None
     assert [(m.name, m.weight_decay) for m in grid_members(config)] == [("wd0", 0.0), ("wd0.1", 0.1)]
     with pytest.raises(UserError, match="two ways"):
-        load_config(CONFIGS / "default.py", [("grid.weight_decay", "(0.0,)"), ("grid.timescales", "(None,)")])
+        load_config(CONFIGS / "tiny.py", [("grid.weight_decay", "(0.0,)"), ("grid.timescales", "(None,)")])
 
 
 def test_int_is_taken_for_float_but_not_the_other_way():
@@ -187,7 +187,7 @@ def test_member_config_is_the_study_but_for_what_is_swept():
 
 def test_changes_apply_in_order_and_leave_the_name():
     changes = "(('^wd',{'train.batch_size':8}),('wd1$',{'train.batch_size':16,'train.steps':160}))"
-    config = load_config(CONFIGS / "default.py", [("grid.weight_decay", "(0.0,1.0)"), ("grid.changes", changes)])
+    config = load_config(CONFIGS / "tiny.py", [("grid.weight_decay", "(0.0,1.0)"), ("grid.changes", changes)])
     none, one = grid_members(config)
     assert (none.name, one.name, none.timescale) == ("wd0", "wd1", None)
     assert [member_config(config, m).train.batch_size for m in (none, one)] == [8, 16]
@@ -204,7 +204,7 @@ def test_a_swept_config_survives_json(overrides):
 
 def test_a_swept_field_may_hold_a_section(tmp_path):
     scaling = "{'factor':8.0,'low_freq_factor':1.0,'high_freq_factor':4.0,'original_length':64}"
-    config = load_config(CONFIGS / "default.py", [("grid.fields", f"(('model.rope_scaling',(None,{scaling})),)"), ("grid.timescales", "(None,)")])
+    config = load_config(CONFIGS / "tiny.py", [("grid.fields", f"(('model.rope_scaling',(None,{scaling})),)"), ("grid.timescales", "(None,)")])
     plain, scaled = (member_config(config, m).model.rope_scaling for m in grid_members(config))
     assert plain is None and scaled.factor == 8.0
 

@@ -309,7 +309,7 @@ def test_hostile_texts_take_linear_time(text):
 
 
 def test_unknown_grader_is_refused():
-    with pytest.raises(ValueError, match="'fuzzy' is unknown; use one of exact, number, letter, letter-strict, letter-first-word"):
+    with pytest.raises(ValueError, match="'fuzzy' is unknown; use one of exact, text, number, letter, letter-strict, letter-first-word"):
         judge("1", "1", "fuzzy")
     with pytest.raises(ValueError, match="'fuzzy'"):
         majority_index(["1"], "fuzzy")
