@@ -2,8 +2,11 @@
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
+
+from plasticity_jax.errors import reason
 
 log = logging.getLogger("plasticity_jax")
 
@@ -16,6 +19,14 @@ def start_logging() -> None:
     log.setLevel(logging.INFO)
     for library in ("absl", "asyncio", "gcsfs"):  # they would add a trace per array or request
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    threading.excepthook = _in_one_line
+
+
+def _in_one_line(ended: threading.ExceptHookArgs) -> None:
+    """A thread of a library that ended with an error, such as the writer of TensorBoard's events on a full disk."""
+    if ended.exc_value is not None:
+        log.warning("a background thread ended: %s", reason(ended.exc_value))
+        log.debug("its trace", exc_info=ended.exc_value)
 
 
 checks: list[Callable[[], None]] = []  # called at every update, in the thread that works; one raises to end the work

@@ -355,7 +355,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(workdir, wheels_dir, disk):
     assert plasticity(*argv).returncode == 2, "refused before anything is written, for its estimate"
     status, lines = end(start(*argv, PYTHONPATH=str(blind_to_free_space(folder.parent)), PYTHONSAFEPATH="1"))
     assert status == 2 and "no space left on device" in lines[-1].lower() and str(work) in lines[-1] and "it resumes" in lines[-1], lines
-    assert not any("Traceback" in line for line in lines), lines
+    assert not any("Traceback" in line for line in lines), "\n".join(lines)
     remount("size=64m")
     result = plasticity(*argv)
     assert result.returncode == 0, result.stderr
