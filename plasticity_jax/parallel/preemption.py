@@ -64,6 +64,7 @@ def handled() -> Iterator[None]:
         os.close(said)  # which ends the watcher
         watcher.join()
         os.close(heard)
+        _requested, _raised = None, False
 
 
 def requested() -> bool:

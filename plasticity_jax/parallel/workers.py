@@ -187,18 +187,20 @@ def serve(prepare: Callable[[Message], Callable[[Message], Any]]) -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     message: Message = {}
-    with preemption.handled(), contextlib.suppress(KeyboardInterrupt):  # while there is nothing to do
-        answer = prepare(json.loads(questions.get() or "{}"))
-        answered += 1
-        while "interrupted" not in message and (question := questions.get()) is not None:
-            try:
-                message = {"value": answer(json.loads(question))}
-            except Exception as error:
-                message = processes.as_message(error)
-            except KeyboardInterrupt as error:
-                message = {"interrupted": str(error), "saved": isinstance(error, preemption.Preempted)}
+    with preemption.handled():
+        with contextlib.suppress(KeyboardInterrupt):  # while there is nothing to do
+            answer = prepare(json.loads(questions.get() or "{}"))
             answered += 1
-            print(to_json(message), file=answers, flush=True)
-    if preemption.requested():  # jax would wait for what was interrupted
+            while "interrupted" not in message and (question := questions.get()) is not None:
+                try:
+                    message = {"value": answer(json.loads(question))}
+                except Exception as error:
+                    message = processes.as_message(error)
+                except KeyboardInterrupt as error:
+                    message = {"interrupted": str(error), "saved": isinstance(error, preemption.Preempted)}
+                answered += 1
+                print(to_json(message), file=answers, flush=True)
+        told = preemption.requested()
+    if told:  # jax would wait for what was interrupted
         sys.stderr.flush()
         os._exit(preemption.INTERRUPTED)
