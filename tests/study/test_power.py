@@ -63,6 +63,6 @@ def test_the_command_prints_words_or_json(capsys):
     flags = ["power", "--config", "configs/default.py", "--config.grid.seeds=(0,1,2)", "--seed-deviation", "0.01"]
     assert cli.main(flags) == 0
     words = capsys.readouterr().out
-    assert "3 pretraining seeds, 900 problems" in words and "a difference of 0.05: power" in words
+    assert "3 pretraining seeds, 1,025 problems" in words and "a difference of 0.05: power" in words
     assert cli.main([*flags, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["seed_deviation"] == 0.01
