@@ -54,6 +54,8 @@ def on_page_markdown(markdown, page, config, files):
             markdown = markdown.replace(line, made())
     uri = page.file.src_uri
     source = uri.removeprefix("source/").removesuffix(".md") if uri.startswith("source/") else DOCS + uri
+    if not source.endswith(".md"):
+        return markdown  # code
 
     def lead(match: re.Match) -> str:
         target = resolved(source, match[1])
