@@ -7,6 +7,8 @@
 # make test-nightly  every test with 1,000 examples per property, every mesh, and the compiler's defaults, on both Pythons (over an hour)
 # make fuzz          thousands of damaged and hostile configs, Hugging Face folders, tables and files of runs (about 15 minutes)
 # make torture       kills the tiny study again and again, and compares it with one that was not killed (KILLS=20 of each kind)
+# make docs          the documentation site, in build/site; every link between its pages is checked
+# make package       the sdist and the wheel, in build/dist, checked for PyPI; the wheel runs in an empty environment outside of this folder
 # make lock          writes requirements-lock.txt, the test environment with the SHA-256 of every file
 # make bench         every benchmark, one after the other (about 15 minutes), and its tables in docs/performance.md
 # make bench-scale   what a step of the paper's configs takes on TPUs and GPUs, by compiling (about an hour; tests/environment extra)
@@ -20,7 +22,7 @@ PINS := plasticity_jax/data/requirements-data.txt
 VENV := .venv
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: study check types test test-all test-nightly test-device bench bench-scale fuzz lock torture wheels wheels-sentencepiece-32k wheels-dolma2
+.PHONY: study check types test test-all test-nightly test-device bench bench-scale docs fuzz lock package torture wheels wheels-sentencepiece-32k wheels-dolma2
 
 study: $(VENV)/.installed
 	@$(VENV)/bin/plasticity study --config $(CONFIG) --workdir $(WORK) --dry-run >/dev/null
@@ -69,6 +71,17 @@ fuzz: $(VENV)/.installed-test
 KILLS ?= 20
 torture: $(VENV)/.installed-test wheels
 	@for mode in sequential vmapped two-process; do $(VENV)/bin/python benchmarks/torture.py --kills $(KILLS) --mode $$mode || exit; done
+
+docs: $(VENV)/.installed
+	@tests/environment docs
+	NO_COLOR=1 .venv-docs/bin/python -m mkdocs --quiet build --strict
+	@echo build/site/index.html
+
+package: | $(VENV)/bin/python
+	@tests/environment package
+	rm -rf build/dist && .venv-package/bin/python -m build --outdir build/dist .
+	.venv-package/bin/python -m twine check --strict build/dist/*
+	tests/wheel build/dist/*.whl
 
 lock: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/lock.py

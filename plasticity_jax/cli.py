@@ -681,6 +681,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     worker = supervise.become_worker()
     start_logging()
     try:
+        if sys.platform == "win32":
+            raise UserError("plasticity runs on Linux and macOS; on Windows, install and start it inside WSL (wsl --install).")
         rest, overrides = split_overrides(argv)
         arguments = parser().parse_args(rest)
         command = COMMANDS[arguments.command]

@@ -32,6 +32,17 @@ def test_help_imports_neither_jax_nor_tensorflow():
     assert "study" in result.stdout
 
 
+def test_windows_is_refused_with_the_way_out(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert refused(capsys, "study") == "plasticity: plasticity runs on Linux and macOS; on Windows, install and start it inside WSL (wsl --install)."
+    code = (
+        "import sys, plasticity_jax.cli\n"
+        "ours = [module for name, module in sys.modules.items() if name.startswith('plasticity_jax')]\n"
+        "assert not any(hasattr(module, name) for module in ours for name in ('fcntl', 'resource', 'pwd', 'termios'))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "what Windows does not have would end the import before the line"
+
+
 FLOAT32 = "--config.train.compute_dtype=float32"
 
 

@@ -14,6 +14,10 @@ fail() {
   exit 2
 }
 
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+  exit 0
+fi
 dry_run=0 processes=1 gpus="" port=12355
 while (($#)) && [[ $1 != -- ]]; do
   case $1 in

@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
 # The batch script of every job: runs one `plasticity` command on all tasks of the allocation. run.sh and the scripts of study.py start it.
+#
+#   launch/slurm/job.sh COMMAND ...
+#
 # Resources (partition, nodes, GPUs, time) come from the options of sbatch, never from here.
 #
 # A job that reaches its time limit saves and is queued again, at most PLASTICITY_REQUEUES times (100; 0 never).
 # Set PLASTICITY if the program is not on the PATH of the compute nodes, such as /shared/venv/bin/plasticity.
 set -euo pipefail
 
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+  exit 0
+fi
 if (($# == 0)); then
   echo "job.sh: no command; give a plasticity command, such as: study --config C --workdir W" >&2
   exit 2

@@ -10,6 +10,10 @@
 # preempted one. After a failure, the same command resumes from the last checkpoint.
 set -euo pipefail
 
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+  exit 0
+fi
 usage="launch/slurm/run.sh [--dry-run] [SBATCH OPTIONS] -- COMMAND ..."
 dry_run=0
 options=()

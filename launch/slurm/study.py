@@ -41,6 +41,9 @@ cd "$(dirname "$0")"
 dry_run=0
 if [[ $* == --dry-run ]]; then
   dry_run=1
+elif [[ $* == --help || $* == -h ]]; then
+  sed -n '2,/^set /s/^# \\{{0,1\\}}//p' "${{0##*/}}"
+  exit 0
 elif (($#)); then
   echo "submit.sh: $* is not an option; usage: submit.sh [--dry-run]" >&2
   exit 2

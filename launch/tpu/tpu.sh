@@ -4,13 +4,15 @@
 #   export TPU_NAME=grid TPU_ZONE=us-west4-a TPU_TYPE=v5litepod-16      # TPU_PROJECT, TPU_RUNTIME: those of gcloud and of the type otherwise
 #   launch/tpu/tpu.sh create [--spot]      requests the slice
 #   launch/tpu/tpu.sh wait                 prints the state until the slice is ready
-#   launch/tpu/tpu.sh install              the last commit, its environment and the pinned data, on every host
+#   launch/tpu/tpu.sh install              this folder as it is now, its environment, and the pinned data and tokenizers, on every host
 #   launch/tpu/tpu.sh run study --config configs/llama_1b_20tpp.py --workdir gs://bucket/work
 #   launch/tpu/tpu.sh attach               follows worker 0's log; Ctrl-C does not stop the run
 #   launch/tpu/tpu.sh logs                 the last lines of every host
 #   launch/tpu/tpu.sh stop | state | delete
 #   launch/tpu/tpu.sh --dry-run COMMAND ... prints the commands and runs nothing
 #
+# `install` copies every file that git does not ignore, also what is not committed: a config of your own needs no commit. Give it to `run` by its path
+# in this folder. What the config reads besides (corpus, tasks, reward model) must lie where every host sees it: plasticity data --config C lists it.
 # On Cloud TPU, jax finds hosts and coordinator by itself: every host runs the same command without extra flags.
 # All hosts must see the workdir (gs://...). A spot slice can be preempted at any time (state SUSPENDED): delete, create --spot, wait, install,
 # and run the same command; the study resumes from its last checkpoints.
@@ -21,6 +23,10 @@ fail() {
   exit 2
 }
 
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+  exit 0
+fi
 dry_run=0
 if [[ ${1:-} == --dry-run ]]; then
   dry_run=1
@@ -82,14 +88,20 @@ case $action in
   install)
     archive=$(mktemp -d)/plasticity_jax.tar.gz
     trap 'rm -rf "$(dirname "$archive")"' EXIT
-    top=$(dirname "$0")/../..
-    [[ -z $(git -C "$top" status --porcelain --untracked-files=no) ]] || echo "tpu.sh: uncommitted changes are not installed." >&2
-    send git -C "$top" archive --prefix=plasticity_jax/ --output="$archive" HEAD
+    top=$(cd "$(dirname "$0")/../.." && pwd)
+    if ((dry_run)); then
+      printf 'tar -czf %q -C %q FILES   # every file that git does not ignore\n' "$archive" "$top"
+    else
+      # A file that was deleted and not committed is listed too.
+      git -C "$top" ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+        [[ ! -e $top/$file && ! -L $top/$file ]] || printf '%s\0' "$file"
+      done | tar -czf "$archive" -C "$top" --null -T -
+    fi
     send gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:" "${where[@]}" --worker=all
     # uv installs its own Python, because the TPU images have 3.10. jax[tpu] includes libtpu.
-    on all "set -e; tar xzf plasticity_jax.tar.gz; cd plasticity_jax; python3 -m pip install --quiet --user uv
+    on all "set -e; mkdir -p plasticity_jax; tar xzf plasticity_jax.tar.gz -C plasticity_jax; cd plasticity_jax; python3 -m pip install --quiet --user uv
       [ -d .venv ] || ~/.local/bin/uv venv --quiet --seed --python 3.12 .venv
-      .venv/bin/pip install --quiet -e '.[data,gcs,tpu]'; make wheels"
+      .venv/bin/pip install --quiet -e '.[data,gcs,harness,tpu]'; make wheels wheels-sentencepiece-32k wheels-dolma2"
     ;;
   run)
     (($#)) || fail "run needs a plasticity command, such as: run study --config C --workdir gs://bucket/work"

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from plasticity_jax.config import grid_members, load_config
 
 TPU = {"TPU_NAME": "grid", "TPU_ZONE": "us-west4-a", "TPU_TYPE": "v5litepod-16"}
 TOOLS = Path(sys.executable).parent
+PINS = TOP / "plasticity_jax" / "data"
+TOKENIZERS = [PINS / f"requirements-{name}.txt" for name in ("sentencepiece-32k", "dolma2")]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- linters
@@ -47,6 +50,7 @@ def test_dockerfiles_pass_hadolint_and_hold_what_they_copy(kind):
             assert all((TOP / source).exists() for source in line.split()[1:-1]), line
     assert [line for line in lines if line.startswith("FROM")] == ["FROM python:3.12.11-slim-bookworm"]
     assert [line for line in lines if line.startswith("USER")] == ["USER 1000"]
+    assert set(re.findall(r"-r (\S+)", file.read_text())) == {path.relative_to(TOP).as_posix() for path in PINS.glob("requirements-*.txt")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- Cloud TPU
@@ -75,6 +79,37 @@ HOSTS = """
 command=$(printf '%s\\n' "$@" | sed -z 's/.*\\n--command=//')
 cd "$HOME" && exec bash -c "$command"
 """
+
+
+def test_tpu_install_brings_the_folder_as_it_is_and_what_the_configs_need(tmp_path):
+    """A stand-in for gcloud that copies to, and works in, a folder of its own; git decides what belongs to the repository."""
+    clone, host, calls = tmp_path / "clone", tmp_path / "host", tmp_path / "calls"
+    (clone / "launch" / "tpu").mkdir(parents=True)
+    shutil.copy(LAUNCH / "tpu" / "tpu.sh", clone / "launch" / "tpu")
+    for name, text in {".gitignore": "/data/\n", "changed.py": "old", "deleted.py": "old", "data/big": "big"}.items():
+        (clone / name).parent.mkdir(exist_ok=True)
+        (clone / name).write_text(text)
+    git = ["git", "-C", str(clone), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "x"]):
+        subprocess.run([*git, *words], check=True)
+    (clone / "changed.py").write_text("new")
+    (clone / "my config.py").write_text("mine")
+    (clone / "deleted.py").unlink()
+    (host / "plasticity_jax" / ".venv" / "bin").mkdir(parents=True)
+    for name in ("python3", "make"):
+        path = stand_in(tmp_path / "bin", name, f'echo {name} "$@" >>{calls}')
+    stand_in(host / "plasticity_jax" / ".venv" / "bin", "pip", f'echo pip "$@" >>{calls}')
+    stand_in(tmp_path / "bin", "gcloud", f'[[ $4 != scp ]] || cp "$5" {host}\n{HOSTS}')
+    installed = subprocess.run(
+        [clone / "launch" / "tpu" / "tpu.sh", "install"], env=os.environ | TPU | {"HOME": str(host), "PATH": path}, capture_output=True, text=True
+    )
+    assert installed.returncode == 0, installed.stderr
+    found = {path.relative_to(host / "plasticity_jax").as_posix(): path.read_text() for path in (host / "plasticity_jax").glob("*") if path.is_file()}
+    assert found == {".gitignore": "/data/\n", "changed.py": "new", "my config.py": "mine"}
+    assert (host / "plasticity_jax" / "launch" / "tpu" / "tpu.sh").is_file() and not (host / "plasticity_jax" / "data").exists()
+    [pip, make] = calls.read_text().splitlines()[1:]
+    assert pip == "pip install --quiet -e .[data,gcs,harness,tpu]"
+    assert make.split() == ["make", "wheels", *(f"wheels-{path.stem.removeprefix('requirements-')}" for path in TOKENIZERS)]
 
 
 def test_tpu_run_reaches_the_host_word_for_word_and_is_not_started_twice(tmp_path):
@@ -256,7 +291,19 @@ def test_local_members_end_with_their_launcher(tmp_path):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------------------- help, refusals
+
+
+def test_help_works_everywhere_and_needs_nothing(tmp_path):
+    saved_study(tmp_path / "work")
+    write_jobs(tmp_path / "work", tmp_path / "jobs")
+    scripts = [*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.py"), tmp_path / "jobs" / "submit.sh"]
+    assert len(scripts) == 8
+    for script in scripts:
+        for flag in ("--help", "-h"):
+            printed = run(script, flag, path=f"{TOOLS}:/usr/bin:/bin")
+            assert (printed.returncode, printed.stderr) == (0, ""), script
+            assert script.name in printed.stdout and "set -euo" not in printed.stdout, printed.stdout
 
 
 @pytest.mark.parametrize(
