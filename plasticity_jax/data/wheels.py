@@ -176,8 +176,22 @@ def _download(pin: Pin, directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory, prefix=".downloading-") as folder:
         asked = Path(folder) / "requirements.txt"
         asked.write_text(f"{pin.package}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
-        options = ("--quiet", "--progress-bar", "off", "--disable-pip-version-check", "--no-input", "--retries", "2")
-        command = [sys.executable, "-m", "pip", *options, "download", "--no-deps", "--only-binary", ":all:", "--require-hashes", "-r", str(asked)]
+        options = ("--quiet", "--disable-pip-version-check", "--no-input", "--retries", "2")
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            *options,
+            "download",
+            "--progress-bar",
+            "off",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--require-hashes",
+            "-r",
+            str(asked),
+        ]
         done = subprocess.run([*command, "-d", folder], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         found = list(Path(folder).glob("*.whl"))
         if done.returncode or not found:
