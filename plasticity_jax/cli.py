@@ -4,9 +4,11 @@ A command is a function below with its flags above it. Nothing heavy is imported
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -15,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plasticity_jax.completion import SHELLS, script
 from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import preemption, processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
 from plasticity_jax.parallel.flags import prepare_backend
-from plasticity_jax.progress import start_logging
+from plasticity_jax.progress import NORMAL, QUIET, VERBOSE, logged, say_last, start_logging
 from plasticity_jax.text import valid_text
 
 if TYPE_CHECKING:
@@ -50,27 +53,41 @@ class Command:
     Attributes:
       run: (arguments) → exit status.
       does: one line for --help.
+      examples: command lines for --help, without the program's name.
       flags: of its own.
       config, workdir: whether it takes --config and --workdir.
       several: whether several processes can carry it out together.
+      reads: it makes nothing in the workdir, so it leaves no log file there either.
       memory: "keep" what is freed, for work that allocates again and again; "return" it, for work on large files; "" for neither.
     """
 
     run: Callable[[argparse.Namespace], int]
     does: str
+    examples: tuple[str, ...]
     flags: tuple[Flag, ...]
     config: bool
     workdir: bool
     several: bool
+    reads: bool
     memory: str
 
 
 COMMANDS: dict[str, Command] = {}
 
 
-def _command(name: str, does: str, *flags: Flag, config: bool = True, workdir: bool = True, several: bool = True, memory: str = "keep"):
+def _command(
+    name: str,
+    does: str,
+    *flags: Flag,
+    examples: tuple[str, ...],
+    config: bool = True,
+    workdir: bool = True,
+    several: bool = True,
+    reads: bool = False,
+    memory: str = "keep",
+):
     def register(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-        COMMANDS[name] = Command(run, does, flags, config, workdir, several, memory)
+        COMMANDS[name] = Command(run, does, examples, flags, config, workdir, several, reads, memory)
         return run
 
     return register
@@ -110,6 +127,11 @@ FAIL_FAST = _flag("--fail-fast", action="store_true", help="stop at the first ru
     _flag("--stages", metavar="A,B", help="only these stages, comma-separated"),
     _flag("--dry-run", action="store_true", help="print the graph and do nothing"),
     FAIL_FAST,
+    examples=(
+        "study --config default",
+        "study --config my_study.py --dry-run",
+        "study --config my_study.py --stages prepare,init,pretrain --config.grid.seeds='(0,1,2)'",
+    ),
 )
 def _study(arguments) -> int:
     from plasticity_jax.stages import stages
@@ -126,7 +148,17 @@ def _study(arguments) -> int:
     return status
 
 
-@_command("status", "every run: done, running, failed, diverged, damaged, stale or missing", JSON, VERIFY, config=False, several=False, memory="")
+@_command(
+    "status",
+    "every run: done, running, failed, diverged, damaged, stale or missing",
+    JSON,
+    VERIFY,
+    examples=("status", "status --workdir work --json", "status --verify"),
+    config=False,
+    several=False,
+    reads=True,
+    memory="",
+)
 def _status(arguments) -> int:
     from plasticity_jax.runs.jsonfiles import to_json
     from plasticity_jax.study.status import status_lines, study_status
@@ -136,7 +168,30 @@ def _status(arguments) -> int:
     return int(arguments.verify and any(row["state"] == "damaged" for row in rows))
 
 
-@_command("prepare", "corpus, tokenizer, token records, task and probe files", FAIL_FAST)
+@_command(
+    "init",
+    "write a config to begin with: short, commented, and complete",
+    _flag("file", metavar="FILE.py", help="the file to write, such as my_study.py; none is replaced"),
+    _flag(
+        "--for", dest="shows", metavar="A,B", help="what of your own the file reads, comma-separated: text, task; by default what the study downloads"
+    ),
+    examples=("init my_study.py", "init my_study.py --for text,task"),
+    config=False,
+    workdir=False,
+    several=False,
+    memory="",
+)
+def _init(arguments) -> int:
+    from plasticity_jax.config.starter import SHOWS, write_starter
+
+    shows = () if arguments.shows is None else _choices("--for", arguments.shows, tuple(SHOWS))
+    for beside in write_starter(arguments.file, shows):
+        print(f"put {beside} beside {arguments.file}")
+    print(f"next: plasticity study --config {shlex.quote(arguments.file)} --dry-run")
+    return 0
+
+
+@_command("prepare", "corpus, tokenizer, token records, task and probe files", FAIL_FAST, examples=("prepare --config my_study.py",))
 def _prepare(arguments) -> int:
     from plasticity_jax.study.execute import run_study
 
@@ -148,6 +203,7 @@ def _prepare(arguments) -> int:
     "pretrain the members of the grid, or one of them",
     _flag("--member", metavar="NAME", help="only this member, such as wd0.1"),
     FAIL_FAST,
+    examples=("pretrain --config my_study.py", "pretrain --config my_study.py --member wd0.1"),
 )
 def _pretrain(arguments) -> int:
     from plasticity_jax.config import grid_members
@@ -167,10 +223,11 @@ def _pretrain(arguments) -> int:
     "finetune",
     "fine-tune a pretrained model on a task",
     _flag("--base", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=MODEL_HELP),
-    _flag("--task", required=True, metavar="T"),
+    _flag("--task", required=True, metavar="T", help="one of the config's tasks"),
     _flag("--seed", type=_seed, metavar="S", help="of the order of the rows; by default the config's first"),
     _flag("--member", metavar="NAME", help="whose recipe to use, where the grid sweeps fields of the fine-tuning"),
     FAIL_FAST,
+    examples=("finetune --config default --base work/default/pretrain/RUN --task topic --seed 1",),
 )
 def _finetune(arguments) -> int:
     from plasticity_jax.config import grid_members
@@ -198,7 +255,7 @@ def _finetune(arguments) -> int:
     "evaluate",
     "generate answers to a task's test rows and grade them",
     _flag("--model", type=_place, metavar="RUN_OR_HF_DIR", help=MODEL_HELP),
-    _flag("--task", metavar="T"),
+    _flag("--task", metavar="T", help="one of the config's tasks"),
     _flag(
         "--regrade",
         action="store_true",
@@ -207,6 +264,7 @@ def _finetune(arguments) -> int:
     _flag("--faithful", action="store_true", help="with --regrade: grade as the original; by default as the completions were graded"),
     _flag("--clean", action="store_true", help="with --regrade: grade the clean way"),
     FAIL_FAST,
+    examples=("evaluate --config default --model work/default/finetune/RUN --task topic", "evaluate --config default --regrade"),
 )
 def _evaluate(arguments) -> int:
     from plasticity_jax.stages.evaluate import evaluate_run
@@ -236,6 +294,7 @@ def _evaluate(arguments) -> int:
     _flag("--model", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=MODEL_HELP),
     _flag("--only", metavar="A,B", help="some of the analyses, comma-separated; all by default"),
     FAIL_FAST,
+    examples=("analyze --config default --model path/to/SmolLM2-135M --only probe,spectra",),
 )
 def _analyze(arguments) -> int:
     from plasticity_jax.stages import stages
@@ -263,15 +322,17 @@ def _analyze(arguments) -> int:
     "read completions, by member, task and verdict",
     _flag("--member", metavar="NAME", help="such as wd0.1"),
     _flag("--weight-decay", type=float, metavar="X", help="of the pretraining"),
-    _flag("--task", metavar="T"),
+    _flag("--task", metavar="T", help="only of this task"),
     _flag("--when", choices=("before", "after"), help="fine-tuning"),
-    _flag("--verdict", choices=("right", "wrong", "no answer", "timed out")),
+    _flag("--verdict", choices=("right", "wrong", "no answer", "timed out"), help="of the grader"),
     _flag("--id", metavar="ID", help="of a problem"),
     _flag("--samples", action="store_true", help="also the sampled completions, not only the greedy ones"),
     _flag("--limit", type=int, default=10, metavar="N", help="completions to show (10); 0 shows all"),
     _flag("--json", action="store_true", help="one JSON object per completion and line"),
+    examples=("show --task topic --verdict wrong", "show --member wd0.1 --when after --samples --limit 3"),
     config=False,
     several=False,
+    reads=True,
     memory="",
 )
 def _show(arguments) -> int:
@@ -299,6 +360,7 @@ def _show(arguments) -> int:
     "what differs between two runs: config, inputs, environment, the first step at which their logs part, results",
     _flag("runs", nargs=2, type=_place, metavar="RUN", help="directories of two runs"),
     JSON,
+    examples=("diff work/default/pretrain/RUN other/default/pretrain/RUN",),
     config=False,
     workdir=False,
     several=False,
@@ -315,7 +377,7 @@ def _diff(arguments) -> int:
     return 0
 
 
-@_command("report", "write <workdir>/<study>/report/index.html, figures and tables", config=False, several=False, memory="")
+@_command("report", "write <workdir>/<study>/report/index.html, figures and tables", examples=("report",), config=False, several=False, memory="")
 def _report(arguments) -> int:
     from plasticity_jax.study.graph import study_files
 
@@ -345,6 +407,7 @@ def _report(arguments) -> int:
     ),
     _flag("--out", type=_place, required=True, metavar="DIR", help="folder of the page, its figures and tables"),
     JSON,
+    examples=("compare --study work20/small --study work140/small --out comparison",),
     config=False,
     workdir=False,
     several=False,
@@ -376,6 +439,7 @@ def _compare(arguments) -> int:
         help="standard deviation of a model's mean accuracy over pretraining seeds (0.02; docs/statistics.md says from what)",
     ),
     JSON,
+    examples=("power --config default", "power --config default --config.grid.seeds='(0,1,2,3,4)'"),
     workdir=False,
     several=False,
     memory="",
@@ -395,6 +459,7 @@ def _power(arguments) -> int:
     _flag("--task", metavar="T", help="the task whose rows to show; by default those from tables and modules of your own"),
     _flag("--workdir", type=_place, metavar="W", help="folder of the study, if its data is prepared: lengths by the tokenizer that it trained"),
     JSON,
+    examples=("data --config my_study.py", "data --config llama_1b_20tpp --json"),
     workdir=False,
     several=False,
     memory="",
@@ -435,6 +500,7 @@ def _data(arguments) -> int:
     _flag("--mfu", type=float, metavar="FRACTION", help="of the devices' peak FLOP/s; launch.mfu by default"),
     _flag("--workdir", type=_place, metavar="W", help="folder of the study, if its data is prepared: hours from the rows and lengths that are there"),
     JSON,
+    examples=("check --config llama_1b_20tpp --topology v5e:8x8", "check --config my_study.py --topology h100:8 --stages finetune --search"),
     workdir=False,
     several=False,
 )
@@ -477,6 +543,7 @@ def _check(arguments) -> int:
     "config",
     "print a config as JSON, with the overrides applied",
     _flag("--explain", action="store_true", help="each field with its meaning, and whether it is an execution field"),
+    examples=("config --config default --explain", "config --config default --config.train.steps=100"),
     workdir=False,
     several=False,
     memory="",
@@ -499,6 +566,7 @@ def _config(arguments) -> int:
     "turn a Hugging Face folder into a run that the other commands take",
     _flag("--hf", type=_place, required=True, metavar="DIR", help="folder with config.json and safetensors, as save_pretrained writes it"),
     _flag("--out", type=_place, required=True, metavar="RUN_DIR", help="directory of the run; missing or empty"),
+    examples=("import --hf path/to/OLMo-2-0425-1B --out work/olmo2",),
     config=False,
     workdir=False,
     several=False,
@@ -518,6 +586,7 @@ def _import(arguments) -> int:
     _flag("--model", type=_place, required=True, metavar="RUN_DIR", help="directory of a finished pretrain, finetune or import run"),
     _flag("--out", type=_place, required=True, metavar="DIR", help="the folder to write; missing or empty"),
     _flag("--dtype", metavar="D", help=f"{', '.join(EXPORT_DTYPES)}; by default that of an import's source, and float32 for other runs"),
+    examples=("export --model work/olmo2 --out olmo2-folder --dtype bfloat16",),
     config=False,
     workdir=False,
     several=False,
@@ -537,13 +606,14 @@ def _export(arguments) -> int:
     "generate",
     "continue a prompt",
     _flag("--model", type=_place, required=True, metavar="RUN_OR_HF_DIR", help=MODEL_HELP),
-    _flag("--prompt", required=True, metavar="TEXT"),
-    _flag("--max-new-tokens", type=int, default=64, metavar="N"),
-    _flag("--temperature", type=float, default=1.0, metavar="T", help="0 takes the most likely token"),
+    _flag("--prompt", required=True, metavar="TEXT", help="the text to continue"),
+    _flag("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add, at most (64)"),
+    _flag("--temperature", type=float, default=1.0, metavar="T", help="0 takes the most likely token; 1 by default"),
     _flag("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens; 0 from all"),
     _flag("--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens that hold this probability"),
     _flag("--repetition-penalty", type=float, default=1.0, metavar="R", help="of tokens that are there already; 1 is none"),
     _flag("--seed", type=_seed, default=0, metavar="S", help="of the draws"),
+    examples=('generate --model work/default/pretrain/RUN --prompt "The President" --temperature 0',),
     config=False,
     workdir=False,
 )
@@ -565,6 +635,25 @@ def _generate(arguments) -> int:
     continued = processes.broadcast(lambda: continue_text(load_model(arguments.model), arguments.prompt, **settings))
     if processes.primary():
         print(continued)
+    return 0
+
+
+@_command(
+    "completion",
+    "print a script that completes commands and options in a shell",
+    _flag("shell", choices=SHELLS, help="the shell that reads the script"),
+    examples=(
+        "completion bash > ~/.local/share/bash-completion/completions/plasticity",
+        'completion zsh > "${fpath[1]}/_plasticity"',
+        "completion fish > ~/.config/fish/completions/plasticity.fish",
+    ),
+    config=False,
+    workdir=False,
+    several=False,
+    memory="",
+)
+def _completion(arguments) -> int:
+    print(script(arguments.shell, parser()), end="")
     return 0
 
 
@@ -622,18 +711,31 @@ def parser() -> argparse.ArgumentParser:
     program.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     subparsers = program.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, command in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=command.does, description=command.does, allow_abbrev=False)
+        examples = "\n".join(["examples:", *(f"  plasticity {words}" for words in command.examples)])
+        sub = subparsers.add_parser(
+            name,
+            help=command.does,
+            description=command.does,
+            epilog=examples,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if command.config:
-            about = "Python config file, or the config.json of a run; --config.a.b=value overrides one of its keys"
+            about = "a Python config file, the name of one that comes with the package, such as default, or the config.json of a run; "
+            about += "--config.a.b=value overrides one of its keys"
             sub.add_argument("--config", required=True, metavar="C", help=about)
         if command.workdir:
-            sub.add_argument("--workdir", type=_place, required=True, metavar="W", help="folder that holds the studies")
+            about = "folder that holds the studies, local or on a store such as gs://bucket/work (./work)"
+            sub.add_argument("--workdir", type=_place, default="work", metavar="W", help=about)
         for flag, settings in command.flags:
             sub.add_argument(flag, **settings)
+        loudness = sub.add_mutually_exclusive_group()
+        for flags, level, about in ((("-q", "--quiet"), QUIET, "say warnings and errors only"), (("-v", "--verbose"), VERBOSE, "say more")):
+            loudness.add_argument(*flags, dest="verbosity", action="store_const", const=level, default=NORMAL, help=about)
         if command.several:
             together = sub.add_argument_group("several processes, started by hand (Cloud TPU and SLURM need none of these)")
             together.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 is reached by all")
-            together.add_argument("--num-processes", type=int, metavar="N")
+            together.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
             together.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1, each once")
     return program
 
@@ -680,11 +782,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     worker = supervise.become_worker()
     start_logging()
+    with contextlib.ExitStack() as stack:
+        return _main(argv, worker, stack)
+
+
+def _main(argv: list[str], worker: bool, stack: contextlib.ExitStack) -> int:
+    """`main`, with a log file that is open until `stack` ends."""
     try:
         if sys.platform == "win32":
             raise UserError("plasticity runs on Linux and macOS; on Windows, install and start it inside WSL (wsl --install).")
         rest, overrides = split_overrides(argv)
         arguments = parser().parse_args(rest)
+        start_logging(arguments.verbosity)
         command = COMMANDS[arguments.command]
         if overrides and not command.config:
             raise UserError(f"plasticity {arguments.command} reads no config; leave out --config.{overrides[0][0]}.")
@@ -700,6 +809,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         several = is_one_of_several(arguments)
         if several and not worker:
             return supervise.supervise(argv, _log_folder(arguments))
+        stack.enter_context(logged(_logged_workdir(arguments), arguments.command, argv))
         with preemption.handled():
             if command.memory:
                 (keep_freed_memory if command.memory == "keep" else return_freed_memory)()
@@ -707,26 +817,27 @@ def main(argv: Sequence[str] | None = None) -> int:
                 processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=launch.start_timeout)
             return command.run(arguments)
     except UserError as error:
-        print(f"plasticity: {error}", file=sys.stderr)
+        say_last(f"plasticity: {error}")
         return REFUSED
     except processes.Disconnected as error:
-        print(f"plasticity: {error}; run the same commands again: they resume.", file=sys.stderr)
+        say_last(f"plasticity: {error}; run the same commands again: they resume.")
         return 1
     except KeyboardInterrupt as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print(f"plasticity: {str(error) or 'interrupted'}; the same command resumes.", file=sys.stderr)
+        say_last(f"plasticity: {str(error) or 'interrupted'}; the same command resumes.")
         return preemption.INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    except OSError as error:
+    except Exception as error:
         from plasticity_jax.study.execute import storage_problem
 
-        problem = storage_problem(error)
+        problem = storage_problem(error) if isinstance(error, OSError) else None
         if problem is None:
+            say_last(traceback.format_exc(), shown="")  # the interpreter shows it
             raise
         where = f"--workdir={arguments.workdir}" if "workdir" in arguments else f"--out={arguments.out}"
-        print(f"plasticity: {where}: {problem}; make room or give another, then run again: it resumes.", file=sys.stderr)
+        say_last(f"plasticity: {where}: {problem}; make room or give another, then run again: it resumes.")
         return REFUSED
 
 
@@ -747,6 +858,16 @@ def entry() -> None:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _logged_workdir(arguments) -> Path | None:
+    """The folder whose `logs` keep what this command says; None where it only reads, or works on a store."""
+    from plasticity_jax.runs.storage import is_local
+
+    command = COMMANDS[arguments.command]
+    if not command.workdir or command.reads or getattr(arguments, "dry_run", False) or not is_local(arguments.workdir):
+        return None
+    return arguments.workdir
 
 
 def _log_folder(arguments) -> Path | None:

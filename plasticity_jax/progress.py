@@ -1,25 +1,159 @@
-"""Progress of anything that takes more than two seconds: a bar on a terminal, plain log lines otherwise."""
+"""What a command says while it runs: log lines on standard error and in a file, and the progress of anything that takes more than two seconds."""
 
+import contextlib
 import logging
+import os
+import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from plasticity_jax.errors import reason
+from plasticity_jax.terminal import colored
 
 log = logging.getLogger("plasticity_jax")
 
 SHOW_AFTER_SECONDS, LOG_EVERY_SECONDS = 2.0, 10.0
+LOGS = "logs"  # folder of a workdir, with a log file per command
+QUIET, NORMAL, VERBOSE = -1, 0, 1
 
 
-def start_logging() -> None:
-    """Sends log lines to standard error, ours from INFO on, and of some libraries only what is fatal: what fails there raises in our code too."""
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(logging.INFO)
+class _Terminal(logging.StreamHandler):
+    """Log lines on standard error: in color where they are warnings or errors, and above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")
+        with tqdm.tqdm.external_write_mode(file=self.stream) if tqdm and self.stream.isatty() else contextlib.nullcontext():
+            super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else colored(text, "red" if record.levelno >= logging.ERROR else "yellow", self.stream)
+
+    def filter(self, record: logging.LogRecord):
+        return not getattr(record, "in_bar", False) and super().filter(record)
+
+
+_terminal: _Terminal | None = None
+
+
+def start_logging(verbosity: int = NORMAL) -> None:
+    """Sends log lines to standard error, and of some libraries only what is fatal: what fails there raises in our code too.
+
+    Args:
+      verbosity: QUIET says warnings and errors only; VERBOSE says details too.
+    """
+    global _terminal
+    root = logging.getLogger()
+    if not root.handlers:
+        _terminal = _Terminal(sys.stderr)
+        _terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        root.addHandler(_terminal)
+    if _terminal is not None:
+        _terminal.setLevel(logging.WARNING if verbosity == QUIET else logging.NOTSET)
+    log.setLevel(logging.DEBUG if verbosity == VERBOSE else logging.INFO)
     for library in ("absl", "asyncio", "gcsfs"):  # they would add a trace per array or request
         logging.getLogger(library).setLevel(logging.CRITICAL)
     threading.excepthook = _in_one_line
+
+
+class LogFile(logging.Handler):
+    """A file with everything that is logged, the command line first. What keeps it from being written is no reason to fail.
+
+    It begins once the workdir is there, so that a command that is refused before leaves nothing.
+    """
+
+    def __init__(self, workdir: Path, path: Path, heading: Sequence[str]):
+        super().__init__()
+        self.path = path
+        self._workdir, self._waiting, self._file = workdir, list(heading), None
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(self.format(record))
+
+    def say(self, text: str) -> None:
+        """Appends lines."""
+        self._waiting.append(text)
+        with contextlib.suppress(OSError):
+            if self._file is None:
+                if not self._workdir.is_dir():
+                    return
+                self.path.parent.mkdir(exist_ok=True)
+                self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+            waiting, self._waiting = self._waiting, []
+            self._file.write("".join(f"{line}\n" for line in waiting))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+        super().close()
+
+
+_log_file: LogFile | None = None
+
+
+@contextlib.contextmanager
+def logged(workdir: Path | None, command: str, argv: Sequence[str]) -> Iterator[None]:
+    """Keeps what is logged during the block in `<workdir>/logs/<command>-<UTC time>-<process>.log`. None keeps nothing."""
+    if workdir is None:
+        yield
+        return
+    now = time.gmtime()
+    path = workdir / LOGS / f"{command}-{time.strftime('%Y%m%dT%H%M%SZ', now)}-{os.getpid()}.log"
+    place = f"# {time.strftime('%Y-%m-%d %H:%M:%S', now)} UTC, process {os.getpid()}, in {os.getcwd()}"
+    with _kept(LogFile(workdir, path, [shlex.join(["plasticity", *argv]), place])):
+        yield
+
+
+@contextlib.contextmanager
+def _kept(file: LogFile) -> Iterator[None]:
+    global _log_file
+    logging.getLogger().addHandler(file)
+    _log_file = file
+    try:
+        yield
+    finally:
+        _log_file = None
+        logging.getLogger().removeHandler(file)
+        file.close()
+
+
+def say_last(text: str, *, shown: str | None = None) -> None:
+    """The last line of a command that failed: on standard error, in red on a terminal, and in the log file.
+
+    Args:
+      shown: what stands on standard error in its place; "" for nothing.
+    """
+    if _log_file is not None:
+        _log_file.say(text)
+    if shown := text if shown is None else shown:
+        print(colored(shown, "red", sys.stderr), file=sys.stderr)
+
+
+def as_here() -> dict[str, Any]:
+    """What a child process needs to say things as this one does; see `as_there`."""
+    verbosity = QUIET if quiet() else VERBOSE if log.isEnabledFor(logging.DEBUG) else NORMAL
+    return {"verbosity": verbosity, "log_file": None if _log_file is None else str(_log_file.path)}
+
+
+def as_there(verbosity: int, log_file: str | None) -> None:
+    """Says things as the parent does, whose `as_here` is given, and into the same log file; for the rest of this process."""
+    global _log_file
+    start_logging(verbosity)
+    if log_file is not None:
+        path = Path(log_file)
+        _log_file = LogFile(path.parent.parent, path, ())
+        logging.getLogger().addHandler(_log_file)
+
+
+def quiet() -> bool:
+    """Whether only warnings and errors are shown."""
+    return _terminal is not None and _terminal.level >= logging.WARNING
 
 
 def _in_one_line(ended: threading.ExceptHookArgs) -> None:
@@ -50,10 +184,11 @@ class Progress:
         self.note = ""
         self._bar = None
         self._start = time.monotonic()
+        self._paced_from: tuple[int, float] | None = None  # units and time of the first update: what came before was compiled or opened
         self._next_line = self._start + SHOW_AFTER_SECONDS
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
+        if sys.stderr.isatty() and log.isEnabledFor(logging.INFO) and not quiet():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -75,18 +210,29 @@ class Progress:
             check()
         self.done += amount
         self.note = note or self.note
+        first = self._paced_from is None
+        if self._paced_from is None:
+            self._paced_from = self.done, time.monotonic()
         if self._bar is not None:
             self._bar.set_postfix_str(self.note, refresh=False)
-            self._bar.update(amount)
-        elif time.monotonic() >= self._next_line and self.done != self.total:  # the end has a line of its own
+            if first:
+                self._bar.delay = max(0.0, SHOW_AFTER_SECONDS - (time.monotonic() - self._start))
+                self._bar.initial = self._bar.n = self._bar.last_print_n = self.done
+                self._bar.unpause()
+            else:
+                self._bar.update(amount)
+        if time.monotonic() >= self._next_line and self.done != self.total:  # the end has a line of its own
             self._next_line = time.monotonic() + LOG_EVERY_SECONDS
-            log.info(self._line())
+            self._log(self._line())
 
     def __exit__(self, kind, value, traceback) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif kind is None and time.monotonic() - self._start > SHOW_AFTER_SECONDS:
-            log.info(self._line(final=True))
+        if kind is None and time.monotonic() - self._start > SHOW_AFTER_SECONDS:
+            self._log(self._line(final=True))
+
+    def _log(self, line: str) -> None:
+        log.info("%s", line, extra={"in_bar": self._bar is not None})  # which says it on the terminal
 
     def _line(self, final: bool = False) -> str:
         seconds = time.monotonic() - self._start
@@ -94,13 +240,19 @@ class Progress:
         share = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,} ({self.done / max(self.total, 1):.0%})"
         left = ""
         if final:
-            left = f", done in {seconds:.0f} s"
-        elif self.total is not None and rate > 0:
-            left = f", {_duration((self.total - self.done) / rate)} left"
+            left = f", done in {duration(seconds)}"
+        elif self.total is not None and (pace := self._pace()):
+            left = f", {duration((self.total - self.done) / pace)} left"
         return f"{self.what}: {share} {self.unit}, {rate:,.0f} {self.unit}/s{left}" + (f", {self.note}" if self.note else "")
 
+    def _pace(self) -> float:
+        """Units per second since the first update; 0 before the second."""
+        done, since = self._paced_from or (self.done, 0.0)
+        return (self.done - done) / max(time.monotonic() - since, 1e-9)
 
-def _duration(seconds: float) -> str:
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "3 h 20 min", "2 min 5 s", "7 s"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return f"{hours:,} h" if hours >= 100 else f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

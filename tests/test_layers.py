@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "plasticity_jax"
-LAYERS = [("errors", "plugins", "progress", "text", "_lazy"), ("config", "runs"), ("model", "data", "parallel"), ("train", "evaluate", "analysis"), ("stages",),
+LAYERS = [("completion", "errors", "plugins", "progress", "terminal", "text", "_lazy"), ("config", "runs"), ("model", "data", "parallel"), ("train", "evaluate", "analysis"), ("stages",),
           ("study", "report"), ("cli",)]  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 APART = {"train", "evaluate", "analysis"}  # do not import each other: what needs training is a node of the graph

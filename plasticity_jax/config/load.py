@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from plasticity_jax.config.grid import check_members, check_swept
+from plasticity_jax.config.packaged import find_config
 from plasticity_jax.config.presets import presets
 from plasticity_jax.config.schema import RENAMED, StudyConfig, TaskConfig, execution_fields, explain, nearest, study_class, to_dict, unknown_key
 from plasticity_jax.errors import UserError, reason
-from plasticity_jax.text import local_path
 
 log = logging.getLogger("plasticity_jax")
 
@@ -61,14 +61,13 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
 
     Args:
       path: a Python file with `get_config()`, which is passed `faithful` if it takes it and the overrides set it; or JSON (the config.json of a run, a
-        study.json, the output of `plasticity config`), which executes no code but the modules that its tasks name.
+        study.json, the output of `plasticity config`), which executes no code but the modules that its tasks name; or the name of a config that comes
+        with the package, such as "default".
       overrides: pairs (dotted key, text of a Python literal or bare string); later ones win, and they win over `hardware` rules.
     Raises:
       UserError: a missing file, an unknown key (the nearest known one is named), a value of another type, or values that do not fit.
     """
-    path, given = local_path(str(path)), {key: _literal(text) for key, text in overrides}
-    if not path.is_file():
-        raise UserError(f"--config={path}: no such file; give a Python config file such as configs/default.py, or the config.json of a run.")
+    path, given = find_config(str(path)), {key: _literal(text) for key, text in overrides}
     tree = _read_json(path) if path.suffix == ".json" else _read_python(path, faithful=given.get("faithful"))
     if {"grid.weight_decay", "grid.timescales"} <= given.keys():
         raise UserError("grid.weight_decay and grid.timescales are two ways to say the same; set one of them.")
@@ -274,7 +273,9 @@ def _check_pattern(where: str, pattern: str) -> None:
 
 
 def _find_beside(tree: dict[str, Any], folder: Path) -> None:
-    """Tables and modules of tasks that lie beside the config and not in the current folder get their path."""
+    """The corpus, and tables and modules of tasks, that lie beside the config and not in the current folder get their path."""
+    if isinstance(tree.get("data"), dict) and isinstance(tree["data"].get("files"), str):
+        tree["data"]["files"] = _beside(tree["data"]["files"], folder)
     tasks = tree["tasks"] if isinstance(tree.get("tasks"), dict) else {}
     for task in (task for task in tasks.values() if isinstance(task, dict)):
         if isinstance(task.get("module"), str):

