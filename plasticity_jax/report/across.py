@@ -99,6 +99,8 @@ def _stability_numbers(results: StudyResults) -> str:
 
 
 def _sweeps_rates(config: StudyConfig) -> bool:
+    if config.grid.models:
+        return False
     decays = config.grid.weight_decay if config.grid.timescales is None else config.grid.timescales
     return study_axis(config).field == DECAY and len(decays or ()) > 1 and any(axis.field == PEAK_LR for axis in facet_axes(config))
 
