@@ -269,9 +269,9 @@ class StudyResults:
             return ""
         if not self.config.data.has_text:
             return "There is no held-out loss, because the config names no text to read (data.files)."
-        if not all(m.one_tokenizer for m in self.members):
-            return "Held-out losses in nats per token do not compare, because the models have different tokenizers; held_out.csv has bits per byte."
-        return "No model’s held-out loss has been computed yet."
+        if all(m.one_tokenizer for m in self.members):
+            return ""  # not yet
+        return "Held-out losses in nats per token do not compare, because the models have different tokenizers; held_out.csv has bits per byte."
 
     @cached_property
     def same_start(self) -> bool:
