@@ -230,11 +230,12 @@ def check_members(config: StudyConfig) -> None:
 def _check_labels(grid: GridConfig) -> None:
     """Refuses labels that are no λ where they must be, and two models that would be one member. Raises UserError."""
     names: dict[str, str] = {}
-    for member in _existing(replace(grid, fields=(), changes=())):
-        if grid.of_decay and (member.weight_decay is None or member.weight_decay < 0):
+    for label, place, *_ in grid.models if grid.of_decay else ():
+        if (number := _number(label)) is None or number < 0:
             raise UserError(
-                f"grid.models labels {member.model} with what is no weight decay; give numbers from 0 on, or name grid.axis after the labels."
+                f"grid.models labels {place} with {label!r}, no weight decay; give a number from 0 on, or name grid.axis after the labels."
             )
+    for member in _existing(replace(grid, fields=(), changes=())):
         if member.name in names:
             raise UserError(
                 f"grid.models gives {names[member.name]} and {member.model} one name and one seed, {member.name}; give them different labels or seeds."

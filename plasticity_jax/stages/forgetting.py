@@ -72,8 +72,6 @@ def programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Progra
     from plasticity_jax.parallel.batches import smaller_batches
     from plasticity_jax.parallel.sharding import device_bytes
 
-    if not (config.forgetting.held_out_loss or config.grid.models):
-        return
     train, params = config.train, abstract_loaded(config.model, mesh, config.train.compute_dtype)
     options = {"seq_len": train.seq_len, "isolate": config.data.isolate_documents, "loss_chunks": train.loss_chunks}
     forward, size = Forward.of(config, config.model, mesh), config.forgetting.batch_size
@@ -121,7 +119,7 @@ STAGE = Stage(
     inputs=lambda config, model: {"corpus": corpus_run(config).id},
     applies=lambda config: config.forgetting.held_out_loss,
     devices="all",
-    programs=programs,
+    programs=lambda config, mesh, members: programs(config, mesh, members) if config.forgetting.held_out_loss else (),
     work=work,
     tables={
         "held_out_rise": Table(

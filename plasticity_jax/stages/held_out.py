@@ -14,6 +14,6 @@ STAGE = Stage(
     inputs=lambda config, model: {"corpus": corpus_run(config).id},
     applies=lambda config: bool(config.grid.models) and config.data.has_text,
     devices="all",
-    programs=forgetting.programs,
+    programs=lambda config, mesh, members: forgetting.programs(config, mesh, members) if config.grid.models and config.data.has_text else (),
     work=forgetting.work,
 )

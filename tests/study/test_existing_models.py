@@ -62,12 +62,9 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def write_config(place: Path, models, axis="weight_decay", name="config", **replaced) -> Path:
-    text = CONFIG.format(models=models, axis=axis, text=str(place / "text"), rows=str(place / "rows.csv"))
-    for old, new in replaced.items():
-        text = text.replace(f"config.{old.replace('__', '.')} = ", f"config.{old.replace('__', '.')} = {new!r}  # ")
+def write_config(place: Path, models, axis="weight_decay", name="config") -> Path:
     path = place / f"{name}.py"
-    path.write_text(text)
+    path.write_text(CONFIG.format(models=models, axis=axis, text=str(place / "text"), rows=str(place / "rows.csv")))
     return path
 
 
@@ -141,7 +138,6 @@ def test_what_was_asked_for_by_itself_is_shown(place, study):
     assert len(shown.stdout.splitlines()) == 8 and json.loads(shown.stdout.splitlines()[0])["weight_decay"] is None
     opened = pj.open_study(study)
     assert "other" in {row["model"] for row in opened.table("other_models")} and len(opened.table()) == 3
-    # With another λ for b the graph is another one; what rests on models that it no longer has is stale.
     assert plasticity("report", "--workdir", study).returncode == 0
     assert "What else was run in this folder" in (study / "existing" / "report" / "index.html").read_text()
 
@@ -195,22 +191,31 @@ def unfinished(place: Path) -> Path:
     return folder
 
 
+def older(place: Path) -> Path:
+    folder = place / "older"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"run": {"stage": "pretrain", "of": "an older version"}, "config": {}}))
+    (folder / "DONE").write_text(json.dumps({"diverged": ""}))
+    return folder
+
+
 @pytest.mark.parametrize(
-    "models, replaced, message",
+    "models, message",
     [
-        (lambda p: ((1, str(gpt2(p))),), {}, "GPT2LMHeadModel"),
-        (lambda p: ((1, str(p / "a"), 0), (1, str(p / "b"), 0)), {}, "one name and one seed, wd1; give them different labels or seeds"),
-        (lambda p: ((1, str(p / "nowhere")),), {}, "nowhere is no folder; give a Hugging Face folder or the directory of a finished run"),
-        (lambda p: ((1, str(p / "text")),), {}, "is neither a Hugging Face folder, which has config.json and safetensors, nor a run"),
-        (lambda p: ((1, str(unfinished(p))),), {}, "is not finished"),
-        (lambda p: ((1, str(p / "a")), (2, str(p / "a"))), {}, "hold the same model"),
-        (lambda p: ((1, str(without_tokenizer(p))),), {}, "holds no tokenizer.json"),
-        (lambda p: (("large", str(p / "a")),), {}, "no weight decay"),
-        (lambda p: ((1,),), {}, "must be (label, path) or (label, path, seed)"),
+        (lambda p: ((1, str(gpt2(p))),), "GPT2LMHeadModel"),
+        (lambda p: ((1, str(p / "a"), 0), (1, str(p / "b"), 0)), "one name and one seed, wd1; give them different labels or seeds"),
+        (lambda p: ((1, str(p / "nowhere")),), "nowhere is no folder; give a Hugging Face folder or the directory of a finished run"),
+        (lambda p: ((1, str(p / "text")),), "is neither a Hugging Face folder, which has config.json and safetensors, nor a run"),
+        (lambda p: ((1, str(unfinished(p))),), "is not finished"),
+        (lambda p: ((1, str(older(p))),), "of another version"),
+        (lambda p: ((1, str(p / "a")), (2, str(p / "a"))), "hold the same model"),
+        (lambda p: ((1, str(without_tokenizer(p))),), "holds no tokenizer.json"),
+        (lambda p: (("large", str(p / "a")),), "no weight decay"),
+        (lambda p: ((1,),), "must be (label, path) or (label, path, seed)"),
     ],
 )
-def test_what_is_no_grid_of_models_is_refused_in_one_line(place, tmp_path, models, replaced, message):
-    config = write_config(place, models(place), name="refused", **replaced)
+def test_what_is_no_grid_of_models_is_refused_in_one_line(place, tmp_path, models, message):
+    config = write_config(place, models(place), name="refused")
     ended = plasticity("study", "--config", config, "--workdir", tmp_path / "work")
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("plasticity: ")]
     assert ended.returncode == 2 and message in line and not (tmp_path / "work").exists()
