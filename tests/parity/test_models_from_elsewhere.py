@@ -27,6 +27,7 @@ def get_config():
     config.data.sources = ()
     config.data.files = {text!r}
     config.data.held_out_fraction = 0.5
+    config.data.workers = 1
     config.train.seq_len = 32
     config.train.held_out_tokens = 256
     config.train.compute_dtype = "float32"
@@ -58,7 +59,7 @@ def test_held_out_losses_of_folders_that_transformers_made(tmp_path):
     results = collect(tmp_path / "work" / "elsewhere")
     (corpus,) = {s.run.parents["corpus"] for s in results.runs if s.run.stage == "held_out"}
     records = TokenRecords(results.path / corpus / "tokens", "held_out")
-    tokens = torch.tensor(np.stack([np.asarray(records[i]) for i in range(8)]).astype(np.int64))
+    tokens = torch.tensor(records.tokens(range(8)).astype(np.int64))
     for member in results.members:
         with torch.no_grad():
             logits = models[member.point](tokens[:, :-1]).logits

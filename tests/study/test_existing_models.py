@@ -30,6 +30,7 @@ def get_config():
     config.data.sources = ()
     config.data.files = {text!r}
     config.data.held_out_fraction = 0.5
+    config.data.workers = 1
     config.train.seq_len = 32
     config.train.held_out_tokens = 512
     config.train.compute_dtype = "float32"
@@ -94,11 +95,11 @@ def test_held_out_losses_are_those_of_the_folders(place, study):
     results = collect(study / "existing")
     (corpus,) = {s.run.parents["corpus"] for s in results.runs if s.run.stage == "held_out"}
     records = TokenRecords(study / "existing" / corpus / "tokens", "held_out")
-    tokens = np.stack([np.asarray(records[i]) for i in range(len(records))][:16])  # 512 tokens of 32
+    tokens = records.tokens(range(16))  # 512 tokens
     for member in results.members:
         logits, _ = pj.load_model(member.member.model)(tokens[:, :-1])
         logits = np.asarray(logits, np.float64)
-        of_targets = np.take_along_axis(logits, tokens[:, 1:, None].astype(int), -1)[..., 0]
+        of_targets = np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
         assert member.loss == pytest.approx(float((np.log(np.exp(logits).sum(-1)) - of_targets).mean()), rel=1e-4)
         rise = member.records("forgetting")["color"].held_out["loss"] - member.loss
         assert rise != 0
