@@ -294,7 +294,7 @@ def _collapse_notes(results: StudyResults) -> list[str]:
     for group, members in _groups(results).items():
         said = []
         for one in sorted({rate.value(m.member) for m in members}):
-            losses: dict[float, list[MemberResults]] = {}
+            losses: dict[float | None, list[MemberResults]] = {}
             for m in members:
                 if rate.value(m.member) == one and m.loss is not None:
                     losses.setdefault(m.member.weight_decay, []).append(m)

@@ -53,7 +53,7 @@ def browse(workdir: AnyPath, wanted: Filter) -> Iterator[dict[str, Any]]:
     Raises:
       UserError: no study there, or a member, λ or task that none of them has.
     """
-    studies = [(path, _decays(path), _runs(path)) for path in study_files(workdir)]
+    studies = [(path, *_study(path)) for path in study_files(workdir)]
     runs = [run for _, _, of_study in studies for run in of_study if run.stage == "evaluate"]
     _check("member", wanted.member, [run.member for run in runs])
     _check("task", wanted.task, [run.task for run in runs])
@@ -65,15 +65,13 @@ def browse(workdir: AnyPath, wanted: Filter) -> Iterator[dict[str, Any]]:
             yield from _of_study(path, of_study, decays, wanted)
 
 
-def _decays(path: AnyPath) -> dict[str | None, float | None]:
-    """Name of a member, or of its base model → λ."""
-    members = grid_members(restore_config(read_study(path)[0].get("config", {})))
-    return {name: member.weight_decay for member in members for name in (member.base, member.name)}
-
-
-def _runs(path: AnyPath) -> list[Run]:
-    """The runs of a study, and those beside it; completions that were graded again would come twice."""
-    return [*read_study(path)[1], *(other.run for other in runs_beside(path) if not other.stale and not is_regraded(other.run))]
+def _study(path: AnyPath) -> tuple[dict[str | None, float | None], list[Run]]:
+    """(name of a member, or of its base model → λ; the runs of a study and those beside it). Completions that were graded again would come twice."""
+    tree, runs = read_study(path)
+    with damaged(path):
+        members = grid_members(restore_config(tree.get("config", {})))
+        decays = {name: member.weight_decay for member in members for name in (member.base, member.name)}
+    return decays, [*runs, *(other.run for other in runs_beside(path) if not other.stale and not is_regraded(other.run))]
 
 
 def _of_study(path: AnyPath, of_study: list[Run], decays: dict[str | None, float | None], wanted: Filter) -> Iterator[dict[str, Any]]:

@@ -1,18 +1,21 @@
 """The graph of a study: every run, its parents and its hash, as the stages plan them; and how it lies on disk. Pure, and without jax."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from plasticity_jax.config import StudyConfig, grid_members, member_config, to_dict
 from plasticity_jax.errors import StudyRefused, UserError
 from plasticity_jax.runs.directory import ASKED, CONFIG, LOCK, STUDY, RunDirectory
-from plasticity_jax.runs.jsonfiles import read_json, write_json
+from plasticity_jax.runs.jsonfiles import damaged, read_json, write_json
 from plasticity_jax.runs.locks import is_locked
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, make_folder
 from plasticity_jax.stages import Plan, stages
 from plasticity_jax.stages.evaluate import is_regraded
 from plasticity_jax.stages.stage import IMPORTED
+
+log = logging.getLogger("plasticity_jax")
 
 
 def build_graph(config: StudyConfig) -> list[Run]:
@@ -78,12 +81,19 @@ class Beside:
 
 
 def runs_beside(path: AnyPath) -> list[Beside]:
-    """The runs in the folder of a study.json that it does not list."""
+    """The runs in the folder of a study.json that it does not list; without those whose config.json cannot be read, of which a warning tells."""
     tree, runs = read_study(path)
     folder, listed = path.parent, {run.id for run in runs}
-    directories = {f"{file.parent.parent.name}/{file.parent.name}": RunDirectory(file.parent) for file in sorted(folder.glob(f"*/*/{CONFIG}"))}
-    others = {run_id: (directory.run(), directory) for run_id, directory in directories.items() if run_id not in listed}
-    imports = not tree.get("config", {}).get("grid", {}).get("models")  # whose imports are in the graph; elsewhere they were asked for
+    with damaged(path):
+        imports = not tree.get("config", {}).get("grid", {}).get("models")  # whose imports are in the graph; elsewhere they were asked for
+    others: dict[str, tuple[Run, RunDirectory]] = {}
+    for file in sorted(folder.glob(f"*/*/{CONFIG}")):
+        run_id, directory = f"{file.parent.parent.name}/{file.parent.name}", RunDirectory(file.parent)
+        if run_id not in listed:
+            try:
+                others[run_id] = directory.run(), directory
+            except UserError as error:
+                log.warning("%s", error)
 
     def alone(run_id: str) -> bool:
         run, directory = others[run_id]
