@@ -211,6 +211,8 @@ def _pretrain(arguments) -> int:
     from plasticity_jax.study.graph import build_graph
 
     config, workdir = arguments.config, arguments.workdir
+    if config.grid.models:
+        raise UserError("grid.models names models that exist, so there is nothing to pretrain; run plasticity study.")
     names = list(dict.fromkeys(member.base for member in grid_members(config)))
     if arguments.member is not None and arguments.member not in names:
         raise UserError(f"--member={arguments.member} is not in the grid; its members are {', '.join(names)}.")
@@ -232,6 +234,7 @@ def _pretrain(arguments) -> int:
 def _finetune(arguments) -> int:
     from plasticity_jax.config import grid_members
     from plasticity_jax.stages.finetune import finetune_run
+    from plasticity_jax.stages.stage import BASES
     from plasticity_jax.study.on_model import run_on_model
 
     config = arguments.config
@@ -242,7 +245,7 @@ def _finetune(arguments) -> int:
     member = None if arguments.member is None else members[arguments.member]
 
     def runs(own, base):
-        if member is not None and (base.stage != "pretrain" or base.member != member.base):
+        if member is not None and (base.stage not in BASES or base.member != member.base):
             raise UserError(
                 f"--member={member.name} is fine-tuned from {member.base}, and --base={arguments.base} is {base.name}; give its base or leave --member out."
             )
@@ -306,6 +309,8 @@ def _analyze(arguments) -> int:
     def runs(own, model):
         found = []
         for name in only:
+            if arguments.only is None and not analyses[name].applies(own):
+                continue
             try:
                 found.append(analyses[name].on_model(own, model))
             except UserError as error:
@@ -526,17 +531,18 @@ def _check(arguments) -> int:
     place = target(arguments.topology)
     part = replace(place, devices=divided(place.devices, resolved(config, place).launch.parallel_runs or 1)[0])  # what one run gets
     cases = study_check.cases(config, part)
-    answers = study_check.check_pretraining(cases, part, search=arguments.search)
+    answers = [] if config.grid.models else study_check.check_pretraining(cases, part, search=arguments.search)
     ways_out = study_check.remedies(answers, part)
     rows = study_check.check_stages(cases, part, chosen)
     estimated = hours.study_hours(config, part, arguments.workdir)
     if arguments.json:
-        record = to_record(answers[0], part) | {"others": [to_record(answer, part) for answer in answers[1:]], "ways_out": ways_out}
+        first = to_record(answers[0], part) if answers else {"topology": part.topology, "devices": len(part.devices)}
+        record = first | {"others": [to_record(answer, part) for answer in answers[1:]], "ways_out": ways_out}
         print(to_json(record | {"stages": study_check.to_record(rows), "hours": hours.to_record(estimated)}))
     else:
         steps = [line for answer in answers for line in lines(answer, part)]
         print("\n".join([*steps, *ways_out, *study_check.lines(rows), *hours.lines(estimated, place, config.launch.mfu)]))
-    return 0 if answers[0].fits and all(row.fits for row in rows) else 1
+    return 0 if all(answer.fits for answer in answers[:1]) and all(row.fits for row in rows) else 1
 
 
 @_command(

@@ -4,7 +4,7 @@ A config file is a short Python file with `get_config()`, which returns the Conf
 """
 
 # ruff: noqa: F401
-from plasticity_jax.config.grid import Member, grid_members, member_config, name_text
+from plasticity_jax.config.grid import Member, grid_members, grid_seeds, member_config, name_text
 from plasticity_jax.config.load import base_config, check_config, for_device, load_config, parse_config, preset, restore_config, task
 from plasticity_jax.config.schema import (
     DataConfig,

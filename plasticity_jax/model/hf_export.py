@@ -63,7 +63,7 @@ def export_model(path: AnyPath, out: AnyPath, dtype: str | None) -> None:
         with open_checkpoints(path) as checkpoints, Progress(f"write {out.name}", total=total, unit="parameters") as progress:
             leaves = _Leaves(checkpoints, model)
             write_weights(partial, [_to_write(leaves, part, DTYPES_BY_NAME[others.get(part.name, default)], progress) for part in tensors])
-        settings = _settings(directory, tokenizer, source)
+        settings = unrelated_settings(directory, tokenizer, source)
         write_json(partial / "config.json", describe(model, family, default, settings))
         _write_companions(path, tokenizer, settings, partial)
 
@@ -122,7 +122,7 @@ def _to_write(leaves: _Leaves, part: Part, dtype: np.dtype, progress: Progress) 
     return ToWrite(part.name, part.shape, dtype, values)
 
 
-def _settings(directory: RunDirectory, tokenizer: Tokenizer | None, source: dict[str, Any] | None) -> dict[str, Any]:
+def unrelated_settings(directory: RunDirectory, tokenizer: Tokenizer | None, source: dict[str, Any] | None) -> dict[str, Any]:
     """Entries of config.json that do not describe the network: the source's for an import and its descendants, otherwise this run's."""
     scaling = directory.config().model.rope_scaling
     own = {

@@ -1,7 +1,6 @@
 """From a Hugging Face folder to the decoder's parameters, and to a run directory that the stages accept."""
 
 import contextlib
-import hashlib
 import itertools
 import logging
 import re
@@ -15,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from plasticity_jax.config import DataConfig, ModelConfig, StudyConfig, check_config, to_dict
+from plasticity_jax.data.content import content_hash
 from plasticity_jax.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, companions, copy_companions
 from plasticity_jax.errors import UserError
 from plasticity_jax.model.checkpoint import Checkpoints
@@ -232,79 +232,94 @@ def import_run(folder: AnyPath, config: StudyConfig) -> tuple[Run, StudyConfig]:
     Raises:
       UserError: as `open_folder` raises, or the tokenizer does not match the model.
     """
-    description, weights = open_folder(folder)
-    read_tokenizer(folder, description.model)
-    beside = [folder / name for name in companions(folder)]
-    fields = {"files": file_hashes([folder / "config.json", *weights.files, *beside], folder), "model": to_dict(description.model)}
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-.") or "model"
-    config = with_network(config, description.model)
+    name, fields, model = import_fields(folder)
+    config = with_network(config, model, folder)
     check_config(config)
     return Run(config.name, "import", name, fields), config
 
 
-def with_network(config: StudyConfig, model: ModelConfig) -> StudyConfig:
-    """A study's config for runs on an imported model, without the tokenizer of the study's corpus."""
-    return replace(config, model=model, data=replace(config.data, tokenizer=DataConfig().tokenizer))
+def import_fields(folder: AnyPath) -> tuple[str, dict[str, Any], ModelConfig]:
+    """(name, result fields, network) of the run that imports a folder. Raises UserError: see `import_run`."""
+    description, weights = open_folder(folder)
+    read_tokenizer(folder, description.model)
+    beside = [folder / name for name in companions(folder)]
+    fields = {"files": file_hashes([folder / "config.json", *weights.files, *beside], folder), "model": to_dict(description.model)}
+    return readable_name(folder.resolve().name), fields, description.model
+
+
+def readable_name(text: str) -> str:
+    """A name as a part of a run's directory."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "model"
+
+
+def with_network(config: StudyConfig, model: ModelConfig, place: AnyPath) -> StudyConfig:
+    """A study's config for runs on a model that exists: with its network, and with its tokenizer, where there is one, instead of the study's.
+
+    Args:
+      place: of the model.
+    """
+    names = [name for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE) if (place / name).is_file()]
+    tokenizer = DataConfig().tokenizer if not names else str(place if names[0] == TOKENIZER_FILE else place / SENTENCEPIECE_FILE)
+    return replace(config, model=model, data=replace(config.data, tokenizer=tokenizer))
 
 
 def file_hashes(files: Sequence[AnyPath], folder: AnyPath) -> dict[str, str]:
     """Name, relative to the folder → sha256 of each file."""
-    with Progress(f"hash {folder.name}", total=sum(file.stat().st_size for file in files), unit="bytes") as progress:
-        return {str(file).removeprefix(f"{folder}/"): _sha256(file, progress) for file in files}
-
-
-def _sha256(path: AnyPath, progress: Progress) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            progress.update(len(block))
-    return digest.hexdigest()
+    return {str(file).removeprefix(f"{folder}/"): content_hash(file) or "" for file in files}
 
 
 def import_model(folder: AnyPath, target: AnyPath, run: Run, config: StudyConfig) -> None:
     """Makes `target` the finished directory of an import run from `import_run`. Repeats an interrupted import.
 
-    Its results.json has `parameters` (their number), `architecture`, `dtype` (of most of the source's tensors), `other_dtypes` (tensor name → dtype of
-    the others) and `carried` (settings of the source's config.json that are not the network's).
-
     Raises:
       UserError: the folder has changed and is no longer valid, or another process works on the same run.
     """
     with RunDirectory(target).work(run, config) as directory:
-        description, weights = open_folder(folder)
-        checkpoints = directory.path / CHECKPOINTS
-        remove_tree(checkpoints)
-        copy_companions(folder, directory.path)
-        tokenizer = read_tokenizer(folder, description.model)
-        if tokenizer is not None and not (folder / TOKENIZER_FILE).is_file():
-            tokenizer.save(directory.path / TOKENIZER_FILE)
-            if (folder / CONFIG_FILE).is_file():
-                written = read_object(directory.path / CONFIG_FILE)
-                write_json(directory.path / CONFIG_FILE, written | read_object(folder / CONFIG_FILE))
-        ids = {name: value for name, value in description.carried.items() if name.endswith("_token_id") and value is not None}
-        if ids and not (folder / GENERATION_FILE).is_file():  # transformers makes one of config.json, too
-            write_json(directory.path / GENERATION_FILE, ids)
-        params = read_params(description, weights, folder.name)
-        largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-        with Checkpoints(checkpoints, asynchronous=False, save_bytes=largest + 1) as saved:
-            saved.save(0, params)
-        directory.provenance |= {"source": folder.resolve().name}
-        of_network = parts(description.model, description.family)
-        dtypes = {part.name: weights.tensors[part.name].dtype.name for part in of_network}
-        sizes = Counter()
-        for part in of_network:
-            sizes[dtypes[part.name]] += part.size
-        usual = sizes.most_common(1)[0][0]
-        directory.finish(
-            {
-                "parameters": count_params(description.model),
-                "architecture": description.family.architecture,
-                "dtype": usual,
-                "other_dtypes": {name: dtype for name, dtype in dtypes.items() if dtype != usual},
-                "carried": description.carried,
-            }
-        )
+        directory.finish(read_folder(folder, directory))
+
+
+def read_folder(folder: AnyPath, directory: RunDirectory) -> dict[str, Any]:
+    """Writes the model of a folder into the directory of an import run that is being worked on.
+
+    Returns:
+      Its results: `parameters` (their number), `architecture`, `dtype` (of most of the source's tensors), `other_dtypes` (tensor name → dtype of the
+      others) and `carried` (settings of the source's config.json that are not the network's).
+    """
+    description, weights = open_folder(folder)
+    copy_companions(folder, directory.path)
+    tokenizer = read_tokenizer(folder, description.model)
+    if tokenizer is not None and not (folder / TOKENIZER_FILE).is_file():
+        tokenizer.save(directory.path / TOKENIZER_FILE)
+        if (folder / CONFIG_FILE).is_file():
+            written = read_object(directory.path / CONFIG_FILE)
+            write_json(directory.path / CONFIG_FILE, written | read_object(folder / CONFIG_FILE))
+    ids = {name: value for name, value in description.carried.items() if name.endswith("_token_id") and value is not None}
+    if ids and not (folder / GENERATION_FILE).is_file():  # transformers makes one of config.json, too
+        write_json(directory.path / GENERATION_FILE, ids)
+    save_params(directory, read_params(description, weights, folder.name))
+    directory.provenance |= {"source": folder.resolve().name}
+    of_network = parts(description.model, description.family)
+    dtypes = {part.name: weights.tensors[part.name].dtype.name for part in of_network}
+    sizes = Counter()
+    for part in of_network:
+        sizes[dtypes[part.name]] += part.size
+    usual = sizes.most_common(1)[0][0]
+    return {
+        "parameters": count_params(description.model),
+        "architecture": description.family.architecture,
+        "dtype": usual,
+        "other_dtypes": {name: dtype for name, dtype in dtypes.items() if dtype != usual},
+        "carried": description.carried,
+    }
+
+
+def save_params(directory: RunDirectory, params: Params) -> None:
+    """Saves parameters as the one checkpoint of a run, in place of what an interrupted import has left."""
+    checkpoints = directory.path / CHECKPOINTS
+    remove_tree(checkpoints)
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    with Checkpoints(checkpoints, asynchronous=False, save_bytes=largest + 1, alone=True) as saved:
+        saved.save(0, params)
 
 
 def imported_from(directory: RunDirectory) -> dict[str, Any] | None:

@@ -99,6 +99,8 @@ def _stability_numbers(results: StudyResults) -> str:
 
 
 def _sweeps_rates(config: StudyConfig) -> bool:
+    if config.grid.models:
+        return False
     decays = config.grid.weight_decay if config.grid.timescales is None else config.grid.timescales
     return study_axis(config).field == DECAY and len(decays or ()) > 1 and any(axis.field == PEAK_LR for axis in facet_axes(config))
 
@@ -292,7 +294,7 @@ def _collapse_notes(results: StudyResults) -> list[str]:
     for group, members in _groups(results).items():
         said = []
         for one in sorted({rate.value(m.member) for m in members}):
-            losses: dict[float, list[MemberResults]] = {}
+            losses: dict[float | None, list[MemberResults]] = {}
             for m in members:
                 if rate.value(m.member) == one and m.loss is not None:
                     losses.setdefault(m.member.weight_decay, []).append(m)

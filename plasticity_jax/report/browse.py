@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from plasticity_jax.config import grid_members, restore_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import COMPLETIONS, OPTIONS, PROBLEMS, REWARDS, RunDirectory
 from plasticity_jax.runs.jsonfiles import damaged, iter_jsonl
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
-from plasticity_jax.study.graph import read_study, study_files
+from plasticity_jax.stages.evaluate import is_regraded
+from plasticity_jax.study.graph import read_study, runs_beside, study_files
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Filter:
     problem: str | None = None
     samples: bool = False
 
-    def takes_run(self, run: Run, decays: dict[str | None, float]) -> bool:
-        of_decay = self.weight_decay is None or f"{decays.get(run.member, -1.0):.4g}" == f"{self.weight_decay:.4g}"
+    def takes_run(self, run: Run, decay: float | None) -> bool:
+        of_decay = self.weight_decay is None or (decay is not None and f"{decay:.4g}" == f"{self.weight_decay:.4g}")
         wanted = ((self.member, run.member), (self.task, run.task), (self.when, run.fields.get("when")))
         return run.stage == "evaluate" and of_decay and all(asked in (None, has) for asked, has in wanted)
 
@@ -43,41 +45,41 @@ class Filter:
 
 
 def browse(workdir: AnyPath, wanted: Filter) -> Iterator[dict[str, Any]]:
-    """Rows of the finished evaluate runs of the studies below a workdir, one per completion; where options were compared, one per problem.
+    """Rows of the finished evaluate runs of the studies below a workdir, one per completion; where options were compared, one per problem. Also of those
+    that a command was asked for by itself, whose weight_decay is None unless they are of a member of the grid.
 
     Yields:
       study, member, weight_decay, task, when, seed, id, sample (0 is greedy), prompt, gold, text, answer, verdict, reward (None where there is none).
     Raises:
       UserError: no study there, or a member, λ or task that none of them has.
     """
-    studies = [(path, *read_study(path)) for path in study_files(workdir)]
+    studies = [(path, *_study(path)) for path in study_files(workdir)]
     runs = [run for _, _, of_study in studies for run in of_study if run.stage == "evaluate"]
-    decays = {run.member: run.fields["weight_decay"] for _, _, of_study in studies for run in of_study if run.stage == "pretrain"}
     _check("member", wanted.member, [run.member for run in runs])
     _check("task", wanted.task, [run.task for run in runs])
     if wanted.weight_decay is not None:
-        _check("weight-decay", f"{wanted.weight_decay:.4g}", [f"{decay:.4g}" for decay in decays.values()])
-    for path, _, of_study in studies:
+        known = [decay for _, decays, _ in studies for decay in decays.values() if decay is not None]
+        _check("weight-decay", f"{wanted.weight_decay:.4g}", [f"{decay:.4g}" for decay in known])
+    for path, decays, of_study in studies:
         with damaged(path):
             yield from _of_study(path, of_study, decays, wanted)
 
 
-def _of_study(path: AnyPath, of_study: list[Run], decays: dict[str | None, float], wanted: Filter) -> Iterator[dict[str, Any]]:
-    bases = {run.id: run.member for run in of_study if run.stage == "pretrain"}
-    tuned = {run.id: bases.get(run.parents["base"]) for run in of_study if run.stage == "finetune"}
-    owners = bases | tuned
-    of_member = decays | {run.member: decays.get(owners.get(run.parents["model"]), -1.0) for run in of_study if run.stage == "evaluate"}
+def _study(path: AnyPath) -> tuple[dict[str | None, float | None], list[Run]]:
+    """(name of a member, or of its base model → λ; the runs of a study and those beside it). Completions that were graded again would come twice."""
+    tree, runs = read_study(path)
+    with damaged(path):
+        members = grid_members(restore_config(tree.get("config", {})))
+        decays = {name: member.weight_decay for member in members for name in (member.base, member.name)}
+    return decays, [*runs, *(other.run for other in runs_beside(path) if not other.stale and not is_regraded(other.run))]
+
+
+def _of_study(path: AnyPath, of_study: list[Run], decays: dict[str | None, float | None], wanted: Filter) -> Iterator[dict[str, Any]]:
     rewards = {run.parents["completions"]: path.parent / run.id for run in of_study if run.stage == "reward"}
     for run in of_study:
-        if wanted.takes_run(run, of_member) and RunDirectory(path.parent / run.id).done:
-            about = {
-                "study": run.study,
-                "member": run.member,
-                "weight_decay": of_member[run.member],
-                "task": run.task,
-                "when": run.fields["when"],
-                "seed": run.seed,
-            }
+        decay = decays.get(run.member)
+        if wanted.takes_run(run, decay) and RunDirectory(path.parent / run.id).done:
+            about = {"study": run.study, "member": run.member, "weight_decay": decay, "task": run.task, "when": run.fields["when"], "seed": run.seed}
             for row in _rows(path.parent / run.id, rewards.get(run.id), greedy=not wanted.samples):
                 if wanted.takes(row):
                     yield about | row
@@ -131,7 +133,8 @@ def text_of(row: dict[str, Any]) -> str:
     """A row for the terminal: whose it is, the prompt, the completion, the verdict."""
     sample = "greedy" if row["sample"] == 0 else f"sample {row['sample']}"
     reward = "" if row["reward"] is None else f", reward {float(row['reward']):.3f}"
-    head = f"── {row['member']} (λ {row['weight_decay']:.4g})  {row['task']}  {row['when']}  {row['id']}  {sample}"
+    decay = "" if row["weight_decay"] is None else f" (λ {row['weight_decay']:.4g})"
+    head = f"── {row['member']}{decay}  {row['task']}  {row['when']}  {row['id']}  {sample}"
     verdict = f"[{row['verdict']}: {row['answer'] if row['answer'] is not None else '–'}, gold {row['gold']}{reward}]"
     return "\n".join([head, _plain(f"{row['prompt']}▸{row['text']}"), _plain(verdict), ""])
 

@@ -61,7 +61,7 @@ def setting_row(setting: "Setting", tasks: Sequence[str]) -> dict[str, Any]:
     """The best λ of a setting by held-out loss (nats per token) and by the mean score on tasks, both numbers at both, and whether the second is larger."""
     by_loss, by_score = setting.by_loss, setting.best_on(tasks)
     losses, scores, found = setting.losses, setting.scores(tasks), setting.larger(tasks) if tasks else None
-    row = setting.about | {"peak_lr": setting.fields["train.peak_lr"], "seeds": len(setting.results.config.grid.seeds), "tasks": tuple(tasks)}
+    row = setting.about | {"peak_lr": setting.fields["train.peak_lr"], "seeds": len(setting.results.seeds), "tasks": tuple(tasks)}
     for name, best in (("loss_best", by_loss), ("score_best", by_score)):
         row |= {
             name: None if best is None else best.decay,
@@ -91,7 +91,7 @@ def _decay_rows(setting: "Setting") -> Rows:
     for decay in results.points:
         row = {"setting": setting.name, "weight_decay": decay, "timescale": results.timescale(decay), "models": len(results.at(decay))}
         row |= {"finished": sum(m.loss is not None for m in results.at(decay)), "held_out_loss": losses.get(decay)}
-        bits = results.mean(decay, lambda m: number(m.pretrain.held_out.get("bits_per_byte")) if m.pretrain and m.pretrain.held_out else None)
+        bits = results.mean(decay, lambda m: number(m.held_out.get("bits_per_byte")) if m.held_out else None)
         row |= {"bits_per_byte": number(bits), "score": scores.get(decay)}
         rows.append(row | {f"{task} after": setting.scores((task,)).get(decay) for task in setting.results.tasks})
     return rows

@@ -77,7 +77,9 @@ def swept_axis(axes: Axes, results: StudyResults, *, label: bool, small: bool = 
       small: one of many panels, without timescales and a name.
     """
     places, axis = positions(results), results.axis
-    timescales = not small and (axis.field == DECAY or axis.field == PEAK_LR and all(results.timescale(point) for point in places))
+    timescales = (
+        not small and not results.existing and (axis.field == DECAY or axis.field == PEAK_LR and all(results.timescale(point) for point in places))
+    )
     texts = [axis.text(p) + (f"\n{_short(t) if (t := results.timescale(p)) is not None else '∞'}" if timescales else "") for p in places]
     axes.set_xticks(list(places.values()), texts if label else [""] * len(texts))
     width = max(places.values()) - min(places.values()) or 1.0

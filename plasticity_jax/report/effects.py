@@ -97,7 +97,7 @@ class Contrast:
 def contrast(results: StudyResults, measure: Measure, weights: Mapping[Any, float]) -> Contrast:
     """A weighted sum over points, within each pretraining seed that has them all, then over seeds."""
     sums, members, raw = [], [], []
-    for seed in results.config.grid.seeds:
+    for seed in results.seeds:
         of_seed = {m.point: m for point in weights for m in results.at(point) if m.member.seed == seed}
         groups = {point: found for point, m in of_seed.items() if (found := measure.finite(m)) is not None}
         if len(groups) < len(weights):

@@ -73,7 +73,7 @@ class Respect:
         top = max(self.sign * value for value in found.values())
         first, *equals = [decay for decay, value in found.items() if self.sign * value == top]
         of_seeds = {}
-        for seed in results.config.grid.seeds:
+        for seed in results.seeds:
             own = {m.point: v for decay in found for m in results.at(decay) if m.member.seed == seed and (v := self.measure.value(m)) is not None}
             if len(own) == len(found):
                 of_seeds[seed] = max(own, key=lambda decay: self.sign * own[decay])
@@ -112,7 +112,7 @@ class Larger:
 
 def larger(results: StudyResults, tasks: Sequence[str]) -> Larger:
     """Whether some λ above the loss-best has a better score than every λ at or below it, by the chance of pretraining."""
-    if len(results.config.grid.seeds) == 1:
+    if len(results.seeds) == 1:
         return Larger(ONE_RUN, seeds=1)
     respect, losses = by_score(tasks), finished_losses(results)
     scores = measured(results, respect.measure, list(losses))
@@ -173,7 +173,7 @@ def optima_move(fewer: Budget, more: Budget, tasks: Sequence[str], differs: str 
         "models at 20 and 140 tokens per parameter",
         RULE,
         found,
-        one_run=any(len(one.results.config.grid.seeds) == 1 for one in (fewer, more)) or seeds == 1,
+        one_run=any(len(one.results.seeds) == 1 for one in (fewer, more)) or seeds == 1,
         seeds=seeds,
     )
 

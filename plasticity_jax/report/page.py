@@ -159,14 +159,15 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "no members"
     tasks = [key.removesuffix(" before") for key in rows[0] if key.endswith(" before")]
-    swept = [key for key in rows[0] if "." in key]  # only swept fields have dotted names
+    swept = [key for key in rows[0] if "." in key]  # only swept fields and labels have dotted names
     extra = columns()
     header = ["member", "λ", *(name.rpartition(".")[2] for name in swept), "timescale", "held-out", *(f"{task} before→after" for task in tasks)]
     lines = [[*header, *(column.heading for column in extra.values()), "state"]]
     for row in rows:
         before_after = [(row[f"{task} before"], row[f"{task} after"]) for task in tasks]
-        line = [row["member"], f"{row['weight_decay']:.4g}", *(str(row[name]) for name in swept)]
-        line += ["none" if row["timescale"] is None else f"{row['timescale']:.3g}", digits(row["held_out_loss"], 3)]
+        decay, timescale = row["weight_decay"], row["timescale"]
+        line = [row["member"], "–" if decay is None else f"{decay:.4g}", *(str(row[name]) for name in swept)]
+        line += [f"{timescale:.3g}" if timescale is not None else "none" if decay == 0 else "–", digits(row["held_out_loss"], 3)]
         line += ["–" if pair == (None, None) else "→".join(digits(score, 3) for score in pair) for pair in before_after]
         lines.append([*line, *(digits(row[name], column.digits) for name, column in extra.items()), row["state"]])
     return aligned(lines)
@@ -194,7 +195,7 @@ def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str,
         parts=parts,
         whole=whole,
         by_decay=results.axis.field == DECAY,
-        swept=[name for name, _ in results.config.grid.fields],
+        swept=[name for name in results.members[0].member.values if name != DECAY] if results.members else [],
         figures=figures(),
         figures_of={section: [n for n, figure in figures().items() if figure.section == section and not figure.of_study] for section in SECTIONS}
         | {"study": [name for name, figure in figures().items() if figure.of_study]},
@@ -312,7 +313,7 @@ def sample_completions(results: StudyResults, task: str) -> list[dict[str, Any]]
     """
     problems: dict[str, dict[str, Any]] = {}
     for m in results.members:
-        if m.member.seed != results.config.grid.seeds[0]:
+        if m.member.seed != results.seeds[0]:
             continue
         both = {when: {row["id"]: row for row in _first_rows(m, task, when)} for when in ("before", "after")}
         for key in list(dict.fromkeys([*both["before"], *both["after"]])):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from plasticity_jax.analysis.statistics import wilson_interval
-from plasticity_jax.config import Member, StudyConfig, grid_members, restore_config
+from plasticity_jax.config import Member, StudyConfig, grid_members, grid_seeds, restore_config
 from plasticity_jax.data.tasks import get_task
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.evaluate.metrics import pass_at_k
@@ -21,10 +21,14 @@ from plasticity_jax.runs.logs import METRICS, read_whole_rows
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, location
 from plasticity_jax.stages import guarded, number, stages
+from plasticity_jax.stages.evaluate import is_regraded
+from plasticity_jax.stages.stage import BASES, IMPORTED, PRETRAINED
+from plasticity_jax.study.graph import runs_beside
 from plasticity_jax.study.sweep import SELECTED, Axis, facet_axes, study_axis, swept_values
 
 if TYPE_CHECKING:
     from plasticity_jax.stages.evaluate import Evaluated
+    from plasticity_jax.stages.imported import Imported
     from plasticity_jax.stages.pretrain import Pretrained
     from plasticity_jax.stages.reward import Rewarded
 
@@ -131,13 +135,15 @@ class MemberResults:
 
     Attributes:
       point: its value of the swept field, its place on the axis.
-      state, reason: of its pretraining run.
-      pretrain: record of a finished, not diverged run; None otherwise.
+      state, reason: of its base model's run, which pretrains or imports it.
+      pretrain: record of a finished pretraining that has not diverged; None otherwise.
+      imported: record of a finished import, of a model that exists.
       curve: rows of its metrics.jsonl, however far it has come.
       before, after: task → score on the test rows.
       validation: task → score on the validation rows, after fine-tuning.
       found: stage → task → record of the stage's run on this member's models that is done: "" for the base model, else the task it was fine-tuned on.
-      provenance: of the pretraining run.
+      provenance: of the base model's run.
+      one_tokenizer: whether all members' losses are over the same tokens; otherwise they do not compare, and `loss` is None.
     """
 
     member: Member
@@ -151,15 +157,31 @@ class MemberResults:
     found: dict[str, dict[str, Any]]
     provenance: dict[str, Any]
     validation: dict[str, Score] = field(default_factory=dict)
+    imported: "Imported | None" = None
+    one_tokenizer: bool = True
 
     @property
     def name(self) -> str:
         return self.member.name
 
     @property
+    def parameters(self) -> int | None:
+        """Of the base model; None until it is there."""
+        found = self.pretrain or self.imported
+        return None if found is None else found.parameters
+
+    @property
+    def held_out(self) -> dict[str, Any] | None:
+        """What `train.held_out.held_out_loss` found for the base model, over all domains and by domain, by the model's own tokenizer."""
+        if self.pretrain is not None:
+            return self.pretrain.held_out
+        found = self.record("held_out")
+        return None if found is None else found.held_out
+
+    @property
     def loss(self) -> float | None:
-        """Held-out loss at the end, nats per token over all domains."""
-        return number(self.pretrain.held_out["loss"]) if self.pretrain is not None and self.pretrain.held_out else None
+        """Held-out loss of the base model, nats per token over all domains."""
+        return number(self.held_out["loss"]) if self.held_out and self.one_tokenizer else None
 
     def record(self, stage: str, task: str = "") -> Any:
         """What a stage found out about the base model, or about the model fine-tuned on a task; None where it has not finished."""
@@ -189,6 +211,7 @@ class StudyResults:
       prepared: id of a finished prepare run → its summary.
       axis: the field that is compared along.
       facet: (axis, value) of the other swept fields, in a slice that holds the members with these values; empty for a whole study.
+      others: models that are not in the grid, and members of it, with what commands were asked for by themselves.
     """
 
     path: AnyPath
@@ -200,6 +223,7 @@ class StudyResults:
     runs: tuple[RunState, ...]
     axis: Axis
     facet: tuple[tuple[Axis, Any], ...] = ()
+    others: tuple[MemberResults, ...] = ()
 
     @cached_property
     def slices(self) -> tuple["StudyResults", ...]:
@@ -228,6 +252,27 @@ class StudyResults:
         others = () if self.facet else facet_axes(self.config)
         return ", ".join([self.axis.equation(member.point), *(axis.equation(axis.value(member.member)) for axis in others)])
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The pretraining seeds; of models that exist, the numbers of those with one label."""
+        return grid_seeds(self.config)
+
+    @property
+    def existing(self) -> bool:
+        """Whether its base models were pretrained elsewhere (`grid.models`)."""
+        return bool(self.config.grid.models)
+
+    @property
+    def no_loss(self) -> str:
+        """Why models that exist have no held-out losses that compare, as a sentence; empty where they have."""
+        if not self.existing or any(m.loss is not None for m in self.members):
+            return ""
+        if not self.config.data.has_text:
+            return "There is no held-out loss, because the config names no text to read (data.files)."
+        if all(m.one_tokenizer for m in self.members):
+            return ""  # not yet
+        return "Held-out losses in nats per token do not compare, because the models have different tokenizers; held_out.csv has bits per byte."
+
     @cached_property
     def same_start(self) -> bool:
         """Whether the members of a seed start from the same parameters."""
@@ -240,8 +285,8 @@ class StudyResults:
 
     def _shared(self, key: Callable[[Run], Any]) -> bool:
         names = {m.member.base for m in self.members}
-        pretrained = [s.run for s in self.runs if s.run.stage == "pretrain" and s.run.member in names]
-        return len({(run.seed, key(run)) for run in pretrained}) == len({run.seed for run in pretrained})
+        pretrained = [s.run for s in self.runs if s.run.stage == PRETRAINED and s.run.member in names]
+        return bool(pretrained) and len({(run.seed, key(run)) for run in pretrained}) == len({run.seed for run in pretrained})
 
     @cached_property
     def points(self) -> tuple[Any, ...]:
@@ -321,8 +366,20 @@ def collect(study_dir: AnyPath) -> StudyResults:
     members = tuple(
         _member(member, axis.value(member), [s for s in states if s.run.member in (member.name, member.base)]) for member in grid_members(config)
     )
+    if len({s.run.parents["corpus"] for s in states if s.run.stage == "held_out"}) > 1:
+        members = tuple(replace(m, one_tokenizer=False) for m in members)
     trained = tuple(name for name in config.tasks if _is_trained(config, name))
-    return StudyResults(study_dir, config, resolved, members, trained, prepared, states, axis)
+    return StudyResults(study_dir, config, resolved, members, trained, prepared, states, axis, others=_others(file))
+
+
+def _others(file: AnyPath) -> tuple[MemberResults, ...]:
+    """What the runs beside a study.json say, by the model that they are about."""
+    by_model: dict[str, list[RunState]] = {}
+    for other in runs_beside(file):
+        run = other.run
+        if not other.stale and not is_regraded(run) and run.stage != "prepare":
+            by_model.setdefault(run.member or run.name, []).append(_state(file.parent, run))
+    return tuple(_member(Member(name, name, None, None, 0), None, states) for name, states in by_model.items())
 
 
 def _is_trained(config: StudyConfig, task: str) -> bool:
@@ -351,21 +408,23 @@ def _state(study_dir: AnyPath, run: Run) -> RunState:
 
 
 def _member(member: Member, point: Any, states: list[RunState]) -> MemberResults:
-    pretrain = next((s for s in states if s.run.stage == "pretrain"), None)
-    finished = pretrain is not None and pretrain.state == "done"
+    base = next((s for s in states if s.run.stage in BASES), None)
+    finished = base if base is not None and base.state == "done" else None
+    records = {} if finished is None else {finished.run.stage: _record(finished)}
 
     return MemberResults(
         member=member,
         point=point,
-        state="missing" if pretrain is None else pretrain.state,
-        reason="" if pretrain is None else pretrain.reason,
-        pretrain=_record(pretrain) if pretrain is not None and finished else None,
-        curve=tuple(row for row in read_whole_rows(pretrain.path / METRICS) if isinstance(row.get("step"), int)) if pretrain is not None else (),
+        state="missing" if base is None else base.state,
+        reason="" if base is None else base.reason,
+        pretrain=records.get(PRETRAINED),
+        curve=tuple(row for row in read_whole_rows(base.path / METRICS) if isinstance(row.get("step"), int)) if base is not None else (),
         before=_scores(states, "evaluate", "before"),
         after=_scores(states, "evaluate", "after"),
         validation=_scores(states, "validation", None),
         found=_found(states),
-        provenance=read_json(pretrain.path / PROVENANCE) if pretrain is not None and finished and (pretrain.path / PROVENANCE).is_file() else {},
+        provenance=read_json(finished.path / PROVENANCE) if finished is not None and (finished.path / PROVENANCE).is_file() else {},
+        imported=records.get(IMPORTED),
     )
 
 

@@ -213,7 +213,7 @@ def aggregate(part: StudyResults) -> Aggregate:
         said = "No task was learned" if any(m.after for m in part.members) else "No fine-tuned model has been scored yet"
         return Aggregate({}, {}, {}, 0, (f"{said}, so there is nothing to aggregate.",))
     if absent:
-        every = " with every pretraining seed" if len(part.config.grid.seeds) > 1 else ""
+        every = " with every pretraining seed" if len(part.seeds) > 1 else ""
         notes.append(f"Left out: {part.axis.symbol} = {', '.join(absent)}, not scored on every learned task{every}.")
     if len(points) < 2:
         needed = f"A rank needs two {part.axis.symbol} whose models are scored on every learned task; there {_be(len(points))}."

@@ -83,8 +83,8 @@ def _selected(first: "MemberResults", chosen: "dict[str, MemberResults]") -> "Me
 
 
 def base_values(member: "MemberResults") -> dict[str, Any]:
-    """The swept fields of the pretraining, and their values."""
-    return {name: value for name, value in member.member.overrides if not name.startswith("finetune.")}
+    """The label of a model that exists, or the swept fields of the pretraining, and their values."""
+    return {name: value for name, value in (*member.member.label, *member.member.overrides) if not name.startswith("finetune.")}
 
 
 def choice_rows(results: "StudyResults") -> "Rows":

@@ -13,6 +13,9 @@ from plasticity_jax.study.sweep import DECAY, SELECTED, Axis, facet_axes
 SENTENCES = {
     "one model": "One language model{size} was pretrained{tokens} with AdamW’s weight decay λ = {decay:.3g}{alone}.",
     "models": "{runs} language models{size} were pretrained{tokens}{shared}; they differ in {number}, {swept}.",
+    "existing model": "One language model{size} that exists was taken as it is{alone}.",
+    "existing models": "{runs} language models{size} that exist were taken as they are; they are labeled by {swept}. How they were pretrained is not known "
+    "here, so a difference may come from whatever else they differ in.",
     "fixed decay": "Weight decay is λ = {decay:.3g} for all.",
     "fixed timescale": "Weight decay follows from one timescale, {timescale:.3g} of the run: λ is {decays}.",
     "unfinished": "{finished} of them {have} finished without diverging so far.",
@@ -27,6 +30,8 @@ SENTENCES = {
     "for {open} they cannot tell.{holm}",
     "holm": " After correction for the number of claims (Holm), {standing} of {given} verdicts {stand}.",
     "no verdict": "One pretraining run: no verdict on any of the {claims} claims of the paper.",
+    "one model each": "There is one model for every {name}, so chance in pretraining is not measured, and the intervals cover the choice of test items only.",
+    "several models": "{every} has up to {seeds} models; intervals and verdicts take the model as their unit.",
     "one seed": "Every model was pretrained once, so chance in pretraining is not measured, and the intervals cover the choice of test items only.",
     "seeds": "{every} was pretrained with {seeds} seeds; intervals and verdicts take the seed as their unit.",
     "no slice": "No member of this part has finished yet.",
@@ -76,17 +81,16 @@ def _unbroken(sentences: list[str]) -> list[str]:
 
 
 def _varied(results: StudyResults) -> list[str]:
-    seeds = len(results.config.grid.seeds)
+    if results.existing:
+        return _existing(results)
+    seeds = len(results.seeds)
     runs = len({m.member.base for m in results.members}) // seeds
     finished = len({m.member.base for m in results.members if m.loss is not None}) // seeds
     done = [m.pretrain for m in results.members if m.pretrain]
-    size = f" of {_range([p.parameters for p in done])} parameters" if done else ""
+    size = _size(results)
     tokens = f" on {_range([p.tokens for p in done])} tokens of text" if done else ""
-    axes = (results.axis, *facet_axes(results.config))
-    pretrained, tuned = [axis for axis in axes if not axis.of_tuning], [axis for axis in axes if axis.of_tuning]
-    recipes = [_say("recipes", swept=" and ".join(_swept(results, axis) for axis in tuned))] if tuned else []
+    pretrained, recipes, alone = [axis for axis in _axes(results) if not axis.of_tuning], _recipes(results), _alone(results)
     if runs == 1:
-        alone = "" if tuned else "; without a second there is nothing to compare"
         return [_say("one model", size=size, tokens=tokens, decay=results.members[0].member.weight_decay, alone=alone), *recipes]
     shared = ["from the same initial parameters"] * results.same_start + ["on the same batches"] * results.same_batches
     number = "one setting" if pretrained[0].scale == "categories" else "one number"
@@ -104,6 +108,32 @@ def _varied(results: StudyResults) -> list[str]:
     return [models, *_fixed_decay(results), *so_far, *recipes]
 
 
+def _existing(results: StudyResults) -> list[str]:
+    runs, size = len({m.member.base for m in results.members}), _size(results)
+    if runs == 1:
+        return [_say("existing model", size=size, alone=_alone(results)), *_recipes(results)]
+    swept = " and ".join(_swept(results, axis) for axis in _axes(results) if not axis.of_tuning)
+    return [_say("existing models", runs=count(runs).capitalize(), size=size, swept=swept), *_recipes(results)]
+
+
+def _size(results: StudyResults) -> str:
+    sizes = [m.parameters for m in results.members if m.parameters is not None]
+    return f" of {_range(sizes)} parameters" if sizes else ""
+
+
+def _axes(results: StudyResults) -> tuple[Axis, ...]:
+    return results.axis, *facet_axes(results.config)
+
+
+def _recipes(results: StudyResults) -> list[str]:
+    tuned = [axis for axis in _axes(results) if axis.of_tuning]
+    return [_say("recipes", swept=" and ".join(_swept(results, axis) for axis in tuned))] if tuned else []
+
+
+def _alone(results: StudyResults) -> str:
+    return "" if any(axis.of_tuning for axis in _axes(results)) else "; without a second there is nothing to compare"
+
+
 def _swept(results: StudyResults, axis: Axis) -> str:
     """A field and the values that it takes."""
     values = list(dict.fromkeys(axis.value(m.member) for m in results.members))
@@ -117,7 +147,7 @@ def _fixed_decay(results: StudyResults) -> list[str]:
     """λ, where it is not what is compared: it is fixed, or follows from a timescale that is."""
     if results.axis.field == DECAY:
         return []
-    decays = sorted({m.member.weight_decay for m in results.members})
+    decays = sorted({m.member.weight_decay for m in results.members if m.member.weight_decay is not None})
     if len(decays) == 1:
         return [_say("fixed decay", decay=decays[0])]
     return [_say("fixed timescale", timescale=next(iter(results.config.grid.timescales or (None,))), decays=", ".join(f"{d:.3g}" for d in decays))]
@@ -170,8 +200,10 @@ def _claims(verdicts: list[Verdict]) -> list[str]:
 
 
 def _seeds(results: StudyResults) -> str:
-    seeds = len(results.config.grid.seeds)
+    seeds = len(results.seeds)
     every = f"Every {results.axis.name}" if len(results.slices) == 1 else "Every combination"
+    if results.existing:
+        return _say("one model each", name=results.axis.name) if seeds == 1 else _say("several models", every=every, seeds=seeds)
     return _say("one seed") if seeds == 1 else _say("seeds", every=every, seeds=seeds)
 
 
@@ -185,6 +217,7 @@ def warnings(results: StudyResults) -> list[str]:
     return [
         *_tiny(results),
         *_changes(results),
+        *([results.no_loss] if results.no_loss else []),
         *ended_or_waiting(results),
         *_environments(results),
         *_single_seed(results),
@@ -195,11 +228,10 @@ def warnings(results: StudyResults) -> list[str]:
 
 
 def _tiny(results: StudyResults) -> list[str]:
-    done = [m for m in results.members if m.pretrain]
-    sizes = [m.pretrain.parameters for m in done if m.pretrain]
-    if not done or max(sizes) >= TINY:
+    sizes = [m.parameters for m in results.members if m.parameters is not None]
+    if not sizes or max(sizes) >= TINY:
         return []
-    kinds = sorted({str(m.provenance["device_kind"]) for m in done if "device_kind" in m.provenance})
+    kinds = sorted({str(m.provenance["device_kind"]) for m in results.members if m.pretrain and "device_kind" in m.provenance})
     where = f" trained on {'a CPU' if kinds == ['cpu'] else ', '.join(kinds)}" if kinds else ""
     return [_say("tiny", plural="" if min(sizes) == max(sizes) else "s", sizes=_range(sizes), where=where)]
 
@@ -244,9 +276,9 @@ def _few(names: list[str]) -> str:
 
 
 def _single_seed(results: StudyResults) -> list[str]:
-    seeds = results.config.grid.seeds
+    seeds = results.seeds
     members = results.axis.symbol if results.axis.field == DECAY else "members"
-    return [_say("single seed", seed=seeds[0], members=members)] if len(seeds) == 1 else []
+    return [_say("single seed", seed=seeds[0], members=members)] if len(seeds) == 1 and not results.existing else []
 
 
 def _splits(results: StudyResults) -> list[str]:

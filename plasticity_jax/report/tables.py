@@ -2,11 +2,12 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from plasticity_jax.report import across
-from plasticity_jax.report.results import StudyResults, collect
+from plasticity_jax.report.results import MemberResults, StudyResults, collect
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.stages import Column, Table, guarded, stages
 from plasticity_jax.stages.stage import Rows
@@ -20,7 +21,7 @@ def tables() -> dict[str, Table]:
         for stage in stages().values()
         for name, table in stage.tables.items()
     }
-    return of_stages | across.TABLES
+    return of_stages | across.TABLES | {"other_models": OTHERS}
 
 
 def columns() -> dict[str, Column]:
@@ -45,15 +46,31 @@ def summary_table(study_dir: AnyPath) -> Rows:
 
 def summary_rows(results: StudyResults) -> Rows:
     """`summary_table` of results already read."""
-    rows = []
-    for m in results.members:
-        row = {"member": m.name, **swept_values(m.member), "timescale": m.member.timescale, "held_out_loss": m.loss}
-        for task in results.tasks:
-            before, after = (float(s[task].greedy.mean()) if task in s else None for s in (m.before, m.after))
-            gain = None if before is None or after is None else after - before
-            row |= {f"{task} before": before, f"{task} after": after, f"{task} gain": gain}
-        rows.append(row | {name: column.value(m) for name, column in columns().items()} | {"state": m.state})
-    return rows
+    return [
+        {"member": m.name, **swept_values(m.member), "timescale": m.member.timescale, "held_out_loss": m.loss}
+        | _scores(m, results.tasks)
+        | {name: column.value(m) for name, column in columns().items()}
+        | {"state": m.state}
+        for m in results.members
+    ]
+
+
+def other_rows(results: StudyResults) -> Rows:
+    """One row per model of `results.others`: score before and after fine-tuning on every task that one of them was asked for, columns of the stages."""
+    tasks = list(dict.fromkeys(task for m in results.others for scores in (m.before, m.after) for task in scores))
+    found = {m.name: {name: column.value(m) for name, column in columns().items()} for m in results.others}
+    known = [name for name in columns() if any(values[name] is not None for values in found.values())]
+    rows = [{"model": m.name} | _scores(m, tasks) | {name: found[m.name][name] for name in known} for m in results.others]
+    return [row for row in rows if any(value is not None for name, value in row.items() if name != "model")]
+
+
+def _scores(m: MemberResults, tasks: Sequence[str]) -> dict[str, float | None]:
+    row = {}
+    for task in tasks:
+        before, after = (float(s[task].greedy.mean()) if task in s else None for s in (m.before, m.after))
+        gain = None if before is None or after is None else after - before
+        row |= {f"{task} before": before, f"{task} after": after, f"{task} gain": gain}
+    return row
 
 
 def aligned(lines: list[list[str]]) -> str:
@@ -71,6 +88,14 @@ def to_csv(rows: Rows) -> str:
     writer.writerows(rows)
     return text.getvalue()
 
+
+OTHERS = Table(
+    other_rows,
+    title="What else was run in this folder",
+    caption="Models and runs that commands were asked for by themselves (finetune --base, evaluate --model, analyze --model), which are no members of the "
+    "grid: greedy accuracy before and after fine-tuning. They are in no figure and no claim.",
+    optional=True,
+)
 
 TEX_ROWS = 40  # of a table on one page; longer ones break over pages
 _TEX = {

@@ -103,7 +103,7 @@ def rules() -> list[Callable[[StudyResults], Verdict | None]]:
 
 def judged(results: StudyResults, claim: str, source: str, rule: str, found: Found) -> Verdict:
     """The verdict that follows from the two one-sided p values, the equivalence, and the number of pretraining seeds."""
-    one_run = len(results.config.grid.seeds) == 1 or found.shown.seeds == 1
+    one_run = len(results.seeds) == 1 or found.shown.seeds == 1
     return decided(claim, source, rule, found, one_run=one_run, seeds=found.shown.seeds)
 
 
@@ -140,6 +140,8 @@ def trend_found(results: StudyResults, measures: Sequence[Measure], sign: int, w
     A trend supports a claim unless a step between neighbors goes the other way with confidence (Holm over the steps). Any measure that goes the other
     way contradicts it, at a level divided by their number.
     """
+    if results.no_loss:
+        return Found(f"{results.no_loss} Without it no λ is in the useful range.")
     useful = useful_range(results)
     points = [d for d in useful if all(d in measured(results, measure, [d]) for measure in measures)]
     missing = "".join(dict.fromkeys(left_out(results, measure, useful) for measure in measures))
@@ -222,6 +224,8 @@ def loss_is_u_shaped(results: StudyResults) -> Verdict:
 
 
 def _u_shape(results: StudyResults) -> Found:
+    if results.no_loss:
+        return Found(results.no_loss)
     found, measure = finished_losses(results), loss_measure()
     shown = ", ".join(f"{loss:.3f} at λ={decay:.4g}" for decay, loss in found.items()) or "no finished member"
     evidence = f"Held-out loss in nats per token: {shown}."
@@ -277,6 +281,8 @@ def downstream_prefers_more(results: StudyResults) -> Verdict:
 def _downstream(results: StudyResults) -> Found:
     if not results.learned:
         return Found(_nothing_learned(results))
+    if results.no_loss:
+        return Found(results.no_loss)
     measure, useful, finished = score_measure(results.learned, gain=False), useful_range(results), finished_losses(results)
     scores = measured(results, measure, list(finished))
     if len(scores) < 2:

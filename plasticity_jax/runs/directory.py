@@ -24,6 +24,7 @@ STUDY = "study.json"  # of a study's folder
 CONFIG, PROVENANCE, RESULTS, DONE = "config.json", "provenance.json", "results.json", "DONE"
 FAILED, ERROR_LOG, LOCK = "FAILED", "error.log", "LOCK"
 CHANGING = (DONE, FAILED, ERROR_LOG, LOCK)  # what no checksum is taken of
+ASKED = "asked.json"  # of a run that a command was asked for by itself, and no graph: the model that it was given
 WARNINGS = "warnings.json"  # of a run in which something was passed over
 # Of runs that train.
 CHECKPOINTS = "checkpoints"
@@ -70,6 +71,10 @@ class RunDirectory:
             return None
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         return f"{self.path}: {found[0]} since the run finished{more}; put the file back, or delete {self.path} and run again, which makes it anew."
+
+    def recorded(self) -> Checksums:
+        """The checksums of a finished run's files; none where it was finished before there were any. Raises UserError if they cannot be read."""
+        return self._done()["files"]
 
     def _done(self) -> dict[str, Any]:
         """What DONE holds: why the run diverged or "", and the checksums; none in those that were written before there were any."""

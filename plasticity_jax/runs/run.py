@@ -15,7 +15,7 @@ class Run:
 
     Attributes:
       study: the study's name.
-      stage: name of its stage, or "import" for a model from elsewhere, which belongs to no graph.
+      stage: name of its stage; "import" for a model from elsewhere.
       name: readable name, unique within the stage together with the hash.
       fields: what defines the result, besides the parents.
       parents: role (such as "base", "task") → id of the run that plays it.

@@ -76,7 +76,7 @@ def evaluate_run(config: StudyConfig, model: Run, task: str) -> Run:
 
 def _plan(plan: Plan) -> Iterable[Planned]:
     for task in plan.config.tasks:
-        yield from ((own, evaluate_run(own, base, task)) for own, base in plan.of("pretrain"))
+        yield from ((own, evaluate_run(own, base, task)) for own, base in plan.bases)
     for own, tuned in plan.of("finetune"):
         yield own, evaluate_run(own, tuned, tuned.task_name)
         yield from ((own, evaluate_run(own, tuned, task)) for task in plan.config.tasks if not is_trained(plan.config, task))

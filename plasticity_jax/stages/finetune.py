@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from plasticity_jax.config import Member, StudyConfig, result_fields
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.runs.run import Run
+from plasticity_jax.stages.imported import base_run
 from plasticity_jax.stages.prepare import task_run, task_settings
-from plasticity_jax.stages.pretrain import pretrain_run, training_knobs
-from plasticity_jax.stages.stage import Batched, Context, Plan, Planned, Program, Stage
+from plasticity_jax.stages.pretrain import training_knobs
+from plasticity_jax.stages.stage import BASES, Batched, Context, Plan, Planned, Program, Stage
 from plasticity_jax.stages.work import Ahead, Work
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def finetune_run(config: StudyConfig, base: Run, task: str, seed: int, member: M
     recipe = {k: v for k, v in result_fields(config.finetune).items() if k != "seeds"}
     fields = recipe | {"epochs": task_settings(config, task).epochs, "seed": seed, "compute_dtype": config.train.compute_dtype}
     parents = {"base": base.id, "task": task_run(config, task).id}
-    of_base, suffix = member.name if member else base.name, f"-s{seed}" if seed else ""
-    owner = member.name if member else base.member or base.name
+    owner, suffix = member.name if member else base.member or base.name, f"-s{seed}" if seed else ""
+    of_base = owner if member or base.stage in BASES else base.name
     return STAGE.new_run(config, f"{of_base}-{task}{suffix}", fields, parents, member=owner, task=task, seed=seed)
 
 
@@ -48,7 +49,7 @@ def _plan(plan: Plan) -> Iterable[Planned]:
     for task in (name for name in plan.config.tasks if get_task(name, plan.config.tasks).trained):
         for seed in plan.config.finetune.seeds:
             for own, member in plan.members:
-                yield own, finetune_run(own, pretrain_run(own, member), task, seed, member)
+                yield own, finetune_run(own, base_run(own, member), task, seed, member)
 
 
 def _check(config: StudyConfig, runs: Sequence[Run]) -> None:

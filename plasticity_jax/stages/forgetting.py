@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.config.schema import PositiveInt, execution, result
+from plasticity_jax.errors import UserError
 from plasticity_jax.runs.run import Run
 from plasticity_jax.stages.prepare import corpus_run
 from plasticity_jax.stages.stage import Context, Knob, Program, Rows, Stage, Table, batch_fields, member_row, number
@@ -25,22 +26,26 @@ class ForgettingConfig:
     held_out_loss: bool = result(False, "score every fine-tuned model on the corpus's held-out text")
     batch_size: PositiveInt = execution(32, "sequences scored at once; rounded up for the mesh")
 
+    def check(self, config: StudyConfig) -> None:
+        if self.held_out_loss and not config.data.has_text:
+            raise UserError("forgetting.held_out_loss=True needs text, and data names none; give some in data.files or data.sources.")
+
 
 @dataclass(frozen=True)
-class Forgetting:
-    """What `train.held_out.held_out_loss` returns for the fine-tuned model; and seconds of wall time."""
+class HeldOut:
+    """What `train.held_out.held_out_loss` returns for a model; and seconds of wall time."""
 
     held_out: dict[str, Any]
     seconds: float
 
 
-def _fields(config: StudyConfig, model: Run) -> dict[str, Any]:
+def fields(config: StudyConfig, model: Run) -> dict[str, Any]:
     train = config.train
-    fields = {"held_out_tokens": train.held_out_tokens, "isolate_documents": config.data.isolate_documents, "compute_dtype": train.compute_dtype}
-    return fields | batch_fields(train.compute_dtype, config.forgetting.batch_size)
+    found = {"held_out_tokens": train.held_out_tokens, "isolate_documents": config.data.isolate_documents, "compute_dtype": train.compute_dtype}
+    return found | batch_fields(train.compute_dtype, config.forgetting.batch_size)
 
 
-def run(context: Context) -> Forgetting:
+def run(context: Context) -> HeldOut:
     """Scores the parent "model" on the held-out blocks of the parent "corpus"."""
     from plasticity_jax.data.loader import TokenRecords
     from plasticity_jax.data.tokenizer import Tokenizer
@@ -54,21 +59,19 @@ def run(context: Context) -> Forgetting:
         model.params,
         first_blocks(TokenRecords(corpus / "tokens", "held_out"), tokens_per_domain=config.train.held_out_tokens),
         token_bytes=tokenizer.token_bytes,
-        batch_size=context.section.batch_size,
+        batch_size=config.forgetting.batch_size,
         isolate=tokenizer.eos_id if config.data.isolate_documents else None,
         loss_chunks=config.train.loss_chunks,
     )
-    return Forgetting(found, time.monotonic() - start)
+    return HeldOut(found, time.monotonic() - start)
 
 
-def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
+def programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Program]:
     from plasticity_jax.model.forward import Forward, lower_record_nats
     from plasticity_jax.model.load import abstract_loaded
     from plasticity_jax.parallel.batches import smaller_batches
     from plasticity_jax.parallel.sharding import device_bytes
 
-    if not config.forgetting.held_out_loss:
-        return
     train, params = config.train, abstract_loaded(config.model, mesh, config.train.compute_dtype)
     options = {"seq_len": train.seq_len, "isolate": config.data.isolate_documents, "loss_chunks": train.loss_chunks}
     forward, size = Forward.of(config, config.model, mesh), config.forgetting.batch_size
@@ -81,13 +84,13 @@ def _programs(config: StudyConfig, mesh: "Mesh", members: int) -> Iterable[Progr
     )
 
 
-def _work(ahead: Ahead) -> Iterable[Work]:
+def work(ahead: Ahead) -> Iterable[Work]:
     """Reading the held-out blocks of every domain."""
     from plasticity_jax.model.flops import forward_flops
 
     config, train = ahead.config, ahead.config.train
     data = config.data
-    domains = len(data.sources) if data.files is data.tfds is data.token_files is None else 1
+    domains = 1 if data.streamed else len(data.sources)
     yield Work(flops=domains * forward_flops(config.model, max(1, train.held_out_tokens // train.seq_len), train.seq_len))
 
 
@@ -95,7 +98,7 @@ def held_out_rise_rows(results: "StudyResults") -> Rows:
     """Held-out loss of the base model and after fine-tuning on each task, over all domains ("all") and per domain; the rise is after − before."""
     rows = []
     for m in results.members:
-        base = (m.pretrain.held_out if m.pretrain else None) or {}
+        base = m.held_out or {}
         for task, found in m.records("forgetting").items():
             for domain, after in [("all", found.held_out), *sorted(found.held_out["domains"].items())]:
                 before = base if domain == "all" else base.get("domains", {}).get(domain, {})
@@ -109,15 +112,15 @@ STAGE = Stage(
     name="forgetting",
     title="held-out loss after fine-tuning",
     run=run,
-    record=Forgetting,
+    record=HeldOut,
     config=ForgettingConfig,
     parents={"model": "finetune"},
-    fields=_fields,
+    fields=fields,
     inputs=lambda config, model: {"corpus": corpus_run(config).id},
     applies=lambda config: config.forgetting.held_out_loss,
     devices="all",
-    programs=_programs,
-    work=_work,
+    programs=lambda config, mesh, members: programs(config, mesh, members) if config.forgetting.held_out_loss else (),
+    work=work,
     tables={
         "held_out_rise": Table(
             held_out_rise_rows,

@@ -177,6 +177,8 @@ def _gap(results: "StudyResults") -> "Found":
     from plasticity_jax.report.effects import measured
     from plasticity_jax.report.verdicts import Found, trend_found
 
+    if results.existing:
+        return Found("Models that exist do not say which text they have seen in which order, so their gap is not known.")
     measure = gap_measure()
     if failing_controls(results):
         shown = ", ".join(f"{gap:.3f} at λ={d:.4g}" for d, gap in measured(results, measure, results.points).items())
@@ -249,6 +251,7 @@ STAGE = Stage(
             "Loss on held-out text less loss on text seen in training, on equal tokens. A unigram model must show no gap. 95% intervals over documents.",
             lambda results: any(gap_of(m) is not None for m in results.members),
             _draw,
+            applies=lambda config: not config.grid.models,
         )
     },
     columns={"gap": Column(gap_of, "gap", unit="nats/token")},

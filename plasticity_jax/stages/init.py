@@ -32,7 +32,7 @@ def init_run(config: StudyConfig, seed: int) -> Run:
 
 
 def _plan(plan: Plan) -> Iterable[Planned]:
-    return ((own, init_run(own, member.seed)) for own, member in plan.members)
+    return ((own, init_run(own, member.seed)) for own, member in plan.members if member.model is None)
 
 
 def run(context: Context) -> Initial:

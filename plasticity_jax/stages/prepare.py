@@ -19,9 +19,11 @@ SEED = 0  # of the choice of rows; fixed, so that a task's rows depend only on i
 
 def corpus_run(config: StudyConfig) -> Run:
     """Documents, tokenizer and token records of the pretraining corpus."""
-    from plasticity_jax.data.fingerprints import corpus_fields
+    from plasticity_jax.data.fingerprints import corpus_fields, tokenizer_fields
 
     fields = {"kind": "corpus", **corpus_fields(config.data), "vocab_size": config.model.vocab_size, "seq_len": config.train.seq_len}
+    if config.grid.models:  # those with one tokenizer share the records, whatever else lies beside it
+        fields |= tokenizer_fields(config.data.tokenizer, config.model.vocab_size)
     return STAGE.new_run(config, "corpus", fields)
 
 
@@ -77,7 +79,8 @@ def data_runs(config: StudyConfig) -> list[Run]:
     from plasticity_jax.stages import stages
 
     asked = [run for stage in stages().values() if stage.data is not None for run in stage.data(config)]
-    return [corpus_run(config), *(task_run(config, task) for task in config.tasks), *asked]
+    corpus = [corpus_run(config)] if config.data.has_text else []
+    return [*corpus, *(task_run(config, task) for task in config.tasks), *asked]
 
 
 def task_settings(config: StudyConfig, task: str) -> TaskConfig:
@@ -114,7 +117,7 @@ def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
 
     members = [member_config(config, member) for member in grid_members(config)]
     asked = {run.id for run in runs}
-    for data in {own.data for own in members if corpus_run(own).id in asked}:
+    for data in {own.data for own in members if own.data.has_text and corpus_run(own).id in asked}:
         _open_stream(data)
     wheels = Wheels(wheels_dir(config.data.wheels))
     for run in runs:

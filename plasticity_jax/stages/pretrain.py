@@ -57,7 +57,7 @@ def pretrain_run(config: StudyConfig, member: Member) -> Run:
 
 
 def _plan(plan: Plan) -> Iterable[Planned]:
-    return ((own, pretrain_run(own, member)) for own, member in plan.members)
+    return ((own, pretrain_run(own, member)) for own, member in plan.members if member.model is None)
 
 
 def _check(config: StudyConfig, runs: Sequence[Run]) -> None:
@@ -132,7 +132,7 @@ def _member_rows(results: "StudyResults") -> Rows:
     rows = []
     for m in results.members:
         found: Any = m.pretrain
-        held_out = (found.held_out or {}) if found else {}
+        held_out = m.held_out or {}
         rows.append(
             member_row(
                 m,
@@ -179,8 +179,8 @@ def _held_out_rows(results: "StudyResults") -> Rows:
     """Final held-out loss, over all domains ("all") and per domain."""
     rows = []
     for m in results.members:
-        if m.pretrain:
-            held_out = m.pretrain.held_out or {"domains": {}}
+        if m.parameters is not None:
+            held_out = m.held_out or {"domains": {}}
             for domain, found in [("all", held_out), *sorted(held_out["domains"].items())]:
                 values = {name: number(found.get(name)) for name in ("loss", "bits_per_byte", "tokens")} | {
                     "perplexity": _perplexity(found.get("loss"))
@@ -227,13 +227,13 @@ def _draw_held_out_loss(results: "StudyResults") -> "Drawing":
     drawn, panels = drawing.panels_below(2, 2.3)
     means = drawing.seed_means(panels[0], results, lambda m: m.loss, drawing.INK)
     drawing.line(panels[0], results, means, color=drawing.INK, marker="o", label="all domains")
-    domains = sorted({d for m in results.members if m.pretrain for d in (m.pretrain.held_out or {"domains": {}})["domains"]})
+    domains = sorted({d for m in results.members if m.loss is not None for d in (m.held_out or {})["domains"]})
     for i, domain in enumerate(domains):
         series = drawing.SERIES[i % len(drawing.SERIES)]
         means = drawing.seed_means(
             panels[1],
             results,
-            lambda m, d=domain: number(m.pretrain.held_out["domains"][d]["loss"]) if m.pretrain and m.pretrain.held_out else None,
+            lambda m, d=domain: number(m.held_out["domains"][d]["loss"]) if m.loss is not None and m.held_out else None,
             series,
         )
         drawing.line(panels[1], results, means, color=series, marker=drawing.MARKERS[i % len(drawing.MARKERS)], label=domain)
@@ -279,13 +279,15 @@ STAGE = Stage(
             lambda results: any(number(row.get("loss")) is not None for m in results.members for row in m.curve),
             _draw_loss_curves,
             section="pretraining",
+            applies=lambda config: not config.grid.models,
         ),
         "held_out_loss": Figure(
             "Final held-out loss",
-            "Held-out loss and perplexity at the end of pretraining, over all domains and by domain. {seeds}",
+            "Held-out loss and perplexity of the base models, over all domains and by domain. {seeds}",
             lambda results: any(m.loss is not None for m in results.members),
             _draw_held_out_loss,
             section="pretraining",
+            applies=lambda config: config.data.has_text,
         ),
     },
     measures=_measures,

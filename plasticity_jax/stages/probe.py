@@ -65,8 +65,7 @@ def probe_sets(config: StudyConfig) -> tuple[str, ...]:
     data, probe = config.data, config.probe
     if probe.sets is not None:
         return probe.sets
-    streamed = (data.files, data.tfds, data.token_files) != (None, None, None)
-    return (*(() if streamed else PROBE_SETS), *probe.files)
+    return (*(() if data.streamed or not data.sources else PROBE_SETS), *probe.files)
 
 
 @dataclass(frozen=True)
@@ -231,6 +230,8 @@ def probes_improve(results: "StudyResults") -> "Verdict":
 def _probes(results: "StudyResults") -> "Found":
     from plasticity_jax.report.verdicts import Found, trend_found, useful_range
 
+    if results.no_loss:
+        return trend_found(results, [], 1, "probes")
     useful = [m for decay in useful_range(results) for m in results.at(decay)]
     measured = [name for name in probe_sets(results.config) if any(of_set(m, name) for m in useful)]
     sets = [name for name in measured if any(_above_majority(m, name) for m in useful)]

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from plasticity_jax.report.results import MemberResults, StudyResults
     from plasticity_jax.report.verdicts import Verdict
 
+PRETRAINED, IMPORTED = "pretrain", "import"
+BASES = (PRETRAINED, IMPORTED)  # the stages of base models: those that are pretrained here, and those that exist (`grid.models`)
+
 Rows = list[dict[str, Any]]
 Planned = tuple[StudyConfig, Run]  # a run, and the config of the member that it is for
 
@@ -167,7 +170,7 @@ class Figure:
     def text(self, results: "StudyResults") -> str:
         """The caption for this study."""
         batches = " All members see the same batches in the same order." if results.same_batches else ""
-        seeds = "Faint: each pretraining seed." if len(results.config.grid.seeds) > 1 else "One pretraining seed, so no spread between seeds."
+        seeds = "Faint: each pretraining seed." if len(results.seeds) > 1 else "One pretraining seed, so no spread between seeds."
         return self.caption.format(symbol=results.axis.symbol, first=results.axis.first, batches=batches, seeds=seeds)
 
 
@@ -268,7 +271,8 @@ class Stage:
       name: of the stage, of its folder, and of its config section. Lower case, digits and underscores.
       run: carries out one run and returns its record. Import heavy packages inside of it: declarations are read by `plasticity --help`.
       parents: role → stage of the parent, or stages it may be of. A run has one parent per role. For a stage that examines models, the role "model" is
-        each model in turn, and other roles are taken from the model's own parents, such as "corpus".
+        each model in turn, and other roles are taken from the model's own parents, such as "corpus". "pretrain" stands for base models, also for those
+        that exist (`grid.models`); of these, models without such a parent are left out.
       title: what it does, in a few words: for `plasticity analyze --help` and the page.
       version: raise it when the code changes the results: earlier runs of the stage, and all that follows from them, become stale.
       config: the frozen dataclass of its section, where it has one of its own. Fields made with `execution_field` do not define the result.
@@ -343,8 +347,15 @@ class Stage:
         return self.plan is None and not self.job
 
     def parent_stages(self, role: str) -> tuple[str, ...]:
+        """The stages that a parent may be of. Base models need not be pretrained here: "pretrain" stands for all BASES."""
         found = self.parents.get(role, ())
-        return (found,) if isinstance(found, str) else tuple(found)
+        named = (found,) if isinstance(found, str) else tuple(found)
+        return tuple(dict.fromkeys(stage for name in named for stage in (BASES if name == PRETRAINED else (name,))))
+
+    def lacks(self, config: StudyConfig, model: Run) -> str | None:
+        """The role of a parent that this stage takes from a model's own parents, and which the model has not."""
+        given = {"model", *model.parents, *self.inputs(config, model)}
+        return next((role for role in self.parents if role not in given), None)
 
     def new_run(self, config: StudyConfig, name: str, fields: dict[str, Any], parents: Mapping[str, str] = {}, **about: Any) -> Run:
         """A run of this stage. `about` holds the member, task and seed that it is for."""
@@ -356,14 +367,11 @@ class Stage:
         Raises:
           UserError: the model lacks a parent that this stage needs.
         """
-        parents = {"model": model.id}
-        for role in self.parents:
-            if role in model.parents:
-                parents[role] = model.parents[role]
-            elif role != "model":
-                raise UserError(
-                    f"stage {self.name} needs the {role} that a model was made from, and {model.id} has none; use --only to leave {self.name} out."
-                )
+        if (role := self.lacks(config, model)) is not None:
+            raise UserError(
+                f"stage {self.name} needs the {role} that a model was made from, and {model.id} has none; use --only to leave {self.name} out."
+            )
+        parents = {role: model.parents[role] for role in self.parents if role in model.parents} | {"model": model.id}
         section = result_fields(getattr(config, self.name)) if self.config is not None else {}
         parents |= self.inputs(config, model)
         about = {"member": model.member or model.name, "task": model.task, "seed": model.seed}
@@ -401,11 +409,18 @@ class Plan:
     def _on_models(self, stage: Stage) -> Iterable[Planned]:
         if stage.applies(self.config):
             for kind in stage.parent_stages("model"):
-                yield from ((own, stage.on_model(own, model)) for own, model in self.of(kind))
+                for own, model in self.of(kind):
+                    if kind != IMPORTED or stage.lacks(own, model) is None:  # how it was made is not known
+                        yield own, stage.on_model(own, model)
 
     def of(self, stage: str) -> list[Planned]:
         """The runs of a stage that was planned before, each with the config of the first member that needs it."""
         return list(self._planned.get(stage, {}).values())
+
+    @property
+    def bases(self) -> list[Planned]:
+        """The base models."""
+        return [planned for stage in BASES for planned in self.of(stage)]
 
     @property
     def runs(self) -> list[Run]:

@@ -328,6 +328,9 @@ def _refuse_twice(flag: str, paths: Sequence[AnyPath]) -> None:
 def _settings(studies: Sequence[StudyResults], notes: list[str]) -> list[Setting]:
     found = []
     for results, name in zip(studies, study_names(studies)):
+        if results.existing:
+            notes.append(f"{name} is about models that exist, whose pretraining is not known here, so it has no setting and is left out.")
+            continue
         parts = [part for part in results.slices if part.members]
         if results.axis.field != DECAY:
             notes.append(f"{name} compares along {results.axis.name} and not along weight decay, so it has no best λ and is left out.")
@@ -420,7 +423,7 @@ def _note_settings(settings: Sequence[Setting], notes: list[str]) -> None:
         diverged = sorted({m.point for m in results.members if m.state == "diverged"})
         if diverged:
             notes.append(f"{setting.name}: λ = {', '.join(f'{d:.4g}' for d in diverged)} diverged with a seed and cannot be the best.")
-        if len(results.config.grid.seeds) == 1:
+        if len(results.seeds) == 1:
             notes.append(f"{setting.name}: one pretraining seed, so its best λ may be the luck of one run.")
         if setting.tasks and setting.by_score is None:
             flat = len(setting.scores(setting.tasks)) > 0
@@ -520,5 +523,5 @@ def provenance(comparison: Comparison) -> Rows:
             for m in results.members
             if isinstance(m.provenance.get("git"), dict) and "commit" in m.provenance["git"]
         }
-        rows.append(row | {"seeds": results.config.grid.seeds, "commits": tuple(sorted(commits))})
+        rows.append(row | {"seeds": results.seeds, "commits": tuple(sorted(commits))})
     return rows + [{"study": model.name, "path": str(model.path), "runs": "spectra of a model"} for model in comparison.models]

@@ -73,10 +73,15 @@ def graph_lines(config: StudyConfig, workdir: AnyPath) -> list[str]:
     config = resolve(config, workdir)
     lines = []
     for member in grid_members(config):
+        fields = "".join(f", {name} = {value}" for name, value in (*member.overrides, *member.changes))
+        if member.model is not None:
+            said = {name: value for name, value in member.values.items() if value is not None and name not in dict(member.overrides)}
+            lines.append(f"{member.name}: {', '.join(f'{name} = {value}' for name, value in said.items())}, {member.model}{fields}")
+            continue
         timescale = "no decay" if member.timescale is None else f"timescale {member.timescale:.3g} of the run"
         peak_lr = member_config(config, member).train.peak_lr
-        fields = "".join(f", {name} = {value}" for name, value in (*member.overrides, *member.changes))
-        lines.append(f"{member.name}: λ = {member.weight_decay:.6g}, peak lr·λ = {peak_lr * member.weight_decay:.4g}, {timescale}{fields}")
+        decay = member.weight_decay or 0.0
+        lines.append(f"{member.name}: λ = {decay:.6g}, peak lr·λ = {peak_lr * decay:.4g}, {timescale}{fields}")
     for run in build_graph(config):
         state, reason = RunDirectory(study_dir(workdir, config) / run.id).state()
         parents = ", ".join(run.parents.values())
@@ -151,8 +156,8 @@ def _bytes_needed(config: StudyConfig) -> int:
     kept = len(config.train.kept_steps)
     models = (1 + tuned + kept) * sum(pretrained)
     in_training = sum(pretrained) if config.grid.mode == "vmapped" else max(pretrained)
-    starts = sum({init_run(own, 0).id: _parameters(own) for own, _ in members}.values())
-    data = sum({corpus_run(own).id: _data_bytes(own) for own, _ in members}.values())
+    starts = sum({init_run(own, 0).id: _parameters(own) for own, member in members if member.model is None}.values())
+    data = sum({corpus_run(own).id: _data_bytes(own) for own, _ in members if own.data.has_text}.values())
     moments = 8 * models + 24 * in_training if config.train.keep_optimizer else (32 + 8 * kept) * in_training
     return int(4 * (models + starts) + moments + data + 10e6)
 

@@ -1,15 +1,21 @@
 """The graph of a study: every run, its parents and its hash, as the stages plan them; and how it lies on disk. Pure, and without jax."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from plasticity_jax.config import StudyConfig, grid_members, member_config, to_dict
 from plasticity_jax.errors import StudyRefused, UserError
-from plasticity_jax.runs.directory import LOCK, STUDY
-from plasticity_jax.runs.jsonfiles import read_json, write_json
+from plasticity_jax.runs.directory import ASKED, CONFIG, LOCK, STUDY, RunDirectory
+from plasticity_jax.runs.jsonfiles import damaged, read_json, write_json
 from plasticity_jax.runs.locks import is_locked
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, make_folder
 from plasticity_jax.stages import Plan, stages
+from plasticity_jax.stages.evaluate import is_regraded
+from plasticity_jax.stages.stage import IMPORTED
+
+log = logging.getLogger("plasticity_jax")
 
 
 def build_graph(config: StudyConfig) -> list[Run]:
@@ -58,6 +64,52 @@ def study_files(workdir: AnyPath) -> list[AnyPath]:
     if not found:
         raise UserError(f"--workdir={workdir} holds no study (no <study>/study.json); run plasticity study first.")
     return found
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A run in a study's folder that is not in its study.json.
+
+    Attributes:
+      run, directory: of it.
+      stale: why it is of no use any more; "" for what a command was asked for by itself, and for completions that were graded again.
+    """
+
+    run: Run
+    directory: RunDirectory
+    stale: str
+
+
+def runs_beside(path: AnyPath) -> list[Beside]:
+    """The runs in the folder of a study.json that it does not list; without those whose config.json cannot be read, of which a warning tells."""
+    tree, runs = read_study(path)
+    folder, listed = path.parent, {run.id for run in runs}
+    with damaged(path):
+        imports = not tree.get("config", {}).get("grid", {}).get("models")  # whose imports are in the graph; elsewhere they were asked for
+    others: dict[str, tuple[Run, RunDirectory]] = {}
+    for file in sorted(folder.glob(f"*/*/{CONFIG}")):
+        run_id, directory = f"{file.parent.parent.name}/{file.parent.name}", RunDirectory(file.parent)
+        if run_id not in listed:
+            try:
+                others[run_id] = directory.run(), directory
+            except UserError as error:
+                log.warning("%s", error)
+
+    def alone(run_id: str) -> bool:
+        run, directory = others[run_id]
+        return (directory.path / ASKED).is_file() or is_regraded(run) or (imports and of_import(run_id))
+
+    def of_import(run_id: str) -> bool:
+        run, _ = others[run_id]
+        return run.stage == IMPORTED or any(parent in others and of_import(parent) for parent in run.parents.values())
+
+    def stale(run_id: str) -> str:
+        if not alone(run_id):
+            return "not in study.json: its config, code version or a parent has changed"
+        gone = [parent for parent in others[run_id][0].parents.values() if parent in others and stale(parent)]
+        return f"its parent {gone[0]} is not in study.json any more" if gone else ""
+
+    return [Beside(run, directory, stale(run_id)) for run_id, (run, directory) in others.items()]
 
 
 def read_study(path: AnyPath) -> tuple[dict, list[Run]]:

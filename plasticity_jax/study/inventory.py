@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from plasticity_jax.config import StudyConfig
+from plasticity_jax.config.grid import labeled_models
 from plasticity_jax.data.corpus_files import Survey, survey
 from plasticity_jax.data.named_tokenizers import NAMED, TRAINED
 from plasticity_jax.data.tasks import get_task
@@ -90,6 +91,8 @@ def _amount(files: Iterable[tuple[str, int]]) -> str:
 def _wheels(config: StudyConfig) -> Iterator[Needed]:
     from plasticity_jax.stages import stages
 
+    if config.grid.models and not all(one.there for one in _models(config)):
+        return  # what the others need is known once they are all there
     runs = Plan(config, stages().values()).runs
     wheels = Wheels(wheels_dir(config.data.wheels))
     for package in sorted({package for run in runs for package in run.fields.get("wheels", ())}):
@@ -125,7 +128,8 @@ def _set(what: str, text: str, command: str) -> Needed:
 
 
 def _models(config: StudyConfig) -> Iterator[Needed]:
-    for what, place, origin in (("reward.model", config.reward.model, REWARD_MODEL), ("train.initial", config.train.initial, None)):
+    of_grid = [(f"grid.models {label}", place, None) for label, place, _ in labeled_models(config.grid)]
+    for what, place, origin in (("reward.model", config.reward.model, REWARD_MODEL), ("train.initial", config.train.initial, None), *of_grid):
         if place is not None:
             path = location(place)
             files = [(file.name, file.stat().st_size) for file in path.iterdir() if file.is_file()] if path.is_dir() else []

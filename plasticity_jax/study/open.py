@@ -3,12 +3,14 @@
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from plasticity_jax.config import Member
 from plasticity_jax.errors import UserError
 from plasticity_jax.report.browse import Filter, browse
 from plasticity_jax.report.figures import draw_figure, figures
 from plasticity_jax.report.page import table_rows
 from plasticity_jax.report.results import collect
 from plasticity_jax.runs.storage import AnyPath, location
+from plasticity_jax.stages.stage import BASES
 from plasticity_jax.study.graph import study_files
 from plasticity_jax.study.status import study_status
 
@@ -31,7 +33,7 @@ class Study:
         self.runs: list[dict[str, Any]] = [row for row in study_status(path.parent) if row["study"] == path.name]
 
     def __repr__(self) -> str:
-        models = sum(run["stage"] in ("pretrain", "finetune") for run in self.runs)
+        models = sum(run["stage"] in (*BASES, "finetune") for run in self.runs)
         states = ", ".join(f"{count} {state}" for state, count in Counter(run["state"] for run in self.runs).items())
         return f"<study {self.path.name}: {models} models, {len(self.runs)} runs ({states})>"
 
@@ -64,11 +66,11 @@ class Study:
             raise UserError("frame() needs pandas, which is not installed: pip install pandas, or use table().") from error
         return pd.DataFrame(self.table(name))
 
-    def model(self, weight_decay: float, *, task: str | None = None, seed: int | None = None) -> "LoadedModel":
+    def model(self, weight_decay: Any, *, task: str | None = None, seed: int | None = None) -> "LoadedModel":
         """The model pretrained with a weight decay, or that model fine-tuned on a task; of several the first.
 
         Args:
-          weight_decay: to four digits.
+          weight_decay: to four digits; where models that exist are labeled by something else, their label.
           seed: of the pretraining.
         Raises:
           UserError: no such run, or it has not finished.
@@ -76,14 +78,16 @@ class Study:
         from plasticity_jax.model.load import load_model
 
         results = collect(self.path)
-        members = [m.member for m in results.members if f"{m.member.weight_decay:.4g}" == f"{weight_decay:.4g}" and seed in (None, m.member.seed)]
+        members = [m.member for m in results.members if _text(_label(m.member)) == _text(weight_decay) and seed in (None, m.member.seed)]
         bases, names = {member.base for member in members}, {member.name for member in members}
-        found = [s for s in results.runs if s.run.stage == "pretrain" and s.run.member in bases]
+        found = [s for s in results.runs if s.run.stage in BASES and s.run.member in bases]
         if task is not None:
             found = [s for s in results.runs if s.run.stage == "finetune" and s.run.member in names and s.run.task == task]
         if not found:
             asked = (
-                f"λ={weight_decay:.4g}" + (f", seed {seed}" if seed is not None else "") + (f", fine-tuned on {task!r}" if task is not None else "")
+                f"{results.axis.equation(weight_decay) if results.existing else f'λ={_text(weight_decay)}'}"
+                + (f", seed {seed}" if seed is not None else "")
+                + (f", fine-tuned on {task!r}" if task is not None else "")
             )
             raise UserError(f"study {self.path.name} has no model with {asked}; its models are the rows of table() and its tasks {results.tasks}.")
         if found[0].state != "done":
@@ -115,6 +119,14 @@ class Study:
                 f"part {part!r} is not in this study" + (f"; name one of {', '.join(parts)}." if len(parts) > 1 else ", which has one; leave it out.")
             )
         return draw_figure(parts[part], name)
+
+
+def _label(member: Member) -> Any:
+    return dict(member.label or (("", member.weight_decay),)).popitem()[1]
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
 
 
 def open_study(workdir: str | AnyPath, name: str | None = None) -> Study:

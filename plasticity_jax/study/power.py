@@ -3,7 +3,7 @@
 from typing import Any
 
 from plasticity_jax.analysis.statistics import detectable, t_power, units_needed
-from plasticity_jax.config import StudyConfig
+from plasticity_jax.config import StudyConfig, grid_seeds
 from plasticity_jax.config.recipes import ALL_ROWS
 from plasticity_jax.errors import UserError
 
@@ -37,7 +37,7 @@ def study_power(config: StudyConfig, seed_deviation: float | None = None) -> dic
     if not config.tasks:
         raise UserError("tasks={} leaves no accuracy to compare; give the config a task.")
     unknown = [name for name, task in config.tasks.items() if task.test_rows >= ALL_ROWS]
-    seeds, rows = len(config.grid.seeds), [ASSUMED_ROWS if name in unknown else task.test_rows for name, task in config.tasks.items()]
+    seeds, rows = len(grid_seeds(config)), [ASSUMED_ROWS if name in unknown else task.test_rows for name, task in config.tasks.items()]
     problems = (PROBLEM_VARIANCE * sum(1 / count for count in rows) / len(rows) ** 2) ** 0.5
     deviation = (2 * noise**2 + problems**2) ** 0.5
     return {

@@ -5,17 +5,17 @@ from typing import Any
 
 from plasticity_jax.config import StudyConfig, restore_config
 from plasticity_jax.progress import duration
-from plasticity_jax.runs.directory import CONFIG, DONE, RunDirectory
+from plasticity_jax.runs.directory import DONE, RunDirectory
 from plasticity_jax.runs.logs import METRICS, read_whole_rows
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
-from plasticity_jax.stages.evaluate import is_regraded
 from plasticity_jax.stages.prepare import edited_since
-from plasticity_jax.study.graph import read_study, study_files
+from plasticity_jax.study.graph import read_study, runs_beside, study_files
 
 
 def study_status(workdir: AnyPath, *, verify: bool = False) -> list[dict[str, Any]]:
-    """One row per run of every study below the workdir, of imported models and what was done with them, of completions graded again, and of what no study lists any more (stale).
+    """One row per run of every study below the workdir, of what a command was asked for by itself, of completions graded again, and of what no study lists
+    any more (stale).
 
     Args:
       verify: read every file of the finished runs; those that are no longer what their run wrote are "damaged".
@@ -37,17 +37,9 @@ def study_status(workdir: AnyPath, *, verify: bool = False) -> list[dict[str, An
             if state == "done" and run.id in edited:
                 state, reason = "stale", edited[run.id]
             rows.append(_row(run, state, reason, path.parent / run.id))
-        listed = {run.id for run in runs}
-        for config_file in sorted(path.parent.glob(f"*/*/{CONFIG}")):
-            directory = RunDirectory(config_file.parent)
-            if f"{directory.path.parent.name}/{directory.path.name}" in listed:
-                continue
-            run = directory.run()
-            if _rests_on_import(run, path.parent) or is_regraded(run):
-                state, reason = state_of(directory)
-            else:
-                state, reason = "stale", "not in study.json: its config, code version or a parent has changed"
-            rows.append(_row(run, state, reason, directory.path))
+        for other in runs_beside(path):
+            state, reason = ("stale", other.stale) if other.stale else state_of(other.directory)
+            rows.append(_row(other.run, state, reason, other.directory.path))
     return rows
 
 
@@ -73,12 +65,6 @@ def _edited(config: StudyConfig, runs: Sequence[Run], folder: AnyPath) -> dict[s
         if why is not None:
             reasons[run.id] = why
     return reasons
-
-
-def _rests_on_import(run: Run, folder: AnyPath) -> bool:
-    """Whether it is an imported model, or was made from one in this study: such runs belong to no graph."""
-    parents = [RunDirectory(folder / parent) for parent in run.parents.values()]
-    return run.stage == "import" or any((p.path / CONFIG).is_file() and _rests_on_import(p.run(), folder) for p in parents)
 
 
 def _row(run: Run, state: str, reason: str, path: AnyPath) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plasticity_jax.config import Member, StudyConfig, grid_members
+from plasticity_jax.config.grid import labeled_models
 
 DECAY, PEAK_LR = "weight_decay", "train.peak_lr"
 _NAMES = {
@@ -14,6 +15,7 @@ _NAMES = {
     "finetune.weight_decay": ("fine-tuning weight decay", "SFT λ"),
     "finetune.select": ("fine-tuning", "SFT"),
 }
+_LABELS = "models."  # the field of the labels of `grid.models` begins with it
 _LOG_FROM = 3.0  # largest over smallest positive value of a field that is drawn on a logarithmic axis
 
 
@@ -22,7 +24,7 @@ class Axis:
     """A swept field.
 
     Attributes:
-      field: "weight_decay", or a dotted config field.
+      field: "weight_decay", a dotted config field, or `models.<grid.axis>` for the labels of models that exist.
       scale: "log" (with 0 set apart), "linear", or "categories", whose order is the config's.
     """
 
@@ -32,12 +34,12 @@ class Axis:
     @property
     def name(self) -> str:
         """In sentences: "weight decay", "peak learning rate", "model.d_model"."""
-        return _NAMES[self.field][0] if self.field in _NAMES else self.field
+        return _NAMES[self.field][0] if self.field in _NAMES else self.field.removeprefix(_LABELS)
 
     @property
     def title(self) -> str:
         """At the beginning of a title."""
-        return self.name.capitalize() if self.field in _NAMES else self.name
+        return self.name[0].upper() + self.name[1:] if self.field in _NAMES or self.field.startswith(_LABELS) else self.name
 
     @property
     def symbol(self) -> str:
@@ -61,7 +63,7 @@ class Axis:
         return self.field.startswith("finetune.")
 
     def value(self, member: Member) -> Any:
-        return member.weight_decay if self.field == DECAY else dict(member.overrides)[self.field]
+        return member.values[self.field]
 
     def text(self, value: Any) -> str:
         """A value in three digits; whole numbers in all of theirs."""
@@ -79,9 +81,14 @@ SELECTED = Axis("finetune.select", "categories")
 
 
 def study_axis(config: StudyConfig) -> Axis:
-    """The field that a study compares along: weight decay where more than one is swept, otherwise the first field with more than one value."""
-    decays = config.grid.weight_decay if config.grid.timescales is None else config.grid.timescales
+    """The field that a study compares along: the labels of models that exist, or weight decay, where there is more than one; otherwise the first field
+    with more than one value."""
     several = [name for name, values in config.grid.fields if len(values) > 1]
+    if config.grid.models:
+        labels = DECAY if config.grid.of_decay else f"{_LABELS}{config.grid.axis}"
+        alone = len({label for label, _, _ in labeled_models(config.grid)}) == 1
+        return _axis(config, several[0] if alone and several else labels)
+    decays = config.grid.weight_decay if config.grid.timescales is None else config.grid.timescales
     return Axis(DECAY, "log") if len(decays or ()) > 1 or not several else _axis(config, several[0])
 
 
@@ -92,12 +99,14 @@ def facet_axes(config: StudyConfig) -> tuple[Axis, ...]:
 
 
 def swept_values(member: Member) -> dict[str, Any]:
-    """Columns that say which member a row is about: λ and every swept field."""
-    return {DECAY: member.weight_decay, **dict(member.overrides)}
+    """Columns that say which member a row is about: λ, its label, and every swept field."""
+    return member.values
 
 
 def _axis(config: StudyConfig, field: str) -> Axis:
-    values = [dict(member.overrides)[field] for member in grid_members(config)]
+    if field == DECAY:
+        return Axis(DECAY, "log")
+    values = [member.values[field] for member in grid_members(config)]
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         return Axis(field, "categories")
     positive = [value for value in values if value > 0]

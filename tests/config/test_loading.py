@@ -60,7 +60,7 @@ def printed(capsys, *words: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "from_checkpoints"))  # whose models are elsewhere
 def test_what_plasticity_config_prints_is_the_same_study(name, tmp_path, capsys):
     path = CONFIGS / f"{name}.py"
     resolved = tmp_path / "resolved.json"

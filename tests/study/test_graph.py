@@ -32,7 +32,7 @@ def test_parents_come_before_children_and_ids_are_unique():
         assert set(run.parents.values()) <= seen
         assert run.id not in seen
         seen.add(run.id)
-    assert {run.stage for run in runs} == set(stages()) - {"samples", "verifier", "reward", "zero_shot", "forgetting"}
+    assert {run.stage for run in runs} == set(stages()) - {"samples", "verifier", "reward", "zero_shot", "forgetting", "import", "held_out"}
 
 
 def test_every_member_is_scored_before_and_after_on_every_task():
