@@ -70,7 +70,7 @@ def _study(path: AnyPath) -> tuple[dict[str | None, float | None], list[Run]]:
     tree, runs = read_study(path)
     with damaged(path):
         members = grid_members(restore_config(tree.get("config", {})))
-        decays = {name: member.weight_decay for member in members for name in (member.base, member.name)}
+        decays: dict[str | None, float | None] = {name: member.weight_decay for member in members for name in (member.base, member.name)}
     return decays, [*runs, *(other.run for other in runs_beside(path) if not other.stale and not is_regraded(other.run))]
 
 

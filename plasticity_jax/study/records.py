@@ -132,5 +132,7 @@ def _members(path: AnyPath) -> Iterator[tuple[str, bytes]]:
                     raise UserError(f"{path} holds {about.name[:80]!r}, which is no file of a run's record; write the records again.")
                 file = archive.extractfile(about)
                 yield about.name, b"" if file is None else file.read()
+    except UserError:
+        raise
     except (OSError, EOFError, tarfile.TarError, ValueError) as error:
         raise UserError(f"{path} is damaged ({reason(error)}); bring it again, or write the records again with plasticity records.") from error

@@ -5,7 +5,7 @@ from typing import Any
 
 from plasticity_jax.config import StudyConfig, restore_config
 from plasticity_jax.progress import duration
-from plasticity_jax.runs.directory import DONE, RunDirectory
+from plasticity_jax.runs.directory import CONFIG, DONE, RunDirectory
 from plasticity_jax.runs.logs import METRICS, read_whole_rows
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
