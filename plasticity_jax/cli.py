@@ -382,12 +382,45 @@ def _diff(arguments) -> int:
     return 0
 
 
-@_command("report", "write <workdir>/<study>/report/index.html, figures and tables", examples=("report",), config=False, several=False, memory="")
+@_command(
+    "report",
+    "write <workdir>/<study>/report/index.html, figures and tables",
+    _flag("--records", type=_place, metavar="DIR", help="unpack what plasticity records wrote into the workdir, and report on these studies"),
+    examples=("report", "report --records my_records --workdir unpacked"),
+    config=False,
+    several=False,
+    memory="",
+)
 def _report(arguments) -> int:
     from plasticity_jax.study.graph import study_files
+    from plasticity_jax.study.records import unpack_records
+
+    if arguments.records is not None:
+        folders = unpack_records(arguments.records, arguments.workdir)
+    else:
+        folders = [path.parent for path in study_files(arguments.workdir)]
+    for folder in folders:
+        _write_report(folder)
+    return 0
+
+
+@_command(
+    "records",
+    "write what the pages of the studies in a workdir are made from, without checkpoints and completions: small archives, one per seed, to keep",
+    _flag("--out", type=_place, required=True, metavar="DIR", help="folder of the archives, in a folder per study"),
+    examples=("records --workdir work --out my_records",),
+    config=False,
+    several=False,
+    reads=True,
+    memory="",
+)
+def _records(arguments) -> int:
+    from plasticity_jax.study.graph import study_files
+    from plasticity_jax.study.records import save_records
 
     for path in study_files(arguments.workdir):
-        _write_report(path.parent)
+        for archive in save_records(path.parent, arguments.out / path.parent.name):
+            print(f"{archive}  {archive.stat().st_size:,} bytes")
     return 0
 
 
