@@ -45,13 +45,16 @@ TESTS := not device and not parity and not tpu_compile and not nightly
 SMOKE := tests/train/test_step.py tests/model/test_transformer.py tests/model/test_kernels.py tests/model/test_checkpoint.py tests/test_cli.py tests/test_study.py
 NEWEST := tests/environment newest || { [ $$? = 3 ] && echo "LEFT OUT: the newest Python's tests, because no Python 3.12 or 3.13 besides that of $(VENV) is here"; exit; }
 
+# The other environments are made while the tests of the first one run; a line that needs one asks for it again, which says what went wrong.
 test-all: $(VENV)/.installed-test wheels wheels-sentencepiece-32k wheels-dolma2 types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -m '$(TESTS)'
+	@(for name in extra newest docs package; do tests/environment $$name; done) >/dev/null 2>&1 & \
+	  $(VENV)/bin/python -m pytest -m '$(TESTS)'; status=$$?; wait; exit $$status
 	tests/environment extra
 	.venv-extra/bin/python -m pytest -m '(parity or tpu_compile) and not nightly' tests/parity tests/train/test_check_tpu.py
 	@$(NEWEST) ; .venv-newest/bin/python -m pytest $(SMOKE)
+	@$(MAKE) --no-print-directory docs package
 
 NIGHTLY := HYPOTHESIS_PROFILE=nightly XLA_FLAGS=--xla_backend_optimization_level=3 JAX_ENABLE_COMPILATION_CACHE=false
 EVERY := not device and not parity and not tpu_compile
@@ -74,7 +77,7 @@ torture: $(VENV)/.installed-test wheels
 
 docs: $(VENV)/.installed
 	@tests/environment docs
-	NO_COLOR=1 .venv-docs/bin/python -m mkdocs --quiet build --strict
+	NO_COLOR=1 NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs --quiet build --strict
 	@echo build/site/index.html
 
 package: | $(VENV)/bin/python
