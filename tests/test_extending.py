@@ -44,7 +44,16 @@ def plasticity(folder: Path, *argv, status: int = 0) -> str:
     return found.stdout
 
 
-def test_the_analysis_is_in_graph_status_page_and_tables(tmp_path):
+@pytest.fixture(scope="module")
+def analyzed(tmp_path_factory):
+    """A folder with the analysis' package and a study that has carried it out."""
+    folder = tmp_path_factory.mktemp("analyzed")
+    install(folder, "lab_norms.py", "plasticity_jax.stages")
+    plasticity(folder, "study", "--config", TINY, "--workdir", folder / "work", *SMALL, "--stages", "prepare,init,pretrain,norms")
+    return folder
+
+
+def test_the_analysis_is_in_graph_status_page_and_tables(analyzed, tmp_path):
     install(tmp_path, "lab_norms.py", "plasticity_jax.stages")
     given = ("--config", TINY, "--workdir", tmp_path / "work", *SMALL)
     plan = plasticity(tmp_path, "study", *given, "--dry-run")
@@ -54,7 +63,7 @@ def test_the_analysis_is_in_graph_status_page_and_tables(tmp_path):
     assert not set(re.findall(r"norms/\S+", other)) & {run for run, _ in ids}, "the section's result fields are part of the hash"
     assert set(re.findall(r"pretrain/\S+", other)) == set(re.findall(r"pretrain/\S+", plan))
 
-    plasticity(tmp_path, "study", *given, "--stages", "prepare,init,pretrain,norms")
+    shutil.copytree(analyzed / "work", tmp_path / "work")
     rows = json.loads(plasticity(tmp_path, "status", "--workdir", tmp_path / "work", "--json"))["runs"]
     assert {row["state"] for row in rows if row["stage"] == "norms"} == {"done"}
     summary = plasticity(tmp_path, "report", "--workdir", tmp_path / "work")
@@ -85,10 +94,9 @@ def test_the_analysis_is_in_graph_status_page_and_tables(tmp_path):
     assert (refused.returncode, refused.stderr) == (2, "plasticity: config key norms.ordr is unknown; did you mean norms.order?\n")
 
 
-def test_a_plug_in_whose_report_fails_leaves_the_rest_of_the_page(tmp_path):
+def test_a_plug_in_whose_report_fails_leaves_the_rest_of_the_page(analyzed, tmp_path):
     install(tmp_path, "lab_norms.py", "plasticity_jax.stages")
-    given = ("--config", TINY, "--workdir", tmp_path / "work", *SMALL)
-    plasticity(tmp_path, "study", *given, "--stages", "prepare,init,pretrain,norms")
+    shutil.copytree(analyzed / "work", tmp_path / "work")
     code = (tmp_path / "lab_norms.py").read_text()
     (tmp_path / "lab_norms.py").write_text(code.replace("mlp=found.mlp[-1]", "mlp=found.nothing"))
     command = [sys.executable, "-m", "plasticity_jax", "report", "--workdir", str(tmp_path / "work")]
