@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,7 +160,7 @@ def _number(path: AnyPath, tree: dict[str, Any], name: str, kind: type, default:
         if default is _REQUIRED:
             raise UserError(f"{path} has no {name}, which is required; download the file again, or add it.")
         return default
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)) or not 0 < value <= sys.float_info.max:
         raise UserError(f"{path}: {name}={value!r} must be a positive {'whole ' if kind is int else ''}number; download the file again.")
     return kind(value)
 

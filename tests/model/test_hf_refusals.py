@@ -41,6 +41,7 @@ def refused(folder, tmp_path, capsys, *words) -> str:
     "settings, words",
     [
         ({"attention_bias": True}, ["attention_bias=True", "only False"]),
+        ({"rms_norm_eps": 10**400}, ["rms_norm_eps=1000", "must be a positive number"]),
         ({"mlp_bias": True}, ["mlp_bias=True"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "only 'silu'"]),
         ({"attention_dropout": 0.1}, ["attention_dropout=0.1"]),
