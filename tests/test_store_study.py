@@ -44,7 +44,8 @@ def store():
 def test_prepared_data_is_that_of_a_disk(run, store, tmp_path, capsys):
     disk = tmp_path / "work"
     assert run("prepare", disk) == run("prepare", store) == 0
-    names = {path.relative_to(disk).as_posix() for path in disk.glob("small/**/*") if path.is_file() and path.name != "LOCK"}  # logs stay on the machine
+    files = disk.glob("small/**/*")  # logs stay on the machine
+    names = {path.relative_to(disk).as_posix() for path in files if path.is_file() and path.name != "LOCK"}
     assert names == {name.removeprefix(f"{store.path}/") for name in store.fs.find(store.path)}
     for name in names:
         if name.endswith((".npy", "tokenizer.json", "train.jsonl", "test.jsonl", "tokens.json", ".array_record")):
