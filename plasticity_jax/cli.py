@@ -173,9 +173,12 @@ def _status(arguments) -> int:
     "write a config to begin with: short, commented, and complete",
     _flag("file", metavar="FILE.py", help="the file to write, such as my_study.py; none is replaced"),
     _flag(
-        "--for", dest="shows", metavar="A,B", help="what of your own the file reads, comma-separated: text, task; by default what the study downloads"
+        "--for",
+        dest="shows",
+        metavar="A,B",
+        help="what of your own the file reads, comma-separated: text, task, checkpoints; by default what the study downloads",
     ),
-    examples=("init my_study.py", "init my_study.py --for text,task"),
+    examples=("init my_study.py", "init my_study.py --for text,task", "init my_study.py --for checkpoints"),
     config=False,
     workdir=False,
     several=False,

@@ -115,7 +115,7 @@ class DataConfig:
             raise UserError(f"data.max_tokens={self.max_tokens} is for data.files, data.tfds and data.token_files; set data.max_documents instead.")
         for i, source in enumerate(() if streamed else self.sources):
             check_choice(f"data.sources[{i}]", source, SOURCES)
-        if config.grid.models is None:  # models that exist have their own vocabularies
+        if not config.grid.models:  # models that exist have their own vocabularies
             check_setting(self.tokenizer, config.model.vocab_size)
 
 

@@ -46,6 +46,21 @@ _MODEL = """
     config.grid.seeds = (0,)  # the report judges with three seeds or more: (0, 1, 2)
 """
 
+_MODELS = """
+    # Finished models in place of pretraining, each with its label: Hugging Face folders, or runs of this program, seen from where you start it.
+    # Models with one label count as its seeds; the report judges with three or more.
+    config.grid.axis = "weight_decay"  # what the labels are: any name, such as "tokens"
+    config.grid.models = (
+        (0.1, "checkpoints/wd0.1"),
+        (1.0, "checkpoints/wd1.0"),
+    )
+"""
+
+_NO_TEXT = """
+    # No text: held-out loss and its claims are left out. Your own text: plasticity init --for checkpoints,text
+    config.data.sources = ()
+"""
+
 _TUNING = """
     # What every model is fine-tuned on and scored at, before and after.
     config.finetune.peak_lr = 3e-3
@@ -73,7 +88,11 @@ _TABLE = """
             max_new_tokens=12,
         ),"""
 
-SHOWS = {"text": 'the folder "texts" with your text', "task": 'the table "tickets.csv" with the columns text and team'}
+SHOWS = {
+    "text": 'the folder "texts" with your text',
+    "task": 'the table "tickets.csv" with the columns text and team',
+    "checkpoints": 'the folder "checkpoints" with the models that grid.models names',
+}
 
 
 def write_starter(place: str, shows: tuple[str, ...] = ()) -> list[str]:
@@ -103,5 +122,8 @@ def write_starter(place: str, shows: tuple[str, ...] = ()) -> list[str]:
 def starter(path: Path, shows: tuple[str, ...]) -> str:
     """The text of the config file."""
     about = {"name": path.stem, "file": path.name}
-    task = _TABLE.format(**about) if "task" in shows else _ADDITION if "text" in shows else _TOPIC  # addition needs no download
-    return _HEAD.format(**about) + (_TEXT if "text" in shows else _SOURCES) + _MODEL + _TUNING.format(tasks=task)
+    given = "text" in shows or "checkpoints" in shows
+    task = _TABLE.format(**about) if "task" in shows else _ADDITION if given else _TOPIC  # addition needs no download
+    text = _TEXT if "text" in shows else _NO_TEXT if "checkpoints" in shows else _SOURCES
+    models = _MODELS if "checkpoints" in shows else _MODEL
+    return _HEAD.format(**about) + text + models + _TUNING.format(tasks=task)

@@ -19,6 +19,7 @@ def test_the_file_is_a_config_as_it_is(tmp_path, monkeypatch, shows):
     config = load_config("my_study.py")
     assert (config.name, config.data.files is not None) == ("my_study", "text" in shows)
     assert any(task.own for task in config.tasks.values()) == ("task" in shows)
+    assert bool(config.grid.models) == ("checkpoints" in shows)
 
 
 def test_a_corpus_beside_the_config_is_found_from_elsewhere(tmp_path, monkeypatch):
