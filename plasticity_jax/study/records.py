@@ -43,7 +43,8 @@ def save_records(study_dir: AnyPath, out: AnyPath) -> list[AnyPath]:
       UserError: no study there, or a finished run whose files have changed since.
     """
     tree, runs = read_study(study_dir / STUDY)
-    seeds = {name: member.seed for member in grid_members(restore_config(tree["config"])) for name in (member.name, member.base)}
+    with damaged(study_dir / STUDY):
+        seeds = {name: member.seed for member in grid_members(restore_config(tree["config"])) for name in (member.name, member.base)}
     archives: dict[str, dict[str, bytes]] = {SHARED: {STUDY: (study_dir / STUDY).read_bytes()}}
     with Progress(f"records of {study_dir.name}", total=len(runs), unit="runs") as progress:
         for run in runs:

@@ -6,6 +6,7 @@ from typing import Any
 from plasticity_jax.config import StudyConfig, restore_config
 from plasticity_jax.progress import duration
 from plasticity_jax.runs.directory import CONFIG, DONE, RunDirectory
+from plasticity_jax.runs.jsonfiles import damaged
 from plasticity_jax.runs.logs import METRICS, read_whole_rows
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
@@ -31,7 +32,8 @@ def study_status(workdir: AnyPath, *, verify: bool = False) -> list[dict[str, An
     rows = []
     for path in study_files(workdir):
         tree, runs = read_study(path)
-        edited = _edited(restore_config(tree.get("config", {})), runs, path.parent)
+        with damaged(path):
+            edited = _edited(restore_config(tree.get("config", {})), runs, path.parent)
         for run in runs:
             state, reason = state_of(RunDirectory(path.parent / run.id))
             if state == "done" and run.id in edited:

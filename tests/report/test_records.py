@@ -1,7 +1,9 @@
 """From records alone come the numbers and figures of the page; what is no record, or was changed, is refused in one line."""
 
+import contextlib
 import gzip
 import io
+import json
 import tarfile
 
 import pytest
@@ -11,6 +13,7 @@ from plasticity_jax.errors import UserError
 from plasticity_jax.report.drawing import render
 from plasticity_jax.report.page import Part, collect, draw_figure, numbers_of, render_page, table_rows
 from plasticity_jax.runs.directory import RESULTS, STUDY
+from plasticity_jax.runs.jsonfiles import read_json, write_json
 from plasticity_jax.study.records import save_records, unpack_records
 from plasticity_jax.study.status import study_status
 
@@ -145,3 +148,13 @@ def test_another_study_of_the_name_is_not_mixed_in(study, records, tmp_path):
     write_study(tmp_path / "work", Planted(loss=(3.0,)))
     with pytest.raises(UserError, match="holds another study than"):
         unpack_records(records, tmp_path / "work")
+
+
+@pytest.mark.parametrize("config", ["7", "[]", '{"grid": 3}', '{"grid": {"seeds": {}}}'])
+def test_a_study_of_a_damaged_config_is_one_line(tmp_path, config):
+    folder = write_study(tmp_path / "work", Planted(loss=(3.3,)), stages=("prepare", "init", "pretrain"))
+    tree = read_json(folder / STUDY)
+    write_json(folder / STUDY, tree | {"config": json.loads(config)})
+    for read in (lambda: save_records(folder, tmp_path / "records"), lambda: study_status(folder.parent)):
+        with contextlib.suppress(UserError):  # any other error is a traceback
+            read()
