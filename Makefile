@@ -42,7 +42,7 @@ test: $(VENV)/.installed-test wheels wheels-sentencepiece-32k
 
 # What no environment but its own can run, and what is run nightly, is left out of the others.
 TESTS := not device and not parity and not tpu_compile and not nightly
-SMOKE := tests/train/test_step.py tests/model/test_transformer.py tests/model/test_kernels.py tests/model/test_checkpoint.py tests/test_cli.py tests/test_study.py
+SMOKE := tests/train/test_step.py tests/model/test_transformer.py tests/model/test_kernels.py tests/model/test_checkpoint.py tests/test_cli.py tests/test_study.py::test_every_run_is_done_and_holds_its_records
 NEWEST := tests/environment newest || { [ $$? = 3 ] && echo "LEFT OUT: the newest Python's tests, because no Python 3.12 or 3.13 besides that of $(VENV) is here"; exit; }
 
 # The other environments are made while the tests of the first one run; a line that needs one asks for it again, which says what went wrong.
@@ -115,7 +115,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing the test dependencies"
-	@$(VENV)/bin/pip install --quiet --progress-bar off -e '.[data,test]'
+	@$(VENV)/bin/pip install --quiet --progress-bar off --no-compile -e '.[data,test]'
 	@touch $@
 
 # Data arrives as wheels, by hash, and is read as files: nothing of them is installed.
