@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from plasticity_jax.config import grid_members, restore_config
 from plasticity_jax.errors import UserError, reason
 from plasticity_jax.progress import Progress
-from plasticity_jax.runs.directory import CONFIG, DONE, PROVENANCE, RESULTS, STUDY, WARNINGS, RunDirectory
+from plasticity_jax.runs.directory import ASKED, CONFIG, DONE, PROVENANCE, RESULTS, STUDY, WARNINGS, RunDirectory
 from plasticity_jax.runs.jsonfiles import damaged, read_json, to_json
 from plasticity_jax.runs.logs import METRICS
 from plasticity_jax.runs.storage import AnyPath, make_folder, write_bytes
-from plasticity_jax.study.graph import read_study
+from plasticity_jax.study.graph import read_study, runs_beside
 
-KEPT = (CONFIG, PROVENANCE, RESULTS, WARNINGS)  # of every run
+KEPT = (CONFIG, PROVENANCE, RESULTS, WARNINGS, ASKED)  # of every run
 CURVES = ("pretrain",)  # stages whose metrics are drawn, so that they are kept too
 SHARED = "shared"  # the archive of what belongs to no seed
 ARCHIVE = ".tar.gz"
@@ -45,6 +45,7 @@ def save_records(study_dir: AnyPath, out: AnyPath) -> list[AnyPath]:
     tree, runs = read_study(study_dir / STUDY)
     with damaged(study_dir / STUDY):
         seeds = {name: member.seed for member in grid_members(restore_config(tree["config"])) for name in (member.name, member.base)}
+    runs += [other.run for other in runs_beside(study_dir / STUDY) if not other.stale]  # what commands were asked for by themselves
     archives: dict[str, dict[str, bytes]] = {SHARED: {STUDY: (study_dir / STUDY).read_bytes()}}
     with Progress(f"records of {study_dir.name}", total=len(runs), unit="runs") as progress:
         for run in runs:

@@ -9,11 +9,13 @@ import tarfile
 import pytest
 from synthetic_study import Planted, write_study
 
+from plasticity_jax.config import StudyConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.report.drawing import render
 from plasticity_jax.report.page import Part, collect, draw_figure, numbers_of, render_page, table_rows
-from plasticity_jax.runs.directory import RESULTS, STUDY
+from plasticity_jax.runs.directory import ASKED, RESULTS, STUDY, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json, write_json
+from plasticity_jax.runs.run import Run
 from plasticity_jax.study.records import save_records, unpack_records
 from plasticity_jax.study.status import study_status
 
@@ -69,6 +71,18 @@ def test_several_studies_are_unpacked_at_once(tmp_path):
         folder = write_study(tmp_path / "work", Planted(loss=(3.3,), name=name), stages=("prepare", "init", "pretrain"))
         save_records(folder, tmp_path / "records" / name)
     assert [path.name for path in unpack_records(tmp_path / "records", tmp_path / "unpacked")] == ["one", "two"]
+
+
+def test_what_a_command_was_asked_for_by_itself_comes_along(tmp_path):
+    folder = write_study(tmp_path / "work", Planted(loss=(3.3,)), stages=("prepare", "init", "pretrain"))
+    alone = Run("planted", "import", "elsewhere", {"files": {}}, {})
+    directory = RunDirectory(folder / alone.id)
+    with directory.work(alone, StudyConfig(name="planted")):
+        write_json(directory.path / ASKED, {"flag": "--model", "model": "elsewhere"})
+        directory.finish({"parameters": 1})
+    save_records(folder, tmp_path / "records")
+    (unpacked,) = unpack_records(tmp_path / "records", tmp_path / "unpacked")
+    assert alone.id in {row["id"] for row in study_status(unpacked.parent) if row["state"] == "done"}
 
 
 def test_a_result_changed_after_unpacking_is_found(records, tmp_path):
