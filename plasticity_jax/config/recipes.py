@@ -23,6 +23,7 @@ OUT_OF_DOMAIN = {
 }
 ZERO_SHOT = ("hellaswag", "winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge", "mathqa")
 ALL_ROWS = 1_000_000
+CPU_RATES = (("finetune.peak_lr", (1e-3, 3e-3, 1e-2)),)
 
 
 def paper_task(name: str, *, validation_rows: int = 0):
@@ -136,3 +137,34 @@ def set_tokens(config, tokens: float) -> None:
     """Sets the steps that read `tokens` with the config's batches, and reads as much text as one epoch of them needs."""
     config.train.steps = int(tokens / (config.train.batch_size * config.train.seq_len))
     config.data.max_tokens = config.train.steps * config.train.batch_size * config.train.seq_len
+
+
+def cpu_reproduction(name: str):
+    """What the arms of the reproduction on a CPU share: tasks, the sweep of the fine-tuning rate, how it is chosen. Source: docs/reproduction/plan.md.
+
+    The model is that of configs/default.py at 20 tokens per parameter; an arm changes grid, sizes and steps.
+    """
+    config = base_config()
+    config.name = name
+    config.model.d_model = 48
+    config.model.n_layers = 2
+    config.model.d_ff = 128
+    config.train.steps = 728
+    config.train.eval_every = 364
+    config.train.checkpoint_every = 364
+    config.train.log_every = 52
+    config.grid.fields = CPU_RATES
+    config.finetune.batch_size = 16
+    config.finetune.select = "validation"
+    few = dict(train_rows=1600, test_rows=400, validation_rows=300, max_new_tokens=12)
+    config.tasks = {
+        "news": task(**few | {"test_rows": 225}, epochs=2),
+        "sentiment": task(**few | {"train_rows": 2400}, epochs=2),
+        "topic": task(**few, epochs=3),
+        "question": task(**few, epochs=3),
+        "domain": task(**few, epochs=2),
+    }
+    config.evaluate.n_samples = 1
+    config.evaluate.max_length = 168
+    config.launch.parallel_runs = 0
+    return config

@@ -16,12 +16,13 @@ from plasticity_jax.data.tasks import Example, Rows, build_task, format_prompt, 
 from plasticity_jax.data.tasks.addition import addition_prompt, addition_response
 from plasticity_jax.data.tasks.base import LICENCES, majority_share, normalized, shuffled, truncate_at_word, without_leaks
 from plasticity_jax.data.tasks.classify import MAX_CHARACTERS
+from plasticity_jax.data.tasks.domain import ANSWER_OF_SOURCE, MAX_TRAIN_DOCUMENTS, middle_of
 from plasticity_jax.data.tasks.sentiment import plain_spelling
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
 
 ALL = 10**9
-REAL_TASKS = ("topic", "sentiment", "news")
+REAL_TASKS = ("topic", "sentiment", "news", "question", "domain")
 STEP = re.compile(r"(\d)\+(\d)(?:\+(\d))?=(\d+) carry (\d)\.")
 
 
@@ -117,7 +118,14 @@ def test_test_rows_come_from_held_out_documents_alone(name, source, all_rows, wh
 
 # Classes and majority shares over all labeled rows, from an independent count of the packages.
 @pytest.mark.parametrize(
-    "name, n_classes, majority, tolerance", [("topic", 11, 0.203, 0.01), ("news", 5, 0.237, 0.01), ("sentiment", 2, 0.509, 0.001)]
+    "name, n_classes, majority, tolerance",
+    [
+        ("topic", 11, 0.203, 0.01),
+        ("news", 5, 0.237, 0.01),
+        ("sentiment", 2, 0.509, 0.001),
+        ("question", 6, 1245 / 5382, 0.01),
+        ("domain", 4, 0.25, 0.01),
+    ],
 )
 def test_classes_and_majority_are_as_counted(name, n_classes, majority, tolerance, all_rows):
     train, test = all_rows[name].train, all_rows[name].test
@@ -138,6 +146,39 @@ def test_sentiment_rows_are_the_published_ones(all_rows):
     assert text_of(by_id["sst2-validation:0"]) == "it's a charming and often affecting journey."
     assert by_id["sst2-validation:0"].response == "The answer is positive."
     assert by_id["vader:3"].response == "The answer is negative."
+
+
+def test_questions_are_those_of_trec_each_once(all_rows, wheels):
+    rows = all_rows["question"]
+    # `sort -u` of the file, by coarse class; one question stands there with two fine ones.
+    published = {"abbreviation": 86, "description": 1153, "thing": 1245, "person": 1215, "place": 824, "number": 859}
+    assert rows.counts["read"] == 5381 == sum(published.values()) - 1
+    assert len(rows.train) + len(rows.test) + rows.counts["equal or contained"] + rows.counts["resemble a test row"] == 5381
+    assert {row.source_split for row in rows.train + rows.test} == {"train"}
+    row = next(row for row in rows.train + rows.test if row.id == "trec:0")
+    assert (text_of(row), row.answer) == ("How did serfdom develop in and then leave Russia?", "description")
+    row = next(row for row in rows.train + rows.test if row.id == "trec:2")
+    assert text_of(row) == "How can I find a list of celebrities' real names?"
+
+
+def test_passages_come_from_the_middle_of_as_many_documents_of_each_source(all_rows, wheels):
+    train, test = all_rows["domain"].train, all_rows["domain"].test
+    documents = {document.id: document.text for name in ANSWER_OF_SOURCE for document in SOURCES[name].read(wheels)}
+    for row in train + test:
+        text = " ".join(documents[row.id].split())
+        at = text.index(text_of(row))
+        assert row.answer == ANSWER_OF_SOURCE[row.id.partition("/")[0]]
+        assert row.source_split == split_of(documents[row.id], 0.2)
+        # The middle of the text lies within the passage or is cut off with its last word.
+        assert len(text) <= MAX_CHARACTERS or at <= len(text) // 2 <= at + MAX_CHARACTERS
+    assert max(Counter(row.answer for row in train).values()) <= MAX_TRAIN_DOCUMENTS
+    # The sample of speeches holds out 201 documents.
+    assert Counter(row.answer for row in test) == {"encyclopedia": 225, "british": 225, "press": 225, "parliament": 201}
+
+
+@pytest.mark.parametrize("text, passage", [("a b", "a b"), ("one two three four five six", "three four"), ("x" * 40, "x" * 10)])
+def test_a_passage_is_whole_words_where_there_are_any(text, passage):
+    assert middle_of(text, 10) == passage
 
 
 @pytest.mark.parametrize("name", REAL_TASKS)

