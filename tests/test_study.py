@@ -15,7 +15,7 @@ from running import PATIENCE, TINY, end, pausing, plasticity, start, status_rows
 import plasticity_jax as pj
 from plasticity_jax.model.param_count import count_params
 from plasticity_jax.report.browse import Filter, browse
-from plasticity_jax.runs.directory import DONE
+from plasticity_jax.runs.directory import DONE, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json, read_jsonl, write_json
 
 pytestmark = pytest.mark.slow
@@ -48,6 +48,24 @@ def test_every_run_is_done_and_holds_its_records(workdir):
         assert row["state"] == "done", row
         names = {path.name for path in Path(row["path"]).iterdir()}
         assert {"config.json", "provenance.json", "results.json", "DONE"} <= names, row["id"]
+
+
+def test_a_study_goes_on_from_its_records(workdir, wheels_dir, tmp_path):
+    """What is left to do is done anew with all that it descends from, bit for bit; what nothing needs stays a record."""
+    assert plasticity("records", "--workdir", workdir, "--out", tmp_path / "records").returncode == 0
+    assert plasticity("report", "--records", tmp_path / "records", "--workdir", tmp_path / "work").returncode == 0
+    analysis = runs(workdir, "spectra")[0]
+    left = tmp_path / "work" / Path(analysis["path"]).relative_to(workdir)
+    shutil.rmtree(left)
+    result = plasticity("study", *options(tmp_path / "work", wheels_dir))
+    assert result.returncode == 0, result.stderr
+    before, after = (read_json(folder / "results.json") | {"seconds": 0} for folder in (Path(analysis["path"]), left))
+    assert before == after
+    anew = {path.parent.name for path in (tmp_path / "work").rglob(DONE) if not RunDirectory(path.parent).is_record}
+    stages = {path.parent.parent.name for path in (tmp_path / "work").rglob(DONE) if path.parent.name in anew}
+    assert stages == {"prepare", "init", "pretrain", "spectra"} and len(anew) == 4
+    assert f"{len(anew) - 1} finished runs are here as records" in result.stderr
+    assert "0 runs carried out" in plasticity("study", *options(tmp_path / "work", wheels_dir)).stderr
 
 
 def test_running_again_recomputes_nothing(workdir, wheels_dir):

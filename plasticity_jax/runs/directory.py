@@ -43,6 +43,11 @@ class RunDirectory:
     def done(self) -> bool:
         return (self.path / DONE).is_file()
 
+    @property
+    def is_record(self) -> bool:
+        """Whether a finished run was unpacked from records, and so is here without its checkpoints and data."""
+        return self.done and self._done()["record"]
+
     def state(self) -> tuple[str, str]:
         """(state, reason): done, diverged, damaged, running, failed or missing. Damaged is here only that DONE cannot be read."""
         if self.done:
@@ -77,14 +82,14 @@ class RunDirectory:
         return self._done()["files"]
 
     def _done(self) -> dict[str, Any]:
-        """What DONE holds: why the run diverged or "", and the checksums; none in those that were written before there were any."""
+        """What DONE holds: why the run diverged or "", the checksums (none in those that were written before there were any), and whether it is a record."""
         path = self.path / DONE
         with damaged(path):
             found = read_json(path)
             diverged, files = found["diverged"], {name: (int(size), str(digest)) for name, (size, digest) in found.get("files", {}).items()}
             if not isinstance(diverged, str):
                 raise TypeError(f"diverged is {type(diverged).__name__}")
-        return {"diverged": diverged, "files": files}
+        return {"diverged": diverged, "files": files, "record": found.get("record") is True}
 
     @contextlib.contextmanager
     def work(self, run: Run, config: StudyConfig) -> Iterator["RunDirectory"]:

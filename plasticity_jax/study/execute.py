@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import time
@@ -20,7 +21,7 @@ from plasticity_jax.progress import as_here, as_there
 from plasticity_jax.runs.directory import CHECKPOINTS, ERROR_LOG, STUDY, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json, to_json
 from plasticity_jax.runs.run import Run
-from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, location, relative
+from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, location, relative, remove_tree
 from plasticity_jax.stages import Context, Stage, stages
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
@@ -100,7 +101,8 @@ def check_before_writing(config: StudyConfig, workdir: AnyPath, runs: Sequence[R
 
 def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> None:
     """Lets every stage refuse what cannot work, before anything is written. Raises UserError."""
-    todo = [run for run in runs if not RunDirectory(study_dir(workdir, config) / run.id).done]
+    done = _done(runs, lambda run_id: study_dir(workdir, config) / run_id)
+    todo = [run for run in runs if run.id not in done]
     with _first_lane(config, todo):
         for name, stage in stages().items():
             mine = [run for run in todo if run.stage == name]
@@ -225,7 +227,7 @@ class Outcome:
 def execute(
     config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, external: dict[str, AnyPath] | None = None, fail_fast: bool = False
 ) -> Outcome:
-    """Carries out the runs that are not done, parents first.
+    """Carries out the runs that are not done, parents first, and those that are here as records only, if one of these needs them.
 
     A run that fails, or that its stage refuses, is recorded, and the rest continues, but for runs of a program that did not fit the device's memory:
     they fail without being tried. Runs that fail together are carried out one by one, so that a fault stays with its run. A diverged parent makes its
@@ -249,7 +251,7 @@ def execute(
     def path_of(run_id: str) -> AnyPath:
         return located.get(run_id, folder / run_id)
 
-    done = set(processes.broadcast(lambda: [run.id for run in runs if _is_done(RunDirectory(path_of(run.id)))]))
+    done = set(processes.broadcast(lambda: sorted(_make_anew(runs, path_of))))
     outcome = Outcome([], [run.id for run in runs if run.id in done], [], [], [], {run.id: located[run.id] for run in runs})
     todo = [run for run in runs if run.id not in done]
     if not todo:
@@ -288,11 +290,29 @@ def _bring_wheels(config: StudyConfig, todo: Sequence[Run]) -> None:
         bring(packages, directory)
 
 
-def _is_done(directory: RunDirectory) -> bool:
-    """Whether a run is finished. Raises StudyRefused if it is, but its files are no longer what it wrote."""
-    if directory.done and (damage := directory.damage()):
-        raise StudyRefused(damage)
-    return directory.done
+def _make_anew(runs: Sequence[Run], path_of: Callable[[str], AnyPath]) -> set[str]:
+    """Removes the records that runs to carry out descend from; ids of the finished runs that are left. Raises StudyRefused for files that were changed."""
+    for run in runs:
+        directory = RunDirectory(path_of(run.id))
+        if directory.done and (damage := directory.damage()):
+            raise StudyRefused(damage)
+    done = _done(runs, path_of)
+    needed = [run.id for run in runs if run.id not in done and RunDirectory(path_of(run.id)).done]
+    if needed:
+        log.info("%d finished runs are here as records, without their checkpoints and data, and are made anew for what is left to do", len(needed))
+    for run_id in needed:
+        remove_tree(path_of(run_id))
+    return done
+
+
+def _done(runs: Sequence[Run], path_of: Callable[[str], AnyPath]) -> set[str]:
+    """Ids of the finished runs, without records that another run, which is not among them, descends from."""
+    is_record = functools.cache(lambda run_id: RunDirectory(path_of(run_id)).is_record)
+    done = {run.id for run in runs if RunDirectory(path_of(run.id)).done}
+    for run in reversed(runs):
+        if run.id not in done:
+            done -= {parent for parent in run.parents.values() if parent in done and is_record(parent)}
+    return done
 
 
 Numbered = tuple[int, list[Run]]  # a group of runs, and its place among all

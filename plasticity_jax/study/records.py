@@ -107,6 +107,7 @@ def _small_files(directory: RunDirectory, *, curves: bool) -> dict[str, bytes]:
     files = {path.name: path.read_bytes() for pattern in patterns for path in sorted(directory.path.glob(pattern))}
     done = read_json(directory.path / DONE)
     done["files"] = {name: checksum for name, checksum in done.get("files", {}).items() if name in files}
+    done["record"] = True
     return files | {DONE: (to_json(done, indent=1) + "\n").encode()}
 
 
