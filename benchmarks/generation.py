@@ -2,11 +2,9 @@
 
 Command: python benchmarks/generation.py
 
-A random Llama of 13 million parameters in float32, prompts of 128 tokens, 64 new tokens, no end of text, temperature 1. Then one greedy completion of
-64 prompts with up to 512 tokens, of which all but two prompts have ended at the first look after 64: with and without their leaving the batch.
+A random Llama of 13 million parameters in float32, prompts of 128 tokens, 64 new tokens, no end of text, temperature 1.
 """
 
-import functools
 import json
 import tempfile
 from pathlib import Path
@@ -14,7 +12,6 @@ from pathlib import Path
 from side_by_side import Round, Side, finish, measure, serve
 
 PROMPTS, SAMPLES, LENGTH, NEW = 32, 16, 128, 64
-MANY, LONG, GOING = 64, 512, 2
 VOCABULARY = 8192
 SHAPE = dict(vocab_size=VOCABULARY, d_model=320, n_layers=6, n_heads=5, n_kv_heads=5, d_ff=896)
 
@@ -93,39 +90,7 @@ def by_us() -> Round:
     return one_round
 
 
-def of_uneven_lengths(leave: bool) -> Round:
-    from plasticity_jax.parallel.allocator import keep_freed_memory
-
-    keep_freed_memory()
-    import jax.numpy as jnp
-
-    from plasticity_jax.config import ModelConfig
-    from plasticity_jax.evaluate import generate
-    from plasticity_jax.model.transformer import init_params
-
-    if not leave:
-        generate.NARROWING = MANY + 1
-    config = ModelConfig(**SHAPE)
-    params, asked = init_params(config, 0), prompts(MANY).tolist()
-    settings = dict(sampling=generate.Sampling(), buckets=(LENGTH,), batch_size=MANY, eos_id=VOCABULARY, pad_id=0, compute_dtype=jnp.float32)
-    first_tokens = [tokens[0] for [tokens] in generate.generate((config, params), asked, max_new_tokens=1, **settings)]
-    going = set(first_tokens[-GOING:])
-
-    def one_round():
-        found = generate.completions(
-            (config, params), asked, max_new_tokens=LONG, is_end=lambda tokens: bool(tokens) and tokens[0] not in going, **settings
-        )
-        tokens = sum(len(row.tokens) for _, of_batch in found for [row] in of_batch)
-        return {"tokens": tokens}
-
-    return one_round
-
-
 SIDES = {"transformers": Side(by_transformers, "extra"), "plasticity_jax": Side(by_us), "plasticity_jax, newest": Side(by_us, "newest")}
-UNEVEN = {
-    "finished prompts stay": Side(functools.partial(of_uneven_lengths, False)),
-    "finished prompts leave": Side(functools.partial(of_uneven_lengths, True)),
-}
 
 
 def main() -> None:
@@ -134,15 +99,9 @@ def main() -> None:
         one.row(side, found["transformers"]) | ({} if one.missing else {"tokens/s": PROMPTS * SAMPLES * NEW / one.median})
         for side, one in found.items()
     ]
-    uneven = measure(UNEVEN, rounds=3)
-    leaving = [one.row(side, uneven["finished prompts stay"]) for side, one in uneven.items()]
-    tables = {
-        f"{PROMPTS} prompts x {SAMPLES} samples x {NEW} tokens": rows,
-        f"{MANY} prompts, of which {GOING} go on after 64 of {LONG} tokens": leaving,
-    }
-    finish("Generation", tables)
+    finish("Generation", {f"{PROMPTS} prompts x {SAMPLES} samples x {NEW} tokens": rows})
 
 
 if __name__ == "__main__":
-    serve(SIDES | UNEVEN)
+    serve(SIDES)
     main()

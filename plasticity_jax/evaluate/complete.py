@@ -42,20 +42,20 @@ class TracedSettings(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """P prompts padded on the left to S tokens, R completions for each (B = P·R rows) of up to N tokens.
+    """P places, each with a prompt padded on the left to S tokens and R of its completions (B = P·R rows) of up to N tokens.
 
     Attributes:
       valid_PxS: False on padding.
       uniform_NxB: uniform random numbers, one per token to draw.
-      filled_P: False for an empty place; its rows end at once.
-      limit_P: tokens after which the rows of a prompt end, at most N.
+      greedy_B: rows that take the likeliest token.
+      limit_B: tokens after which a row ends, at most N; 0 for the rows of an empty place.
     """
 
     tokens_PxS: Int[Array | np.ndarray, "p s"]
     valid_PxS: Bool[Array | np.ndarray, "p s"]
     uniform_NxB: Float[Array | np.ndarray, "n b"]
-    filled_P: Bool[Array | np.ndarray, " p"]
-    limit_P: Int[Array | np.ndarray, " p"]
+    greedy_B: Bool[Array | np.ndarray, " b"]
+    limit_B: Int[Array | np.ndarray, " b"]
 
 
 class Decoded(NamedTuple):
@@ -138,39 +138,55 @@ def continue_decoding(
     return _PROGRAMS[key](plan, params, batch, traced, decoded, prompt, memory, until)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def keep_prompts(
-    plan: Plan, batch: Batch, decoded: Decoded, prompt: PromptCache, memory: Memory, kept_P: Int[Array | np.ndarray, " p"]
+def keep_rows(
+    plan: Plan,
+    batch: Batch,
+    decoded: Decoded,
+    prompt: PromptCache,
+    memory: Memory,
+    places_HxP: Int[np.ndarray, "h p"],
+    rows_HxB: Int[np.ndarray, "h b"],
 ) -> tuple[Batch, Decoded, PromptCache, Memory]:
-    """What is left of a batch under way when only the prompts in these places, and their rows, go on."""
-    rows = plan.n_samples + plan.greedy
-    kept_B = (kept_P[:, None] * rows + jnp.arange(rows)).reshape(-1)
-    outer = int(plan.members)  # axes before that of prompts or rows
+    """A batch under way, of which only some rows go on, in places arranged anew.
+
+    Args:
+      places_HxP: for each of the H shards of the rows, the places whose prompts its new places hold, counted from its first one.
+      rows_HxB: likewise the rows; no row leaves its shard.
+    """
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: getattr(x, "sharding", None), (batch, decoded, prompt, memory)))
+    key = (tuple(leaves), tree)
+    if key not in _KEEPING:
+        _KEEPING[key] = jax.jit(_keep_rows, static_argnums=0, out_shardings=jax.tree.unflatten(tree, leaves))
+    return _KEEPING[key](plan, batch, decoded, prompt, memory, places_HxP, rows_HxB)
+
+
+_KEEPING: dict[Any, Any] = {}  # shardings of a batch under way → the compiled programs of `keep_rows`
+
+
+def _keep_rows(
+    plan: Plan, batch: Batch, decoded: Decoded, prompt: PromptCache, memory: Memory, places_HxP: Int[Array, "h p"], rows_HxB: Int[Array, "h b"]
+) -> tuple[Batch, Decoded, PromptCache, Memory]:
+    outer = int(plan.members)  # axes before that of places or rows
     layers = outer + int(plan.layout.scan_layers)
 
-    def prompts(x: Any, axis: int) -> Array:
-        return jnp.take(x, kept_P, axis=axis)
+    def take(x: Any, kept_HxK: Int[Array, "h k"], axis: int) -> Array:
+        # Shard by shard: an index into the whole axis could be anywhere, and every device would gather all of it.
+        x_HxK = jnp.reshape(x, (*x.shape[:axis], len(kept_HxK), -1, *x.shape[axis + 1 :]))
+        taken = jax.vmap(lambda of_shard, kept: jnp.take(of_shard, kept, axis=axis), in_axes=(axis, 0), out_axes=axis)(x_HxK, kept_HxK)
+        return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
-    def rows_of(x: Any, axis: int) -> Array:
-        return jnp.take(x, kept_B, axis=axis)
+    def places(tree: Any, axis: int) -> Any:
+        return jax.tree.map(lambda x: take(x, places_HxP, axis), tree)
 
-    def each(function: Callable, tree: Any, axis: int) -> Any:
-        return jax.tree.map(lambda x: function(x, axis), tree)
+    def rows(tree: Any, axis: int) -> Any:
+        return jax.tree.map(lambda x: take(x, rows_HxB, axis), tree)
 
-    cache, seen = memory
+    cache, seen_BxV = memory
     return (
-        Batch(
-            prompts(batch.tokens_PxS, 0),
-            prompts(batch.valid_PxS, 0),
-            rows_of(batch.uniform_NxB, 1),
-            prompts(batch.filled_P, 0),
-            prompts(batch.limit_P, 0),
-        ),
-        Decoded(decoded.step, rows_of(decoded.token_B, outer), rows_of(decoded.ended_B, outer), rows_of(decoded.out_NxB, outer + 1)),
-        PromptCache(each(prompts, prompt.k, layers), each(prompts, prompt.v, layers), prompts(prompt.valid_PxS, outer)),
-        Memory(
-            RowCache(each(rows_of, cache.k, layers), each(rows_of, cache.v, layers), rows_of(cache.position_B, outer)), each(rows_of, seen, outer)
-        ),
+        Batch(places(batch.tokens_PxS, 0), places(batch.valid_PxS, 0), rows(batch.uniform_NxB, 1), rows(batch.greedy_B, 0), rows(batch.limit_B, 0)),
+        Decoded(decoded.step, rows(decoded.token_B, outer), rows(decoded.ended_B, outer), rows(decoded.out_NxB, outer + 1)),
+        PromptCache(places(prompt.k, layers), places(prompt.v, layers), places(prompt.valid_PxS, outer)),
+        Memory(RowCache(rows(cache.k, layers), rows(cache.v, layers), rows(cache.position_B, outer)), rows(seen_BxV, outer)),
     )
 
 
@@ -214,7 +230,7 @@ def _read_one(plan: Plan, params: Any, batch: Batch, traced: TracedSettings) -> 
         seen_BxV = jnp.repeat(seen_PxV, n_rows, axis=0)
     token_B, seen_BxV = _choose(plan, batch, traced, 0, jnp.repeat(logits_PxV, n_rows, axis=0), seen_BxV)
     out_NxB = jnp.full((plan.max_new_tokens, n_prompts * n_rows), traced.pad_id, jnp.int32).at[0].set(token_B)
-    ended_B = jnp.isin(token_B, traced.eos_ids) | jnp.repeat(~batch.filled_P | (jnp.asarray(batch.limit_P) <= 1), n_rows)
+    ended_B = jnp.isin(token_B, traced.eos_ids) | (jnp.asarray(batch.limit_B) <= 1)
     return Decoded(jnp.int32(1), token_B, ended_B, out_NxB), prompt, Memory(cache, seen_BxV)
 
 
@@ -229,8 +245,6 @@ def _decode(
 def _decode_one(
     plan: Plan, params: Any, batch: Batch, traced: TracedSettings, decoded: Decoded, prompt: PromptCache, memory: Memory, until: Any
 ) -> tuple[Decoded, Memory]:
-    limit_B = jnp.repeat(jnp.asarray(batch.limit_P), plan.n_samples + plan.greedy)
-
     def unfinished(state):
         (step, _, ended_B, _), _ = state
         going = ~jnp.all(ended_B)
@@ -242,7 +256,7 @@ def _decode_one(
         logits_BxV, cache = decode(plan.config, params, token_B, step - 1, prompt, cache, compute_dtype=plan.compute_dtype, layout=plan.layout)
         token_B, seen_BxV = _choose(plan, batch, traced, step, logits_BxV, seen_BxV)
         token_B = jnp.where(ended_B, traced.pad_id, token_B)
-        ended_B |= jnp.isin(token_B, traced.eos_ids) | (step + 1 >= limit_B)
+        ended_B |= jnp.isin(token_B, traced.eos_ids) | (step + 1 >= jnp.asarray(batch.limit_B))
         return Decoded(step + 1, token_B, ended_B, out_NxB.at[step].set(token_B)), Memory(cache, seen_BxV)
 
     return jax.lax.while_loop(unfinished, advance, (decoded, memory))
@@ -260,8 +274,7 @@ def _choose(
         kept_BxV = logits_BxV / traced.temperature
         kept_BxV = keep_top_k(kept_BxV, plan.top_k) if plan.top_k else kept_BxV
         kept_BxV = keep_top_p(kept_BxV, traced.top_p) if plan.top_p else kept_BxV
-        is_greedy_B = jnp.arange(n_rows) % (plan.n_samples + plan.greedy) < plan.greedy
-        token_B = jnp.where(is_greedy_B, token_B, draw(kept_BxV, jnp.asarray(batch.uniform_NxB)[step]))
+        token_B = jnp.where(jnp.asarray(batch.greedy_B), token_B, draw(kept_BxV, jnp.asarray(batch.uniform_NxB)[step]))
     if seen_BxV is not None:
         seen_BxV = seen_BxV.at[jnp.arange(n_rows), token_B].set(True)
     return token_B, seen_BxV

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Int
 
 from plasticity_jax.config import EvaluateConfig, ModelConfig
 from plasticity_jax.data.batching import IN_FLIGHT, padded_batches
@@ -26,7 +27,7 @@ from plasticity_jax.evaluate.complete import (
     complete,
     continue_decoding,
     count_programs,
-    keep_prompts,
+    keep_rows,
     plan_of,
     start_decoding,
 )
@@ -45,7 +46,8 @@ __all__ = ["Completion", "Sampling", "completions", "completions_of_members", "c
 log = logging.getLogger("plasticity_jax")
 
 SEGMENT = 64  # tokens between two checks on the host for completions that have ended
-NARROWING = 4  # a batch goes on in a program for this many times fewer prompts once no more are left
+NARROWING = 4  # each smaller shape of a batch has about this many times fewer rows; see `shapes`
+WORTH = 2 * SEGMENT  # tokens that a batch must have left to go on in a smaller shape, which may have to be compiled
 WHOLE_SHARE = 0.25  # of a device's memory, up to which it holds all matrices; see `layout_for`
 TAIL = 64  # tokens before a segment that are checked again with it; a stop string spans no more
 _SPECS = (PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec(None, ROWS), PartitionSpec(ROWS), PartitionSpec(ROWS))  # of the fields of Batch
@@ -84,8 +86,10 @@ def completions(
 ) -> Iterator[tuple[list[int], list[list[Completion]]]]:
     """Completes every prompt, greedily or by sampling, batch by batch.
 
-    The same prompt gives the same tokens whatever else is in the call: a completion's random stream depends on the seed, the prompt's tokens, the
-    sample's number and the position in the completion, and batches have a fixed shape.
+    A completion's random stream depends on the seed, the prompt's tokens, the sample's number and the position in the completion. Where more than
+    `SEGMENT` tokens may be generated, a batch whose rows have largely ended goes on in a smaller shape (`shapes`); when it does depends on its tokens
+    only. So in float32 the same prompt gives the same tokens whatever else is in the call. In bfloat16 the shape decides how products are rounded, and
+    the same list of prompts gives the same tokens, whatever `skip` leaves out.
 
     Args:
       model: a loaded model (with `.config` and `.params`), or the pair (config, params).
@@ -188,20 +192,28 @@ def _batches(
                     progress.update(len(work.indices) * each)
                     return work.indices, work
                 progress.update(0)
+                before, start = count_programs(), time.monotonic()
                 work.send_next_segment()
+                if count_programs() > before:
+                    log.info("compiled the program for the %d completions that a batch goes on with in %.1f s", work.rows, time.monotonic() - start)
                 waiting.append(work)
 
-        ends = [prompts[index][-longest:] for index in kept]
-        for places, tokens, lengths in padded_batches(ends, buckets=buckets, batch_size=rows, pad_id=pad_id, left=True):
-            indices, bucket = [kept[place] for place in places], tokens.shape[1]
+        # Batches of all prompts, so that none has other company after a resume.
+        ends = [prompt[-longest:] for prompt in prompts]
+        for indices, tokens, lengths in padded_batches(ends, buckets=buckets, batch_size=rows, pad_id=pad_id, left=True):
+            bucket, wanted = tokens.shape[1], [place for place, index in enumerate(indices) if index not in left_out]
+            if not wanted:
+                continue
             plan = plans[bucket]
             uniforms = _uniforms([prompts[index] for index in indices], rows, sampling, plan.max_new_tokens)
             limits = np.full(rows, plan.max_new_tokens) if max_length is None else np.minimum(plan.max_new_tokens, max_length - lengths)
-            batch = Batch(tokens, np.arange(bucket) >= bucket - lengths[:, None], uniforms, lengths > 0, limits.astype(np.int32))
+            limits = np.repeat(np.where(lengths > 0, limits, 0), sampling.n_completions).astype(np.int32)
+            greedy = np.arange(len(limits)) % sampling.n_completions < sampling.greedy
+            batch = Batch(tokens, np.arange(bucket) >= bucket - lengths[:, None], uniforms, greedy, limits)
             if mesh is not None:
                 batch = Batch(*(arrays.put(x, NamedSharding(mesh, spec)) for x, spec in zip(batch, _SPECS, strict=True)))
             before, start = count_programs(), time.monotonic()
-            waiting.append(_Work(plan, params, batch, traced, indices, is_end, limits.tolist()))
+            waiting.append(_Work(plan, params, batch, traced, [indices[place] for place in wanted], wanted, is_end, limits))
             if count_programs() > before:
                 compiled += 1
                 log.info(
@@ -307,9 +319,10 @@ def lower_completions(
     assert mesh is not None
     sampling = Sampling.of(settings, settings.n_samples)
     prompts, (longest, max_new_tokens) = _prompts_per_batch(settings.batch_size, sampling, mesh), shape
-    shapes = [(prompts, longest), (prompts, longest), (max_new_tokens, prompts * sampling.n_completions), (prompts,), (prompts,)]
+    rows = prompts * sampling.n_completions
+    shapes_of = [(prompts, longest), (prompts, longest), (max_new_tokens, rows), (rows,), (rows,)]
     dtypes = (jnp.int32, jnp.bool_, jnp.float32, jnp.bool_, jnp.int32)
-    arrays_of = [jax.ShapeDtypeStruct(x, t, sharding=NamedSharding(mesh, s)) for x, t, s in zip(shapes, dtypes, _SPECS, strict=True)]
+    arrays_of = [jax.ShapeDtypeStruct(x, t, sharding=NamedSharding(mesh, s)) for x, t, s in zip(shapes_of, dtypes, _SPECS, strict=True)]
     batch = Batch(*arrays_of)  # pyright: ignore[reportArgumentType]
     number, ids = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((EOS_IDS,), jnp.int32)
     traced = TracedSettings(number, number, number, ids, jax.ShapeDtypeStruct((), jnp.int32))
@@ -317,8 +330,10 @@ def lower_completions(
         params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, inference_shardings(mesh, params))
     if members > 1:
         tree, shardings = _member_shardings(layout, params)
-        shapes = [jax.ShapeDtypeStruct((members, *x.shape), x.dtype, sharding=s) for x, s in zip(jax.tree.leaves(params), shardings, strict=True)]
-        params = tree.unflatten(shapes)
+        stacked_shapes = [
+            jax.ShapeDtypeStruct((members, *x.shape), x.dtype, sharding=s) for x, s in zip(jax.tree.leaves(params), shardings, strict=True)
+        ]
+        params = tree.unflatten(stacked_shapes)
     plan = plan_of(config, sampling, max_new_tokens, forward.compute_dtype, layout, members=members > 1)
     return complete.lower(plan, params, batch, traced)
 
@@ -392,32 +407,73 @@ def count_cut(prompts: Sequence[Sequence[int]], longest: int) -> int:
 # ------------------------------------------------------------------------------------------------------------------- a batch under way
 
 
-class _Work:
-    """A batch on the device. It is decoded in segments if the text of a completion can end it, or if prompts whose completions have all ended leave it
-    between two of them; and otherwise in one call.
+class Shape(NamedTuple):
+    """Of a batch under way: places, each with one prompt and some of its completions."""
 
-    They leave in float32 only: elsewhere what else is decoded with a prompt would change its tokens. And they stay where prompts are sharded, because a
-    device has few of them there.
+    places: int
+    completions: int
+
+
+def shapes(prompts: int, completions: int, shards: int) -> list[Shape]:
+    """Shapes in which a batch may go on, ascending in rows, the last of which is the whole. Each of them is a program.
+
+    First there are fewer completions in a place, and a prompt with more of them takes several places, which finished ones have left; then fewer places.
+
+    Args:
+      prompts: places at first.
+      completions: of each prompt.
+      shards: number of shards of the rows, which have as many places each.
+    """
+    found = [Shape(prompts, completions)]
+    while found[-1].places * found[-1].completions > NARROWING * shards:  # so few rows take as long as one
+        places, each = found[-1]
+        found.append(Shape(places, -(-each // NARROWING)) if each > 1 else Shape(-(-places // (NARROWING * shards)) * shards, 1))
+    return found[::-1]
+
+
+class _Work:
+    """A batch on the device. It is decoded in one call, or, where more than `SEGMENT` tokens may be generated, in segments, between which the host ends
+    the rows whose text has ended; if most rows have ended, the others go on in the smallest of `shapes` that holds them.
+
+    Args:
+      indices: of the prompts whose completions are wanted.
+      wanted: their places in the batch.
+      limits: tokens after which each row ends.
     """
 
-    def __init__(self, plan: Plan, params: Any, batch: Batch, traced: TracedSettings, indices: list[int], is_end: IsEnd | None, limits: list[int]):
-        self.indices, self._limits = indices, limits
+    def __init__(
+        self,
+        plan: Plan,
+        params: Any,
+        batch: Batch,
+        traced: TracedSettings,
+        indices: list[int],
+        wanted: list[int],
+        is_end: IsEnd | None,
+        limits: Int[np.ndarray, " b"],
+    ):
+        self.indices, self._wanted, self._limits = indices, wanted, limits
         self._plan, self._eos_ids, self._is_end = plan, frozenset(traced.eos_ids.tolist()), is_end
         self._params, self._batch, self._traced = params, batch, traced
-        self._each = plan.n_samples + plan.greedy
-        mesh = plan.layout.mesh
-        self._leave = plan.compute_dtype.itemsize >= 4 and (mesh is None or mesh.size == 1)
+        self._each, prompts = plan.n_samples + plan.greedy, batch.tokens_PxS.shape[0]
+        self._shards = 1 if plan.layout.mesh is None else row_shards(plan.layout.mesh)
+        self._shapes = shapes(prompts, self._each, self._shards)
+        self._rows = np.arange(prompts * self._each)  # in the batch as it began, of the rows that are decoded; -1 where a place has none
         self._seen = 0  # tokens per row that the host has checked
-        self._places = np.arange(len(batch.filled_P))  # of the prompts that are decoded, in the batch as it began
         self._tokens: np.ndarray | None = None
         self._memory: Memory | None = None
-        if plan.max_new_tokens <= SEGMENT or not (is_end or self._leave):
+        if plan.max_new_tokens <= SEGMENT:
             self._sent = plan.max_new_tokens
             self._decoded = complete(plan, params, batch, traced)
         else:
             self._sent = 0
             self._decoded, self._prompt, self._memory = start_decoding(plan, params, batch, traced)
             self.send_next_segment()
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that are decoded."""
+        return len(self._rows)
 
     def send_next_segment(self) -> None:
         """Sends the next segment to the device."""
@@ -430,7 +486,7 @@ class _Work:
         """Waits for the segments sent so far. Returns whether the batch is complete; if not, stops the rows whose text has ended."""
         tokens = np.swapaxes(arrays.to_host(self._decoded.out_NxB), -1, -2)  # [B, N], or [members, B, N]
         so_far = tokens.copy() if self._tokens is None else self._tokens
-        so_far[..., self._rows(self._places), :] = tokens
+        so_far[..., self._rows[self._rows >= 0], :] = tokens[..., self._rows >= 0, :]
         self._tokens = so_far
         if self._sent == self._plan.max_new_tokens:
             return True
@@ -440,38 +496,66 @@ class _Work:
             # Checking the last tokens is cheap and almost always enough.
             ended[row] = self._text_ends(text[max(0, self._seen - TAIL) :]) and self._text_ends(text)
         self._seen = self._sent
+        if np.all(ended):
+            return True
+        ended = self._go_on_with(ended)
         self._decoded = self._decoded._replace(ended_B=arrays.put(ended, self._decoded.ended_B.sharding))
-        if self._leave:
-            self._drop_finished(ended)
-        return bool(np.all(ended))
+        return False
 
-    def _drop_finished(self, ended: np.ndarray) -> None:
-        """Goes on with fewer prompts if few enough are left."""
-        going_P = ~ended.reshape(-1, len(self._places), self._each).all(axis=(0, 2))
-        size = len(self._places)
-        while 0 < going_P.sum() <= size // NARROWING:
-            size //= NARROWING
-        if size < len(self._places):
-            kept_P = np.sort(np.argsort(~going_P, kind="stable")[:size]).astype(np.int32)
-            assert self._memory is not None
-            self._batch, self._decoded, self._prompt, self._memory = keep_prompts(
-                self._plan, self._batch, self._decoded, self._prompt, self._memory, kept_P
-            )
-            self._places = self._places[kept_P]
+    def _go_on_with(self, ended: np.ndarray) -> np.ndarray:
+        """Leaves out ended rows, if the others fit into a smaller shape and it is worth while. Returns which of the rows that are left have ended."""
+        going_B = np.any((~ended).reshape(-1, len(self._rows)), axis=0)
+        if self._limits[self._rows[going_B]].max() - self._sent < WORTH:
+            return ended
+        for shape in self._shapes:
+            if shape.places * shape.completions >= len(self._rows):
+                return ended
+            if (arranged := self._arranged(going_B, shape)) is not None:
+                break
+        else:
+            raise AssertionError("the last shape holds all rows")
+        places_HxP, rows_HxB = arranged
+        left_B = (np.arange(self._shards)[:, None] * (len(self._rows) // self._shards) + rows_HxB).ravel()
+        empty_B = (rows_HxB < 0).ravel()
+        assert self._memory is not None
+        self._batch, self._decoded, self._prompt, self._memory = keep_rows(
+            self._plan, self._batch, self._decoded, self._prompt, self._memory, places_HxP, np.maximum(rows_HxB, 0)
+        )
+        self._rows = np.where(empty_B, -1, self._rows[left_B])
+        return ended[..., left_B] | empty_B
 
-    def _rows(self, places: np.ndarray) -> np.ndarray:
-        """Where the rows of these prompts are."""
-        return (places[:, None] * self._each + np.arange(self._each)).ravel()
+    def _arranged(self, going_B: Bool[np.ndarray, " b"], shape: Shape) -> tuple[Int[np.ndarray, "h p"], Int[np.ndarray, "h k"]] | None:
+        """Where the places and rows of a smaller shape come from (see `keep_rows`), -1 for a row that has nothing to do; None if they do not fit."""
+        each_shard, places = len(self._rows) // self._shards, len(self._batch.tokens_PxS)
+        places_HxP = np.zeros((self._shards, shape.places // self._shards), np.int32)
+        rows_HxPxR = np.full((*places_HxP.shape, shape.completions), -1, np.int32)
+        for shard in range(self._shards):
+            of_shard = slice(shard * each_shard, (shard + 1) * each_shard)
+            rows = np.flatnonzero(going_B[of_shard])
+            prompt_of = self._rows[of_shard][rows] // self._each
+            filled = 0
+            for prompt in np.unique(prompt_of):
+                of_prompt = rows[prompt_of == prompt]
+                for first in range(0, len(of_prompt), shape.completions):
+                    if filled == places_HxP.shape[1]:
+                        return None
+                    of_place = of_prompt[first : first + shape.completions]
+                    places_HxP[shard, filled] = of_place[0] // (len(self._rows) // places)
+                    rows_HxPxR[shard, filled, : len(of_place)] = of_place
+                    filled += 1
+        return places_HxP, rows_HxPxR.reshape(self._shards, -1)
 
     def _text_ends(self, tokens: list[int]) -> bool:
         return self._is_end is not None and self._is_end(tokens)
 
     def completions(self, member: tuple[()] | tuple[int]) -> list[list[Completion]]:
-        """The completions of each prompt, once `read` has returned True: of the one model, or of a member."""
+        """The completions of each wanted prompt, once `read` has returned True: of the one model, or of a member."""
         assert self._tokens is not None
-        of_rows = self._tokens[member][: len(self.indices) * self._each, : self._sent].tolist()
-        rows = [self._completion(tokens[: self._limits[row // self._each]]) for row, tokens in enumerate(of_rows)]
-        return [rows[start : start + self._each] for start in range(0, len(rows), self._each)]
+        tokens_PxRxN = self._tokens[member][:, : self._sent].reshape(-1, self._each, self._sent)
+        limits_PxR = self._limits.reshape(-1, self._each)
+        return [
+            [self._completion(tokens[:limit]) for tokens, limit in zip(tokens_PxRxN[place].tolist(), limits_PxR[place])] for place in self._wanted
+        ]
 
     def _completion(self, tokens: list[int]) -> Completion:
         end = next((place for place, token in enumerate(tokens) if token in self._eos_ids), None)

@@ -101,7 +101,7 @@ def read_prompts(
             x_PxSxD, of_layer = run(x_PxSxD, layer)
             found.append(of_layer)
         keys, values = (tuple(of_layers) for of_layers in zip(*found, strict=True))
-        empty = tuple(jnp.zeros(shape, compute_dtype) for _ in range(config.n_layers))
+        empty = tuple(constrain(layout.mesh, jnp.zeros(shape, compute_dtype), ROWS) for _ in range(config.n_layers))
     length_P = valid_PxS.sum(axis=1, dtype=jnp.int32)
     rows = RowCache(empty, empty, jnp.repeat(length_P, rows_per_prompt))
     return model.logits(x_PxSxD[:, -1]), PromptCache(keys, values, valid_PxS), rows

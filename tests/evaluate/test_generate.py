@@ -415,33 +415,87 @@ def test_members_get_what_each_gets_alone(model, prompts, sampling, monkeypatch)
     assert len(set(map(tuple, lengths))) > 1 and any(row.ended for of_prompt in alone[0].values() for row in of_prompt)
 
 
+def ends_somewhere(tokens):
+    """Ends a completion after 2 to 39 tokens, half of all after 7 at most, as its first two say."""
+    return len(tokens) > 1 and len(tokens) >= 2 + ((tokens[0] * 7 + tokens[1]) % 40) ** 3 // 1600
+
+
+def watched(monkeypatch, *, segment, worth):
+    """Looks of the host every `segment` tokens; returns the list that the shapes in which batches go on are added to."""
+    monkeypatch.setattr(generation, "SEGMENT", segment)
+    monkeypatch.setattr(generation, "WORTH", worth)
+    seen, keep_rows = [], generation.keep_rows
+
+    def keep(*given):
+        places_HxP, rows_HxB = given[-2:]
+        seen.append((places_HxP.size, rows_HxB.size // places_HxP.size))
+        return keep_rows(*given)
+
+    monkeypatch.setattr(generation, "keep_rows", keep)
+    return seen
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-@pytest.mark.parametrize("n_samples", [0, 2])
-def test_finished_prompts_leave_the_batch(model, n_samples, penalty, monkeypatch):
-    """Of eight prompts one goes on to the end, alone or of two models; the others leave, and nobody's tokens change."""
+@pytest.mark.parametrize(("n_samples", "penalty"), [(0, 1.0), (9, 1.3)])
+def test_finished_rows_leave_the_batch(model, n_samples, penalty, monkeypatch):
+    """Texts end at very different places, alone or of two models; the rows that go on do so in ever fewer rows, and nobody's tokens change."""
     config, params = model
-    prompts, sampling = [[1, i + 2, 3] for i in range(8)], Sampling(n_samples=n_samples, seed=1, repetition_penalty=penalty)
-    how = dict(sampling=sampling, **SETTINGS | {"max_new_tokens": 20, "batch_size": 8 * sampling.n_completions, "buckets": (4,)})
-    whole = run(model, prompts, sampling, **{k: how[k] for k in ("max_new_tokens", "batch_size", "buckets")})
+    prompts = np.random.default_rng(8).integers(2, 44, (12, 4)).tolist()
+    sampling = Sampling(n_samples=n_samples, seed=1, repetition_penalty=penalty, greedy_first=True)
+    how = SETTINGS | {"sampling": sampling, "max_new_tokens": 40, "batch_size": 12 * sampling.n_completions, "buckets": (4,)}
+    how["is_end"] = ends_somewhere
+    [(_, expected)] = completions(model, prompts, **how)  # 64 tokens lie between two looks, so nobody leaves
+    lengths = [len(row.tokens) for of_prompt in expected for row in of_prompt]
+    assert min(lengths) < 9 and max(lengths) > 30 and len(set(lengths)) > 5
+
+    seen = watched(monkeypatch, segment=4, worth=4)
+    assert list(completions(model, prompts, **how)) == [(list(range(12)), expected)]
+    possible = [(3, 1)] if n_samples == 0 else [(12, 3), (12, 1), (3, 1)]
+    assert len(seen) >= min(2, len(possible)) and seen == [shape for shape in possible if shape in seen]
+    assert generation.shapes(12, sampling.n_completions, 1) == [*possible[::-1], (12, sampling.n_completions)]
+    programs = count_programs()
+    seen.clear()
+    [(_, of_members)] = generation.completions_of_members(config, generation.stacked([params, params], Layout()), 2, prompts, **how)
+    assert of_members == [expected, expected] and seen
+    assert list(completions(model, prompts, **how)) == [(list(range(12)), expected)]
+    assert count_programs() <= programs + len(possible) + 1
+
+    # Rows that are not worth a program of their own stay.
+    seen.clear()
+    monkeypatch.setattr(generation, "WORTH", 40)
+    assert list(completions(model, prompts, **how)) == [(list(range(12)), expected)] and not seen
+
+
+@pytest.mark.slow
+def test_in_bfloat16_tokens_depend_on_the_list_of_prompts_and_not_on_what_is_left_out(model, monkeypatch):
+    """As after a kill: whatever has been kept, the others get the tokens that they got in one go."""
+    prompts = [[1, i + 2, 3] for i in range(24)]
+    how = SETTINGS | {"sampling": dataclasses.replace(PLAIN, n_samples=5), "max_new_tokens": 40, "batch_size": 72, "buckets": (4,)}
+    how |= {"compute_dtype": jnp.bfloat16, "is_end": ends_somewhere}
+    seen = watched(monkeypatch, segment=4, worth=4)
+
+    def found(skip):
+        return {index: rows for indices, made in completions(model, prompts, skip=skip, **how) for index, rows in zip(indices, made, strict=True)}
+
+    whole, shapes = found(()), sorted(seen)
+    assert len(whole) == 24 and len(set(shapes)) > 1
+    for skip in (range(12), range(5), [0, 3, 13, 23]):
+        assert found(skip) == {index: rows for index, rows in whole.items() if index not in skip}
+
+
+def test_short_completions_cost_no_program_and_no_look_between(model, prompts, monkeypatch):
+    """As in the default study: one program per bucket, whenever their rows end."""
+    seen, before = watched(monkeypatch, segment=generation.SEGMENT, worth=1), count_programs()
+    looks = []
 
     def is_end(tokens):
-        return len(tokens) >= 3 and not any(tokens == of_one[: len(tokens)] for of_one in whole[5])
+        looks.append(len(tokens))
+        return bool(tokens) and tokens[0] % 3 > 0
 
-    kept, keep_prompts = [], generation.keep_prompts
-    monkeypatch.setattr(generation, "keep_prompts", lambda *given: kept.append(given[-1].tolist()) or keep_prompts(*given))
-    monkeypatch.setattr(generation, "SEGMENT", 4)
-    [(indices, alone)] = completions(model, prompts, is_end=is_end, **how)
-    assert [len(places) for places in kept] == [2] and 5 in kept[0]
-    for index, of_prompt in zip(indices, alone, strict=True):
-        for row, tokens in zip(of_prompt, whole[index], strict=True):
-            assert row.tokens == next((tokens[:n] for n in range(1, len(tokens)) if is_end(tokens[:n])), tokens)
-            assert row.ended == (index != 5)
-    [(_, of_members)] = generation.completions_of_members(config, generation.stacked([params, params], Layout()), 2, prompts, is_end=is_end, **how)
-    assert of_members == [alone, alone] and len(kept) == 2
-    kept.clear()
-    [_] = completions(model, prompts, is_end=is_end, **how | {"compute_dtype": jnp.bfloat16})
-    assert not kept, "in bfloat16 it would change tokens"
+    how = dict(sampling=Sampling(n_samples=2), is_end=is_end, **SETTINGS | {"max_new_tokens": 12})
+    made = [row for _, of_batch in completions(model, prompts, **how) for of_prompt in of_batch for row in of_prompt]
+    assert count_programs() == before + 2 and not seen
+    assert len({len(row.tokens) for row in made}) > 1
 
 
 def test_stop_strings_are_found_in_the_text_of_tokens_that_hold_parts_of_characters():

@@ -97,3 +97,77 @@ def test_a_device_holds_its_share_and_a_layer(found):
     assert found["sharded"]["arguments"] < sizes["whole"] / 8 + 2**18  # norms, prompts and random numbers besides
     # On a CPU a loop copies what it reads, here the share; besides, one layer and the output matrix, gathered, and little else.
     assert found["sharded"]["temporaries"] < sizes["whole"] / 8 + 2 * sizes["layer"] < sizes["whole"] / 2
+
+
+LEAVING = """
+import json
+import jax, numpy as np
+from plasticity_jax.config import MeshConfig, ModelConfig
+from plasticity_jax.evaluate import complete, generate
+from plasticity_jax.evaluate.generate import Sampling, completions, completions_of_members, placed, stacked
+from plasticity_jax.model.cache import Layout
+from plasticity_jax.model.transformer import init_params
+from plasticity_jax.parallel import make_mesh, param_shardings
+
+config = ModelConfig(vocab_size=96, d_model=32, n_layers=2, n_heads=8, n_kv_heads=4, d_ff=48)
+models = [jax.tree.map(lambda x: 8 * x, init_params(config, seed)) for seed in (0, 1)]
+prompts = [[int(t) for t in np.random.default_rng(i).integers(3, 96, 4 + i % 5)] for i in range(14)]
+how = dict(sampling=Sampling(n_samples=5, temperature=1.5, repetition_penalty=1.3, seed=3, greedy_first=True), max_new_tokens=40,
+           buckets=(8,), batch_size=96, eos_id=1, pad_id=0, compute_dtype="float32",
+           is_end=lambda tokens: len(tokens) > 1 and len(tokens) >= 2 + ((tokens[0] * 7 + tokens[1]) % 40) ** 3 // 1600)
+generate.WORTH = 4
+seen, sent, keep_rows = [], set(), generate.keep_rows
+
+def keep(*given):
+    out = keep_rows(*given)
+    seen.append((len(out[0].tokens_PxS), len(out[0].limit_B)))
+    if len(seen) == 1:
+        [program] = complete._KEEPING.values()
+        text = program.lower(*given).compile().as_text()
+        sent.update(name for name in ("all-gather", "all-to-all", "collective-permute", "all-reduce") if name in text)
+    return out
+
+generate.keep_rows = keep
+[(_, expected)] = completions((config, models[0]), prompts, **how)  # 64 tokens lie between two looks, so nobody leaves
+[(_, other)] = completions((config, models[1]), prompts, **how)
+found = {"lengths": sorted(len(row.tokens) for of_prompt in expected for row in of_prompt), "before": len(seen)}
+generate.SEGMENT = 4
+for tag, sizes, sharded, scan in CASES:
+    seen.clear(), sent.clear(), complete._KEEPING.clear()
+    layout = Layout(make_mesh(MeshConfig(**sizes)), sharded, scan)
+    lying = [jax.device_put(model, param_shardings(layout.mesh, model)) for model in models]
+    if sizes.get("member", 1) > 1:
+        [(_, made)] = completions_of_members(config, stacked(lying, layout), 2, prompts, layout=layout, **how)
+        same = made == [expected, other]
+    else:
+        [(_, made)] = completions((config, placed(lying[0], layout)), prompts, layout=layout, **how)
+        same = made == expected
+    found[tag] = {"same": same, "shapes": list(seen), "sent": sorted(sent), "shards": sizes["data"] * sizes.get("fsdp", 1)}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "cases"),
+    [
+        (2, [("data", {"data": 2}, False, True)]),
+        (
+            8,
+            [
+                ("data", {"data": 8}, False, True),
+                ("data, fsdp, tensor, unrolled", {"data": 2, "fsdp": 2, "tensor": 2}, True, False),
+                ("members", {"member": 2, "data": 2, "fsdp": 2}, True, True),
+            ],
+        ),
+    ],
+)
+def test_finished_rows_leave_their_shards(devices, cases):
+    """In float32, in the same bits as without leaving, on one device; what is left lies evenly over the rows' shards, and no row is sent."""
+    found = json.loads(python(LEAVING.replace("CASES", repr(cases)), devices=devices))
+    assert found["before"] == 0 and found["lengths"][0] < 5 and found["lengths"][-1] > 25
+    for tag, *_ in cases:
+        case = found[tag]
+        assert case["same"] and not case["sent"], (tag, case)
+        assert case["shapes"] and case["shapes"] == sorted(case["shapes"], reverse=True)
+        assert all(places % case["shards"] == 0 and rows % places == 0 for places, rows in case["shapes"]), case

@@ -157,10 +157,12 @@ def test_recorded_steps_change_no_result_and_hold_the_steps(world: World):
     [recorded] = world.pretrain({"recorded": 0.1}, change(CONFIG, "train", profile_steps=(5, 6)))
     assert recorded["held_out"] == plain["held_out"] and recorded["train_loss"] == plain["train_loss"]
     folder = world.root / "recorded" / "profile"
-    [trace] = folder.glob("**/*.trace.json.gz")
+    [trace] = folder.glob("plugins/profile/*/*.trace.json.gz")  # where TensorBoard's plugin looks
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert [event["args"]["step_num"] for event in events if event.get("name") == "train"] == ["5", "6"]
-    assert list(folder.glob("**/*.xplane.pb")) and (folder / "memory.prof").stat().st_size and not (world.root / "plain" / "profile").exists()
+    assert [path.stat().st_size > 0 for path in folder.glob("plugins/profile/*/*.xplane.pb")] == [True]
+    memory = gzip.decompress((folder / "memory.prof").read_bytes())  # a profile of pprof, whose table of strings names what it counts
+    assert all(name in memory for name in (b"allocations", b"count", b"space", b"bytes")) and not (world.root / "plain" / "profile").exists()
 
 
 def test_a_batch_that_parts_do_not_divide_is_filled_with_rows_that_do_not_count(world: World):
