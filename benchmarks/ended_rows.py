@@ -99,7 +99,7 @@ def main() -> None:
         (f"{PROMPTS} prompts x {EACH} completions of up to {LONG} tokens, which end about where answers to GSM8K do", ANSWERS),
         (f"{PROMPTS} prompts x {EACH} completions x {TOGETHER} tokens", ONE_END),
     ):
-        found = measure(sides, rounds=2)
+        found = measure(sides, rounds=5)
         tables[heading] = [one.row(side, found[next(iter(sides))]) for side, one in found.items()]
     finish("Ended rows", tables)
 
