@@ -9,7 +9,7 @@
 # make torture       kills the tiny study again and again, and compares it with one that was not killed (KILLS=20 of each kind)
 # make docs          the documentation site, in build/site; every link between its pages is checked
 # make package       the sdist and the wheel, in build/dist, checked for PyPI; the wheel runs in an empty environment outside of this folder
-# make lock          writes requirements-lock.txt, the test environment with the SHA-256 of every file
+# make lock          writes uv.lock, all extras on every Python, and from it requirements-lock.txt, the test environment; with the SHA-256 of every file
 # make bench         every benchmark, one after the other (about 15 minutes), and its tables in docs/performance.md
 # make bench-scale   what a step of the paper's configs takes on TPUs and GPUs, by compiling (about an hour; tests/environment extra)
 # make test-device   what needs a GPU or a TPU: every attention kernel it has, generation, the tiny study (install jax[cuda13] or jax[tpu] into .venv)
@@ -86,8 +86,12 @@ package: | $(VENV)/bin/python
 	.venv-package/bin/python -m twine check --strict build/dist/*
 	tests/wheel build/dist/*.whl
 
-lock: $(VENV)/.installed-test
-	$(VENV)/bin/python tests/lock.py
+# Addresses are those of the public index, wherever this runs.
+UV := .venv-package/bin/uv --quiet
+lock: | $(VENV)/bin/python
+	@tests/environment package
+	$(UV) lock --upgrade --default-index https://pypi.org/simple
+	$(UV) export --frozen --extra data --extra test --no-emit-project --no-annotate --output-file requirements-lock.txt >/dev/null
 
 # One that fails does not stop the others, and keeps its old table. A peer without its environment leaves its row out, which page.py says again.
 BENCHMARKS := $(filter-out benchmarks/torture.py benchmarks/soak.py benchmarks/side_by_side.py benchmarks/page.py benchmarks/at_scale.py,$(wildcard benchmarks/*.py))

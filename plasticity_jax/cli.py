@@ -21,7 +21,7 @@ from plasticity_jax.completion import SHELLS, script
 from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import preemption, processes, supervise
 from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
-from plasticity_jax.parallel.flags import prepare_backend
+from plasticity_jax.parallel.flags import leave_out_absent_tpu, prepare_backend
 from plasticity_jax.progress import NORMAL, QUIET, VERBOSE, logged, say_last, start_logging
 from plasticity_jax.text import valid_text
 
@@ -839,6 +839,7 @@ def _main(argv: list[str], worker: bool, stack: contextlib.ExitStack) -> int:
         command = COMMANDS[arguments.command]
         if overrides and not command.config:
             raise UserError(f"plasticity {arguments.command} reads no config; leave out --config.{overrides[0][0]}.")
+        leave_out_absent_tpu()
         launch = None
         if command.config or command.several:
             from plasticity_jax.config import LaunchConfig, load_config

@@ -337,13 +337,16 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How processes start, and what a launch may cost."""
+    """How processes start, where they can be watched, and what a launch may cost."""
 
     start_timeout: PositiveInt = execution(300, "seconds that processes wait for one another at the start")
     compile_cache: Text | None = execution("~/.cache/plasticity_jax/compiled", "folder of compiled programs, kept between runs; None keeps none")
     parallel_runs: NonNegativeInt = execution(
         1,
         "runs at once: each on an equal part of the devices, which the mesh then lays out; on a CPU each in a process of one thread, and 0: per core",
+    )
+    tracker: Literal["none", "wandb"] = execution(
+        "none", "wandb: also send the numbers of TensorBoard to Weights & Biases while training (docs/howto/watch.md)"
     )
     mfu: PositiveFraction = execution(0.4, "fraction of the devices' peak FLOP/s that estimates assume for training")
 

@@ -36,7 +36,6 @@ ROWS_AT_ONCE = 64
 READ_BYTES = 2**20  # of a column at a time: a row group may hold gigabytes
 NAMED_AT_MOST = 10  # of the files that are left out
 BOM = codecs.BOM_UTF8
-CONVERT = "convert it, such as with iconv -f latin1 -t utf-8"
 
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -488,7 +487,7 @@ def text_file(part: FilePart) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{part.name} in {part.folder} is not UTF-8 ({reason(error)}); {CONVERT}") from error
+        raise UserError(f"{part.name} in {part.folder} is not UTF-8 ({reason(error)}); {_convert(error)}") from error
 
 
 def csv_rows(part: FilePart, columns_of: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -515,7 +514,7 @@ def csv_rows(part: FilePart, columns_of: Callable[[Sequence[str]], Sequence[str]
                     raise UserError(f"{part.place(number)} has {len(row)} fields, and the first line names {len(names)}; repair or drop the row")
                 yield number, {column: row[place] for column, place in places.items()}
         except UnicodeDecodeError as error:
-            raise UserError(f"{where} is not a table of UTF-8 text after row {number} ({reason(error)}); {CONVERT}") from error
+            raise UserError(f"{where} is not a table of UTF-8 text after row {number} ({reason(error)}); {_convert(error)}") from error
         except csv.Error as error:
             if "field limit" in str(error):
                 raise _too_long(f"{part.place(number + 1)}: a cell", TEXT_FILE_BYTES, "close the quote that opens there, or shorten it") from error
@@ -644,12 +643,18 @@ def _json_object(line: bytes, part: FilePart, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{part.place(number)} is not UTF-8 ({reason(error)}); {CONVERT}") from error
+        raise UserError(f"{part.place(number)} is not UTF-8 ({reason(error)}); {_convert(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{part.place(number)} is not valid JSON ({reason(error)}); repair or drop the line") from error
     if not isinstance(row, dict):
         raise UserError(f"{part.place(number)} is not a JSON object; every line must be an object with named fields")
     return row
+
+
+def _convert(error: UnicodeDecodeError) -> str:
+    """The way out for text of another encoding."""
+    encoding = "utf-16" if error.start == 0 and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
+    return f"convert it, such as with iconv -f {encoding} -t utf-8"
 
 
 def _text_of(row: dict[str, Any], text_field: str, part: FilePart, number: int) -> str:

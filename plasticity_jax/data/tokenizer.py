@@ -105,7 +105,7 @@ class Tokenizer:
         """
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(
-                f"vocab_size={vocab_size} is below {MIN_VOCAB_SIZE} ({N_BYTES} bytes and 2 special tokens); set it to {MIN_VOCAB_SIZE} or more"
+                f"model.vocab_size={vocab_size} is below {MIN_VOCAB_SIZE} ({N_BYTES} bytes and 2 special tokens); set it to {MIN_VOCAB_SIZE} or more"
             )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = own_pre_tokenizer()
@@ -117,7 +117,7 @@ class Tokenizer:
         found = backend.get_vocab_size(with_added_tokens=True)
         if found != vocab_size:
             raise UserError(
-                f"vocab_size={vocab_size} is more than the training text supports ({found} entries); set vocab_size to at most "
+                f"model.vocab_size={vocab_size} is more than the training text supports ({found} entries); set model.vocab_size to at most "
                 f"{found} or train on more text"
             )
         return cls(backend)

@@ -69,6 +69,17 @@ PLATFORMS = (
 )
 
 _CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+_GOOGLE = "0x1ae0"  # as a vendor of PCI devices
+ROOT = Path("/")
+
+
+def leave_out_absent_tpu() -> None:
+    """Keeps jax from looking for a TPU where libtpu is installed, as for `plasticity check`, but there is none: libtpu would print its errors.
+
+    Call it before jax is imported. Where JAX_PLATFORMS is set, or a plugin for another accelerator is installed, it does nothing.
+    """
+    if not os.environ.get("JAX_PLATFORMS") and _only_libtpu() and not _tpu_is_here():
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def prepare_backend(compile_cache: str | None) -> None:
@@ -97,6 +108,24 @@ def _may_be_here(here: Platform) -> bool:
     if asked:
         return any(name in asked.split(",") for name in here.names)
     return any(importlib.util.find_spec(package) is not None for package in here.packages)
+
+
+def _only_libtpu() -> bool:
+    """Whether a TPU is the only accelerator that jax could find with what is installed."""
+    from importlib.metadata import entry_points
+
+    if importlib.util.find_spec("libtpu") is None:
+        return False
+    return not entry_points(group="jax_plugins") and importlib.util.find_spec("jax_plugins") is None
+
+
+def _tpu_is_here() -> bool:
+    """Whether this machine may have a TPU: a device file of one, any PCI device of its maker, or the user says so."""
+    if any(os.environ.get(name) for name in ("JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH")):
+        return True
+    if any(ROOT.glob("dev/accel*")) or any(ROOT.glob("dev/vfio/[0-9]*")):
+        return True
+    return any(path.read_text(encoding="ascii").strip() == _GOOGLE for path in ROOT.glob("sys/bus/pci/devices/*/vendor"))
 
 
 def _choose_cache(compile_cache: str) -> None:

@@ -9,12 +9,13 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from plasticity_jax.runs.jsonfiles import iter_jsonl, to_json
 from plasticity_jax.runs.storage import AnyPath, is_local, replacing, upload, write_bytes
+from plasticity_jax.runs.tracker import Tracker
 
 METRICS = "metrics.jsonl"
 
@@ -148,41 +149,81 @@ def _write(path: AnyPath, lines: list[bytes]) -> None:
         file.writelines(lines)
 
 
+class LiveView(Protocol):
+    """Where the numbers of a run can be watched while it trains."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Shows finite numbers of a step, by name."""
+
+    def flush(self) -> None:
+        """Makes what was written outlive this process."""
+
+    def close(self, *, hurry: bool) -> None:
+        """The same, and ends; in a hurry without waiting for others."""
+
+
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events of a run: one row of numbers per logged step. On a store both are brought there by `close_part`.
+    """`metrics.jsonl` and the live views of a run: one row of numbers per logged step. On a store the log is brought there by `close_part`.
 
     Args:
       directory: the run's directory.
       step: rows after this step are dropped first, so that a resumed run repeats none.
+      tracker: `launch.tracker`: a live view beside TensorBoard's events.
     """
 
-    def __init__(self, directory: AnyPath, *, step: int):
-        from tensorboardX import SummaryWriter
-
+    def __init__(self, directory: AnyPath, *, step: int, tracker: str = "none"):
         self._rows = AppendLog(directory / METRICS, keep=lambda row: row["step"] <= step)
-        self._events_folder = directory / "tensorboard"
-        self._temporary = None if is_local(directory) else tempfile.TemporaryDirectory(prefix="plasticity-events-")
-        self._events = SummaryWriter(self._temporary.name if self._temporary else str(self._events_folder), purge_step=step + 1)
+        self._views: list[LiveView] = [_TensorBoard(directory / "tensorboard", step)]
+        if tracker != "none":
+            self._views.append(Tracker(directory))
 
     def write(self, step: int, **values: Any) -> None:
-        """Appends `values`; nested dicts become TensorBoard tags joined by slashes."""
+        """Appends `values`; in live views the names of nested dicts are joined by slashes."""
         self._rows.append(to_json({"step": step, **values}))
-        for tag, value in _flatten(values):
-            if isinstance(value, (int, float)) and math.isfinite(value):  # tensorboardX prints a warning for every other
-                self._events.add_scalar(tag, value, step)
+        numbers = {name: value for name, value in _flatten(values) if isinstance(value, (int, float)) and math.isfinite(value)}
+        for view in self._views:
+            view.write(step, numbers)
 
     def close_part(self) -> None:
         """Makes what was written outlive this process, also on a store; call it before a checkpoint from which a later process may resume."""
         self._rows.close_part()
-        if self._temporary is not None and not is_local(self._events_folder):
-            self._events.flush()
-            upload(Path(self._temporary.name), self._events_folder)
+        for view in self._views:
+            view.flush()
 
-    def close(self) -> None:
-        self._events.close()
+    def close(self, *, hurry: bool = False) -> None:
+        """Ends the log.
+
+        Args:
+          hurry: the process was told to end, so live views that others keep are not waited for.
+        """
         self._rows.close()
-        if self._temporary is not None and not is_local(self._events_folder):
-            upload(Path(self._temporary.name), self._events_folder)
+        for view in self._views:
+            view.close(hurry=hurry)
+
+
+class _TensorBoard:
+    """TensorBoard events in a folder. On a disk they appear at once, on a store at each flush."""
+
+    def __init__(self, folder: AnyPath, step: int):
+        from tensorboardX import SummaryWriter
+
+        self._folder = folder
+        self._temporary = None if is_local(folder) else tempfile.TemporaryDirectory(prefix="plasticity-events-")
+        self._events = SummaryWriter(self._temporary.name if self._temporary else str(folder), purge_step=step + 1)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        for tag, value in numbers.items():
+            self._events.add_scalar(tag, value, step)
+
+    def flush(self) -> None:
+        if self._temporary is not None and not is_local(self._folder):
+            self._events.flush()
+            upload(Path(self._temporary.name), self._folder)
+
+    def close(self, *, hurry: bool) -> None:
+        self._events.close()
+        if self._temporary is not None and not is_local(self._folder):
+            upload(Path(self._temporary.name), self._folder)
             self._temporary.cleanup()
 
 

@@ -22,6 +22,7 @@ from plasticity_jax.runs.directory import CHECKPOINTS, ERROR_LOG, STUDY, RunDire
 from plasticity_jax.runs.jsonfiles import read_json, to_json
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, location, relative, remove_tree
+from plasticity_jax.runs.tracker import check_tracker
 from plasticity_jax.stages import Context, Stage, stages
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
@@ -103,6 +104,8 @@ def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> N
     """Lets every stage refuse what cannot work, before anything is written. Raises UserError."""
     done = _done(runs, lambda run_id: study_dir(workdir, config) / run_id)
     todo = [run for run in runs if run.id not in done]
+    if any(stages()[run.stage].checkpoints and stages()[run.stage].devices == "all" for run in todo):  # what trains
+        check_tracker(_on_this_device(config).launch.tracker)
     with _first_lane(config, todo):
         for name, stage in stages().items():
             mine = [run for run in todo if run.stage == name]

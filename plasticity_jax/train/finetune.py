@@ -130,6 +130,7 @@ def finetune(members: Sequence[Tuned], examples: Sequence[Example], *, epochs: i
                 eval_every=None,
                 max_loss=config.train.max_loss,
                 total_tokens=_n_targets(rows, steps),
+                tracker=config.launch.tracker,
             ),
             held_out=None,
         )["params"]

@@ -41,6 +41,7 @@ class LoopSettings:
       max_loss: in nats per token; a model whose loss is higher, or not finite, has diverged.
       total_tokens: total number of targets per model, for the progress bar.
       profile_steps: the first and the last step to record (see `profile.StepProfile`); None for none.
+      tracker: where the logged numbers go besides (see `runs.tracker`).
       peak_tokens_per_second: of the devices at their peak FLOP/s, for the model FLOPs utilization (MFU) of the log; None where it is not known.
     """
 
@@ -50,6 +51,7 @@ class LoopSettings:
     eval_every: int | None
     max_loss: float
     total_tokens: int
+    tracker: str
     keep_steps: tuple[int, ...] = ()
     profile_steps: tuple[int, int] | None = None
     peak_tokens_per_second: float | None = None
@@ -85,10 +87,10 @@ class Track:
             raise UserError(f"{self.directory} holds no reason or no log of its divergence; delete it and run again, which makes it anew.")
         return reason
 
-    def begin(self, step: int, *, keep_steps: tuple[int, ...]) -> None:
+    def begin(self, step: int, *, keep_steps: tuple[int, ...], tracker: str) -> None:
         """Opens the log and the checkpoints as of `step`."""
         if processes.primary():
-            self.log = MetricsLog(self.directory, step=step)
+            self.log = MetricsLog(self.directory, step=step, tracker=tracker)
             if rows := self.rows():
                 self.tokens, self.seconds = rows[-1]["tokens"], rows[-1]["seconds"]
         self.checkpoints = Checkpoints(self.directory / CHECKPOINTS, keep=KEPT, keep_steps=keep_steps, asynchronous=True)
@@ -120,7 +122,7 @@ class Track:
         if self.checkpoints is not None:
             self.checkpoints.close()
         if self.log is not None:
-            self.log.close()
+            self.log.close(hurry=preemption.requested())
 
 
 _DIVERGED = "diverged.json"
@@ -159,7 +161,7 @@ def train(
         for track in tracks:
             if not track.diverged:
                 stack.callback(track.close)
-                track.begin(start, keep_steps=settings.keep_steps)
+                track.begin(start, keep_steps=settings.keep_steps, tracker=settings.tracker)
         clock = _Clock()
         progress = stack.enter_context(
             Progress(what, total=settings.total_tokens * len(tracks), unit="tokens", initial=sum(track.tokens for track in tracks))

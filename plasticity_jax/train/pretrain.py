@@ -200,6 +200,7 @@ def _loop_settings(config: StudyConfig, mesh: Mesh) -> LoopSettings:
         eval_every=train_config.eval_every,
         max_loss=train_config.max_loss,
         total_tokens=train_config.steps * train_config.batch_size * train_config.seq_len,
+        tracker=config.launch.tracker,
         keep_steps=train_config.kept_steps,
         profile_steps=train_config.profile_steps,
         peak_tokens_per_second=peak,

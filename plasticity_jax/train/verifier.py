@@ -222,6 +222,7 @@ def _train(
             eval_every=None,
             max_loss=config.train.max_loss,
             total_tokens=recipe.epochs * sum(map(len, rows)),
+            tracker=config.launch.tracker,
         ),
         held_out=None,
     )["params"]

@@ -184,6 +184,7 @@ REFUSED = {
     "an unknown label": ("a.csv", HEAD + GOOD + b"x,Sales\n", "row 21 of a.csv: the answer 'Sales' is not one of labels (billing, support, sales)"),
     "an open quote": ("a.csv", HEAD + GOOD + b'"x,sales\ny,sales\n', "after row 20 (a quote opens there that does not close); repair it"),
     "a closed quote with more": ("a.csv", HEAD + b'"x"y,sales\n', "is not a table of UTF-8 text after row 0"),
+    "utf-16": ("a.csv", (HEAD + GOOD).decode().encode("utf-16"), "convert it, such as with iconv -f utf-16 -t utf-8"),
     "latin-1": ("a.csv", HEAD + GOOD + "é,sales\n".encode("latin1"), "convert it, such as with iconv -f latin1 -t utf-8"),
     "latin-1 in JSON": ("a.jsonl", '{"text": "é", "team": "sales"}\n'.encode("latin1"), "is not UTF-8 ('utf-8' codec"),
     "a list": ("a.jsonl", b'{"text": ["x"], "team": "sales"}\n', "column 'text' holds ['x'], not a text, a number, or true or false"),

@@ -146,7 +146,7 @@ def test_training_is_a_function_of_the_text(tokenizer, speeches):
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused():
-    with pytest.raises(UserError, match="vocab_size=400 is more than the training text supports .*set vocab_size to at most 2"):
+    with pytest.raises(UserError, match="vocab_size=400 is more than the training text supports .*set model.vocab_size to at most 2"):
         Tokenizer.train(["too little text"], 400)
 
 

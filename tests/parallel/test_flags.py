@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import shutil
@@ -7,7 +8,8 @@ import sys
 import pytest
 from running import PLASTICITY, TINY, environment, plasticity
 
-from plasticity_jax.parallel.flags import PLATFORMS, Flag, prepare_backend, with_flags
+from plasticity_jax.parallel import flags
+from plasticity_jax.parallel.flags import PLATFORMS, Flag, leave_out_absent_tpu, prepare_backend, with_flags
 
 
 def test_every_flag_says_why():
@@ -86,3 +88,43 @@ def test_a_cache_that_cannot_be_written_is_left_out(monkeypatch, caplog, tmp_pat
     prepare_backend(str(tmp_path / "file" / "cache"))
     assert "cannot be written to (Not a directory): every start compiles again" in caplog.text
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.parametrize(
+    "installed, files, given, expected",
+    [
+        (["libtpu"], [], {}, "cpu"),
+        ([], [], {}, None),
+        (["libtpu", "jax_plugins"], [], {}, None),
+        (["libtpu"], ["dev/accel0"], {}, None),
+        (["libtpu"], ["dev/vfio/3"], {}, None),
+        (["libtpu"], ["dev/vfio/vfio"], {}, "cpu"),  # which is there without any device
+        (["libtpu"], [], {"JAX_PLATFORMS": "tpu,cpu"}, "tpu,cpu"),
+        (["libtpu"], [], {"JAX_FORCE_TPU_INIT": "1"}, None),
+    ],
+)
+def test_jax_looks_for_a_tpu_only_where_one_may_be(monkeypatch, tmp_path, installed, files, given, expected):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None if name in ("libtpu", "jax_plugins") else find(name))
+    monkeypatch.setattr(flags, "ROOT", tmp_path)
+    for name in ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    leave_out_absent_tpu()
+    assert os.environ.get("JAX_PLATFORMS") == expected
+
+
+def test_a_device_of_the_tpus_maker_counts_as_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(flags, "ROOT", tmp_path)
+    for name in ("JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH"):  # jax sets the second where libtpu is installed
+        monkeypatch.delenv(name, raising=False)
+    for name, vendor in (("0000:00:01.0", "0x8086"), ("0000:00:04.0", "0x1ae0")):
+        folder = tmp_path / "sys" / "bus" / "pci" / "devices" / name
+        folder.mkdir(parents=True)
+        assert not flags._tpu_is_here()
+        (folder / "vendor").write_text(vendor + "\n")
+    assert flags._tpu_is_here()

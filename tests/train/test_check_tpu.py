@@ -7,7 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from running import TINY, environment, python
+from running import PLASTICITY, TINY, environment, python
 from worlds import CONFIG, change
 
 from plasticity_jax.config import MeshConfig, load_config
@@ -104,3 +104,11 @@ def test_the_estimate_of_a_training_step_is_what_the_compiler_needs(remat):
     config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=4))
     mesh = make_mesh(config.mesh, place.devices)
     assert training_bytes(step_settings(config, mesh), mesh, 32, 2048) == pytest.approx(check(config, place).total, rel=0.25)
+
+
+@pytest.mark.parametrize("platforms", ["cpu", ""])
+def test_who_has_libtpu_and_no_tpu_is_not_shown_its_errors(tmp_path, platforms):
+    command = [*PLASTICITY, "study", "--config", str(TINY), "--workdir", str(tmp_path / "work"), "--dry-run"]
+    done = subprocess.run(command, env=environment(JAX_PLATFORMS=platforms), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line[9:] for line in done.stderr.splitlines()] == ["train.compute_dtype auto → float32 on this platform"]
