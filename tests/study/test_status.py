@@ -39,18 +39,19 @@ def said(directory) -> tuple[str, str]:
 
 def test_a_run_says_how_far_it_is_whatever_its_stage(directory):
     assert said(directory) == ("running", "")
-    with watched(lambda progress: directory.write_progress(progress) or "", every=0.0), Progress("first part", total=8, unit="rows") as progress:
-        progress.update(1)
-        assert said(directory) == ("running", "first part: 1 of 8 rows (12%)"), "one update tells no pace"
-        progress._paced_from = (1, time.monotonic() - 60)
-        progress.update(1, note="step 2 of 8")
-        assert said(directory) == ("running", "first part: 2 of 8 rows (25%), step 2 of 8, 6 min 0 s left")
-        with Progress("within", total=3, unit="parts") as inner:
-            inner.update(2)
-        assert "first part" in said(directory)[1]
-    with watched(lambda progress: directory.write_progress(progress) or "", every=0.0), Progress("second part", total=None, unit="lines") as progress:
-        progress.update(1200)
-        assert said(directory) == ("running", "second part: 1,200 lines")
+    with watched(lambda progress: directory.write_progress(progress) or "", every=0.0):
+        with Progress("first part", total=8, unit="rows") as progress:
+            progress.update(1)
+            assert said(directory) == ("running", "first part: 1 of 8 rows (12%)"), "one update tells no pace"
+            progress._paced_from = (1, time.monotonic() - 60)
+            progress.update(1, note="step 2 of 8")
+            assert said(directory) == ("running", "first part: 2 of 8 rows (25%), step 2 of 8, 6 min 0 s left")
+            with Progress("within", total=3, unit="parts") as inner:
+                inner.update(2)
+            assert "first part" in said(directory)[1]
+        with Progress("second part", total=None, unit="lines") as progress:
+            progress.update(1200)
+            assert said(directory) == ("running", "second part: 1,200 lines")
 
 
 def test_it_is_written_every_few_seconds_and_not_more_often(directory, monkeypatch):
