@@ -11,7 +11,8 @@ from plasticity_jax.config import load_config
 from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import hardware
 from plasticity_jax.progress import duration
-from plasticity_jax.runs.directory import RunDirectory
+from plasticity_jax.runs.directory import DONE, RunDirectory
+from plasticity_jax.runs.jsonfiles import read_json, write_json
 from plasticity_jax.stages import Work, stages
 from plasticity_jax.study import outline as outlining
 from plasticity_jax.study.graph import build_graph, study_dir
@@ -65,6 +66,21 @@ def test_what_is_done_is_not_counted_again(tmp_path):
     assert "  init          0     1" in lines and not any("not counted" in line for line in lines)
     everything = outline_lines(outline(CONFIG, tmp_path / "other", runs[:1]))
     assert everything[0] == "tiny: 1 runs to do, 0 done"
+
+
+def test_records_that_what_is_left_descends_from_are_to_be_made_anew(tmp_path):
+    """Without its data a record of the corpus tells no rows either."""
+    config = load_config(TINY, [("train.compute_dtype", "float32")])
+    runs = build_graph(config)
+    left = next(run for run in runs if run.stage == "finetune")
+    finish(config, tmp_path, *(run for run in runs if run is not left))
+    for run in runs:
+        if run is not left:
+            done = study_dir(tmp_path, config) / run.id / DONE
+            write_json(done, read_json(done) | {"record": True})
+    rows = {row.stage: row for row in outline(config, tmp_path, runs).stages}
+    assert {stage: row.runs for stage, row in rows.items() if row.runs} == {"init": 1, "prepare": 2, "pretrain": 1, "finetune": 1}
+    assert rows["finetune"].tokens == 128 * 192 and rows["finetune"].bounded and not rows["finetune"].problem
 
 
 def test_hours_are_those_of_a_machine_whose_peak_is_known(tmp_path, monkeypatch):
