@@ -234,7 +234,7 @@ def test_a_study_says_first_what_it_will_do_and_then_how_long_the_rest_takes(wor
         (place,) = [place for place, line in enumerate(lines) if line.endswith("tiny: 6 runs to do, 2 done")]
         table = [line.split() for line in lines[place + 2 : place + 5]]
         assert table == [["gap", "0", "2"], ["spectra", "6", "0", "7.7e5"], ["total", "6", "2", "7.7e5"]]
-        begun = [line for line in lines if re.search(r"\[\d/6\] spectra/", line)]
+        begun = [line for line in lines if re.match(r"[\d:]+ \[\d/6\] spectra/", line)]
         assert len(begun) == 6 and place < lines.index(begun[0])
         assert not begun[0].endswith("left") and begun[-1].endswith(" · less than a minute left")
 

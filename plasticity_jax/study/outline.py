@@ -13,7 +13,6 @@ from plasticity_jax.stages import Ahead, Stage, stages
 from plasticity_jax.stages.init import STAGE as INIT
 from plasticity_jax.stages.stage import IMPORTED, PRETRAINED
 from plasticity_jax.study.graph import finished_runs, run_configs, study_dir
-from plasticity_jax.study.hours import device_seconds, finder, parts_of
 from plasticity_jax.study.time_left import Declared, TimeLeft
 from plasticity_jax.text import three_digits
 
@@ -102,6 +101,8 @@ def outline(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> Outli
     Args:
       config: with its compute dtype resolved, which the runs' hashes hold.
     """
+    from plasticity_jax.study.hours import device_seconds, finder, parts_of  # here, because it imports jax, and worker processes import this
+
     known, folder = stages(), study_dir(workdir, config)
     done = finished_runs(runs, lambda run_id: folder / run_id)
     todo = [run for run in runs if run.id not in done]
