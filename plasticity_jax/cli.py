@@ -125,7 +125,7 @@ FAIL_FAST = _flag("--fail-fast", action="store_true", help="stop at the first ru
     "study",
     "the whole graph; run again, it does only what is missing",
     _flag("--stages", metavar="A,B", help="only these stages, comma-separated"),
-    _flag("--dry-run", action="store_true", help="print the graph and do nothing"),
+    _flag("--dry-run", action="store_true", help="print what would be done, stage by stage, and do nothing; with -v every run"),
     FAIL_FAST,
     examples=(
         "study --config default",
@@ -135,14 +135,14 @@ FAIL_FAST = _flag("--fail-fast", action="store_true", help="stop at the first ru
 )
 def _study(arguments) -> int:
     from plasticity_jax.stages import stages
-    from plasticity_jax.study.execute import graph_lines, run_study
+    from plasticity_jax.study.execute import dry_run_lines, run_study
 
     config, workdir = arguments.config, arguments.workdir
     chosen = _choices("--stages", arguments.stages, tuple(stages()))
     if arguments.dry_run:
-        print("\n".join(graph_lines(config, workdir)))
+        print("\n".join(dry_run_lines(config, workdir, chosen=lambda run: run.stage in chosen, every=arguments.verbosity == VERBOSE)))
         return 0
-    status = _said(run_study(config, workdir, chosen=lambda run: run.stage in chosen, fail_fast=arguments.fail_fast))
+    status = _said(run_study(config, workdir, chosen=lambda run: run.stage in chosen, fail_fast=arguments.fail_fast, summary=True))
     if len(chosen) == len(stages()):
         processes.broadcast(lambda: _write_report(workdir / config.name))
     return status

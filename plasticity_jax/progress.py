@@ -1,6 +1,7 @@
 """What a command says while it runs: log lines on standard error and in a file, and the progress of anything that takes more than two seconds."""
 
 import contextlib
+import contextvars
 import logging
 import os
 import shlex
@@ -166,6 +167,37 @@ def _in_one_line(ended: threading.ExceptHookArgs) -> None:
 checks: list[Callable[[], None]] = []  # called at every update, in the thread that works; one raises to end the work
 
 
+class _Watch:
+    """Who wants to know how far a piece of work is, whichever display shows it: the outermost, where one lies within another."""
+
+    def __init__(self, look: Callable[["Progress"], str], every: float):
+        self._look, self._every, self._next = look, every, 0.0
+        self.of: Progress | None = None
+
+    def see(self, progress: "Progress", now: float) -> None:
+        if self.of is progress and now >= self._next:
+            self._next = now + self._every
+            progress.aside = self._look(progress)
+
+
+_watching: contextvars.ContextVar[_Watch | None] = contextvars.ContextVar("watching", default=None)  # of this thread
+
+
+@contextlib.contextmanager
+def watched(look: Callable[["Progress"], str], *, every: float) -> Iterator[None]:
+    """Has every progress of this thread looked at while the block runs.
+
+    Args:
+      look: what to do with one; returns what is shown beside it, or "".
+      every: seconds between two looks.
+    """
+    token = _watching.set(_Watch(look, every))
+    try:
+        yield
+    finally:
+        _watching.reset(token)
+
+
 class Progress:
     """Shows how far a wait has come, its rate and the time left.
 
@@ -176,18 +208,22 @@ class Progress:
       total: how many units there are, or None when unknown.
       unit: the unit's plural name ("tokens", "documents").
       initial: units done before, as after a resume; they do not count into the rate.
+      main: its units are what the work consists of, and not a part before or after it: how far they are says how far the work is.
     """
 
-    def __init__(self, what: str, *, total: int | None, unit: str, initial: int = 0):
-        self.what, self.total, self.unit = what, total, unit
+    def __init__(self, what: str, *, total: int | None, unit: str, initial: int = 0, main: bool = False):
+        self.what, self.total, self.unit, self.main = what, total, unit, main
         self.initial = self.done = initial
-        self.note = ""
+        self.note = self.aside = ""
+        self._watch = _watching.get()
         self._bar = None
         self._start = time.monotonic()
         self._paced_from: tuple[int, float] | None = None  # units and time of the first update: what came before was compiled or opened
         self._next_line = self._start + SHOW_AFTER_SECONDS
 
     def __enter__(self) -> "Progress":
+        if self._watch is not None and self._watch.of is None:
+            self._watch.of = self
         if sys.stderr.isatty() and log.isEnabledFor(logging.INFO) and not quiet():
             from tqdm import tqdm
 
@@ -213,19 +249,29 @@ class Progress:
         first = self._paced_from is None
         if self._paced_from is None:
             self._paced_from = self.done, time.monotonic()
+        now = time.monotonic()
+        if self._watch is not None:
+            self._watch.see(self, now)
         if self._bar is not None:
-            self._bar.set_postfix_str(self.note, refresh=False)
+            self._bar.set_postfix_str(", ".join(filter(None, (self.note, self.aside))), refresh=False)
             if first:
                 self._bar.delay = max(0.0, SHOW_AFTER_SECONDS - (time.monotonic() - self._start))
                 self._bar.initial = self._bar.n = self._bar.last_print_n = self.done
                 self._bar.unpause()
             else:
                 self._bar.update(amount)
-        if time.monotonic() >= self._next_line and self.done != self.total:  # the end has a line of its own
-            self._next_line = time.monotonic() + LOG_EVERY_SECONDS
+        if now >= self._next_line and self.done != self.total:  # the end has a line of its own
+            self._next_line = now + LOG_EVERY_SECONDS
             self._log(self._line())
 
+    def seconds_left(self) -> float | None:
+        """At the pace since the first update, before which something was compiled or opened; None where that is not known."""
+        pace = self._pace()
+        return (self.total - self.done) / pace if self.total is not None and pace else None
+
     def __exit__(self, kind, value, traceback) -> None:
+        if self._watch is not None and self._watch.of is self:
+            self._watch.of = None
         if self._bar is not None:
             self._bar.close()
         if kind is None and time.monotonic() - self._start > SHOW_AFTER_SECONDS:
@@ -238,12 +284,12 @@ class Progress:
         seconds = time.monotonic() - self._start
         rate = (self.done - self.initial) / max(seconds, 1e-9)
         share = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,} ({self.done / max(self.total, 1):.0%})"
-        left = ""
+        said = [f"{self.what}: {share} {self.unit}", f"{rate:,.0f} {self.unit}/s"]
         if final:
-            left = f", done in {duration(seconds)}"
-        elif self.total is not None and (pace := self._pace()):
-            left = f", {duration((self.total - self.done) / pace)} left"
-        return f"{self.what}: {share} {self.unit}, {rate:,.0f} {self.unit}/s{left}" + (f", {self.note}" if self.note else "")
+            said.append(f"done in {duration(seconds)}")
+        elif (left := self.seconds_left()) is not None:
+            said.append(f"{duration(left)} left")
+        return ", ".join(filter(None, (*said, self.note, "" if final else self.aside)))
 
     def _pace(self) -> float:
         """Units per second since the first update; 0 before the second."""

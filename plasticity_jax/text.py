@@ -1,4 +1,4 @@
-"""Text from outside that no file system and no tokenizer takes."""
+"""Text from outside that no file system and no tokenizer takes, and numbers as text."""
 
 import os
 from pathlib import Path
@@ -33,3 +33,10 @@ def local_path(place: str) -> Path:
     except RuntimeError:
         raise UserError(f"{place} begins with the home of a user who is not known here; write the whole path.") from None
     return path
+
+
+def three_digits(value: float) -> str:
+    """A number that is not negative in three digits, whole above a thousand, and never with an exponent."""
+    if 0 < value < 0.001:
+        return "<0.001"
+    return f"{value:,.3g}" if value < 999.5 else f"{value:,.0f}"

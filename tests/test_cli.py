@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,10 +131,16 @@ def test_missing_wheels_are_named_with_the_command_that_brings_them(capsys, tmp_
     assert not list(tmp_path.rglob("DONE"))
 
 
-def test_dry_run_prints_the_graph_and_writes_nothing(capsys, tmp_path):
-    assert main(["study", "--config", TINY, "--workdir", str(tmp_path / "w"), "--dry-run", "--config.train.compute_dtype=float32"]) == 0
-    out = capsys.readouterr().out
-    assert "pretrain/wd0-" in out and "timescale 0.2 of the run" in out
+def test_dry_run_prints_what_would_be_done_and_writes_nothing(capsys, tmp_path):
+    argv = ["study", "--config", TINY, "--workdir", str(tmp_path / "w"), "--dry-run", "--config.train.compute_dtype=float32"]
+    assert main(argv) == 0
+    table = capsys.readouterr().out
+    assert "timescale 0.2 of the run" in table and re.search(r"^  pretrain +2 +0 ", table, re.MULTILINE) and "/" not in table.split("tiny:")[1]
+    assert main([*argv, "-v"]) == 0
+    everything = capsys.readouterr().out
+    assert everything.endswith(table.split("\n", 2)[2]) and len(re.findall(r"^\S+/\S+  missing", everything, re.MULTILINE)) == 32
+    assert main([*argv, "--stages", "gap"]) == 0
+    assert "tiny: 2 runs to do, 0 done" in capsys.readouterr().out
     assert not (tmp_path / "w").exists()
 
 

@@ -56,10 +56,10 @@ def analyzed(tmp_path_factory):
 def test_the_analysis_is_in_graph_status_page_and_tables(analyzed, tmp_path):
     install(tmp_path, "lab_norms.py", "plasticity_jax.stages")
     given = ("--config", TINY, "--workdir", tmp_path / "work", *SMALL)
-    plan = plasticity(tmp_path, "study", *given, "--dry-run")
+    plan = plasticity(tmp_path, "study", *given, "--dry-run", "-v")
     ids = re.findall(r"^(norms/\S+)  missing  ← (pretrain/\S+)$", plan, re.MULTILINE)
     assert len(ids) == 2
-    other = plasticity(tmp_path, "study", *given, "--dry-run", "--config.norms.order=1")
+    other = plasticity(tmp_path, "study", *given, "--dry-run", "-v", "--config.norms.order=1")
     assert not set(re.findall(r"norms/\S+", other)) & {run for run, _ in ids}, "the section's result fields are part of the hash"
     assert set(re.findall(r"pretrain/\S+", other)) == set(re.findall(r"pretrain/\S+", plan))
 
@@ -112,7 +112,7 @@ def test_the_task_is_prepared(tmp_path):
     [config] = blocks("larger.py")
     (tmp_path / "larger.py").write_text(config)
     given = ("--config", tmp_path / "larger.py", "--workdir", tmp_path / "work", "--config.data.max_documents=20", "--config.probe.sets=()")
-    assert "evaluate/wd0-larger-after-" in plasticity(tmp_path, "study", *given, "--dry-run")
+    assert "evaluate/wd0-larger-after-" in plasticity(tmp_path, "study", *given, "--dry-run", "-v")
     plasticity(tmp_path, "prepare", *given)
     [folder] = (tmp_path / "work" / "larger" / "prepare").glob("task-larger-*")
     splits = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in ("train", "test")}
@@ -143,7 +143,7 @@ def test_the_hyperparameter_is_swept_and_changes_the_run(tmp_path, wheels_dir):
         *SMALL,
         f"--config.data.wheels={wheels_dir.resolve()}",
     )
-    members = re.findall(r"^(wd0.1-nesterov_\w+):", plasticity(tmp_path, "study", *given, "--dry-run"), re.MULTILINE)
+    members = re.findall(r"^(wd0.1-nesterov_\w+):", plasticity(tmp_path, "study", *given, "--dry-run", "-v"), re.MULTILINE)
     assert members == ["wd0.1-nesterov_False", "wd0.1-nesterov_True"]
     plasticity(tmp_path, "pretrain", *given)
     losses = [json.loads(path.read_text())["train_loss"] for path in sorted((tmp_path / "work").glob("tiny/pretrain/*/results.json"))]

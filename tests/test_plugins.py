@@ -91,7 +91,7 @@ def test_the_program_works_beside_a_broken_plug_in(tmp_path):
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: lab_bad\nVersion: 1\n")
     (about / "entry_points.txt").write_text("[plasticity_jax.stages]\nbad = lab_bad\n[plasticity_jax.tasks]\nbad = lab_bad\n")
-    command = [sys.executable, "-m", "plasticity_jax", "study", "--config", str(TINY), "--workdir", str(tmp_path / "work"), "--dry-run"]
+    command = [sys.executable, "-m", "plasticity_jax", "study", "--config", str(TINY), "--workdir", str(tmp_path / "work"), "--dry-run", "-v"]
     ended = subprocess.run(command, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True, cwd=TINY.parents[1])
     assert ended.returncode == 0 and "spectra/" in ended.stdout and "Traceback" not in ended.stderr
     assert ended.stderr.count("plug-in 'bad' (lab_bad) is left out: RuntimeError: half written") == 2, "once for stages, once for tasks"

@@ -13,10 +13,13 @@ import pytest
 from running import PATIENCE, TINY, end, pausing, plasticity, start, status_rows, wait_until
 
 import plasticity_jax as pj
+from plasticity_jax.config import load_config
 from plasticity_jax.model.param_count import count_params
 from plasticity_jax.report.browse import Filter, browse
-from plasticity_jax.runs.directory import DONE, RunDirectory
+from plasticity_jax.runs.directory import DONE, PROGRESS, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json, read_jsonl, write_json
+from plasticity_jax.study.graph import build_graph
+from plasticity_jax.study.outline import outline
 
 pytestmark = pytest.mark.slow
 
@@ -186,6 +189,56 @@ def with_parents_only(workdir, place):
     return place
 
 
+@pytest.mark.parametrize(
+    ("stage", "step", "expected"),
+    [
+        ("pretrain", 15, r"pretrain \S+: [\d,]+ of 20,480 tokens \(\d+%\), step \d+ of 40, loss [\d.]+"),
+        ("finetune", 3, r"finetune \S+: [\d,]+ of [\d,]+ tokens \(\d+%\), step \d of 8, loss [\d.]+"),
+        ("evaluate", 4, r"evaluate \S+: \d+ of 48 completions \(\d+%\)"),
+    ],
+)
+def test_status_shows_how_far_a_run_is_while_it_is_paused_and_nothing_of_it_once_it_was_killed(workdir, wheels_dir, tmp_path, stage, step, expected):
+    work = Path(shutil.copytree(workdir, tmp_path / "work"))
+    done = runs(work, stage)[-1]
+    shutil.rmtree(done["path"])
+    argv = ["study", *options(work, wheels_dir), "--stages", stage]
+    environment, paused = pausing(tmp_path, step)
+    process = start(*argv, **environment)
+    wait_until(paused, process)
+    (row,) = [row for row in runs(work, stage) if row["state"] == "running"]
+    assert row["id"] == done["id"] and re.match(expected, row["reason"]), row
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    (row,) = [row for row in runs(work, stage) if row["state"] == "missing"]
+    assert row["reason"] == "interrupted; it resumes when run again" and (Path(row["path"]) / PROGRESS).is_file()
+    assert plasticity(*argv).returncode == 0 and not list(work.rglob(f"*{PROGRESS}*"))
+    assert plasticity("status", "--workdir", work, "--verify").returncode == 0
+
+
+def test_the_summary_counts_the_room_that_checkpoints_take(workdir, wheels_dir, tmp_path):
+    """Of every stage, before it has run; what lies beside the parameters is some kilobytes per run, here a tenth."""
+    config = load_config(TINY, [("data.wheels", str(wheels_dir)), ("train.compute_dtype", "float32")])
+    for row in outline(config, tmp_path / "none", build_graph(config)).stages:
+        held = [path.stat().st_size for run in runs(workdir, row.stage) for path in Path(run["path"]).glob("checkpoints/**/*") if path.is_file()]
+        assert sum(held) == pytest.approx(row.checkpoints, rel=0.15), row.stage
+
+
+def test_a_study_says_first_what_it_will_do_and_then_how_long_the_rest_takes(workdir, wheels_dir, tmp_path):
+    """In this process, and by worker processes, whose lines say what the process that asks them knows."""
+    for number, parallel in enumerate((1, 2)):
+        work = Path(shutil.copytree(workdir, tmp_path / str(number)))
+        for row in runs(work, "spectra"):
+            shutil.rmtree(row["path"])
+        status, lines = end(start("study", *options(work, wheels_dir), f"--config.launch.parallel_runs={parallel}", "--stages", "spectra,gap"))
+        assert status == 0, lines
+        (place,) = [place for place, line in enumerate(lines) if line.endswith("tiny: 6 runs to do, 2 done")]
+        table = [line.split() for line in lines[place + 2 : place + 5]]
+        assert table == [["gap", "0", "2"], ["spectra", "6", "0", "7.7e5"], ["total", "6", "2", "7.7e5"]]
+        begun = [line for line in lines if re.match(r"[\d:]+ \[\d/6\] spectra/", line)]
+        assert len(begun) == 6 and place < lines.index(begun[0])
+        assert not begun[0].endswith("left") and begun[-1].endswith(" · less than a minute left")
+
+
 def strip_time(rows):
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
@@ -335,7 +388,7 @@ def test_a_study_over_the_learning_rate_alone(tmp_path, wheels_dir):
     assert "What does peak learning rate do" in page and "no verdict" not in page.split("<body>")[1]
     again = plasticity("finetune", *where, "--base", bases["wd0.1-peak_lr0.01"], "--task", "topic")
     assert again.returncode == 0 and "0 runs carried out" in again.stderr, again.stderr
-    dry = plasticity("study", *where, "--dry-run").stdout
+    dry = plasticity("study", *where, "--dry-run", "-v").stdout
     assert "wd0.1-peak_lr0.01: λ = 0.1, peak lr·λ = 0.001, timescale 100 of the run, train.peak_lr = 0.01" in dry
 
 

@@ -182,7 +182,8 @@ def _batches(
     compiled = 0
     kept = [index for index in range(len(prompts)) if index not in left_out]
     each = sampling.n_completions * members
-    with Progress(what, total=len(prompts) * each, unit="completions", initial=(len(prompts) - len(kept)) * each) as progress:
+    initial = (len(prompts) - len(kept)) * each
+    with Progress(what, total=len(prompts) * each, unit="completions", initial=initial, main=True) as progress:
 
         def finished() -> tuple[list[int], _Work]:
             """The next batch that is complete; the others continue meanwhile."""

@@ -64,10 +64,11 @@ class Workers:
         for worker in filter(None, self._workers):
             worker.end()
 
-    def ask(self, questions: Sequence[Message], answered: Callable[[int, Any], bool]) -> None:
+    def ask(self, questions: Sequence[Message], answered: Callable[[int, Any], bool], *, asked: Callable[[int], Message] = lambda index: {}) -> None:
         """Has questions answered, each by the first worker that is free.
 
         Args:
+          asked: (index of a question) → what is added to it, when a worker is about to get it.
           answered: (index of a question, its answer) → whether to ask what has not been asked yet. A worker that dies answers {"died": how}.
         Raises:
           KeyboardInterrupt, Preempted: this process was told to end, and has told the workers, which have ended.
@@ -80,7 +81,7 @@ class Workers:
             while left and not errors:
                 try:
                     index, question = left.popleft()
-                    answer = self._answer(place, question)
+                    answer = self._answer(place, question | asked(index))
                     with one_by_one:
                         if not answered(index, answer):
                             left.clear()

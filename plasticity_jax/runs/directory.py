@@ -9,12 +9,13 @@ from typing import Any
 
 from plasticity_jax.config import StudyConfig, restore_config, to_dict
 from plasticity_jax.errors import StudyRefused, UserError, reason
+from plasticity_jax.progress import Progress
 from plasticity_jax.runs.integrity import Checksums, checksums, differences
-from plasticity_jax.runs.jsonfiles import damaged, read_json, write_json
+from plasticity_jax.runs.jsonfiles import damaged, read_json, to_json, write_json
 from plasticity_jax.runs.locks import is_locked, lock
 from plasticity_jax.runs.provenance import new_provenance
 from plasticity_jax.runs.run import Run
-from plasticity_jax.runs.storage import AnyPath, location, make_folder, remove_partial
+from plasticity_jax.runs.storage import AnyPath, is_local, location, make_folder, remove_partial
 
 log = logging.getLogger("plasticity_jax")
 
@@ -23,7 +24,8 @@ STUDY = "study.json"  # of a study's folder
 # Of every run.
 CONFIG, PROVENANCE, RESULTS, DONE = "config.json", "provenance.json", "results.json", "DONE"
 FAILED, ERROR_LOG, LOCK = "FAILED", "error.log", "LOCK"
-CHANGING = (DONE, FAILED, ERROR_LOG, LOCK)  # what no checksum is taken of
+PROGRESS = "progress.json"  # how far a run in progress is; gone once it has ended
+CHANGING = (DONE, FAILED, ERROR_LOG, LOCK, PROGRESS)  # what no checksum is taken of
 ASKED = "asked.json"  # of a run that a command was asked for by itself, and no graph: the model that it was given
 WARNINGS = "warnings.json"  # of a run in which something was passed over
 # Of runs that train.
@@ -103,7 +105,8 @@ class RunDirectory:
             stack.enter_context(lock(self.path / LOCK))
             if self.done:
                 raise StudyRefused(f"{self.path} has been finished by another process meanwhile; run again to go on from there.")
-            (self.path / FAILED).unlink(missing_ok=True)
+            for left_behind in (FAILED, PROGRESS):
+                (self.path / left_behind).unlink(missing_ok=True)
             remove_partial(self.path)
             write_json(self.path / CONFIG, {"run": run.to_dict(), "config": to_dict(config)})
             self.provenance = new_provenance(run, config)
@@ -115,6 +118,9 @@ class RunDirectory:
                     write_json(self.path / FAILED, {"reason": said})
                     (self.path / ERROR_LOG).write_text(traceback.format_exc(), encoding="utf-8")
                 raise
+            finally:
+                with contextlib.suppress(OSError):
+                    (self.path / PROGRESS).unlink(missing_ok=True)
 
     def earlier_environments(self) -> list[dict[str, Any]]:
         """Where earlier attempts at this run were made, as its provenance says; none if it cannot be read."""
@@ -130,9 +136,29 @@ class RunDirectory:
         """Writes results and provenance, then DONE with the checksums. `results["diverged"]`, a reason, marks a diverged run."""
         write_json(self.path / RESULTS, results)
         self.write_provenance(finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-        (self.path / ERROR_LOG).unlink(missing_ok=True)
+        for passing in (ERROR_LOG, PROGRESS):
+            (self.path / passing).unlink(missing_ok=True)
         files: Checksums = checksums(self.path, without=CHANGING)
         write_json(self.path / DONE, {"diverged": results.get("diverged") or "", "files": files})
+
+    def write_progress(self, progress: Progress) -> None:
+        """Says how far the run is, for `progress`. Nothing rests on it: it is not forced onto the disk, and what keeps it from being written is passed over."""
+        said = {name: getattr(progress, name) for name in ("what", "done", "total", "unit", "note")}
+        text = to_json(said | {"seconds_left": progress.seconds_left(), "time": time.time()})
+        path = self.path / PROGRESS
+        with contextlib.suppress(Exception):  # of a store's driver too
+            if is_local(path):
+                partial = path.with_name(f".{PROGRESS}.partial")
+                partial.write_text(text, encoding="utf-8")
+                partial.replace(path)
+            else:
+                path.write_text(text, encoding="utf-8")
+
+    def progress(self) -> dict[str, Any] | None:
+        """How far the run in progress said last that it is, as `write_progress` wrote it; None where it has said nothing that can be read."""
+        with contextlib.suppress(UserError, OSError):
+            return read_json(self.path / PROGRESS)
+        return None
 
     def run(self) -> Run:
         with damaged(self.path / CONFIG):

@@ -228,36 +228,38 @@ def _generation_work(ahead: Ahead) -> Iterable[Work]:
         assumes = (*task.assumes(split), f"prompts of {shape[0]} tokens")
     size = 2 if config.train.compute_dtype == "bfloat16" else 4
     weights = size * count_matmul_params(model) * mesh.size / mesh.shape["tensor"]
-    reading, decoding, read = 0.0, 0.0, 0.0
+    reading, decoding, read, prompted, written = 0.0, 0.0, 0.0, 0, 0
     for length, rows in buckets:
         slots = slots_of[length]
+        prompted += rows * length
+        written += rows * per_prompt * slots
         steps = (slots - 1) * rows // prompts
         reading += forward_flops(model, rows, length, outputs=1)
         decoding += steps * decode_flops(model, prompts * per_prompt, length + slots)
         read += steps * (weights + size * cached_values(model) * prompts * (length + per_prompt * slots))
-    yield Work(flops=reading, assumes=assumes)
-    yield Work(flops=decoding, bytes=read, assumes=(*assumes, f"{task.name}: completions of {max(slots_of[length] for length, _ in buckets)} tokens"))
+    yield Work(flops=reading, tokens=prompted, assumes=assumes)
+    assumes = (*assumes, f"{task.name}: completions of {max(slots_of[length] for length, _ in buckets)} tokens")
+    yield Work(flops=decoding, tokens=written, bytes=read, assumes=assumes)
 
 
 MOST_OPTIONS = 5  # of a row of the tasks that come with the package, some of ARC's
 
 
 def _likelihood_work(ahead: Ahead) -> Iterable[Work]:
-    import numpy as np
-
     from plasticity_jax.data.batching import power_of_two_buckets
     from plasticity_jax.evaluate.likelihood import MIN_LENGTH
     from plasticity_jax.model.flops import forward_flops
 
     config, task, split = ahead.config, ahead.task(), ahead.run.fields["split"]
-    lengths, longest, assumes = task.option_lengths(split), config.finetune.length_buckets[-1], ()
-    if lengths is None:
-        lengths = np.full(MOST_OPTIONS * task.counts[split], longest)
+    lengths, longest, size, assumes = task.option_lengths(split), config.finetune.length_buckets[-1], config.evaluate.batch_size, ()
+    buckets = power_of_two_buckets([range(longest if lengths is None else max(lengths))], MIN_LENGTH)
+    if lengths is not None:
+        batches = padded_to(lengths, buckets, size)
+    else:
+        batches = [(buckets[-1], -(-MOST_OPTIONS * task.counts[split] // size) * size)]
         assumes = (*task.assumes(split), f"{task.name}: {MOST_OPTIONS} options per row, each of {longest} tokens with its prompt")
-    buckets = power_of_two_buckets([range(max(lengths))], MIN_LENGTH)
-    yield Work(
-        flops=sum(forward_flops(config.model, n, length) for length, n in padded_to(lengths, buckets, config.evaluate.batch_size)), assumes=assumes
-    )
+    flops = sum(forward_flops(config.model, n, length) for length, n in batches)
+    yield Work(flops=flops, tokens=sum(n * length for length, n in batches), assumes=assumes)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ report

@@ -1,5 +1,6 @@
 """Fine-tune: every base model on every task, with the same recipe."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -122,11 +123,14 @@ def _work(ahead: Ahead) -> Iterable[Work]:
     size = padded_batch_size(ahead.mesh, recipe.batch_size, recipe.grad_accum_steps, "finetune")
     lengths = task.row_lengths(max_length=longest, too_long=recipe.too_long)
     if lengths is not None:
-        batches, assumes = [length for length, _ in schedule(lengths, recipe, epochs=epochs, seed=ahead.run.seed or 0)], ()
+        batches, assumes = Counter(length for length, _ in schedule(lengths, recipe, epochs=epochs, seed=ahead.run.seed or 0)), ()
     else:
-        batches = [longest] * (epochs * -(-task.counts["train"] // recipe.batch_size))
+        batches = {longest: epochs * -(-task.counts["train"] // recipe.batch_size)}
         assumes = (*task.assumes("train"), f"batches of rows of {longest} tokens")
-    yield Work(flops=sum(float(size * length * flops_per_token(config.model, length)) for length in batches), assumes=assumes)
+    tokens = {length: n * size * length for length, n in batches.items()}
+    yield Work(
+        flops=float(sum(n * flops_per_token(config.model, length) for length, n in tokens.items())), tokens=sum(tokens.values()), assumes=assumes
+    )
 
 
 STAGE = Stage(

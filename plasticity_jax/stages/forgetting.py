@@ -91,7 +91,8 @@ def work(ahead: Ahead) -> Iterable[Work]:
     config, train = ahead.config, ahead.config.train
     data = config.data
     domains = 1 if data.streamed else len(data.sources)
-    yield Work(flops=domains * forward_flops(config.model, max(1, train.held_out_tokens // train.seq_len), train.seq_len))
+    blocks = domains * max(1, train.held_out_tokens // train.seq_len)
+    yield Work(flops=forward_flops(config.model, blocks, train.seq_len), tokens=blocks * train.seq_len)
 
 
 def held_out_rise_rows(results: "StudyResults") -> Rows:

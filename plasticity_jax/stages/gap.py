@@ -99,7 +99,8 @@ def _work(ahead: Ahead) -> Iterable[Work]:
     from plasticity_jax.model.flops import forward_flops
 
     config, seq_len = ahead.config, ahead.config.train.seq_len
-    yield Work(flops=2 * forward_flops(config.model, config.gap.tokens_per_side // seq_len, seq_len))
+    blocks = config.gap.tokens_per_side // seq_len
+    yield Work(flops=2 * forward_flops(config.model, blocks, seq_len), tokens=2 * blocks * seq_len)
 
 
 def gap_of(member: "MemberResults") -> float | None:

@@ -121,7 +121,8 @@ def training_knobs(config: StudyConfig, mesh: "Mesh", section: str) -> tuple[Kno
 def _work(ahead: Ahead) -> Iterable[Work]:
     from plasticity_jax.train.check import pretraining_flops
 
-    yield Work(flops=pretraining_flops(ahead.config))
+    train = ahead.config.train
+    yield Work(flops=pretraining_flops(ahead.config), tokens=train.steps * train.batch_size * train.seq_len)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ report

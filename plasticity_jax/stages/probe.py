@@ -131,7 +131,8 @@ def _work(ahead: Ahead) -> Iterable[Work]:
     settings, sets = ahead.config.probe, probe_sets(ahead.config)
     texts, length = settings.train_rows + settings.test_rows, power_of_two_buckets([range(settings.max_length)], SHORTEST_BUCKET)[-1]
     assumes = tuple(f"{name}: {texts:,} texts of {length} tokens" for name in sets)
-    yield Work(flops=len(sets) * forward_flops(ahead.config.model, texts, length, outputs=0), assumes=assumes)
+    flops = len(sets) * forward_flops(ahead.config.model, texts, length, outputs=0)
+    yield Work(flops=flops, tokens=len(sets) * texts * length, assumes=assumes)
 
 
 def of_set(member: "MemberResults", name: str) -> dict[str, Any] | None:

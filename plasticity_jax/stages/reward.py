@@ -144,7 +144,7 @@ def _work(ahead: Ahead) -> Iterable[Work]:
     length = next((bucket for bucket in length_buckets(reward.max_length) if bucket >= config.evaluate.max_length), reward.max_length)
     outputs = None if reward.scorer == "log-probability" else 0
     assumes = (*task.assumes("test"), f"texts of {length} tokens")
-    yield Work(flops=forward_flops(network(config), n, length, outputs=outputs), assumes=assumes)
+    yield Work(flops=forward_flops(network(config), n, length, outputs=outputs), tokens=n * length, assumes=assumes)
 
 
 STAGE = Stage(

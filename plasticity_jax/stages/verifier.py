@@ -142,9 +142,10 @@ def _work(ahead: Ahead) -> Iterable[Work]:
     n = task.counts["verifier"] * (recipe.n_samples + 1) * samplers
     buckets = length_buckets(config.reward.max_length, config.finetune.length_buckets)
     length = next((bucket for bucket in buckets if bucket >= config.evaluate.max_length), config.reward.max_length)
-    passes = 3 * recipe.epochs * (1 - recipe.held_out_fraction) + recipe.held_out_fraction
+    trained, held_out = recipe.epochs * (1 - recipe.held_out_fraction), recipe.held_out_fraction
     assumes = (*task.assumes("verifier"), f"texts of {length} tokens")
-    yield Work(flops=passes * forward_flops(config.model, n, length, outputs=0), assumes=assumes)
+    flops = (3 * trained + held_out) * forward_flops(config.model, n, length, outputs=0)
+    yield Work(flops=flops, tokens=round((trained + held_out) * n * length), assumes=assumes)
 
 
 SAMPLES = Stage(

@@ -1,4 +1,4 @@
-"""What the runs of a study compute, for the hours that `plasticity check` prints, and how many rows of which length they read.
+"""What the runs of a study compute, for the hours and the time left that commands print, and how many rows of which length they read.
 
 Rows and their lengths are known once `prepare` is done. Before that they are bounded by what the config allows and the sources hold.
 """
@@ -15,7 +15,7 @@ from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    from jax.sharding import AbstractMesh, Mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,13 @@ class Work:
 
     Attributes:
       flops: model FLOPs, over all devices.
+      tokens: that the network reads or writes, padding included; 0 for work on parameters alone.
       bytes: read from the devices' memory, over all devices, where that may take longer than the FLOPs, as in decoding.
       assumes: what is not known and bounded from above, one phrase each, such as "MetaMathQA: 395,000 training rows".
     """
 
     flops: float
+    tokens: int = 0
     bytes: float = 0.0
     assumes: tuple[str, ...] = ()
 
@@ -44,7 +46,7 @@ class Ahead:
 
     config: StudyConfig
     run: Run
-    mesh: "Mesh"
+    mesh: "Mesh | AbstractMesh"
     finished: Callable[[str], AnyPath | None]
 
     def task(self) -> "TaskRows":

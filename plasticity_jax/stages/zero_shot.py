@@ -129,7 +129,8 @@ def _work(ahead: Ahead) -> Iterable[Work]:
         sum(min(EXAMPLES[name][0], settings.limit or EXAMPLES[name][0]) * EXAMPLES[name][1] for name in settings.sets),
         config.train.seq_len,
     )
-    yield Work(flops=forward_flops(config.model, texts, length), assumes=(f"zero-shot sets: {texts:,} continuations of {length} tokens",))
+    assumes = (f"zero-shot sets: {texts:,} continuations of {length} tokens",)
+    yield Work(flops=forward_flops(config.model, texts, length), tokens=texts * length, assumes=assumes)
 
 
 def forgetting_rows(results: "StudyResults") -> Rows:

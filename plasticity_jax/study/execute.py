@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import functools
 import logging
 import os
 import time
@@ -17,23 +16,26 @@ from plasticity_jax.errors import StudyRefused, UserError, reason
 from plasticity_jax.parallel import lanes, preemption, processes, workers
 from plasticity_jax.parallel.allocator import keep_freed_memory
 from plasticity_jax.parallel.flags import prepare_backend
-from plasticity_jax.progress import as_here, as_there
+from plasticity_jax.progress import Progress, as_here, as_there, watched
 from plasticity_jax.runs.directory import CHECKPOINTS, ERROR_LOG, STUDY, RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json, to_json
 from plasticity_jax.runs.run import Run
-from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, location, relative, remove_tree
+from plasticity_jax.runs.storage import AnyPath, check_checkpoint_place, check_writable, free_bytes, is_local, location, relative, remove_tree
 from plasticity_jax.runs.tracker import check_tracker
 from plasticity_jax.stages import Context, Stage, stages
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
 from plasticity_jax.study.environment import environment
-from plasticity_jax.study.graph import build_graph, run_configs, save_study, study_dir
+from plasticity_jax.study.graph import build_graph, finished_runs, run_configs, save_study, study_dir
+from plasticity_jax.study.outline import every_member, member_lines, outline, outline_lines, run_lines
+from plasticity_jax.study.time_left import TimeLeft
 from plasticity_jax.study.together import check_groups, check_memory, grouped, shapes
 
 log = logging.getLogger("plasticity_jax")
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
 _STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")
+LOOK_SECONDS, LOOK_SECONDS_ON_STORE = 2.0, 60.0  # between two looks at how far a run is: a small file on a disk, an object on a store
 
 
 def resolve(config: StudyConfig, workdir: AnyPath) -> StudyConfig:
@@ -56,9 +58,13 @@ def _compute_dtype(stored: AnyPath) -> str:
     return dtype
 
 
-def run_study(config: StudyConfig, workdir: AnyPath, *, chosen: Callable[[Run], bool] | None = None, fail_fast: bool = False) -> "Outcome":
+def run_study(
+    config: StudyConfig, workdir: AnyPath, *, chosen: Callable[[Run], bool] | None = None, fail_fast: bool = False, summary: bool = False
+) -> "Outcome":
     """Carries out the runs of a study, or those that are `chosen`, as `execute` does.
 
+    Args:
+      summary: say first what will be done, stage by stage.
     Raises:
       UserError: what cannot work, before anything is written.
     """
@@ -66,29 +72,23 @@ def run_study(config: StudyConfig, workdir: AnyPath, *, chosen: Callable[[Run], 
     graph = build_graph(config)
     runs = graph if chosen is None else [run for run in graph if chosen(run)]
     check_before_writing(config, workdir, runs, study=config)
+    found = outline(config, workdir, runs) if processes.primary() else None
+    if found is not None and summary and any(stage.runs for stage in found.stages):
+        log.info("%s", "\n".join(outline_lines(found)))
     processes.broadcast(lambda: save_study(workdir, config, graph))
-    return execute(config, workdir, runs, fail_fast=fail_fast)
+    return execute(config, workdir, runs, fail_fast=fail_fast, left=None if found is None else found.time_left())
 
 
-def graph_lines(config: StudyConfig, workdir: AnyPath) -> list[str]:
-    """The members of the grid and every run with its state and parents, one line each."""
+def dry_run_lines(config: StudyConfig, workdir: AnyPath, *, chosen: Callable[[Run], bool], every: bool) -> list[str]:
+    """What `run_study` would do: the members of the grid, and the runs by stage.
+
+    Args:
+      every: also each member and each run, with its state and parents.
+    """
     config = resolve(config, workdir)
-    lines = []
-    for member in grid_members(config):
-        fields = "".join(f", {name} = {value}" for name, value in (*member.overrides, *member.changes))
-        if member.model is not None:
-            said = {name: value for name, value in member.values.items() if value is not None and name not in dict(member.overrides)}
-            lines.append(f"{member.name}: {', '.join(f'{name} = {value}' for name, value in said.items())}, {member.model}{fields}")
-            continue
-        timescale = "no decay" if member.timescale is None else f"timescale {member.timescale:.3g} of the run"
-        peak_lr = member_config(config, member).train.peak_lr
-        decay = member.weight_decay or 0.0
-        lines.append(f"{member.name}: λ = {decay:.6g}, peak lr·λ = {peak_lr * decay:.4g}, {timescale}{fields}")
-    for run in build_graph(config):
-        state, reason = RunDirectory(study_dir(workdir, config) / run.id).state()
-        parents = ", ".join(run.parents.values())
-        lines.append(f"{run.id}  {state}{f' ({reason})' if reason else ''}" + (f"  ← {parents}" if parents else ""))
-    return lines
+    runs = [run for run in build_graph(config) if chosen(run)]
+    listed = [*every_member(config), *run_lines(workdir, config, runs)] if every else member_lines(config)
+    return [*listed, *outline_lines(outline(config, workdir, runs))]
 
 
 def check_before_writing(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, study: StudyConfig) -> None:
@@ -102,7 +102,7 @@ def check_before_writing(config: StudyConfig, workdir: AnyPath, runs: Sequence[R
 
 def check_start(config: StudyConfig, workdir: AnyPath, runs: Sequence[Run]) -> None:
     """Lets every stage refuse what cannot work, before anything is written. Raises UserError."""
-    done = _done(runs, lambda run_id: study_dir(workdir, config) / run_id)
+    done = finished_runs(runs, lambda run_id: study_dir(workdir, config) / run_id)
     todo = [run for run in runs if run.id not in done]
     if any(stages()[run.stage].checkpoints and stages()[run.stage].devices == "all" for run in todo):  # what trains
         check_tracker(_on_this_device(config).launch.tracker)
@@ -228,7 +228,13 @@ class Outcome:
 
 
 def execute(
-    config: StudyConfig, workdir: AnyPath, runs: Sequence[Run], *, external: dict[str, AnyPath] | None = None, fail_fast: bool = False
+    config: StudyConfig,
+    workdir: AnyPath,
+    runs: Sequence[Run],
+    *,
+    external: dict[str, AnyPath] | None = None,
+    fail_fast: bool = False,
+    left: TimeLeft | None = None,
 ) -> Outcome:
     """Carries out the runs that are not done, parents first, and those that are here as records only, if one of these needs them.
 
@@ -243,6 +249,7 @@ def execute(
       runs: in topological order, as build_graph gives them.
       external: id → directory of parents that lie outside this study's folder.
       fail_fast: stop at the first run that fails.
+      left: tells how long what is not done still takes; None tells nothing.
     Raises:
       StudyRefused: the disk is full or read-only, another process works on the same run, or a finished run has been changed since.
       UserError: a stage refuses, and the runs serve a single one.
@@ -267,7 +274,9 @@ def execute(
     configs = run_configs(config, runs)
     with devices[0].active() if devices else contextlib.nullcontext():
         groups = grouped(runs, configs, {run.id for run in todo})
-    execution = _Execution(workdir, path_of, configs, _serve_one(runs), fail_fast, outcome, len(groups))
+    left = left or TimeLeft({})
+    left.at_once = n_workers or len(devices or [None])
+    execution = _Execution(workdir, path_of, configs, _serve_one(runs), fail_fast, outcome, len(groups), left)
     with workers.Workers(n_workers or 0, _worker(), execution.task(config, runs)) as hands:
         for wave in _waves(groups, side_by_side=devices is not None or n_workers is not None):
             if outcome.failed and fail_fast:
@@ -299,22 +308,12 @@ def _make_anew(runs: Sequence[Run], path_of: Callable[[str], AnyPath]) -> set[st
         directory = RunDirectory(path_of(run.id))
         if directory.done and (damage := directory.damage()):
             raise StudyRefused(damage)
-    done = _done(runs, path_of)
+    done = finished_runs(runs, path_of)
     needed = [run.id for run in runs if run.id not in done and RunDirectory(path_of(run.id)).done]
     if needed:
         log.info("%d finished runs are here as records, without their checkpoints and data, and are made anew for what is left to do", len(needed))
     for run_id in needed:
         remove_tree(path_of(run_id))
-    return done
-
-
-def _done(runs: Sequence[Run], path_of: Callable[[str], AnyPath]) -> set[str]:
-    """Ids of the finished runs, without records that another run, which is not among them, descends from."""
-    is_record = functools.cache(lambda run_id: RunDirectory(path_of(run_id)).is_record)
-    done = {run.id for run in runs if RunDirectory(path_of(run.id)).done}
-    for run in reversed(runs):
-        if run.id not in done:
-            done -= {parent for parent in run.parents.values() if parent in done and is_record(parent)}
     return done
 
 
@@ -354,6 +353,7 @@ class _Execution:
     Attributes:
       single: all runs serve one.
       total: number of groups.
+      left: the time left of all runs.
       exhausted: program → the run that did not fit.
     """
 
@@ -364,11 +364,14 @@ class _Execution:
     fail_fast: bool
     outcome: Outcome
     total: int
+    left: TimeLeft
     exhausted: dict[str, str] = field(default_factory=dict)
 
     def side_by_side(self, devices: Sequence[lanes.Lane], wave: Sequence[Numbered]) -> None:
         """Carries out the groups of a wave, each in its lane."""
-        of_lanes = [replace(self, outcome=_nothing_yet(), exhausted=dict(self.exhausted)) for _ in devices]
+        # What other processes have finished is known once the wave is over.
+        left = self.left if processes.total() == 1 else TimeLeft({})
+        of_lanes = [replace(self, outcome=_nothing_yet(), exhausted=dict(self.exhausted), left=left) for _ in devices]
 
         def in_lane(lane: lanes.Lane) -> None:
             own = of_lanes[lane.index]
@@ -386,6 +389,7 @@ class _Execution:
             for name in ("carried_out", "failed", "waiting"):
                 getattr(self.outcome, name).extend(found[name])
             self.exhausted |= exhausted
+        self.left.end([run.id for _, group in wave for run in group], finished=False)
 
     def task(self, config: StudyConfig, runs: Sequence[Run]) -> dict[str, Any]:
         """What a worker must know to do the same: `_in_worker` reads it."""
@@ -403,15 +407,32 @@ class _Execution:
                 log.error("%s failed: its process ended with %s", ", ".join(ids), answer["died"])
                 answer = {"failed": ids}
             answers[index] = answer
+            ids = questions[index]["runs"]
+            self._end(ids, finished=set(ids) == {*answer.get("carried_out", ())})
             return not (answer.get("failed") and self.fail_fast)
 
-        hands.ask([{"number": number, "runs": [run.id for run in group]} for number, group in wave], answered)
+        def asked(index: int) -> dict[str, str]:
+            left = self.left.text()
+            self.left.begin(questions[index]["runs"])
+            return {"left": left}
+
+        questions = [{"number": number, "runs": [run.id for run in group]} for number, group in wave]
+        hands.ask(questions, answered, asked=asked)
         for _, answer in sorted(answers.items()):
             for name, ids in answer.items():
                 getattr(self.outcome, name).extend(ids)
 
-    def carry_out(self, number: int, group: Sequence[Run]) -> None:
-        """Carries out the runs of a group whose parents are done."""
+    def _end(self, ids: Sequence[str], *, finished: bool) -> None:
+        """Tells the time left that runs are over. One that diverged, or whose parent did, has not done its work and says nothing about the pace."""
+        if self.left:
+            self.left.end(ids, finished=finished and all(RunDirectory(self.path_of(run_id)).state()[0] == "done" for run_id in ids))
+
+    def carry_out(self, number: int, group: Sequence[Run], left: str = "") -> None:
+        """Carries out the runs of a group whose parents are done.
+
+        Args:
+          left: the time left of all runs, where another process knows it.
+        """
         preemption.check()
         outcome, path_of = self.outcome, self.path_of
         missing = processes.broadcast(
@@ -421,18 +442,23 @@ class _Execution:
             if parents:
                 log.warning("%s waits for %s", run.id, ", ".join(parents))
                 outcome.waiting.append(run.id)
+                self.left.end([run.id], finished=False)
         ready = [run for run, parents in zip(group, missing, strict=True) if not parents]
         if not ready:
             return
-        log.info("[%d/%d] %s", number, self.total, ", ".join(run.id for run in ready))
+        left = left or self.left.text()
+        log.info("[%d/%d] %s%s", number, self.total, ", ".join(run.id for run in ready), f" · {left}" if left else "")
         parts = _parts(ready, path_of)
         while parts:
             part = parts.pop(0)
             program = _program(self.configs[part[0].id], part)
             too_large = processes.broadcast(lambda: self.exhausted.get(program))
+            ids = [run.id for run in part]
+            self.left.begin(ids)
             try:
-                _carry_out(self.configs, part, path_of, _refuse_storage_problems(self.workdir), too_large)
-                outcome.carried_out += [run.id for run in part]
+                _carry_out(self.configs, part, path_of, _refuse_storage_problems(self.workdir), too_large, self.left)
+                outcome.carried_out += ids
+                self._end(ids, finished=True)
             except (StudyRefused, processes.Disconnected):
                 raise
             except Exception as error:
@@ -446,7 +472,8 @@ class _Execution:
                     parts += [[run] for run in part]
                     continue
                 log.error("%s failed: %s", part[0].id, error if refused else f"{reason(error)} ({path_of(part[0].id) / ERROR_LOG})")
-                outcome.failed += [run.id for run in part]
+                outcome.failed += ids
+                self.left.end(ids, finished=False)
                 if self.fail_fast:
                     return
 
@@ -469,12 +496,14 @@ def _in_worker(task: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, lis
     prepare_backend(config.launch.compile_cache)
     places = {run_id: location(place) for run_id, place in task["places"].items()}
     fixed = {name: task[name] for name in ("single", "fail_fast", "total")}
-    execution = _Execution(location(task["workdir"]), places.__getitem__, run_configs(config, runs), outcome=_nothing_yet(), **fixed)
+    execution = _Execution(
+        location(task["workdir"]), places.__getitem__, run_configs(config, runs), outcome=_nothing_yet(), left=TimeLeft({}), **fixed
+    )
     by_id = {run.id: run for run in runs}
 
     def carry_out(question: dict[str, Any]) -> dict[str, list[str]]:
         execution.outcome = _nothing_yet()
-        execution.carry_out(question["number"], [by_id[run_id] for run_id in question["runs"]])
+        execution.carry_out(question["number"], [by_id[run_id] for run_id in question["runs"]], question["left"])
         return {name: getattr(execution.outcome, name) for name in ("carried_out", "failed", "waiting")}
 
     return carry_out
@@ -535,6 +564,7 @@ def _carry_out(
     path_of: Callable[[str], AnyPath],
     guarded: Callable[[Callable], Callable],
     too_large: str | None,
+    left: TimeLeft,
 ) -> None:
     """Carries out the runs of a group, or refuses them where their program was `too_large` in another run.
 
@@ -567,7 +597,8 @@ def _carry_out(
                 way_out = "raise grad_accum_steps, set train.remat, spread it over more devices (mesh), or lower batch_size"
                 raise UserError(f"same program as {too_large}, which ran out of device memory; {way_out}.")
             else:
-                results = [_as_dict(stage, found) for found in _results(stage, contexts)]
+                with _watched(contexts, left):
+                    results = [_as_dict(stage, found) for found in _results(stage, contexts)]
             if processes.primary():
                 for context, result in zip(contexts, results, strict=True):
                     if stage.checkpoints and not context.config.train.keep_optimizer:
@@ -582,6 +613,26 @@ def _carry_out(
             processes.together(carry_out)
         else:
             processes.broadcast(carry_out)
+
+
+@contextlib.contextmanager
+def _watched(contexts: Sequence[Context], left: TimeLeft) -> Iterator[None]:
+    """Keeps in the directories of runs in progress how far they are, and shows beside it the time left of all runs."""
+    if not processes.primary():
+        yield
+        return
+    ids = [context.run.id for context in contexts]
+
+    def look(progress: Progress) -> str:
+        for context in contexts:
+            context.directory.write_progress(progress)
+        left.show(ids, progress.seconds_left() if progress.main else None)
+        text = left.text()
+        return f"study: {text}" if text else ""
+
+    local = is_local(contexts[0].directory.path)
+    with watched(look, every=LOOK_SECONDS if local else LOOK_SECONDS_ON_STORE):
+        yield
 
 
 def _drop_optimizer(path: AnyPath) -> None:

@@ -1,7 +1,8 @@
 """The graph of a study: every run, its parents and its hash, as the stages plan them; and how it lies on disk. Pure, and without jax."""
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from plasticity_jax.config import StudyConfig, grid_members, member_config, to_dict
@@ -29,6 +30,16 @@ def run_configs(config: StudyConfig, runs: Sequence[Run]) -> dict[str, StudyConf
     grid = [(member_config(config, member), member) for member in grid_members(config)]
     members = {member.base: own for own, member in reversed(grid)} | {member.name: own for own, member in grid}
     return {run.id: planned.get(run.id) or members.get(run.member or "", config) for run in runs}
+
+
+def finished_runs(runs: Sequence[Run], path_of: Callable[[str], AnyPath]) -> set[str]:
+    """Ids of the finished runs, without records that another run, which is not among them, descends from."""
+    is_record = functools.cache(lambda run_id: RunDirectory(path_of(run_id)).is_record)
+    done = {run.id for run in runs if RunDirectory(path_of(run.id)).done}
+    for run in reversed(runs):
+        if run.id not in done:
+            done -= {parent for parent in run.parents.values() if parent in done and is_record(parent)}
+    return done
 
 
 # ---------------------------------------------------------------------------------------------------------------------- study on disk

@@ -1,6 +1,6 @@
 """Hours of a whole study on a machine: an estimate from what the runs of its graph compute. Nothing is compiled, and no kernel is timed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ from plasticity_jax.parallel.hardware import Hardware
 from plasticity_jax.parallel.mesh import make_mesh
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.storage import AnyPath
-from plasticity_jax.stages import Ahead, Plan, Work, stages
+from plasticity_jax.stages import Ahead, Plan, Stage, Work, stages
 from plasticity_jax.study.graph import study_dir
-from plasticity_jax.train.check import hours_text, resolved
+from plasticity_jax.text import three_digits
+from plasticity_jax.train.check import resolved
 
 
 @dataclass
@@ -34,9 +35,11 @@ class StageHours:
     assumes: dict[str, None] = field(default_factory=dict)  # in order, each once
 
 
-def device_seconds(work: Work, hardware: Hardware, mfu: float) -> float:
-    """The longer of computing at `mfu` of the peak and of reading at the full bandwidth; summed over the devices that share the work."""
-    return max(work.flops / (mfu * hardware.peak_flops), work.bytes / hardware.bandwidth)
+def device_seconds(stage: Stage, parts: Sequence[Work], hardware: Hardware, mfu: float, devices: int) -> float:
+    """Of a run, summed over the devices that share its work: of each part the longer of computing at `mfu` of the peak and of reading at full bandwidth."""
+    seconds = sum(max(part.flops / (mfu * hardware.peak_flops), part.bytes / hardware.bandwidth) for part in parts)
+    alone = stage.devices != "all" and devices > hardware.per_host  # a stage of the first process keeps the others waiting
+    return seconds * devices if alone else seconds
 
 
 def study_hours(config: StudyConfig, target: Target, workdir: AnyPath | None = None) -> list[StageHours]:
@@ -47,28 +50,30 @@ def study_hours(config: StudyConfig, target: Target, workdir: AnyPath | None = N
     """
     config = with_compute_dtype(config, target)
     plan = Plan(config, stages().values())
-    found, finished = [], _finder(config, workdir)
+    found, finished = [], finder(config, workdir)
     for name, stage in stages().items():
         planned, seconds = plan.of(name), 0.0
         if not planned:
             continue
         hours = StageHours(name, len(planned))
-        if stage.work is None:
-            hours.device_hours, hours.problem = None, "no declared work"
-        else:
-            try:
-                for own, run in planned:
-                    own = resolved(own, target)
-                    parts = list(stage.work(Ahead(own, run, make_mesh(own.mesh, target.devices), finished)))
-                    seconds += sum(device_seconds(part, target.hardware, own.launch.mfu) for part in parts)
-                    hours.assumes |= {phrase: None for part in parts for phrase in part.assumes}
-                # A stage of the first process keeps the others waiting.
-                alone = stage.devices != "all" and len(target.devices) > target.hardware.per_host
-                hours.device_hours = seconds / 3600 * (len(target.devices) if alone else 1)
-            except UserError as error:
-                hours.device_hours, hours.problem = None, str(error)
+        try:
+            for own, run in planned:
+                own = resolved(own, target)
+                parts = parts_of(stage, Ahead(own, run, make_mesh(own.mesh, target.devices), finished))
+                seconds += device_seconds(stage, parts, target.hardware, own.launch.mfu, len(target.devices))
+                hours.assumes |= {phrase: None for part in parts for phrase in part.assumes}
+            hours.device_hours = seconds / 3600
+        except UserError as error:
+            hours.device_hours, hours.problem = None, str(error)
         found.append(hours)
     return found
+
+
+def parts_of(stage: Stage, ahead: Ahead) -> list[Work]:
+    """What a run of a stage computes. Raises UserError if it is not known."""
+    if stage.work is None:
+        raise UserError("no declared work")
+    return list(stage.work(ahead))
 
 
 def with_compute_dtype(config: StudyConfig, target: Target) -> StudyConfig:
@@ -76,10 +81,14 @@ def with_compute_dtype(config: StudyConfig, target: Target) -> StudyConfig:
     return replace(config, train=replace(config.train, compute_dtype=resolved(config, target).train.compute_dtype))
 
 
-def _finder(config: StudyConfig, workdir: AnyPath | None) -> Callable[[str], AnyPath | None]:
+def finder(config: StudyConfig, workdir: AnyPath | None) -> Callable[[str], AnyPath | None]:
+    """Id of a run → its directory if it is done, and not only here as a record, without its data; for `Ahead`."""
+
     def finished(run_id: str) -> AnyPath | None:
-        path = None if workdir is None else study_dir(workdir, config) / run_id
-        return path if path is not None and RunDirectory(path).done else None
+        if workdir is None:
+            return None
+        directory = RunDirectory(study_dir(workdir, config) / run_id)
+        return directory.path if directory.done and not directory.is_record else None
 
     return finished
 
@@ -107,7 +116,7 @@ def lines(found: list[StageHours], target: Target, mfu: float) -> list[str]:
 
 
 def _hours(value: float, bound: bool) -> str:
-    return ("≤ " if bound else "") + hours_text(value)
+    return ("≤ " if bound else "") + three_digits(value)
 
 
 def to_record(found: list[StageHours]) -> dict[str, Any]:

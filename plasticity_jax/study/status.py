@@ -1,17 +1,19 @@
 """The state of every run of the studies in a workdir."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from plasticity_jax.config import StudyConfig, restore_config
 from plasticity_jax.progress import duration
-from plasticity_jax.runs.directory import CONFIG, DONE, RunDirectory
+from plasticity_jax.runs.directory import DONE, RunDirectory
 from plasticity_jax.runs.jsonfiles import damaged
-from plasticity_jax.runs.logs import METRICS, read_whole_rows
 from plasticity_jax.runs.run import Run
 from plasticity_jax.runs.storage import AnyPath
 from plasticity_jax.stages.prepare import edited_since
 from plasticity_jax.study.graph import read_study, runs_beside, study_files
+
+OLD_SECONDS = 180  # after which `how_far` says when a run said how far it is: it compiles, waits, or is paused
 
 
 def study_status(workdir: AnyPath, *, verify: bool = False) -> list[dict[str, Any]]:
@@ -46,14 +48,21 @@ def study_status(workdir: AnyPath, *, verify: bool = False) -> list[dict[str, An
 
 
 def how_far(directory: RunDirectory) -> str:
-    """How far a pretraining has come, and the time that its steps leave, without compilation; "" for other runs, and before the first logged step."""
-    rows = read_whole_rows(directory.path / METRICS)
-    if not (directory.path / CONFIG).is_file() or directory.run().stage != "pretrain" or not rows:
+    """How far a run in progress is, and the time that what it shows leaves, without compilation; "" for one that has said nothing yet."""
+    said = directory.progress()
+    try:
+        return "" if said is None else _in_words(said, time.time())
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # not a record of ours
         return ""
-    step, steps = rows[-1]["step"], directory.config().train.steps
-    environments = directory.earlier_environments()
-    together = environments[-1].get("members_in_one_program", 1) if environments else 1  # members of one program share its seconds
-    return f"step {step:,} of {steps:,}, {duration(rows[-1]['seconds'] / step * together * (steps - step))} left"
+
+
+def _in_words(said: dict[str, Any], now: float) -> str:
+    done, total, unit = int(said["done"]), said["total"], str(said["unit"])
+    share = f"{done:,} {unit}" if total is None else f"{done:,} of {int(total):,} {unit} ({done / max(int(total), 1):.0%})"
+    left = "" if said["seconds_left"] is None else f"{duration(float(said['seconds_left']))} left"
+    age = now - float(said["time"])
+    text = ", ".join(filter(None, (f"{said['what']}: {share}", str(said["note"]), left, f"{duration(age)} ago" if age > OLD_SECONDS else "")))
+    return text.splitlines()[0]
 
 
 def _edited(config: StudyConfig, runs: Sequence[Run], folder: AnyPath) -> dict[str, str]:

@@ -28,6 +28,7 @@ from plasticity_jax.parallel.collectives import collective_bytes, largest_arrays
 from plasticity_jax.parallel.deviceless import Target
 from plasticity_jax.parallel.mesh import check_members, make_mesh
 from plasticity_jax.parallel.sharding import param_shardings
+from plasticity_jax.text import three_digits
 from plasticity_jax.train.pretrain import step_settings
 from plasticity_jax.train.step import lower_train_step, next_token_batch, state_bytes
 
@@ -97,13 +98,6 @@ def grid_device_hours(config: StudyConfig, peak_flops: float) -> float:
     return grid_flops(config) / (config.launch.mfu * peak_flops) / 3600
 
 
-def hours_text(hours: float) -> str:
-    """Hours in three digits, whole above a thousand, and never with an exponent."""
-    if 0 < hours < 0.001:
-        return "<0.001"
-    return f"{hours:,.3g}" if hours < 999.5 else f"{hours:,.0f}"
-
-
 def refuse_over_budget(config: StudyConfig) -> None:
     """Checks that pretraining the grid on the visible devices takes at most `max_device_hours`.
 
@@ -117,7 +111,7 @@ def refuse_over_budget(config: StudyConfig) -> None:
     hours = grid_device_hours(config, known.peak_flops)
     if hours > config.max_device_hours:
         raise UserError(
-            f"max_device_hours={config.max_device_hours:g}: the grid's pretraining is estimated at {hours_text(hours)} device-hours on {device.device_kind} "
+            f"max_device_hours={config.max_device_hours:g}: the grid's pretraining is estimated at {three_digits(hours)} device-hours on {device.device_kind} "
             f"(launch.mfu={config.launch.mfu:g}) and must stay within it; raise max_device_hours, or shorten the grid or train.steps."
         )
 
@@ -209,7 +203,7 @@ def lines(answer: Answer, target: Target) -> list[str]:
         f"model FLOPs per token: {flops:,} (6 N + 12 L H Dh T)",
         "collectives per device and step: " + (", ".join(f"{kind} {gib(size)}" for kind, size in answer.collectives.items()) or "none"),
         f"compiled in {answer.compile_seconds:.0f} s",
-        f"at {config.launch.mfu:.0%} MFU: {speed:,.0f} tokens/s; the grid's pretraining {hours_text(hours / everything)} hours, {hours_text(hours)} device-hours",
+        f"at {config.launch.mfu:.0%} MFU: {speed:,.0f} tokens/s; the grid's pretraining {three_digits(hours / everything)} hours, {three_digits(hours)} device-hours",
     ]
     if not answer.fits:
         text += ["the largest buffers:"] + [f"  {gib(size)}  {what}" for size, what in answer.largest]

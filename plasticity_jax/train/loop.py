@@ -164,7 +164,7 @@ def train(
                 track.begin(start, keep_steps=settings.keep_steps, tracker=settings.tracker)
         clock = _Clock()
         progress = stack.enter_context(
-            Progress(what, total=settings.total_tokens * len(tracks), unit="tokens", initial=sum(track.tokens for track in tracks))
+            Progress(what, total=settings.total_tokens * len(tracks), unit="tokens", initial=sum(track.tokens for track in tracks), main=True)
         )
         loop = _Loop(tracks, members, settings, held_out, clock, progress)
         profile = StepProfile(settings.profile_steps, tracks[0].directory)
@@ -269,7 +269,7 @@ class _Loop:
                 self._save(step, state)
         losses = [float(loss) for loss, track in zip(numbers["loss"], self.tracks) if not track.diverged]
         if losses:
-            note = "loss " + " ".join(f"{loss:.3f}" for loss in losses)
+            note = f"step {step:,} of {self.settings.steps:,}, loss " + " ".join(f"{loss:.3f}" for loss in losses)
             if self.settings.peak_tokens_per_second:
                 note += f", MFU {utilization(self.tracks[0], self.settings):.0%}"
             self.progress.update(round(float(numbers["tokens"].sum())), note=note)

@@ -22,6 +22,7 @@ from plasticity_jax.parallel.mesh import check_members, make_mesh
 from plasticity_jax.parallel.sharding import format_sharding_table, param_shardings, sharding_table
 from plasticity_jax.runs.directory import CHECKPOINTS
 from plasticity_jax.runs.storage import AnyPath
+from plasticity_jax.text import three_digits
 from plasticity_jax.train.held_out import HeldOutBlocks, first_blocks, held_out_loss
 from plasticity_jax.train.initial import params_sha256
 from plasticity_jax.train.loop import LoopSettings, Track, train, utilization
@@ -212,7 +213,7 @@ def _record_provenance(member: MemberRun, initial: Params, step_0_sha256: str, r
     config, weight_decay = member.config, member.weight_decay
     table = decay_table(initial, config.decay.mask)
     timescale = timescale_steps(weight_decay, config.train.peak_lr, config.decay.kind)
-    meaning = "no decay" if timescale is None else f"timescale {timescale:,.1f} steps = {timescale / config.train.steps:.3g} of the run"
+    meaning = "no decay" if timescale is None else f"timescale {timescale:,.1f} steps = {three_digits(timescale / config.train.steps)} of the run"
     log.info("%s: λ = %.6g, peak lr·λ = %.4g (%s), %s", member.name, weight_decay, config.train.peak_lr * weight_decay, config.decay.kind, meaning)
     log.info("decayed: %s", ", ".join(path for path, decayed in table.items() if decayed) or "none")
     log.info("not decayed: %s", ", ".join(path for path, decayed in table.items() if not decayed) or "none")

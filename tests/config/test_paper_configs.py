@@ -122,15 +122,16 @@ def test_the_command_in_the_docstring_prints_the_plan_that_the_docstring_states(
     program, *words = shlex.split(re.search(r"Command: (.*)", document)[1])
     words = [word for word in words if "gs://BUCKET" not in word]  # whose driver is an extra
     words[words.index("--workdir") + 1] = str(tmp_path)
-    planned = plasticity(*words, "--dry-run")
+    planned = plasticity(*words, "--dry-run", "-v")
     assert program == "plasticity" and planned.returncode == 0, planned.stderr
     if "Timescales:" not in document:  # those of another config, which states them
         return
     stated = re.search(r"Timescales:(.*)", document)[1]
-    planned_scales = re.findall(r"λ = ([\d.e-]+),.*timescale ([\d.e+]+) of the run", planned.stdout)
+    planned_scales = re.findall(r"λ = ([\d.e-]+),.*timescale ([\d.,]+) of the run", planned.stdout)
     assert len(planned_scales) == sum(member.timescale is not None for member in grid_members(load(name)))
     for decay, share in planned_scales:
-        assert f"{float(decay):g} {float(share):g}" in stated, (decay, share)
+        said = map(float, re.findall(rf" {float(decay):g} (\d+(?:\.\d+)?)", stated))
+        assert any(one == pytest.approx(float(share.replace(",", "")), rel=0.0051) for one in said), (decay, share)
     config = load(name)
     assert f"{config.train.steps:,} steps of {config.train.batch_size} x {config.train.seq_len}" in document
 

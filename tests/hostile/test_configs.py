@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mutate import NUMBERS, TEXTS, assert_one_line, change_bytes, change_tree, deep, files_below, value, within_limits
 
 from plasticity_jax.config import explain, load_config, to_dict
-from plasticity_jax.study.execute import _bytes_needed, graph_lines
+from plasticity_jax.study.execute import _bytes_needed, dry_run_lines
 
 TINY = "configs/tiny.py"
 
@@ -31,8 +31,9 @@ def work(tmp_path_factory):
 def looked_at(path, work, overrides=()):
     """All that is done with a config before anything runs."""
     config = load_config(path, overrides)
-    for line in graph_lines(config, work / "work"):
+    for line in dry_run_lines(config, work / "work", chosen=lambda run: True, every=True):
         assert_one_line(line)
+        assert "Error" not in line and "still at work" not in line, line
     _bytes_needed(config)
 
 
