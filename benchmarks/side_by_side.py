@@ -165,15 +165,17 @@ def serve(sides: Mapping[str, Side]) -> None:
     sys.exit(0)
 
 
-def finish(title: str, tables: Mapping[str, Sequence[Mapping[str, Any]]], *, command: str | None = None) -> None:
-    """Prints the tables of a benchmark (heading → rows; a row is column → value) and writes them to results/<script>.json."""
+def finish(
+    title: str, tables: Mapping[str, Sequence[Mapping[str, Any]]], *, command: str | None = None, series: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Prints the tables of a benchmark (heading → rows; a row is column → value) and writes them to results/<script>.json, with a longer `series` of rows."""
     script = Path(sys.argv[0])
     result = {
         "title": title,
         "command": command or " ".join(["python", f"benchmarks/{script.name}", *sys.argv[1:]]),
         "machine": machine(),
         "tables": tables,
-    }
+    } | ({"series": series} if series else {})
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{script.stem}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -37,6 +37,11 @@ class CorpusDocuments(tfds.core.GeneratorBasedBuilder):
         config = tfds.core.BuilderConfig(name=fingerprint, version=self.VERSION, description="content hash of the documents")
         super().__init__(config=config, file_format="array_record", **kwargs)
 
+    def write(self) -> None:
+        """Writes the data set and lets go of the documents: TFDS memoizes properties of builders, so a process keeps every builder that it has made."""
+        self.download_and_prepare()
+        self._documents = {}
+
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
@@ -79,7 +84,7 @@ def build_documents(out: Path, sources: tuple[str, ...], wheels: Wheels, *, held
         shutil.rmtree(out / CorpusDocuments.name, ignore_errors=True)
     with quiet_tfds():
         builder = CorpusDocuments(documents=splits, fingerprint=fingerprint[:16], data_dir=str(out))
-        builder.download_and_prepare()
+        builder.write()
     manifest = {
         "directory": str(Path(builder.data_dir).relative_to(out)),
         "fingerprint": fingerprint,

@@ -68,6 +68,9 @@ class Tokenizer:
         # Some files ask for truncation or padding; batches take care of both here.
         backend.no_truncation()
         backend.no_padding()
+        if hasattr(backend.model, "_resize_cache"):
+            # The library keeps the pieces of every tokenizer, also of those that are gone, until the thread ends. Ours are kept here.
+            backend.model._resize_cache(0)
         self._ids_of_piece: dict[str, bytes] = {}  # int32 ids; joining bytes is the fastest way to concatenate
         self._split = splitter(backend)
         self._specials = dict(specials or {})

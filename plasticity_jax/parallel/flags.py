@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,9 +155,15 @@ def _machine() -> str:
 
 
 def _shorten_cache_warnings() -> None:
-    show = warnings.showwarning
+    if not isinstance(warnings.showwarning, _CacheWarningsInOneLine):  # an earlier command of this process has done it
+        warnings.showwarning = _CacheWarningsInOneLine(warnings.showwarning)
 
-    def show_in_one_line(message, category, filename, lineno, file=None, line=None):
+
+class _CacheWarningsInOneLine:
+    def __init__(self, show: Callable[..., None]):
+        self._show = show
+
+    def __call__(self, message, category, filename, lineno, file=None, line=None) -> None:
         if "persistent compilation cache" in str(message):
             log.warning(
                 "a compiled program in %s cannot be used and is compiled again: %s",
@@ -164,6 +171,4 @@ def _shorten_cache_warnings() -> None:
                 " ".join(str(message).split())[:200],
             )
         else:
-            show(message, category, filename, lineno, file, line)
-
-    warnings.showwarning = show_in_one_line
+            self._show(message, category, filename, lineno, file, line)

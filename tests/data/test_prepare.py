@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import json
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 from plasticity_jax.data.documents import build_documents, read_documents
 from plasticity_jax.data.loader import TokenRecords
 from plasticity_jax.data.prepare import DOCUMENTS, TOKENIZER, TOKENS, prepare_corpus
-from plasticity_jax.data.sources import SOURCES, split_of
+from plasticity_jax.data.sources import SOURCES, Document, split_of
 from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.data.wheels import Wheels
 from plasticity_jax.errors import UserError
@@ -140,3 +141,13 @@ def test_a_split_without_documents_is_refused(tmp_path, wheels_dir):
     with pytest.raises(UserError, match="held_out_fraction=0.001 leaves no held_out document out of 3"):
         build_documents(tmp_path, ("commons",), Wheels(wheels_dir), held_out_fraction=0.001, max_documents=3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_documents_that_are_written_are_let_go(tmp_path, wheels_dir):
+    def documents() -> int:
+        gc.collect()
+        return sum(isinstance(thing, Document) for thing in gc.get_objects())
+
+    before = documents()
+    build_documents(tmp_path, ("commons",), Wheels(wheels_dir), held_out_fraction=0.5, max_documents=20)
+    assert documents() == before

@@ -1,4 +1,9 @@
+import ctypes
+import gc
 import json
+import random
+import string
+import sys
 
 import numpy as np
 import pytest
@@ -163,3 +168,27 @@ def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
     with pytest.raises(UserError) as error:
         Tokenizer.load(path)
     assert str(path) in str(error.value) and "plasticity prepare" in str(error.value) and "\n" not in str(error.value)
+
+
+class Heaps(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc what is allocated")
+def test_a_tokenizer_that_is_gone_holds_no_memory(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    mallinfo2, chance = ctypes.CDLL("libc.so.6").mallinfo2, random.Random(0)
+    mallinfo2.restype = Heaps
+    words = ["".join(chance.choices(string.ascii_lowercase, k=chance.randint(3, 9))) for _ in range(10_000)]
+    text = [" ".join(words)]
+
+    def allocated() -> int:
+        loaded = Tokenizer.load(tmp_path)
+        loaded.encode_batch(text)
+        loaded.encode_batch(words)
+        del loaded
+        gc.collect()
+        return mallinfo2().uordblks
+
+    first, *_, last = [allocated() for _ in range(6)]
+    assert last - first < 2_000_000  # one that stays takes three times as much

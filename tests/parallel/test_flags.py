@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 from running import PLASTICITY, TINY, environment, plasticity
@@ -128,3 +129,13 @@ def test_a_device_of_the_tpus_maker_counts_as_one(monkeypatch, tmp_path):
         assert not flags._tpu_is_here()
         (folder / "vendor").write_text(vendor + "\n")
     assert flags._tpu_is_here()
+
+
+def test_a_thousand_commands_in_one_process_wrap_warnings_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *arguments: shown.append(arguments))
+    for _ in range(1000):
+        prepare_backend(None)
+    warnings.showwarning(UserWarning("another"), UserWarning, "file.py", 1)
+    assert len(shown) == 1

@@ -1,3 +1,4 @@
+import gc
 import json
 import math
 import multiprocessing
@@ -138,3 +139,46 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, make, words):
     with pytest.raises(UserError, match=words) as error:
         open_run(tmp_path / "x")
     assert "\n" not in str(error.value)
+
+
+def test_a_log_that_is_closed_is_let_go(tmp_path):
+    from tensorboardX.event_file_writer import EventFileWriter
+
+    def writers() -> int:
+        gc.collect()
+        return sum(isinstance(thing, EventFileWriter) for thing in gc.get_objects())
+
+    before = writers()
+    log = MetricsLog(tmp_path, step=0)
+    log.write(1, loss=1.0)
+    assert writers() == before + 1
+    log.close()
+    del log
+    assert writers() == before
+
+
+def test_tensorboard_reads_the_events_and_hides_those_that_were_repeated(tmp_path):
+    for start in (0, 20):
+        log = MetricsLog(tmp_path, step=start)
+        for step in (start + 10, start + 20):
+            log.write(step, loss=step / 10, held_out={"loss": float("nan"), "tokens": step})
+        log.close()
+    files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: int(path.suffix[1:]))
+    events = [event for path in files for event in _events(path)]
+    scalars = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
+    assert [(step, value) for step, tag, value in scalars if tag == "loss"] == [(10, 1.0), (20, 2.0), (30, 3.0), (40, 4.0)]
+    assert {tag for _, tag, _ in scalars} == {"loss", "held_out/tokens"}
+    assert [event.step for event in events if event.session_log.status] == [1, 21]  # from where on TensorBoard forgets what came before
+    assert events[0].file_version == "brain.Event:2"
+    assert all(event.wall_time > 0 for event in events)
+
+
+def _events(path):
+    """Of TensorBoard's format: 8 bytes of length, 4 of checksum, the event, 4 of checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    content = path.read_bytes()
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        yield Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
