@@ -83,11 +83,18 @@ def _tidy(runs: Sequence[AnyPath]) -> None:
 
 def _next_step(runs: Sequence[AnyPath], steps: int) -> int:
     """The last common step up to which every run's log is whole, without those that come after it."""
-    while step := common_step(runs):
+    step, passed_over = 0, []
+    for step in sorted(_common_steps(runs), reverse=True):
         without = next((run for run in runs if step not in _logged_steps(run, steps)), None)
         if without is None:
             break
-        _pass_over(runs, without, step, f"{without / METRICS} does not hold its rows from step 1 to step {step}, at which a checkpoint lies")
+        passed_over.append((without, step, f"{without / METRICS} does not hold its rows from step 1 to step {step}, at which a checkpoint lies"))
+    else:
+        if passed_over:  # nothing is set aside, so that all is there once the file is back
+            without, _, why = passed_over[-1]
+            raise _nothing_before(without, why)
+    for without, at, why in passed_over:
+        _pass_over(runs, without, at, why)
     for run in runs:
         for later in finished_steps(run / CHECKPOINTS):
             if later > step:
@@ -110,9 +117,13 @@ def _pass_over(runs: Sequence[AnyPath], run: AnyPath, step: int, why: str) -> No
     """Sets a step of one of the runs aside. Raises UserError if no step is before it."""
     before = max((other for other in _common_steps(runs) if other < step), default=None)
     if before is None:
-        raise UserError(f"{why}, and there is no checkpoint before it; put the file back, or delete {run} and run again, which makes it anew.")
+        raise _nothing_before(run, why)
     set_aside(run / CHECKPOINTS, step)
     add_warning(run, f"{why}; it went on from step {before}, and trained the steps after it again")
+
+
+def _nothing_before(run: AnyPath, why: str) -> UserError:
+    return UserError(f"{why}, and there is no checkpoint before it; put the file back, or delete {run} and run again, which makes it anew.")
 
 
 def param_norms(params: Params) -> dict[str, float]:

@@ -146,10 +146,12 @@ def break_line(step):
 def test_a_damaged_log_is_noticed(world: World, interrupted, request, harm, resumes):
     """Otherwise a run would record a part of its tokens, and half a curve."""
     path = interrupted(f"log-{request.node.callspec.id.replace(' ', '-')}")
+    before = sorted(entry.name for entry in (path / "checkpoints").iterdir())
     harm(path / "metrics.jsonl")
     if resumes is None:
         with pytest.raises(UserError, match=f"metrics.jsonl does not hold its rows from step 1 to step 8.*delete {path} and run again"):
             world.pretrain({path.name: 0.1}, CONFIG)
+        assert sorted(entry.name for entry in (path / "checkpoints").iterdir()) == before and not warnings_of(path)
         return
     world.pretrain({path.name: 0.1}, CONFIG)
     assert_same_run(path, world.root / "base")
