@@ -2,7 +2,7 @@
 
 Command:   plasticity study --config configs/reproduction.py --workdir work
 Plan:      docs/reproduction/plan.md, written before any run of it; results in docs/reproduction/.
-Machine:   2 CPU cores; 3,114 runs. Seed by seed with `--config.grid.seeds="(10,)"`, then `"(10,11)"` and so on: runs that are done are kept.
+Machine:   2 CPU cores; 4,988 runs. Seed by seed with `--config.grid.seeds="(10,)"`, then `"(10,11)"` and so on: runs that are done are kept.
 """
 
 from plasticity_jax.config.recipes import CPU_RATES, cpu_reproduction
