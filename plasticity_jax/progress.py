@@ -174,6 +174,11 @@ class _Watch:
         self._look, self._every, self._next = look, every, 0.0
         self.of: Progress | None = None
 
+    def begin(self, progress: "Progress") -> None:
+        """Looks at this one from now on, unless it lies within another; at its first update at once, however long ago the look before was."""
+        if self.of is None:
+            self.of, self._next = progress, 0.0
+
     def see(self, progress: "Progress", now: float) -> None:
         if self.of is progress and now >= self._next:
             self._next = now + self._every
@@ -222,8 +227,8 @@ class Progress:
         self._next_line = self._start + SHOW_AFTER_SECONDS
 
     def __enter__(self) -> "Progress":
-        if self._watch is not None and self._watch.of is None:
-            self._watch.of = self
+        if self._watch is not None:
+            self._watch.begin(self)
         if sys.stderr.isatty() and log.isEnabledFor(logging.INFO) and not quiet():
             from tqdm import tqdm
 

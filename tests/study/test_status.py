@@ -64,6 +64,16 @@ def test_it_is_written_every_few_seconds_and_not_more_often(directory, monkeypat
     assert written == [1, 21, 41]
 
 
+def test_the_next_part_is_written_at_once(directory):
+    written = []
+    with watched(lambda progress: written.append(progress.what) or "", every=3600.0):
+        for what in ("first part", "second part"):
+            with Progress(what, total=2, unit="rows") as progress:
+                progress.update(1)
+                progress.update(1)
+    assert written == ["first part", "second part"]
+
+
 def test_a_record_that_stands_still_says_its_age(directory):
     text = json.dumps({"what": "part", "done": 1, "total": 4, "unit": "rows", "note": "", "seconds_left": None, "time": time.time() - 600.4})
     (directory.path / PROGRESS).write_text(text)
