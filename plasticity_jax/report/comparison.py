@@ -400,7 +400,7 @@ def render_comparison(comparison: "Comparison", numbers: dict[str, Rows], drawn:
         drawn=drawn,
         shown={
             "ranks": shown_table("Median pseudo-rank", "Of all heads of the base models, a mean over seeds. Vanished: models whose product is noise and has no rank.", numbers["ranks"]),
-            "differences": shown_table("What the settings differ in", "Fields that define the models and their fine-tuning; λ and the seed are not among them.", numbers["differences"]),
+            "differences": shown_table("What the settings differ in", "Fields that define the models and their fine-tuning; λ and the seed are not among them.", numbers["differences"], empty="Nothing: they are equal in all settings."),
             "every_decay": shown_table("Every weight decay", "Means over seeds: held-out loss in nats per token, bits per byte, greedy accuracy after fine-tuning.", numbers["every_decay"]),
             "studies": shown_table("Studies", "", numbers["studies"]),
         },

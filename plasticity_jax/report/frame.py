@@ -36,10 +36,10 @@ def _read(name: str) -> str:
     return (files("plasticity_jax.report") / name).read_text(encoding="utf-8")
 
 
-def shown_table(title: str, caption: str, rows: Rows) -> dict[str, Any]:
-    """A table of numbers as the macro `numbers` of parts.html shows it; rows beyond ROWS_SHOWN are in the CSV file only."""
+def shown_table(title: str, caption: str, rows: Rows, *, empty: str = "Nothing to show yet: no member has finished this stage.") -> dict[str, Any]:
+    """A table of numbers as the macro `numbers` of parts.html shows it; rows beyond ROWS_SHOWN are in the CSV file only. `empty` stands for no rows."""
     names = list(dict.fromkeys(key for row in rows for key in row))
-    return {"title": title, "caption": caption, "columns": names, "rows": rows[:ROWS_SHOWN], "count": len(rows)}
+    return {"title": title, "caption": caption, "columns": names, "rows": rows[:ROWS_SHOWN], "count": len(rows), "empty": empty}
 
 
 def inline_svg(svg: str, name: str, description: str, values: dict[str, list[str]] | None = None) -> Markup:

@@ -197,6 +197,14 @@ def test_the_table_of_settings_is_what_was_planted(written):
     assert len(ranks) == 8 and float(ranks[0]["W_QK median"]) == pytest.approx(0.8, abs=0.02)
 
 
+def test_studies_that_differ_in_their_seeds_alone_say_so(tmp_path):
+    text = page_of(
+        compared(*(replace(SHORT, name=f"seeds{seed}", grid=replace(SHORT.grid, seeds=(seed,))) for seed in (1, 2)), tmp_path=tmp_path),
+        tmp_path / "out",
+    )
+    assert "Nothing: they are equal in all settings." in text and "no member has finished" not in text.partition("What the settings differ in")[2]
+
+
 def test_the_page_is_self_contained_and_has_every_section(written):
     out, _ = written
     text = (out / "index.html").read_text(encoding="utf-8")
