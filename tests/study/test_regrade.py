@@ -11,7 +11,7 @@ from plasticity_jax.evaluate.evaluate import graded, summarized
 from plasticity_jax.report.page import _shown_tables, numbers_of
 from plasticity_jax.report.results import collect
 from plasticity_jax.runs.directory import RunDirectory
-from plasticity_jax.runs.jsonfiles import write_jsonl
+from plasticity_jax.runs.jsonfiles import read_json, write_jsonl
 from plasticity_jax.stages.evaluate import STAGE, regraded_rows
 from plasticity_jax.study.graph import build_graph, save_study
 from plasticity_jax.study.status import study_status
