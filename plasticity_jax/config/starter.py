@@ -85,7 +85,7 @@ _TABLE = """
             answer="{{team}}",
             labels=("billing", "support", "sales"),  # every answer that there is; () where answers are open
             epochs=2,
-            max_new_tokens=12,
+            max_new_tokens=32,
         ),"""
 
 SHOWS = {
