@@ -130,12 +130,7 @@ def continue_decoding(
     plan: Plan, params: Any, batch: Batch, traced: TracedSettings, decoded: Decoded, prompt: PromptCache, memory: Memory, until: np.int32
 ) -> tuple[Decoded, Memory]:
     """Decodes every row up to `until` tokens. Donates `memory`."""
-    # The outputs are the next inputs. If the compiler chose their shardings, the next call could need another program.
-    leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, (decoded, memory)))
-    key = (tuple(leaves), tree)
-    if key not in _PROGRAMS:
-        _PROGRAMS[key] = jax.jit(_decode, static_argnums=0, donate_argnums=6, out_shardings=jax.tree.unflatten(tree, leaves))
-    return _PROGRAMS[key](plan, params, batch, traced, decoded, prompt, memory, until)
+    return _pinned(_decode, (decoded, memory), donated=6)(plan, params, batch, traced, decoded, prompt, memory, until)
 
 
 def keep_rows(
@@ -153,14 +148,21 @@ def keep_rows(
       places_HxP: for each of the H shards of the rows, the places whose prompts its new places hold, counted from its first one.
       rows_HxB: likewise the rows; no row leaves its shard.
     """
-    leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: getattr(x, "sharding", None), (batch, decoded, prompt, memory)))
-    key = (tuple(leaves), tree)
-    if key not in _KEEPING:
-        _KEEPING[key] = jax.jit(_keep_rows, static_argnums=0, out_shardings=jax.tree.unflatten(tree, leaves))
-    return _KEEPING[key](plan, batch, decoded, prompt, memory, places_HxP, rows_HxB)
+    state = (batch, decoded, prompt, memory)
+    return _pinned(_keep_rows, state)(plan, *state, places_HxP, rows_HxB)
 
 
-_KEEPING: dict[Any, Any] = {}  # shardings of a batch under way → the compiled programs of `keep_rows`
+def _pinned(function: Callable, state: Any, *, donated: int | None = None) -> Callable:
+    """The compiled programs of a function of a plan and more, whose results lie as `state` does, which it takes the place of.
+
+    If the compiler chose their shardings, the next call could need another program.
+    """
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: getattr(x, "sharding", None), state))
+    key = (function, tuple(leaves), tree)
+    if key not in _PROGRAMS:
+        shardings = jax.tree.unflatten(tree, leaves)
+        _PROGRAMS[key] = jax.jit(function, static_argnums=0, donate_argnums=donated, out_shardings=shardings)
+    return _PROGRAMS[key]
 
 
 def _keep_rows(
@@ -190,7 +192,7 @@ def _keep_rows(
     )
 
 
-_PROGRAMS: dict[Any, Any] = {}  # shardings of (Decoded, Memory) → the compiled programs of `continue_decoding`
+_PROGRAMS: dict[Any, Any] = {}  # (function, shardings of its results) → its compiled programs, see `_pinned`
 
 
 def _cache_size(program: Any) -> int:
@@ -199,7 +201,7 @@ def _cache_size(program: Any) -> int:
 
 def count_programs() -> int:
     """Number of decoding programs compiled in this process."""
-    return _cache_size(complete) + sum(_cache_size(program) for program in _PROGRAMS.values())
+    return _cache_size(complete) + sum(_cache_size(program) for (function, *_), program in _PROGRAMS.items() if function is _decode)
 
 
 @functools.partial(jax.jit, static_argnums=0)

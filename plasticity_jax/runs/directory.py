@@ -15,7 +15,7 @@ from plasticity_jax.runs.jsonfiles import damaged, read_json, to_json, write_jso
 from plasticity_jax.runs.locks import is_locked, lock
 from plasticity_jax.runs.provenance import new_provenance
 from plasticity_jax.runs.run import Run
-from plasticity_jax.runs.storage import AnyPath, is_local, location, make_folder, remove_partial
+from plasticity_jax.runs.storage import AnyPath, location, make_folder, remove_partial, replacing
 
 log = logging.getLogger("plasticity_jax")
 
@@ -145,14 +145,8 @@ class RunDirectory:
         """Says how far the run is, for `progress`. Nothing rests on it: it is not forced onto the disk, and what keeps it from being written is passed over."""
         said = {name: getattr(progress, name) for name in ("what", "done", "total", "unit", "note")}
         text = to_json(said | {"seconds_left": progress.seconds_left(), "time": time.time()})
-        path = self.path / PROGRESS
-        with contextlib.suppress(Exception):  # of a store's driver too
-            if is_local(path):
-                partial = path.with_name(f".{PROGRESS}.partial")
-                partial.write_text(text, encoding="utf-8")
-                partial.replace(path)
-            else:
-                path.write_text(text, encoding="utf-8")
+        with contextlib.suppress(Exception), replacing(self.path / PROGRESS, durable=False) as file:  # of a store's driver too
+            file.write(text.encode())
 
     def progress(self) -> dict[str, Any] | None:
         """How far the run in progress said last that it is, as `write_progress` wrote it; None where it has said nothing that can be read."""

@@ -203,16 +203,33 @@ class MetricsLog:
 
 
 class _TensorBoard:
-    """TensorBoard events in a folder. On a disk they appear at once, on a store at each flush."""
+    """TensorBoard events in a folder. On a disk they appear at once, on a store at each flush. Those of an earlier process are hidden after `step`.
+
+    Not tensorboardX's SummaryWriter, which registers itself to be closed at exit: the process would keep each one until then.
+    """
 
     def __init__(self, folder: AnyPath, step: int):
+        from tensorboardX.event_file_writer import EventFileWriter
+        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
         self._folder = folder
         self._temporary = None if is_local(folder) else tempfile.TemporaryDirectory(prefix="plasticity-events-")
-        self._events = _Events(self._temporary.name if self._temporary else str(folder), first_step=step + 1)
+        first = step + 1
+        place = self._temporary.name if self._temporary else str(folder)
+        self._events = EventFileWriter(place, filename_suffix=f".{first}")  # its names have whole seconds only
+        self._add(first, file_version="brain.Event:2")
+        self._add(first, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+        self._events.add_event(Event(wall_time=time.time(), step=step, **content))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        from tensorboardX.summary import scalar
+
         for tag, value in numbers.items():
-            self._events.write(step, tag, value)
+            self._add(step, summary=scalar(tag, value))
 
     def flush(self) -> None:
         if self._temporary is not None and not is_local(self._folder):
@@ -224,38 +241,6 @@ class _TensorBoard:
         if self._temporary is not None and not is_local(self._folder):
             upload(Path(self._temporary.name), self._folder)
             self._temporary.cleanup()
-
-
-class _Events:
-    """TensorBoard events. Not tensorboardX's SummaryWriter, which registers itself to be closed at exit: the process would keep each one until then.
-
-    Args:
-      first_step: events of an earlier process are hidden from this step on.
-    """
-
-    def __init__(self, folder: str, *, first_step: int):
-        from tensorboardX.event_file_writer import EventFileWriter
-        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-
-        self._writer = EventFileWriter(folder, filename_suffix=f".{first_step}")  # its names have whole seconds only
-        self._add(first_step, file_version="brain.Event:2")
-        self._add(first_step, session_log=SessionLog(status=SessionLog.START))
-
-    def _add(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-
-        self._writer.add_event(Event(wall_time=time.time(), step=step, **content))
-
-    def write(self, step: int, tag: str, value: float) -> None:
-        from tensorboardX.summary import scalar
-
-        self._add(step, summary=scalar(tag, value))
-
-    def flush(self) -> None:
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def _flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -83,10 +83,13 @@ def is_local(path: AnyPath) -> TypeIs[Path]:
 
 
 @contextlib.contextmanager
-def replacing(path: AnyPath) -> Iterator[IO[bytes]]:
+def replacing(path: AnyPath, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A binary file to write to, which takes the place of `path` when the block ends: a reader sees the old file or the whole new one.
 
     If the block raises, the old file stays. The folder must exist.
+
+    Args:
+      durable: force it onto the disk, so that it also survives the machine.
     """
     if not is_local(path):
         with io.BytesIO() as content:
@@ -98,7 +101,8 @@ def replacing(path: AnyPath) -> Iterator[IO[bytes]]:
         with open(partial, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from plasticity_jax.stages import Context, Stage, stages
 from plasticity_jax.stages.init import init_run
 from plasticity_jax.stages.prepare import corpus_run
 from plasticity_jax.study.environment import environment
-from plasticity_jax.study.graph import build_graph, finished_runs, run_configs, save_study, study_dir
+from plasticity_jax.study.graph import build_graph, finished_runs, records_needed, run_configs, save_study, study_dir
 from plasticity_jax.study.outline import every_member, member_lines, outline, outline_lines, run_lines
 from plasticity_jax.study.time_left import TimeLeft
 from plasticity_jax.study.together import check_groups, check_memory, grouped, shapes
@@ -304,17 +304,19 @@ def _bring_wheels(config: StudyConfig, todo: Sequence[Run]) -> None:
 
 def _make_anew(runs: Sequence[Run], path_of: Callable[[str], AnyPath]) -> set[str]:
     """Removes the records that runs to carry out descend from; ids of the finished runs that are left. Raises StudyRefused for files that were changed."""
+    finished = set()
     for run in runs:
         directory = RunDirectory(path_of(run.id))
-        if directory.done and (damage := directory.damage()):
-            raise StudyRefused(damage)
-    done = finished_runs(runs, path_of)
-    needed = [run.id for run in runs if run.id not in done and RunDirectory(path_of(run.id)).done]
+        if directory.done:
+            if damage := directory.damage():
+                raise StudyRefused(damage)
+            finished.add(run.id)
+    needed = records_needed(runs, finished, path_of)
     if needed:
         log.info("%d finished runs are here as records, without their checkpoints and data, and are made anew for what is left to do", len(needed))
-    for run_id in needed:
+    for run_id in sorted(needed):
         remove_tree(path_of(run_id))
-    return done
+    return finished - needed
 
 
 Numbered = tuple[int, list[Run]]  # a group of runs, and its place among all

@@ -34,12 +34,18 @@ def run_configs(config: StudyConfig, runs: Sequence[Run]) -> dict[str, StudyConf
 
 def finished_runs(runs: Sequence[Run], path_of: Callable[[str], AnyPath]) -> set[str]:
     """Ids of the finished runs, without records that another run, which is not among them, descends from."""
+    there = {run.id for run in runs if RunDirectory(path_of(run.id)).done}
+    return there - records_needed(runs, there, path_of)
+
+
+def records_needed(runs: Sequence[Run], finished: set[str], path_of: Callable[[str], AnyPath]) -> set[str]:
+    """Those of the finished runs that are here as records only, and that a run which is not finished descends from."""
     is_record = functools.cache(lambda run_id: RunDirectory(path_of(run_id)).is_record)
-    done = {run.id for run in runs if RunDirectory(path_of(run.id)).done}
+    needed: set[str] = set()
     for run in reversed(runs):
-        if run.id not in done:
-            done -= {parent for parent in run.parents.values() if parent in done and is_record(parent)}
-    return done
+        if run.id not in finished or run.id in needed:
+            needed |= {parent for parent in run.parents.values() if parent in finished and is_record(parent)}
+    return needed
 
 
 # ---------------------------------------------------------------------------------------------------------------------- study on disk

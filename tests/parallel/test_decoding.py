@@ -122,7 +122,7 @@ def keep(*given):
     out = keep_rows(*given)
     seen.append((len(out[0].tokens_PxS), len(out[0].limit_B)))
     if len(seen) == 1:
-        [program] = complete._KEEPING.values()
+        [program] = [program for (function, *_), program in complete._PROGRAMS.items() if function is complete._keep_rows]
         text = program.lower(*given).compile().as_text()
         sent.update(name for name in ("all-gather", "all-to-all", "collective-permute", "all-reduce") if name in text)
     return out
@@ -133,7 +133,7 @@ generate.keep_rows = keep
 found = {"lengths": sorted(len(row.tokens) for of_prompt in expected for row in of_prompt), "before": len(seen)}
 generate.SEGMENT = 4
 for tag, sizes, sharded, scan in CASES:
-    seen.clear(), sent.clear(), complete._KEEPING.clear()
+    seen.clear(), sent.clear(), complete._PROGRAMS.clear()
     layout = Layout(make_mesh(MeshConfig(**sizes)), sharded, scan)
     lying = [jax.device_put(model, param_shardings(layout.mesh, model)) for model in models]
     if sizes.get("member", 1) > 1:

@@ -40,7 +40,11 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1).filter(lambda text: "://" not in text))
+@given(
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1).filter(
+        lambda text: "://" not in text and not text.startswith("~")
+    )
+)
 def test_what_is_no_url_is_a_local_path(text):
     assert location(text) == Path(text) and is_local(location(text))
 

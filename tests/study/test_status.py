@@ -1,9 +1,9 @@
 """What `plasticity status` says of a run that is being worked on."""
 
 import json
+import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from running import TINY
@@ -115,7 +115,7 @@ def test_a_disk_that_is_full_keeps_no_run_from_going_on(tmp_path, monkeypatch):
 
     directory, progress = RunDirectory(tmp_path), Progress("part", total=4, unit="rows")
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", full)
+        patched.setattr(os, "replace", full)
         directory.write_progress(progress)
     assert directory.progress() is None
     directory.write_progress(progress)
