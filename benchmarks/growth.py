@@ -1,15 +1,17 @@
-"""How a training step grows: tokens per second and memory against parameters, sequence length, members and vocabulary.
+"""How a training step grows: tokens per second and memory against parameters, sequence length, members and vocabulary, and members of every size.
 
-Command: python benchmarks/growth.py          (writes docs/figures/growth.svg too)
+Command: python benchmarks/growth.py          (writes docs/figures/growth.svg and members.svg too)
 
-One thing grows at a time, the others stay those of a model of two million parameters with 2,048 tokens in a step. Memory is the compiler's count:
-arguments, temporaries and outputs, without what is donated. float32, one device, layers not in a loop, every point the median of its rounds; what grows
-along one axis is measured in turns.
+One thing grows at a time, the others stay those of a model of two million parameters with 2,048 tokens in a step; members grow at each size of model.
+Memory is the compiler's count: arguments, temporaries and outputs, without what is donated. float32, one device, layers not in a loop, every point the
+median of its rounds; what grows along one axis is measured in turns. A program that would take more than half of the memory is left out.
 """
 
 import dataclasses
+import os
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,7 +29,7 @@ from plasticity_jax.train.pretrain import step_settings
 from plasticity_jax.train.step import compile_train_step, hyper_parameters, initial_state, stack
 
 ROUNDS, TOKENS, SEQ_LEN = 2, 2048, 256
-FIGURE = ROOT / "docs" / "figures" / "growth.svg"
+FIGURES = ROOT / "docs" / "figures"
 
 
 def llama(d_model: int, n_layers: int, vocab_size: int = 2048) -> ModelConfig:
@@ -37,6 +39,8 @@ def llama(d_model: int, n_layers: int, vocab_size: int = 2048) -> ModelConfig:
 
 
 BASE = llama(192, 3)
+SIZES = (llama(64, 5), BASE, llama(320, 3), llama(448, 5), llama(576, 7))
+MEMBERS = (1, 2, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +55,9 @@ class Point:
 
 
 POINTS = (
-    *(Point("parameters", count_params(model), model) for model in (llama(64, 5), BASE, llama(320, 3), llama(448, 5), llama(576, 7))),
+    *(Point("parameters", count_params(model), model) for model in SIZES),
     *(Point("sequence length", length, seq_len=length) for length in (64, 128, 256, 512, 1024, 2048)),
-    *(Point("members", members, members=members) for members in (1, 2, 4, 8)),
+    *(Point("members", members, members=members) for members in MEMBERS),
     *(Point("vocabulary", size, dataclasses.replace(BASE, vocab_size=size)) for size in (512, 2048, 8192, 32768)),
 )
 
@@ -85,14 +89,17 @@ class Step:
         return time.perf_counter() - start
 
 
+def speeds(points: Sequence[Point], steps: Sequence[Step]) -> list[float]:
+    """Tokens per second of every point, all members counted; the first round compiles and does not count."""
+    taken = [[step.seconds() for step in steps] for _ in range(ROUNDS + 1)][1:]
+    return [point.members * TOKENS / statistics.median(round_[i] for round_ in taken) for i, point in enumerate(points)]
+
+
 def measured(axis: str) -> list[dict]:
     points = [point for point in POINTS if point.axis == axis]
     steps = [Step(point) for point in points]
-    taken = [[step.seconds() for step in steps] for _ in range(ROUNDS + 1)][1:]
     rows = []
-    for i, (point, step) in enumerate(zip(points, steps)):
-        seconds = statistics.median(round_[i] for round_ in taken)
-        speed = point.members * TOKENS / seconds
+    for point, step, speed in zip(points, steps, speeds(points, steps)):
         rows.append(
             {
                 axis: point.size,
@@ -103,6 +110,57 @@ def measured(axis: str) -> list[dict]:
             }
         )
     return rows
+
+
+def members_of(model: ModelConfig) -> list[dict]:
+    """Members of a size in one program, and how many times as fast as one after the other they are."""
+    half, steps, points = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2, [], []
+    for members in MEMBERS:
+        if steps and steps[0].memory * members > half:
+            break
+        points.append(Point("members", members, model, members=members))
+        steps.append(Step(points[-1]))
+    found = speeds(points, steps)
+    return [
+        {
+            "parameters": count_params(model),
+            "members": point.members,
+            "tokens/s": speed,
+            "times one by one": speed / found[0],
+            "memory, MB": step.memory / 1e6,
+        }
+        for point, step, speed in zip(points, steps, found)
+    ]
+
+
+def draw_members(rows: list[dict]) -> None:
+    """One line per size of model: above 1, one program is faster than member by member."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from plasticity_jax.report.drawing import SERIES, STYLE
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.6))
+        panel = figure.subplots()
+        panel.axhline(1, color="0.6", linewidth=1)
+        for model, color in zip(SIZES, SERIES):
+            own = [row for row in rows if row["parameters"] == count_params(model)]
+            panel.semilogx(
+                [row["members"] for row in own], [row["times one by one"] for row in own], marker="o", color=color, label=short(count_params(model))
+            )
+        panel.set_xticks(MEMBERS, [str(members) for members in MEMBERS])
+        panel.minorticks_off()
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("members in one program")
+        panel.set_ylabel("times as fast as one by one")
+        panel.legend(title="parameters")
+        save(figure, "members.svg")
+
+
+def save(figure: Any, name: str) -> None:
+    FIGURES.mkdir(exist_ok=True)
+    figure.savefig(FIGURES / name, metadata={"Date": None})
 
 
 def draw(tables: dict[str, list[dict]]) -> None:
@@ -125,8 +183,7 @@ def draw(tables: dict[str, list[dict]]) -> None:
         panels[0, 0].set_ylabel("tokens/s")
         panels[1, 0].set_ylabel("memory (MB)")
         panels[1, 0].set_yticks([200, 500, 1000, 2000], ["200", "500", "1,000", "2,000"])
-        FIGURE.parent.mkdir(exist_ok=True)
-        figure.savefig(FIGURE, metadata={"Date": None})
+        save(figure, "growth.svg")
 
 
 def short(size: int) -> str:
@@ -137,7 +194,9 @@ def main() -> None:
     keep_freed_memory()
     tables = {axis: measured(axis) for axis in dict.fromkeys(point.axis for point in POINTS)}
     draw(tables)
-    finish("Growth", {f"Against {axis}": rows for axis, rows in tables.items()})
+    members = [row for model in SIZES for row in members_of(model)]
+    draw_members(members)
+    finish("Growth", {f"Against {axis}": rows for axis, rows in tables.items()} | {"Members of every size": members})
 
 
 if __name__ == "__main__":

@@ -50,11 +50,13 @@ class SftRows:
         return [len(row) for row in self.tokens]
 
 
-def encode_examples(examples: Sequence[Example], tokenizer: "Tokenizer", *, max_length: int, too_long: str = "cut") -> SftRows:
+def encode_examples(
+    examples: Sequence[Example], tokenizer: "Tokenizer", *, max_length: int, too_long: str = "cut", answer_limit: int | None = None
+) -> SftRows:
     """Encodes rows in the study's template: no beginning of text, and an end of text after the response.
 
     Tokenizes prompt and response separately, so that generation sees the same prompt tokens as training. Drops rows with an empty response.
-    Logs how many rows were truncated or dropped.
+    Logs how many rows were truncated or dropped, and warns of responses that an answer has no room for.
 
     Args:
       max_length: maximum tokens of a row, end of text included, at least 2 (`cutoff_len` in LLaMA-Factory).
@@ -63,6 +65,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: "Tokenizer", *, max_
         one token of the prompt is truncated at its end.
         "cut-both": truncate both at their ends, as in `split_max_length`. Drop rows that would have no response left.
         "drop": drop them.
+      answer_limit: most tokens of a completion when the task is evaluated, end of text included; None: no limit.
     Source: paper section 4.1.
     """
     tokens, response_starts, n_cut, n_dropped, n_empty = [], [], 0, 0, 0
@@ -93,7 +96,20 @@ def encode_examples(examples: Sequence[Example], tokenizer: "Tokenizer", *, max_
     ):
         if count:
             log.info("%s of %s rows %s", f"{count:,}", f"{len(examples):,}", what)
+    _warn_of_long_responses([len(row) - start for row, start in zip(tokens, response_starts)], answer_limit)
     return SftRows(tokens, response_starts, n_cut, n_dropped, n_empty)
+
+
+def _warn_of_long_responses(lengths: Sequence[int], limit: int | None) -> None:
+    too_long = 0 if limit is None else sum(length > limit for length in lengths)
+    if too_long:
+        log.warning(
+            "%s of %s training responses have more than max_new_tokens = %d tokens, where completions are cut in evaluation; the longest has %d",
+            f"{too_long:,}",
+            f"{len(lengths):,}",
+            limit,
+            max(lengths),
+        )
 
 
 def _shorten(prompt: np.ndarray, response: np.ndarray, max_length: int, too_long: str) -> tuple[np.ndarray, np.ndarray]:

@@ -117,6 +117,7 @@ class Score:
       outcomes: what each of them says of every problem, for intervals.
       subsets: test set → its metrics and number of problems, where a task has several.
       scorer: what the rewards come from; None where there are none.
+      unended: share of the completions that the limit on tokens ended; None where nothing is generated or it was not recorded.
     """
 
     metrics: dict[str, float]
@@ -127,6 +128,7 @@ class Score:
     outcomes: tuple[Outcomes, ...] = ()
     subsets: dict[str, dict[str, float]] = field(default_factory=dict)
     scorer: str | None = None
+    unended: float | None = None
 
 
 @dataclass(frozen=True)
@@ -464,7 +466,7 @@ def _scores(states: list[RunState], stage: str, when: str | None) -> dict[str, S
 def _score(states: list[RunState], rewards: "list[Rewarded | None]") -> Score:
     results: list[Evaluated] = [_record(s) for s in states]
     outcomes = [_outcomes(r, reward) for r, reward in zip(results, rewards, strict=True)]
-    rewarded = [reward for reward in rewards if reward is not None]
+    rewarded, unended = [reward for reward in rewards if reward is not None], [r.unended for r in results if r.unended is not None]
     metrics = _means([r.metrics for r in results])
     if len(rewarded) == len(results):
         metrics |= _means([reward.metrics for reward in rewarded])
@@ -477,6 +479,7 @@ def _score(states: list[RunState], rewards: "list[Rewarded | None]") -> Score:
         outcomes=tuple(outcomes),
         subsets={name: _means([r.subsets[name] for r in results]) for name in results[0].subsets},
         scorer=rewarded[0].scorer if rewarded else None,
+        unended=float(np.mean(unended)) if unended else None,
     )
 
 

@@ -348,6 +348,24 @@ def macro_rows(results: "StudyResults") -> Rows:
     return rows
 
 
+MANY_UNENDED = 0.5  # share of a task's completions after fine-tuning
+
+
+def _warnings(results: "StudyResults") -> list[str]:
+    """Tasks on which most completions after fine-tuning did not end by themselves."""
+    found = []
+    for task in results.tasks:
+        shares = [m.after[task].unended for m in results.members if task in m.after and m.after[task].unended is not None]
+        share = sum(shares) / len(shares) if shares else 0.0
+        if share > MANY_UNENDED:
+            limit = results.config.tasks[task].max_new_tokens
+            at = f"at {limit} tokens (tasks.{task}.max_new_tokens)" if limit else f"by evaluate.max_length = {results.config.evaluate.max_length}"
+            found.append(
+                f"After fine-tuning, {share:.0%} of the completions of {task} were cut {at} before they ended; an answer after that counts as none."
+            )
+    return found
+
+
 def gain_rows(results: "StudyResults") -> Rows:
     from plasticity_jax.report import scores
 
@@ -651,4 +669,5 @@ STAGE = Stage(
         ),
     },
     measures=_measures,
+    warnings=_warnings,
 )

@@ -82,8 +82,9 @@ def run_batch(contexts: Sequence[Context]) -> list[Finetuned | None]:
     found: dict[str, Finetuned | None] = {}
     for program in programs.values():
         first = program[0][0]
-        epochs = task_settings(first.config, first.task).epochs
-        for (context, _), facts in zip(program, finetune([tuned for _, tuned in program], rows, epochs=epochs, seed=first.seed), strict=True):
+        settings, models = task_settings(first.config, first.task), [tuned for _, tuned in program]
+        facts_of = finetune(models, rows, epochs=settings.epochs, seed=first.seed, answer_limit=settings.max_new_tokens)
+        for (context, _), facts in zip(program, facts_of, strict=True):
             found[context.run.id] = Finetuned(**facts) if facts else None
     return [found[context.run.id] for context in contexts]
 

@@ -69,7 +69,9 @@ class Tuned:
     path: AnyPath
 
 
-def finetune(members: Sequence[Tuned], examples: Sequence[Example], *, epochs: int, seed: int) -> list[dict[str, Any]]:
+def finetune(
+    members: Sequence[Tuned], examples: Sequence[Example], *, epochs: int, seed: int, answer_limit: int | None = None
+) -> list[dict[str, Any]]:
     """Fine-tunes models on the same examples; resumes at the last checkpoint.
 
     Loss on the response only. Batches are those of `data.sft`: rows of like length together, or in random order, or packed, where
@@ -80,6 +82,7 @@ def finetune(members: Sequence[Tuned], examples: Sequence[Example], *, epochs: i
       members: of one network and tokenizer, and equal but for `finetune.peak_lr`, `finetune.weight_decay` and `finetune.warmup_fraction`.
       examples: the training rows of a task.
       seed: of the order of the rows.
+      answer_limit: see `encode_examples`.
     Returns:
       Per member, on the first process (empty on the others): diverged (None or the reason), steps, tokens (of responses, over all epochs), seconds (of
       training), train_loss (mean over the last 20 steps, nats per token), rows (trained on), cut_rows (of them, lost a part), dropped_rows (too long),
@@ -93,7 +96,8 @@ def finetune(members: Sequence[Tuned], examples: Sequence[Example], *, epochs: i
         _check_network(member)
         if processes.primary():
             copy_tokenizer(member.base.path, member.path)
-    rows = encode_examples(examples, base.text_tokenizer, max_length=recipe.length_buckets[-1], too_long=recipe.too_long)
+    length, how = recipe.length_buckets[-1], {"too_long": recipe.too_long, "answer_limit": answer_limit}
+    rows = encode_examples(examples, base.text_tokenizer, max_length=length, **how)
     if not len(rows):
         raise UserError(
             f"{what}: no training row is left, {rows.n_dropped} are longer than {recipe.length_buckets[-1]} tokens and "

@@ -157,6 +157,23 @@ def test_long_and_empty_rows_are_left_out_counted_and_named(tokenizer, caplog):
     assert [record.getMessage() for record in caplog.records] == ["2 of 3 rows of more than 20 tokens lost a part (finetune.too_long='cut')"]
 
 
+def test_responses_that_a_completion_has_no_room_for_are_a_warning(tokenizer, caplog):
+    responses = [len(tokenizer.encode(example.response)) + 1 for example in EXAMPLES]
+    assert min(responses) < max(responses)
+    for limit, wanted in (
+        (
+            max(responses) - 1,
+            [f"{responses.count(max(responses))} of 3 training responses have more than max_new_tokens = {max(responses) - 1} tokens"],
+        ),
+        (max(responses), []),
+        (None, []),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="plasticity_jax"):
+            encode_examples(EXAMPLES, tokenizer, max_length=200, answer_limit=limit)
+        assert [record.getMessage().partition(",")[0] for record in caplog.records] == wanted
+
+
 def test_a_row_of_whose_response_nothing_is_left_is_left_out(tokenizer):
     examples = [Example(id="0", prompt="p" * 2000, response="answer " * 3, answer="x", source="generated", source_split="generated")]
     rows = encode_examples(examples, tokenizer, max_length=8, too_long="cut-both")

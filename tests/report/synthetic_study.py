@@ -54,6 +54,7 @@ class Planted:
     name: str = "planted"
     train: dict = field(default_factory=dict)  # fields of `train` that differ from the defaults
     tasks: tuple = tuple(PROBLEMS)
+    unended: float = 0.0  # share of the completions that the limit on tokens ended
     data: str = ""  # end of the fingerprints of the prepared data
 
 
@@ -222,6 +223,7 @@ def _evaluate(path, run, planted, point, config):
             "subsets": {"easy": {"pass@1": share, "problems": 150}, "hard": {"pass@1": share / 2, "problems": 50}} if task == "sentiment" else {},
             "per_problem": {"greedy": greedy, "samples": samples, "majority": greedy},
             "cut_prompts": 0,
+            "unended": planted.unended,
             "seconds": 1.0,
             "diverged": None,
             "source_splits": ["none"],

@@ -279,6 +279,12 @@ def test_warnings_of_control_and_unlearned_task(tmp_path):
     assert "No member learned sentiment" in text and "No member learned topic" not in text
 
 
+def test_completions_that_the_limit_cuts_are_a_warning(tmp_path):
+    assert "before they ended" not in words(write_study(tmp_path / "few", Planted(unended=0.4)))
+    text = words(write_study(tmp_path / "many", Planted(unended=0.75)))
+    assert "After fine-tuning, 75% of the completions of topic were cut by evaluate.max_length = 2048 before they ended" in text
+
+
 def test_seeds_are_averaged(tmp_path):
     study = write_study(tmp_path, Planted(seeds=(0, 1)))
     results = collect(study)
