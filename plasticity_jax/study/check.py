@@ -21,7 +21,7 @@ from plasticity_jax.parallel.sharding import param_shardings
 from plasticity_jax.runs.jsonfiles import to_json
 from plasticity_jax.stages import Plan, Program, stages
 from plasticity_jax.study.hours import with_compute_dtype
-from plasticity_jax.study.together import alike, group_size, shapes
+from plasticity_jax.study.together import alike, group_size, say_once, shapes
 from plasticity_jax.train import check as training
 from plasticity_jax.train.check import Answer, Measured, gib, resolved
 from plasticity_jax.train.pretrain import step_settings
@@ -86,13 +86,16 @@ def cases(config: StudyConfig, target: Target) -> list[Case]:
     config = with_compute_dtype(config, target)
     plan, found = Plan(config, stages().values()), {}
     sizes: dict[tuple[str, str | None], int] = {}  # (stage, member) → runs of its largest group
+    choices = []
     for name, stage in stages().items():
         configs = {run.id: resolved(own, target) for own, run in plan.of(name)} if stage.batched is not None else {}
         for group in alike([run for _, run in plan.of(name)], configs) if configs else ():
             own = configs[group[0].id]
-            size = group_size(own, group, make_mesh(own.mesh, target.devices))
+            size, choice = group_size(own, group, make_mesh(own.mesh, target.devices))
+            choices.append(choice)
             for run in group:
                 sizes[name, run.member] = max(sizes.get((name, run.member), 1), size)
+    say_once(choices)
     for own, member in plan.members:
         own = resolved(own, target)
         case = found.setdefault(to_json(shapes(own)), Case(own, {}))

@@ -1,7 +1,7 @@
 """Which runs are carried out as one program: what `grid.mode` comes to on these devices."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from plasticity_jax.config import StudyConfig, to_dict
@@ -40,23 +40,33 @@ def grouped(runs: Sequence[Run], configs: dict[str, StudyConfig], todo: Collecti
     the memory of a device, by the estimate of their stage, where a device's memory is known; on CPUs one by one, because one model's products keep the
     cores busy already. A mesh with a member axis is for members together: each group then fills it.
 
-    The groups depend on all `runs`, and not on which of them are done: a group that is interrupted resumes as the same program.
+    The groups depend on all `runs`, and not on which of them are done: a group that is interrupted resumes as the same program. Logs what "auto" came to.
 
     Args:
       configs: id of a run → the config to carry it out with.
       todo: ids of runs.
     """
+    place = {run.id: number for number, run in enumerate(runs)}
+    waiting = [(left, choice) for group, choice in _divided(runs, configs) if (left := [run for run in group if run.id in todo])]
+    say_once(choice for _, choice in waiting)
+    return sorted((group for group, _ in waiting), key=lambda group: place[group[0].id])
+
+
+def _divided(runs: Sequence[Run], configs: dict[str, StudyConfig]) -> Iterator[tuple[list[Run], str]]:
+    """All groups, each with what is to be said of its size."""
     from plasticity_jax.parallel.mesh import make_mesh
 
-    found = []
     for group in alike(runs, configs):
-        size = 1
+        own, size, choice = configs[group[0].id], 1, ""
         if len(group) > 1:
-            own = configs[group[0].id]
-            size = group_size(own, group, make_mesh(own.mesh))
-        found += [group[start : start + size] for start in range(0, len(group), size)]
-    waiting, place = [[run for run in group if run.id in todo] for group in found], {run.id: number for number, run in enumerate(runs)}
-    return sorted((group for group in waiting if group), key=lambda group: place[group[0].id])
+            size, choice = group_size(own, group, make_mesh(own.mesh))
+        yield from ((group[start : start + size], choice) for start in range(0, len(group), size))
+
+
+def say_once(choices: Iterable[str]) -> None:
+    """Logs each of the different sentences that `group_size` returned."""
+    for choice in dict.fromkeys(filter(None, choices)):
+        log.info(choice)
 
 
 def alike(runs: Sequence[Run], configs: dict[str, StudyConfig]) -> list[list[Run]]:
@@ -72,7 +82,7 @@ def check_groups(runs: Sequence[Run], configs: dict[str, StudyConfig]) -> None:
     """Refuses a mesh whose member axis does not divide the members of a program. Raises UserError."""
     from plasticity_jax.parallel.mesh import check_members, make_mesh
 
-    for group in grouped(runs, configs, {run.id for run in runs}):
+    for group, _ in _divided(runs, configs):
         check_members(make_mesh(configs[group[0].id].mesh), len(group))
 
 
@@ -89,13 +99,13 @@ def members_that_fit(members: int, bytes_of_one: int, limit: int, axis: int) -> 
     return min(members, -(-members // (groups * axis)) * axis)
 
 
-def group_size(config: StudyConfig, group: Sequence[Run], mesh: "Mesh") -> int:
-    """How many runs of a group of alike ones are carried out together on this mesh."""
+def group_size(config: StudyConfig, group: Sequence[Run], mesh: "Mesh") -> tuple[int, str]:
+    """How many runs of a group of alike ones are carried out together on this mesh; and for `grid.mode` "auto" a sentence that says why, else ""."""
     from plasticity_jax.parallel import hardware
 
     stage, members = stages()[group[0].stage], len(group)
     if config.grid.mode != "auto" or members == 1 or stage.batched is None:
-        return members
+        return members, ""
     axis, device = mesh.shape["member"], mesh.devices.flat[0]
     limit = None if device.platform == "cpu" else hardware.memory_of(device)
     if limit is None:
@@ -105,8 +115,7 @@ def group_size(config: StudyConfig, group: Sequence[Run], mesh: "Mesh") -> int:
         of_one = stage.batched.bytes(config, mesh)
         size = members_that_fit(members, of_one, limit, axis)
         why = f"one takes about {of_one / 2**30:.2f} GiB of {limit / 2**30:.2f} per device, of which {MEMORY_SHARE:.0%} may be used"
-    log.info("grid.mode auto → %s: %d of %d alike runs as one program (%s)", stage.name, size, members, why)
-    return size
+    return size, f"grid.mode auto → {stage.name}: {size} of {members} alike runs as one program ({why})"
 
 
 def check_memory(runs: Sequence[Run], configs: dict[str, StudyConfig]) -> None:

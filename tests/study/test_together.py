@@ -74,6 +74,9 @@ def test_the_mode_decides_and_auto_looks_at_the_devices(sizes, caplog):
     assert sizes("auto", CPU) == [1] * 9
     assert sizes("auto", V5E) == [5, 4]  # seven fit: two groups, nearly equal
     assert "grid.mode auto → pretrain: 5 of 9 alike runs as one program (one takes about 1.00 GiB of 15.75 per device, of which 50%" in caplog.text
+    assert caplog.text.count("5 of 9 alike runs") == 1, "of both groups once"
+    caplog.clear()
+    assert sizes("auto", V5E, done=range(9)) == [] and not caplog.records
     assert sizes("auto", UNKNOWN) == [3, 3, 3]
     assert sizes("auto", Device("gpu", "one that says nothing")) == [1] * 9
     assert sizes("auto", CPU, member=3) == [9]
