@@ -389,7 +389,13 @@ def _diff(arguments) -> int:
     "report",
     "write <workdir>/<study>/report/index.html, figures and tables",
     _flag("--records", type=_place, metavar="DIR", help="unpack what plasticity records wrote into the workdir, and report on these studies"),
-    examples=("report", "report --records my_records --workdir unpacked"),
+    _flag(
+        "--single-file",
+        type=_place,
+        metavar="DIR",
+        help="write each study's page once more, as DIR/STUDY.html, without links: one file to send or to keep",
+    ),
+    examples=("report", "report --records my_records --workdir unpacked", "report --single-file pages"),
     config=False,
     several=False,
     memory="",
@@ -403,7 +409,7 @@ def _report(arguments) -> int:
     else:
         folders = [path.parent for path in study_files(arguments.workdir)]
     for folder in folders:
-        _write_report(folder)
+        _write_report(folder, alone=arguments.single_file and arguments.single_file / f"{folder.name}.html")
     return 0
 
 
@@ -699,12 +705,14 @@ def _completion(arguments) -> int:
     return 0
 
 
-def _write_report(folder: "AnyPath") -> None:
+def _write_report(folder: "AnyPath", alone: "AnyPath | None" = None) -> None:
     from plasticity_jax.report.page import format_summary, summary_table, write_report
 
-    page = write_report(folder)
+    page = write_report(folder, alone)
     print(format_summary(summary_table(folder)))
     print(f"report: {page}")
+    if alone is not None:
+        print(f"the page alone: {alone}")
 
 
 def _said(outcome: "Outcome") -> int:

@@ -68,7 +68,7 @@ class Part:
         return cls(results, prefix, verdicts(results), pairwise_rows(results), {}, bases[0] in bases[1:])
 
 
-def write_report(study_dir: AnyPath) -> AnyPath:
+def write_report(study_dir: AnyPath, alone: AnyPath | None = None) -> AnyPath:
     """Writes `<study_dir>/report/`: index.html, figures/*.png, figures/*.svg, tables/*.csv, tables/*.tex.
 
     Every file is replaced as a whole, the page last: a reader sees the old page or the new one. What earlier reports left behind and this one
@@ -76,6 +76,7 @@ def write_report(study_dir: AnyPath) -> AnyPath:
 
     Args:
       study_dir: `<workdir>/<study>`.
+      alone: a file for the page once more, without links to the files beside the first.
     Returns:
       Path of index.html.
     Raises:
@@ -105,6 +106,8 @@ def write_report(study_dir: AnyPath) -> AnyPath:
         progress.update(1, note="tables")
         page = render_page(results, parts, numbers, whole)
         written.add(replace_file(out / "index.html", page.encode()))
+        if alone is not None:
+            replace_file(alone, render_page(results, parts, numbers, whole, beside=False).encode())
         progress.update(1, note="page")
     for old in [*out.glob("figures/*"), *out.glob("tables/*")]:
         if old not in written:
@@ -173,13 +176,14 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
     return aligned(lines)
 
 
-def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str, Rows], whole: Part | None = None) -> str:
+def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str, Rows], whole: Part | None = None, *, beside: bool = True) -> str:
     """The page's HTML.
 
     Args:
       parts: of the study, with the figures that were drawn.
       numbers: rows of the CSV files beside the page, as `numbers_of` gives them.
       whole: the study with the figures that are drawn once for all of its parts.
+      beside: whether figures, tables and completions lie beside the page, which then links to them.
     """
     macro = macro_rows(results)
     return render_template(
@@ -213,6 +217,7 @@ def render_page(results: StudyResults, parts: Sequence[Part], numbers: dict[str,
         provenance=provenance_rows(results),
         decay_table=next((m.pretrain.decay_table for m in results.members if m.pretrain), {}),
         csv_files=sorted(numbers),
+        beside=beside,
     )
 
 

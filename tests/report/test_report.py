@@ -279,6 +279,14 @@ def test_warnings_of_control_and_unlearned_task(tmp_path):
     assert "No member learned sentiment" in text and "No member learned topic" not in text
 
 
+def test_a_page_by_itself_links_to_nothing_but_itself(tmp_path):
+    whole = write_report(write_study(tmp_path / "work"), tmp_path / "sent" / "planted.html")
+    beside, alone = (Page(path.read_text(encoding="utf-8")) for path in (whole, tmp_path / "sent" / "planted.html"))
+    assert beside.ids == alone.ids and any("." in link for link in beside.links)
+    assert alone.links == [link for link in beside.links if link.startswith("#")]
+    assert "lie beside" in beside.text and "lie beside" not in alone.text
+
+
 def test_completions_that_the_limit_cuts_are_a_warning(tmp_path):
     assert "before they ended" not in words(write_study(tmp_path / "few", Planted(unended=0.4)))
     text = words(write_study(tmp_path / "many", Planted(unended=0.75)))
