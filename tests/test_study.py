@@ -56,7 +56,9 @@ def test_every_run_is_done_and_holds_its_records(workdir):
 def test_a_study_goes_on_from_its_records(workdir, wheels_dir, tmp_path):
     """What is left to do is done anew with all that it descends from, bit for bit; what nothing needs stays a record."""
     assert plasticity("records", "--workdir", workdir, "--out", tmp_path / "records").returncode == 0
-    assert plasticity("report", "--records", tmp_path / "records", "--workdir", tmp_path / "work", "--single-file", tmp_path / "pages").returncode == 0
+    assert (
+        plasticity("report", "--records", tmp_path / "records", "--workdir", tmp_path / "work", "--single-file", tmp_path / "pages").returncode == 0
+    )
     assert (tmp_path / "pages" / "tiny.html").stat().st_size > 100_000
     analysis = runs(workdir, "spectra")[0]
     left = tmp_path / "work" / Path(analysis["path"]).relative_to(workdir)

@@ -25,19 +25,23 @@ def rows(tables: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def size_of(row: dict[str, str]) -> str:
+    """The steps of a model's pretraining, which stand for its size, or in the third arm for its tokens. A study with one size does not name them."""
+    return row.get("train.steps", "728")
+
+
 def gains(tables: Path) -> dict[tuple[str, float, int], float]:
     """(steps, λ, seed) → test accuracy of the chosen fine-tunings less that before, a mean over tasks."""
     before = {
-        (row["train.steps"], float(row["weight_decay"]), int(row["seed"]), row["task"]): float(row["pass@1"])
+        (size_of(row), float(row["weight_decay"]), int(row["seed"]), row["task"]): float(row["pass@1"])
         for row in rows(tables, "scores")
         if row["when"] == "before"
     }
     found = defaultdict(list)
     for row in rows(tables, "selected"):
-        model = row["train.steps"], float(row["weight_decay"]), int(row["seed"])
+        model = size_of(row), float(row["weight_decay"]), int(row["seed"])
         found[model].append(float(row["test"]) - before[*model, row["task"]])
-    (tasks,) = {len(values) for values in found.values()}
-    print(f"{tasks} tasks, {len(found)} models\n")
+    assert len({len(values) for values in found.values()}) == 1, "every model has every task"
     return {model: float(np.mean(values)) for model, values in found.items()}
 
 
@@ -45,8 +49,13 @@ def losses(tables: Path) -> dict[tuple[str, float], float]:
     """(steps, λ) → held-out loss, a mean over seeds."""
     found = defaultdict(dict)
     for row in rows(tables, "members"):
-        found[row["train.steps"], float(row["weight_decay"])][row["seed"]] = float(row["held_out_loss"])
+        found[size_of(row), float(row["weight_decay"])][row["seed"]] = float(row["held_out_loss"])
     return {model: float(np.mean(list(by_seed.values()))) for model, by_seed in found.items()}
+
+
+def timescales(tables: Path) -> dict[tuple[str, float], float]:
+    """(steps, λ) → AdamW's timescale as a share of the run."""
+    return {(size_of(row), float(row["weight_decay"])): float(row["timescale_share"] or "inf") for row in rows(tables, "members")}
 
 
 def t_test(differences: np.ndarray) -> tuple[float, float, float, float]:
@@ -76,11 +85,12 @@ def said(found: tuple[float, float, float, float]) -> str:
 
 def main(tables: Path) -> None:
     gain, loss = gains(tables), losses(tables)
-    timescales = {(row["train.steps"], float(row["weight_decay"])): float(row["timescale_share"] or "inf") for row in rows(tables, "members")}
+    of_run = timescales(tables)
+    print(f"{len({row['task'] for row in rows(tables, 'selected')})} tasks, {len(gain)} models\n")
     sizes = sorted({steps for steps, _, _ in gain}, key=int)
     seeds = sorted({seed for _, _, seed in gain})
     reported = [
-        next(row for row in rows(tables, "verdicts") if row["train.steps"] == steps and row["finetune.select"] and "gain more" in row["claim"])
+        next(row for row in rows(tables, "verdicts") if size_of(row) == steps and row["finetune.select"] and "gain more" in row["claim"])
         for steps in sizes
     ]
     for steps, row, corrected in zip(sizes, reported, holm([float(row["p"]) for row in reported]), strict=True):
@@ -93,7 +103,7 @@ def main(tables: Path) -> None:
         print("| - " * (4 + len(seeds)) + "|")
         for decay, values in zip(decays, table):
             each = " | ".join(f"{value:.3f}" for value in values)
-            print(f"| {decay:.4g} | {timescales[steps, decay]:.3g} | {loss[steps, decay]:.3f} | {values.mean():.3f} | {each} |")
+            print(f"| {decay:.4g} | {of_run[steps, decay]:.3g} | {loss[steps, decay]:.3f} | {values.mean():.3f} | {each} |")
         within = table[[decays.index(decay) for decay in useful]]
         print(f"\nUseful range: λ from {useful[0]:.4g} to {useful[-1]:.4g}.")
         if len(useful) > 1:
@@ -102,7 +112,7 @@ def main(tables: Path) -> None:
             f"The report's, with problems drawn too: {float(row['effect']):+.3f} [{float(row['effect_lower']):+.3f}, {float(row['effect_upper']):+.3f}], "
             f"p = {float(row['p']):.2g}, {row['verdict']}; Holm over the sizes {corrected:.2g}."
         )
-        (at,) = [decay for decay in decays if np.isclose(timescales[steps, decay], CONTRAST, rtol=1e-3)]
+        (at,) = [decay for decay in decays if np.isclose(of_run[steps, decay], CONTRAST, rtol=1e-3)]
         print(f"Timescale {CONTRAST} less none: {said(t_test(table[decays.index(at)] - table[decays.index(0.0)]))}.\n")
 
 
