@@ -706,10 +706,12 @@ def _completion(arguments) -> int:
 
 
 def _write_report(folder: "AnyPath", alone: "AnyPath | None" = None) -> None:
-    from plasticity_jax.report.page import format_summary, summary_table, write_report
+    from plasticity_jax.report.page import collect, format_summary, write_results
+    from plasticity_jax.report.tables import summary_rows
 
-    page = write_report(folder, alone)
-    print(format_summary(summary_table(folder)))
+    results = collect(folder)
+    page = write_results(results, alone)
+    print(format_summary(summary_rows(results)))
     print(f"report: {page}")
     if alone is not None:
         print(f"the page alone: {alone}")

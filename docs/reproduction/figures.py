@@ -40,8 +40,8 @@ def model_of(row: Mapping[str, str]) -> Key:
 
 
 def of_models(tables: Path, name: str, column: str, **wanted: str) -> dict[Key, float]:
-    """A column of a table, for each model a mean over the rows in which the other columns are as wanted."""
-    chosen = (row for row in rows(tables, name) if all(row[key] == value for key, value in wanted.items()))
+    """A column of a table, for each model a mean over the rows in which the other columns are as wanted; no model whose cell is empty."""
+    chosen = (row for row in rows(tables, name) if row[column] and all(row[key] == value for key, value in wanted.items()))
     return means((model_of(row), float(row[column])) for row in chosen)
 
 
@@ -54,16 +54,33 @@ def of_size(values: Mapping[Key, float], size: str) -> dict[float, dict[int, flo
     return found
 
 
-def curve(axes: Axes, values: Mapping[float, Mapping[int, float]], label: str, number: int = 0, *, seeds: bool = False, shift: float = 0.0) -> None:
-    """Means over seeds with their intervals, λ side by side."""
-    places = np.arange(len(values)) + shift
-    if seeds:
-        for seed in sorted({seed for of_seed in values.values() for seed in of_seed}):
-            axes.plot(places, [of_seed.get(seed, np.nan) for of_seed in values.values()], color=SERIES[number], alpha=0.3, linewidth=0.8)
-    found = [t_test(np.array(list(of_seed.values()))) for of_seed in values.values()]
-    middle = np.array([mean for mean, *_ in found])
-    ends = np.abs(np.array([[low, high] for _, low, high, _ in found]).T - middle)
-    axes.errorbar(places, middle, ends, color=SERIES[number], marker=MARKERS[number], label=label, elinewidth=1, capsize=2)
+def curve(
+    axes: Axes,
+    values: Mapping[float, Mapping[int, float]],
+    label: str,
+    number: int = 0,
+    *,
+    places: Mapping[float, int] | None = None,
+    shift: float = 0.0,
+) -> None:
+    """Means over seeds with their intervals.
+
+    Args:
+      values: λ → seed → value.
+      places: λ → place on the axis, where some λ have no value; by default those of `values` stand side by side. A λ with one seed is not shown.
+    """
+    places = places or {decay: place for place, decay in enumerate(values)}
+    shown = [decay for decay, of_seed in values.items() if len(of_seed) > 1]
+    at = np.array([places[decay] for decay in shown]) + shift
+    found = np.array([t_test(np.array(list(values[decay].values())))[:3] for decay in shown])
+    ends = np.abs(found[:, 1:].T - found[:, 0])
+    axes.errorbar(at, found[:, 0], ends, color=SERIES[number], marker=MARKERS[number], label=label, elinewidth=1, capsize=2)
+
+
+def seed_lines(axes: Axes, values: Mapping[float, Mapping[int, float]], number: int = 0) -> None:
+    """A thin line per seed."""
+    for seed in sorted({seed for of_seed in values.values() for seed in of_seed}):
+        axes.plot([of_seed[seed] for of_seed in values.values()], color=SERIES[number], alpha=0.3, linewidth=0.8)
 
 
 def decay_axis(axes: Axes, tables: Path, size: str, decays: Iterable[float], *, label: bool = True) -> None:
@@ -91,8 +108,9 @@ def draw_gain(tables: Path) -> Figure:
     loss = of_models(tables, "members", "held_out_loss")
     for column, (size, title) in zip(grid.T, SIZES.items()):
         gain = of_size(gains(tables), size)
-        curve(column[0], gain, "mean of five tasks", seeds=True)
-        curve(column[1], of_size(loss, size), "", 1, seeds=True)
+        for number, (axes, values) in enumerate(zip(column, (gain, of_size(loss, size)))):
+            seed_lines(axes, values, number)
+            curve(axes, values, "", number)
         column[0].set_title(title)
         for axes, last in zip(column, (False, True)):
             decay_axis(axes, tables, size, gain, label=last)
@@ -109,10 +127,11 @@ def draw_tasks(tables: Path) -> Figure:
     figure, grid = panels(len(SIZES), len(tasks), 1.9)
     for line, (size, title) in zip(grid, SIZES.items()):
         for axes, task in zip(line, tasks):
-            gain = {model_of(row): float(row["test"]) - before[model_of(row), task] for row in selected if row["task"] == task}
-            curve(axes, of_size(gain, size), task, seeds=True)
+            gain = of_size({model_of(row): float(row["test"]) - before[model_of(row), task] for row in selected if row["task"] == task}, size)
+            seed_lines(axes, gain)
+            curve(axes, gain, task)
             axes.set_title(task)
-            decay_axis(axes, tables, size, of_size(gain, size), label=False)
+            decay_axis(axes, tables, size, gain, label=False)
             axes.tick_params(axis="x", labelsize=6.5)
         line[0].set_ylabel(f"gain, {title.split()[0]}")
     figure.supxlabel("weight decay, as AdamW's timescale (share of the run)", fontsize=9)
@@ -148,10 +167,11 @@ def draw_inside(tables: Path) -> Figure:
     }
     gap = {"held-out less seen": of_models(tables, "gap", "gap")}
     for line, (size, title) in zip(grid, SIZES.items()):
+        places = {decay: place for place, decay in enumerate(of_size(gap["held-out less seen"], size))}
         for axes, found, label in zip(line, (ranks, gap, probes), ("pseudo-rank", "gap (nats/token)", "probe accuracy")):
             for number, (name, values) in enumerate(found.items()):
-                curve(axes, of_size(values, size), name, number, shift=0.05 * number)
-            decay_axis(axes, tables, size, of_size(values, size), label=False)
+                curve(axes, of_size(values, size), name, number, places=places, shift=0.05 * number)
+            decay_axis(axes, tables, size, places, label=False)
             axes.set_ylabel(label)
             axes.legend()
         line[0].set_title(title)

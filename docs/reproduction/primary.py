@@ -1,6 +1,6 @@
 """The primary analysis of docs/reproduction/plan.md, recomputed from the report's CSV files with NumPy and SciPy alone.
 
-Command:  python docs/reproduction/primary.py docs/reproduction/report/tables
+Command:  python docs/reproduction/primary.py docs/reproduction/tables/reproduction [TASK ...]          (tasks that are left out)
 
 For each size of model: the gain of every seed and weight decay, a mean over the tasks, with the fine-tuning that validation rows chose; its trend over
 the useful range of weight decay, by a t test over seeds, with Holm's correction over the sizes; and the gain at a timescale of 0.4 less that without
@@ -10,6 +10,8 @@ decay. Beside the trend stands the report's own, which also counts problems as d
 import csv
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +32,8 @@ def size_of(row: dict[str, str]) -> str:
     return row.get("train.steps", "728")
 
 
-def gains(tables: Path) -> dict[tuple[str, float, int], float]:
-    """(steps, λ, seed) → test accuracy of the chosen fine-tunings less that before, a mean over tasks."""
+def gains(tables: Path, without: Sequence[str] = ()) -> dict[tuple[str, float, int], float]:
+    """(steps, λ, seed) → test accuracy of the chosen fine-tunings less that before, a mean over tasks but those left out."""
     before = {
         (size_of(row), float(row["weight_decay"]), int(row["seed"]), row["task"]): float(row["pass@1"])
         for row in rows(tables, "scores")
@@ -40,7 +42,8 @@ def gains(tables: Path) -> dict[tuple[str, float, int], float]:
     found = defaultdict(list)
     for row in rows(tables, "selected"):
         model = size_of(row), float(row["weight_decay"]), int(row["seed"])
-        found[model].append(float(row["test"]) - before[*model, row["task"]])
+        if row["task"] not in without:
+            found[model].append(float(row["test"]) - before[*model, row["task"]])
     assert len({len(values) for values in found.values()}) == 1, "every model has every task"
     return {model: float(np.mean(values)) for model, values in found.items()}
 
@@ -83,38 +86,73 @@ def said(found: tuple[float, float, float, float]) -> str:
     return f"{found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}], p = {found[3]:.2g}"
 
 
-def main(tables: Path) -> None:
-    gain, loss = gains(tables), losses(tables)
-    of_run = timescales(tables)
-    print(f"{len({row['task'] for row in rows(tables, 'selected')})} tasks, {len(gain)} models\n")
-    sizes = sorted({steps for steps, _, _ in gain}, key=int)
-    seeds = sorted({seed for _, _, seed in gain})
+@dataclass(frozen=True)
+class Size:
+    """What is found of the models of one size.
+
+    Attributes:
+      gain: [λ, seeds] of all `decays`.
+      useful: the λ whose loss is within USEFUL of the lowest.
+      trend: of the gain over them: mean, interval, p. None if there is only one.
+      contrast: likewise, of the timescale CONTRAST less none.
+      reported: the report's verdict on "gain more", with the fine-tunings that were chosen.
+      corrected: its p after Holm's correction over the sizes.
+    """
+
+    steps: str
+    decays: list[float]
+    seeds: list[int]
+    gain: np.ndarray
+    useful: list[float]
+    trend: tuple[float, float, float, float] | None
+    contrast: tuple[float, float, float, float]
+    reported: dict[str, str]
+    corrected: float
+
+
+def analyzed(tables: Path, without: Sequence[str] = ()) -> list[Size]:
+    gain, loss, of_run = gains(tables, without), losses(tables), timescales(tables)
+    sizes, seeds = sorted({steps for steps, _, _ in gain}, key=int), sorted({seed for _, _, seed in gain})
     reported = [
         next(row for row in rows(tables, "verdicts") if size_of(row) == steps and row["finetune.select"] and "gain more" in row["claim"])
         for steps in sizes
     ]
+    found = []
     for steps, row, corrected in zip(sizes, reported, holm([float(row["p"]) for row in reported]), strict=True):
         decays = sorted({decay for size, decay, _ in gain if size == steps})
         table = np.array([[gain[steps, decay, seed] for seed in seeds] for decay in decays])
         lowest = min(loss[steps, decay] for decay in decays)
         useful = [decay for decay in decays if loss[steps, decay] <= lowest + USEFUL]
-        print(f"## {steps} steps\n")
-        print("| λ | timescale | held-out loss | gain | " + " | ".join(f"seed {seed}" for seed in seeds) + " |")
-        print("| - " * (4 + len(seeds)) + "|")
-        for decay, values in zip(decays, table):
-            each = " | ".join(f"{value:.3f}" for value in values)
-            print(f"| {decay:.4g} | {of_run[steps, decay]:.3g} | {loss[steps, decay]:.3f} | {values.mean():.3f} | {each} |")
         within = table[[decays.index(decay) for decay in useful]]
-        print(f"\nUseful range: λ from {useful[0]:.4g} to {useful[-1]:.4g}.")
-        if len(useful) > 1:
-            print(f"Trend of the gain by hand: {said(t_test(trend(within)))}.")
-        print(
-            f"The report's, with problems drawn too: {float(row['effect']):+.3f} [{float(row['effect_lower']):+.3f}, {float(row['effect_upper']):+.3f}], "
-            f"p = {float(row['p']):.2g}, {row['verdict']}; Holm over the sizes {corrected:.2g}."
-        )
         (at,) = [decay for decay in decays if np.isclose(of_run[steps, decay], CONTRAST, rtol=1e-3)]
-        print(f"Timescale {CONTRAST} less none: {said(t_test(table[decays.index(at)] - table[decays.index(0.0)]))}.\n")
+        contrast = t_test(table[decays.index(at)] - table[decays.index(0.0)])
+        found.append(Size(steps, decays, seeds, table, useful, t_test(trend(within)) if len(useful) > 1 else None, contrast, row, corrected))
+    return found
+
+
+def main(tables: Path, without: Sequence[str] = ()) -> None:
+    loss, of_run = losses(tables), timescales(tables)
+    tasks, models = {row["task"] for row in rows(tables, "selected")} - set(without), len(gains(tables))
+    print(f"{len(tasks)} tasks, {models} models\n")
+    for size in analyzed(tables, without):
+        print(f"## {size.steps} steps\n")
+        print("| λ | timescale | held-out loss | gain | " + " | ".join(f"seed {seed}" for seed in size.seeds) + " |")
+        print("| - " * (4 + len(size.seeds)) + "|")
+        for decay, values in zip(size.decays, size.gain):
+            each = " | ".join(f"{value:.3f}" for value in values)
+            of_model = size.steps, decay
+            print(f"| {decay:.4g} | {of_run[of_model]:.3g} | {loss[of_model]:.3f} | {values.mean():.3f} | {each} |")
+        print(f"\nUseful range: λ from {size.useful[0]:.4g} to {size.useful[-1]:.4g}.")
+        if size.trend is not None:
+            print(f"Trend of the gain by hand: {said(size.trend)}.")
+        if not without:
+            effect, low, high = (float(size.reported[name]) for name in ("effect", "effect_lower", "effect_upper"))
+            print(
+                f"The report's, with problems drawn too: {effect:+.3f} [{low:+.3f}, {high:+.3f}], p = {float(size.reported['p']):.2g}, "
+                f"{size.reported['verdict']}; Holm over the sizes {size.corrected:.2g}."
+            )
+        print(f"Timescale {CONTRAST} less none: {said(size.contrast)}.\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -26,7 +26,7 @@ from plasticity_jax.report.tables import aligned, columns, summary_rows, summary
 from plasticity_jax.report.verdicts import Verdict, verdicts
 from plasticity_jax.runs.directory import COMPLETIONS
 from plasticity_jax.runs.jsonfiles import to_json
-from plasticity_jax.runs.storage import AnyPath, location, relative
+from plasticity_jax.runs.storage import AnyPath, relative
 from plasticity_jax.stages import Figure as Declared
 from plasticity_jax.stages.evaluate import correlation_rows, macro_rows
 from plasticity_jax.stages.stage import Rows
@@ -82,8 +82,12 @@ def write_report(study_dir: AnyPath, alone: AnyPath | None = None) -> AnyPath:
     Raises:
       UserError: no study there.
     """
-    results = collect(study_dir)
-    out = location(study_dir) / "report"
+    return write_results(collect(study_dir), alone)
+
+
+def write_results(results: StudyResults, alone: AnyPath | None = None) -> AnyPath:
+    """As `write_report`, for results that have been collected."""
+    out = results.path / "report"
     written: set[AnyPath] = set()
     parts = [Part.of(one, results.slices[:i]) for i, one in enumerate(results.slices)]
     whole = Part(results, "", [], [], {})

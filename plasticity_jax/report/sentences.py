@@ -52,6 +52,7 @@ SENTENCES = {
 }
 
 DIFFERENCES = 3  # that a warning lists
+FEW = 4  # names of models or runs in a sentence
 TINY = 100_000_000  # parameters; the smallest model of the paper has five times as many
 # What a row's split may be without a warning: published for training, generated, never split, or split here.
 HARMLESS_SPLITS = {"train", "held_out", "generated", "none", ""}
@@ -241,7 +242,7 @@ def _changes(results: StudyResults) -> list[str]:
     for m in results.members:
         if m.member.changes:
             changed.setdefault(", ".join(f"{name} = {value}" for name, value in m.member.changes), []).append(m.name)
-    return [_say("changed", changes=changes, names=", ".join(names)) for changes, names in changed.items()]
+    return [_say("changed", changes=changes, names=few(names)) for changes, names in changed.items()]
 
 
 def ended_or_waiting(results: StudyResults) -> list[str]:
@@ -265,14 +266,15 @@ def _environments(results: StudyResults) -> list[str]:
         facts = []
         for name, values in list(found.items())[:DIFFERENCES]:
             names = {value: [s.run.name for s, own in zip(made, values, strict=True) if own == value] for value in dict.fromkeys(values)}
-            facts.append(f"{name} was " + " and ".join(f"{value[:60]} for {_few(of_value)}" for value, of_value in names.items()))
+            facts.append(f"{name} was " + " and ".join(f"{value[:60]} for {few(of_value)}" for value, of_value in names.items()))
         more = f", and {len(found) - DIFFERENCES} more (plasticity diff lists them)" if len(found) > DIFFERENCES else ""
         said += [_say("environments", stage=stage, what="; ".join(facts) + more)] if facts else []
     return said
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def few(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
 
 
 def _single_seed(results: StudyResults) -> list[str]:

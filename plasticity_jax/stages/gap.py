@@ -193,11 +193,13 @@ def failing_controls(results: "StudyResults") -> list[str]:
 
 
 def _warnings(results: "StudyResults") -> list[str]:
+    from plasticity_jax.report.sentences import few
+
     failing = failing_controls(results)
     if not failing:
         return []
     return [
-        f"The unigram control of the seen / held-out gap fails for {', '.join(failing)}: the two sides differ in difficulty, so the gap’s size "
+        f"The unigram control of the seen / held-out gap fails for {few(failing)}: the two sides differ in difficulty, so the gap’s size "
         "means little."
     ]
 

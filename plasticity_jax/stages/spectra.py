@@ -226,6 +226,8 @@ def _model_rows(results: "StudyResults") -> Rows:
 
 
 def _warnings(results: "StudyResults") -> list[str]:
+    from plasticity_jax.report.sentences import few
+
     found: dict[str, list[str]] = {}
     for m in results.members:
         for product in PRODUCTS:
@@ -233,8 +235,7 @@ def _warnings(results: "StudyResults") -> list[str]:
             if tuned:
                 found.setdefault(product, []).append(m.name + ("" if "" in tuned else f" after {', '.join(tuned)}"))
     return [
-        f"{product} has vanished in {', '.join(names)}: its norm is within what the optimizer's noise or rounding gives, so it has no "
-        "pseudo-rank there."
+        f"{product} has vanished in {few(names)}: its norm is within what the optimizer's noise or rounding gives, so it has no pseudo-rank there."
         for product, names in found.items()
     ]
 

@@ -16,6 +16,7 @@ from plasticity_jax.report.tables import to_csv
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "reproduction"))
 import figures  # noqa: E402
 import primary  # noqa: E402
+import readme  # noqa: E402
 
 SEEDS, RATES, LOSS = (10, 11, 12), (1e-3, 3e-3), (3.30, 3.31, 3.32)
 NUMBER = r"([+-]\d\.\d+)"
@@ -117,3 +118,13 @@ def test_the_figures_show_what_was_planted(tables, tmp_path):
     for panel in figures.draw_arms(*(folder / name for name in (figures.MAIN, figures.MATRICES, figures.TOKENS))).axes[:2]:
         for container in panel.containers:
             np.testing.assert_allclose(container[0].get_ydata(), gains, atol=0.003)
+
+
+def test_the_tables_of_the_text_are_those_of_the_files():
+    """But for how wide columns are, which a formatter decides."""
+
+    def words(text):
+        return re.sub(r"[ \n]+", " ", re.sub(r"-{2,}", "-", text))
+
+    text = readme.README.read_text(encoding="utf-8")
+    assert words(readme.filled(text)) == words(text)
