@@ -118,7 +118,7 @@ def analyzed(tables: Path, without: Sequence[str] = ()) -> list[Size]:
         for steps in sizes
     ]
     found = []
-    for steps, row, corrected in zip(sizes, reported, holm([float(row["p"]) for row in reported]), strict=True):
+    for steps, row, corrected in zip(sizes, reported, holm([float(row["p"] or 1) for row in reported]), strict=True):
         decays = sorted({decay for size, decay, _ in gain if size == steps})
         table = np.array([[gain[steps, decay, seed] for seed in seeds] for decay in decays])
         lowest = min(loss[steps, decay] for decay in decays)
@@ -145,7 +145,7 @@ def main(tables: Path, without: Sequence[str] = ()) -> None:
         print(f"\nUseful range: λ from {size.useful[0]:.4g} to {size.useful[-1]:.4g}.")
         if size.trend is not None:
             print(f"Trend of the gain by hand: {said(size.trend)}.")
-        if not without:
+        if not without and size.reported["p"]:
             effect, low, high = (float(size.reported[name]) for name in ("effect", "effect_lower", "effect_upper"))
             print(
                 f"The report's, with problems drawn too: {effect:+.3f} [{low:+.3f}, {high:+.3f}], p = {float(size.reported['p']):.2g}, "

@@ -206,7 +206,7 @@ def moves(respect: Respect, upper: StudyResults, lower: StudyResults) -> float:
     found = []
     for above, rest, below, others in cuts(*points):
         found.append(max(some_lead(leads[0], above, rest), some_lead(leads[1], below, others)))
-    return min(1.0, len(found) * min(found, default=1.0))
+    return min(1.0, len(found) * min(found)) if found else 1.0
 
 
 def cuts(upper: list[float], lower: list[float]) -> list[tuple[list[float], list[float], list[float], list[float]]]:

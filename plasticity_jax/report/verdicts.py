@@ -251,7 +251,7 @@ def _u_shape(results: StudyResults) -> Found:
 
 
 def some_lead(lead: Callable[[Any, Any], Contrast], candidates: Sequence[Any], others: Sequence[Any], margin: float = 0.0) -> float:
-    """p value for one of the candidates being ahead of all others by more than `margin`: the largest p of its comparisons, times the candidates.
+    """p value for one of the candidates being ahead of all others by more than `margin`: the largest p of its comparisons, times the candidates; 1 without any.
 
     Args:
       lead: (candidate, other) → by how much the candidate is ahead.
@@ -261,7 +261,7 @@ def some_lead(lead: Callable[[Any, Any], Contrast], candidates: Sequence[Any], o
     for candidate in candidates:
         effects = [lead(candidate, other).effect for other in others]
         found.append(max((1.0 if e is None else e.above(margin) for e in effects), default=1.0))
-    return min(1.0, len(found) * min(found, default=1.0))
+    return min(1.0, len(found) * min(found)) if found else 1.0
 
 
 def downstream_prefers_more(results: StudyResults) -> Verdict:

@@ -21,7 +21,7 @@ import plasticity_jax as pj
 from plasticity_jax.config import FinetuneConfig, GridConfig, TaskConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.report.optima import LARGER, NOT_LARGER, Budget, by_loss, by_score, cuts, larger, moves, optima_move
-from plasticity_jax.report.verdicts import CANNOT_TELL, CONTRADICTS, ONE_RUN, SUPPORTS
+from plasticity_jax.report.verdicts import CANNOT_TELL, CONTRADICTS, ONE_RUN, SUPPORTS, some_lead
 from plasticity_jax.runs.storage import location
 from plasticity_jax.study.compare import comparison
 
@@ -104,6 +104,17 @@ def test_cuts_use_the_shared_weight_decays_or_else_leave_no_room_for_one_optimum
         ([3.0], [0.0, 0.15, 0.75], [0.0, 0.02, 0.1], [0.4]),
     ]
     assert cuts([0.1], [0.1]) == cuts([], []) == cuts([0.1, 0.2], [1.0, 2.0]) == []
+
+
+def test_weight_decays_that_leave_no_cut_say_nothing_of_where_optima_move():
+    """With fewer tokens the best is at 0, with more at 0.2; but between 0 and 1 the shorter runs were not tried."""
+    same = {name: (0.0, 0.0, 0.0) for name in ("before", "rank", "rank_vo", "gap", "probe")}
+    fewer = Truth(decays=(0.0, 1.0, 4.0), loss=(0.0, 0.1, 0.5), after=(0.1, 0.05, 0.0), **same, **QUIET)
+    more = Truth(decays=(0.0, 0.2, 0.6), loss=(0.1, 0.0, 0.2), after=(0.0, 0.1, 0.2), **same, **QUIET)
+    short, long = budgets(fewer, more)
+    assert cuts(list(more.decays), list(fewer.decays)) == [] and moves(by_loss(), long.results, short.results) == 1.0
+    assert optima_move(short, long, ("one", "two")).verdict == CANNOT_TELL
+    assert some_lead(lambda a, b: None, [], [0.0]) == 1.0
 
 
 def test_the_best_is_that_of_the_means_and_seeds_are_counted():
