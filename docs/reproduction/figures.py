@@ -20,6 +20,7 @@ from primary import USEFUL, gains, losses, rows, size_of, t_test, timescales
 from plasticity_jax.report.drawing import MARKERS, REFERENCE, SERIES, STYLE
 
 HERE = Path(__file__).parent
+EQUAL = 1e-9  # numbers that are nearer are one
 MAIN, MATRICES, TOKENS = "reproduction", "reproduction-matrices", "reproduction-tokens"
 SIZES = {"728": "0.15M parameters", "1306": "0.27M parameters"}
 LENGTHS = {"431": "20 tokens per parameter", "3020": "140 tokens per parameter"}
@@ -72,9 +73,14 @@ def curve(
     places = places or {decay: place for place, decay in enumerate(values)}
     shown = [decay for decay, of_seed in values.items() if len(of_seed) > 1]
     at = np.array([places[decay] for decay in shown]) + shift
-    found = np.array([t_test(np.array(list(values[decay].values())))[:3] for decay in shown])
+    found = np.array([interval(np.array(list(values[decay].values()))) for decay in shown])
     ends = np.abs(found[:, 1:].T - found[:, 0])
     axes.errorbar(at, found[:, 0], ends, color=SERIES[number], marker=MARKERS[number], label=label, elinewidth=1, capsize=2)
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """A mean and the ends of its interval; of equal values none is wider than a point."""
+    return (values[0],) * 3 if np.ptp(values) < EQUAL else t_test(values)[:3]
 
 
 def seed_lines(axes: Axes, values: Mapping[float, Mapping[int, float]], number: int = 0) -> None:
