@@ -355,7 +355,8 @@ def _warnings(results: "StudyResults") -> list[str]:
     """Tasks on which most completions after fine-tuning did not end by themselves."""
     found = []
     for task in results.tasks:
-        shares = [m.after[task].unended for m in results.members if task in m.after and m.after[task].unended is not None]
+        of_models = [m.after[task].unended for m in results.members if task in m.after]
+        shares = [share for share in of_models if share is not None]
         share = sum(shares) / len(shares) if shares else 0.0
         if share > MANY_UNENDED:
             limit = results.config.tasks[task].max_new_tokens
