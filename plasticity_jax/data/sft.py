@@ -56,7 +56,7 @@ def encode_examples(
     """Encodes rows in the study's template: no beginning of text, and an end of text after the response.
 
     Tokenizes prompt and response separately, so that generation sees the same prompt tokens as training. Drops rows with an empty response.
-    Logs how many rows were truncated or dropped, and warns of responses that an answer has no room for.
+    Logs how many rows were truncated or dropped, and warns of answers that a completion has no room for.
 
     Args:
       max_length: maximum tokens of a row, end of text included, at least 2 (`cutoff_len` in LLaMA-Factory).
@@ -65,10 +65,10 @@ def encode_examples(
         one token of the prompt is truncated at its end.
         "cut-both": truncate both at their ends, as in `split_max_length`. Drop rows that would have no response left.
         "drop": drop them.
-      answer_limit: most tokens of a completion when the task is evaluated, end of text included; None: no limit.
+      answer_limit: most tokens of a completion when the task is evaluated; None: no limit.
     Source: paper section 4.1.
     """
-    tokens, response_starts, n_cut, n_dropped, n_empty = [], [], 0, 0, 0
+    tokens, response_starts, n_cut, n_dropped, n_empty, n_late = [], [], 0, 0, 0, 0
     end = np.array([tokenizer.eos_id], np.int32)
     with Progress("tokenize rows", total=len(examples), unit="rows") as progress:
         for start in range(0, len(examples), CHUNK_ROWS):
@@ -79,6 +79,7 @@ def encode_examples(
                 if not example.response.strip():
                     n_empty += 1
                     continue
+                n_late += _answer_is_cut(example, response, tokenizer, answer_limit)
                 response = np.concatenate([response, end])
                 if len(prompt) + len(response) > max_length:
                     prompt, response = _shorten(prompt, response, max_length, too_long)
@@ -96,20 +97,17 @@ def encode_examples(
     ):
         if count:
             log.info("%s of %s rows %s", f"{count:,}", f"{len(examples):,}", what)
-    _warn_of_long_responses([len(row) - start for row, start in zip(tokens, response_starts)], answer_limit)
+    if n_late:
+        late = "%s of %s training responses give their answer after max_new_tokens = %d tokens, where evaluation cuts completions"
+        log.warning(late, f"{n_late:,}", f"{len(examples):,}", answer_limit)
     return SftRows(tokens, response_starts, n_cut, n_dropped, n_empty)
 
 
-def _warn_of_long_responses(lengths: Sequence[int], limit: int | None) -> None:
-    too_long = 0 if limit is None else sum(length > limit for length in lengths)
-    if too_long:
-        log.warning(
-            "%s of %s training responses have more than max_new_tokens = %d tokens, where completions are cut in evaluation; the longest has %d",
-            f"{too_long:,}",
-            f"{len(lengths):,}",
-            limit,
-            max(lengths),
-        )
+def _answer_is_cut(example: Example, response: Indices, tokenizer: "Tokenizer", limit: int | None) -> bool:
+    """Whether a response has its answer, and its first `limit` tokens do not."""
+    if limit is None or len(response) <= limit or example.answer not in example.response:
+        return False
+    return example.answer not in tokenizer.decode(response[:limit].tolist())
 
 
 def _shorten(prompt: np.ndarray, response: np.ndarray, max_length: int, too_long: str) -> tuple[np.ndarray, np.ndarray]:

@@ -157,21 +157,18 @@ def test_long_and_empty_rows_are_left_out_counted_and_named(tokenizer, caplog):
     assert [record.getMessage() for record in caplog.records] == ["2 of 3 rows of more than 20 tokens lost a part (finetune.too_long='cut')"]
 
 
-def test_responses_that_a_completion_has_no_room_for_are_a_warning(tokenizer, caplog):
-    responses = [len(tokenizer.encode(example.response)) + 1 for example in EXAMPLES]
-    assert min(responses) < max(responses)
-    for limit, wanted in (
-        (
-            max(responses) - 1,
-            [f"{responses.count(max(responses))} of 3 training responses have more than max_new_tokens = {max(responses) - 1} tokens"],
-        ),
-        (max(responses), []),
-        (None, []),
-    ):
+def test_answers_that_a_completion_has_no_room_for_are_a_warning(tokenizer, caplog):
+    """What follows the answer may be cut, and a response without its answer is not judged."""
+    rows = [
+        Example(id=answer, prompt="p", response=response, answer=answer, source="generated", source_split="generated")
+        for answer, response in (("mathematics", "The answer is mathematics."), ("x", "The answer is mathematics."))
+    ]
+    limit = len(tokenizer.encode("The answer is mathematics"))
+    for room, wanted in ((limit - 1, ["1 of 2 training responses give their answer after"]), (limit, []), (None, [])):
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="plasticity_jax"):
-            encode_examples(EXAMPLES, tokenizer, max_length=200, answer_limit=limit)
-        assert [record.getMessage().partition(",")[0] for record in caplog.records] == wanted
+            encode_examples(rows, tokenizer, max_length=200, answer_limit=room)
+        assert [record.getMessage().partition(" max_new")[0] for record in caplog.records] == wanted
 
 
 def test_a_row_of_whose_response_nothing_is_left_is_left_out(tokenizer):
