@@ -41,6 +41,7 @@ def llama(d_model: int, n_layers: int, vocab_size: int = 2048) -> ModelConfig:
 BASE = llama(192, 3)
 SIZES = (llama(64, 5), BASE, llama(320, 3), llama(448, 5), llama(576, 7))
 MEMBERS = (1, 2, 4, 8)
+TIMES = "times one by one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Point:
 POINTS = (
     *(Point("parameters", count_params(model), model) for model in SIZES),
     *(Point("sequence length", length, seq_len=length) for length in (64, 128, 256, 512, 1024, 2048)),
-    *(Point("members", members, members=members) for members in MEMBERS),
+    *(Point("members", members, model, members=members) for model in SIZES for members in MEMBERS),
     *(Point("vocabulary", size, dataclasses.replace(BASE, vocab_size=size)) for size in (512, 2048, 8192, 32768)),
 )
 
@@ -89,20 +90,19 @@ class Step:
         return time.perf_counter() - start
 
 
-def speeds(points: Sequence[Point], steps: Sequence[Step]) -> list[float]:
-    """Tokens per second of every point, all members counted; the first round compiles and does not count."""
+def measured(points: Sequence[Point]) -> list[dict]:
+    """A row for each point of an axis, in turns."""
+    half, steps = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2, []
+    for point in points:
+        if point.members == 1 or point.members * steps[0].memory < half:
+            steps.append(Step(point))
     taken = [[step.seconds() for step in steps] for _ in range(ROUNDS + 1)][1:]
-    return [point.members * TOKENS / statistics.median(round_[i] for round_ in taken) for i, point in enumerate(points)]
-
-
-def measured(axis: str) -> list[dict]:
-    points = [point for point in POINTS if point.axis == axis]
-    steps = [Step(point) for point in points]
     rows = []
-    for point, step, speed in zip(points, steps, speeds(points, steps)):
+    for i, (point, step) in enumerate(zip(points, steps)):
+        speed = point.members * TOKENS / statistics.median(round_[i] for round_ in taken)
         rows.append(
             {
-                axis: point.size,
+                point.axis: point.size,
                 "tokens/s": speed,
                 "model GFLOP/s": speed * flops_per_token(point.model, point.seq_len) / 1e9,
                 "memory, MB": step.memory / 1e6,
@@ -112,24 +112,11 @@ def measured(axis: str) -> list[dict]:
     return rows
 
 
-def members_of(model: ModelConfig) -> list[dict]:
-    """Members of a size in one program, and how many times as fast as one after the other they are."""
-    half, steps, points = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2, [], []
-    for members in MEMBERS:
-        if steps and steps[0].memory * members > half:
-            break
-        points.append(Point("members", members, model, members=members))
-        steps.append(Step(points[-1]))
-    found = speeds(points, steps)
+def members_of(model: ModelConfig, rows: list[dict]) -> list[dict]:
+    """Of a model's rows along the members: how many times as fast as one after the other they are in one program."""
+    about = {"parameters": count_params(model)}
     return [
-        {
-            "parameters": count_params(model),
-            "members": point.members,
-            "tokens/s": speed,
-            "times one by one": speed / found[0],
-            "memory, MB": step.memory / 1e6,
-        }
-        for point, step, speed in zip(points, steps, found)
+        about | {name: row[name] for name in ("members", "tokens/s", "memory, MB")} | {TIMES: row["tokens/s"] / rows[0]["tokens/s"]} for row in rows
     ]
 
 
@@ -146,9 +133,7 @@ def draw_members(rows: list[dict]) -> None:
         panel.axhline(1, color="0.6", linewidth=1)
         for model, color in zip(SIZES, SERIES):
             own = [row for row in rows if row["parameters"] == count_params(model)]
-            panel.semilogx(
-                [row["members"] for row in own], [row["times one by one"] for row in own], marker="o", color=color, label=short(count_params(model))
-            )
+            panel.semilogx([row["members"] for row in own], [row[TIMES] for row in own], marker="o", color=color, label=short(count_params(model)))
         panel.set_xticks(MEMBERS, [str(members) for members in MEMBERS])
         panel.minorticks_off()
         panel.set_ylim(bottom=0)
@@ -192,11 +177,15 @@ def short(size: int) -> str:
 
 def main() -> None:
     keep_freed_memory()
-    tables = {axis: measured(axis) for axis in dict.fromkeys(point.axis for point in POINTS)}
+    found: dict[tuple[str, ModelConfig | None], list[Point]] = {}
+    for point in POINTS:  # members are compared with those of their own size
+        found.setdefault((point.axis, point.model if point.axis == "members" else None), []).append(point)
+    rows = {key: measured(points) for key, points in found.items()}
+    tables = {axis: own for (axis, model), own in rows.items() if model in (None, BASE)}
     draw(tables)
-    members = [row for model in SIZES for row in members_of(model)]
+    members = [row for (_, model), own in rows.items() if model is not None for row in members_of(model, own)]
     draw_members(members)
-    finish("Growth", {f"Against {axis}": rows for axis, rows in tables.items()} | {"Members of every size": members})
+    finish("Growth", {f"Against {axis}": own for axis, own in tables.items()} | {"Members of every size": members})
 
 
 if __name__ == "__main__":

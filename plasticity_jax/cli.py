@@ -706,11 +706,11 @@ def _completion(arguments) -> int:
 
 
 def _write_report(folder: "AnyPath", alone: "AnyPath | None" = None) -> None:
-    from plasticity_jax.report.page import collect, format_summary, write_results
+    from plasticity_jax.report.page import collect, format_summary, write_report
     from plasticity_jax.report.tables import summary_rows
 
     results = collect(folder)
-    page = write_results(results, alone)
+    page = write_report(results, alone)
     print(format_summary(summary_rows(results)))
     print(f"report: {page}")
     if alone is not None:

@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from primary import USEFUL, gains, losses, rows, size_of, t_test, timescales
+from primary import USEFUL, Model, gains, gains_by_task, losses, model_of, rows, t_test, timescales
 
 from plasticity_jax.report.drawing import MARKERS, REFERENCE, SERIES, STYLE
 
@@ -24,11 +24,10 @@ EQUAL = 1e-9  # numbers that are nearer are one
 MAIN, MATRICES, TOKENS = "reproduction", "reproduction-matrices", "reproduction-tokens"
 SIZES = {"728": "0.15M parameters", "1306": "0.27M parameters"}
 LENGTHS = {"431": "20 tokens per parameter", "3020": "140 tokens per parameter"}
+AXIS = "weight decay, as AdamW's timescale (share of the run)"
 
-Key = tuple[str, float, int]  # steps, λ, seed
 
-
-def means(found: Iterable[tuple[Key, float]]) -> dict[Key, float]:
+def means(found: Iterable[tuple[Model, float]]) -> dict[Model, float]:
     """The mean of what belongs to one model."""
     of_model = defaultdict(list)
     for key, value in found:
@@ -36,17 +35,13 @@ def means(found: Iterable[tuple[Key, float]]) -> dict[Key, float]:
     return {key: float(np.mean(values)) for key, values in of_model.items()}
 
 
-def model_of(row: Mapping[str, str]) -> Key:
-    return size_of(row), float(row["weight_decay"]), int(row["seed"])
-
-
-def of_models(tables: Path, name: str, column: str, **wanted: str) -> dict[Key, float]:
+def of_models(tables: Path, name: str, column: str, **wanted: str) -> dict[Model, float]:
     """A column of a table, for each model a mean over the rows in which the other columns are as wanted; no model whose cell is empty."""
     chosen = (row for row in rows(tables, name) if row[column] and all(row[key] == value for key, value in wanted.items()))
     return means((model_of(row), float(row[column])) for row in chosen)
 
 
-def of_size(values: Mapping[Key, float], size: str) -> dict[float, dict[int, float]]:
+def of_size(values: Mapping[Model, float], size: str) -> dict[float, dict[int, float]]:
     """λ → seed → value, in the order of λ."""
     found: dict[float, dict[int, float]] = defaultdict(dict)
     for (steps, decay, seed), value in sorted(values.items()):
@@ -92,15 +87,19 @@ def seed_lines(axes: Axes, values: Mapping[float, Mapping[int, float]], number: 
 def decay_axis(axes: Axes, tables: Path, size: str, decays: Iterable[float], *, label: bool = True) -> None:
     """Weight decays side by side, named by their timescale; gray where pretraining has lost more than the useful range allows."""
     of_run, loss, decays = timescales(tables), losses(tables), list(decays)
-    axes.set_xticks(range(len(decays)), ["none" if decay == 0 else f"{of_run[size, decay]:.3g}" for decay in decays])
-    axes.set_xlim(-0.4, len(decays) - 0.6)
-    axes.grid(axis="x", visible=False)
+    timescale_axis(axes, ["none" if decay == 0 else f"{of_run[size, decay]:.3g}" for decay in decays], label=label)
     lowest = min(loss[size, decay] for decay in decays)
     for place, decay in enumerate(decays):
         if loss[size, decay] > lowest + USEFUL:
             axes.axvspan(place - 0.5, place + 0.5, color=REFERENCE, alpha=0.15, linewidth=0)
+
+
+def timescale_axis(axes: Axes, names: list[str], *, label: bool) -> None:
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.4, len(names) - 0.6)
+    axes.grid(axis="x", visible=False)
     if label:
-        axes.set_xlabel("weight decay, as AdamW's timescale (share of the run)")
+        axes.set_xlabel(AXIS)
 
 
 def panels(count_rows: int, columns: int, height: float = 2.1) -> tuple[Figure, np.ndarray]:
@@ -127,20 +126,18 @@ def draw_gain(tables: Path) -> Figure:
 
 def draw_tasks(tables: Path) -> Figure:
     """The gain of each task."""
-    before = {(model_of(row), row["task"]): float(row["pass@1"]) for row in rows(tables, "scores") if row["when"] == "before"}
-    selected = rows(tables, "selected")
-    tasks = sorted({row["task"] for row in selected})
-    figure, grid = panels(len(SIZES), len(tasks), 1.9)
+    of_tasks = gains_by_task(tables)
+    figure, grid = panels(len(SIZES), len(of_tasks), 1.9)
     for line, (size, title) in zip(grid, SIZES.items()):
-        for axes, task in zip(line, tasks):
-            gain = of_size({model_of(row): float(row["test"]) - before[model_of(row), task] for row in selected if row["task"] == task}, size)
+        for axes, (task, of_task) in zip(line, of_tasks.items()):
+            gain = of_size(of_task, size)
             seed_lines(axes, gain)
             curve(axes, gain, task)
             axes.set_title(task)
             decay_axis(axes, tables, size, gain, label=False)
             axes.tick_params(axis="x", labelsize=6.5)
         line[0].set_ylabel(f"gain, {title.split()[0]}")
-    figure.supxlabel("weight decay, as AdamW's timescale (share of the run)", fontsize=9)
+    figure.supxlabel(AXIS, fontsize=9)
     return figure
 
 
@@ -181,7 +178,7 @@ def draw_inside(tables: Path) -> Figure:
             axes.set_ylabel(label)
             axes.legend()
         line[0].set_title(title)
-    figure.supxlabel("weight decay, as AdamW's timescale (share of the run)", fontsize=9)
+    figure.supxlabel(AXIS, fontsize=9)
     return figure
 
 
@@ -207,11 +204,7 @@ def draw_arms(tables: Path, matrices: Path, tokens: Path) -> Figure:
         for axes, values in zip(grid[:, 1], (gain, loss)):
             curve(axes, {place: of_seed for place, of_seed in enumerate(of_size(values, size).values())}, name, number, shift=0.06 * number)
     for axes, last in zip(grid[:, 1], (False, True)):
-        axes.set_xticks(range(3), ["none", "0.4", "0.1"])
-        axes.set_xlim(-0.4, 2.4)
-        axes.grid(axis="x", visible=False)
-        if last:
-            axes.set_xlabel("weight decay, as AdamW's timescale (share of the run)")
+        timescale_axis(axes, ["none", "0.4", "0.1"], label=last)
     grid[0, 0].set_title("What is decayed (0.15M)")
     grid[0, 1].set_title("Tokens per parameter (0.09M)")
     grid[0, 0].set_ylabel("gain from fine-tuning")

@@ -8,6 +8,7 @@ decay. Beside the trend stands the report's own, which also counts problems as d
 """
 
 import csv
+import functools
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,7 +22,10 @@ USEFUL = 0.1  # nats above the lowest loss
 CONTRAST = 0.4  # timescale, as a share of the run
 LEVEL = 0.95
 
+Model = tuple[str, float, int]  # steps, λ, seed
 
+
+@functools.cache
 def rows(tables: Path, name: str) -> list[dict[str, str]]:
     with (tables / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -32,20 +36,24 @@ def size_of(row: dict[str, str]) -> str:
     return row.get("train.steps", "728")
 
 
-def gains(tables: Path, without: Sequence[str] = ()) -> dict[tuple[str, float, int], float]:
-    """(steps, λ, seed) → test accuracy of the chosen fine-tunings less that before, a mean over tasks but those left out."""
-    before = {
-        (size_of(row), float(row["weight_decay"]), int(row["seed"]), row["task"]): float(row["pass@1"])
-        for row in rows(tables, "scores")
-        if row["when"] == "before"
-    }
-    found = defaultdict(list)
+def model_of(row: dict[str, str]) -> Model:
+    return size_of(row), float(row["weight_decay"]), int(row["seed"])
+
+
+def gains_by_task(tables: Path) -> dict[str, dict[Model, float]]:
+    """Task → model → test accuracy of the chosen fine-tuning less that before."""
+    before = {(model_of(row), row["task"]): float(row["pass@1"]) for row in rows(tables, "scores") if row["when"] == "before"}
+    found = defaultdict(dict)
     for row in rows(tables, "selected"):
-        model = size_of(row), float(row["weight_decay"]), int(row["seed"])
-        if row["task"] not in without:
-            found[model].append(float(row["test"]) - before[*model, row["task"]])
-    assert len({len(values) for values in found.values()}) == 1, "every model has every task"
-    return {model: float(np.mean(values)) for model, values in found.items()}
+        found[row["task"]][model_of(row)] = float(row["test"]) - before[model_of(row), row["task"]]
+    return dict(sorted(found.items()))
+
+
+def gains(tables: Path, without: Sequence[str] = ()) -> dict[Model, float]:
+    """Model → its gain, a mean over the tasks but those left out."""
+    of_tasks = [gain for task, gain in gains_by_task(tables).items() if task not in without]
+    (models,) = {tuple(gain) for gain in of_tasks}  # every model has every task
+    return {model: float(np.mean([gain[model] for gain in of_tasks])) for model in models}
 
 
 def losses(tables: Path) -> dict[tuple[str, float], float]:
@@ -132,8 +140,7 @@ def analyzed(tables: Path, without: Sequence[str] = ()) -> list[Size]:
 
 def main(tables: Path, without: Sequence[str] = ()) -> None:
     loss, of_run = losses(tables), timescales(tables)
-    tasks, models = {row["task"] for row in rows(tables, "selected")} - set(without), len(gains(tables))
-    print(f"{len(tasks)} tasks, {models} models\n")
+    print(f"{len(gains_by_task(tables).keys() - set(without))} tasks, {len(gains(tables))} models\n")
     for size in analyzed(tables, without):
         print(f"## {size.steps} steps\n")
         print("| λ | timescale | held-out loss | gain | " + " | ".join(f"seed {seed}" for seed in size.seeds) + " |")

@@ -44,11 +44,10 @@ def claims() -> str:
 
 def rates() -> str:
     found = [row for row in rows(TABLES / MAIN, "verdicts") if "gain more" in row["claim"]]
-    lines = {}
+    lines: dict[str, dict[str, str]] = {}
     for row in found:
-        lines.setdefault("chosen (**primary**)" if row["finetune.select"] else f"{float(row['finetune.peak_lr']):g}", {})[size_of(row)] = of_verdict(
-            row
-        )
+        name = "chosen (**primary**)" if row["finetune.select"] else f"{float(row['finetune.peak_lr']):g}"
+        lines.setdefault(name, {})[size_of(row)] = of_verdict(row)
     return table(["rate", *SIZES.values()], ([name, *(of_size[size] for size in SIZES)] for name, of_size in lines.items()))
 
 

@@ -33,6 +33,7 @@ class SftRows:
       n_cut: rows that were truncated.
       n_dropped: rows dropped because they were too long.
       n_empty: rows dropped because their response was empty.
+      n_late: rows whose answer comes after the first `answer_limit` tokens of their response.
     """
 
     tokens: Sequence[Int[np.ndarray, "_"]]
@@ -40,6 +41,7 @@ class SftRows:
     n_cut: int = 0
     n_dropped: int = 0
     n_empty: int = 0
+    n_late: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -79,7 +81,7 @@ def encode_examples(
                 if not example.response.strip():
                     n_empty += 1
                     continue
-                n_late += _answer_is_cut(example, response, tokenizer, answer_limit)
+                late = _answer_is_cut(example, response, tokenizer, answer_limit)
                 response = np.concatenate([response, end])
                 if len(prompt) + len(response) > max_length:
                     prompt, response = _shorten(prompt, response, max_length, too_long)
@@ -89,6 +91,7 @@ def encode_examples(
                     n_cut += 1
                 tokens.append(np.concatenate([prompt, response]))
                 response_starts.append(len(prompt))
+                n_late += late
             progress.update(len(chunk))
     for count, what in (
         (n_cut, f"of more than {max_length:,} tokens lost a part (finetune.too_long={too_long!r})"),
@@ -98,9 +101,9 @@ def encode_examples(
         if count:
             log.info("%s of %s rows %s", f"{count:,}", f"{len(examples):,}", what)
     if n_late:
-        late = "%s of %s training responses give their answer after max_new_tokens = %d tokens, where evaluation cuts completions"
-        log.warning(late, f"{n_late:,}", f"{len(examples):,}", answer_limit)
-    return SftRows(tokens, response_starts, n_cut, n_dropped, n_empty)
+        said = "%s of %s rows give their answer after max_new_tokens = %d tokens, where evaluation cuts completions"
+        log.warning(said, f"{n_late:,}", f"{len(examples):,}", answer_limit)
+    return SftRows(tokens, response_starts, n_cut, n_dropped, n_empty, n_late)
 
 
 def _answer_is_cut(example: Example, response: Indices, tokenizer: "Tokenizer", limit: int | None) -> bool:

@@ -22,7 +22,7 @@ from plasticity_jax.report.figures import draw_figure, figures
 from plasticity_jax.report.frame import digits, inline_svg, render_template, replace_file, shown_table
 from plasticity_jax.report.results import MemberResults, Score, StudyResults, collect
 from plasticity_jax.report.sentences import answer, prepared_name, slice_answer, warnings
-from plasticity_jax.report.tables import aligned, columns, summary_rows, summary_table, tables, to_csv, to_tex
+from plasticity_jax.report.tables import aligned, columns, summary_rows, tables, to_csv, to_tex
 from plasticity_jax.report.verdicts import Verdict, verdicts
 from plasticity_jax.runs.directory import COMPLETIONS
 from plasticity_jax.runs.jsonfiles import to_json
@@ -33,7 +33,7 @@ from plasticity_jax.stages.stage import Rows
 from plasticity_jax.stages.zero_shot import forgetting_rows
 from plasticity_jax.study.sweep import DECAY
 
-__all__ = ["collect", "draw_figure", "format_summary", "summary_table", "write_report"]
+__all__ = ["collect", "draw_figure", "format_summary", "write_report"]
 
 SECTIONS = ("pretraining", "finetuning", "inside")
 SPOKEN = 60  # markers at most that the text alternative of a figure reads out; one with more says its numbers by itself, or in its tables
@@ -68,25 +68,17 @@ class Part:
         return cls(results, prefix, verdicts(results), pairwise_rows(results), {}, bases[0] in bases[1:])
 
 
-def write_report(study_dir: AnyPath, alone: AnyPath | None = None) -> AnyPath:
-    """Writes `<study_dir>/report/`: index.html, figures/*.png, figures/*.svg, tables/*.csv, tables/*.tex.
+def write_report(results: StudyResults, alone: AnyPath | None = None) -> AnyPath:
+    """Writes `report/` into the folder of a study: index.html, figures/*.png, figures/*.svg, tables/*.csv, tables/*.tex.
 
     Every file is replaced as a whole, the page last: a reader sees the old page or the new one. What earlier reports left behind and this one
     does not have is removed.
 
     Args:
-      study_dir: `<workdir>/<study>`.
       alone: a file for the page once more, without links to the files beside the first.
     Returns:
       Path of index.html.
-    Raises:
-      UserError: no study there.
     """
-    return write_results(collect(study_dir), alone)
-
-
-def write_results(results: StudyResults, alone: AnyPath | None = None) -> AnyPath:
-    """As `write_report`, for results that have been collected."""
     out = results.path / "report"
     written: set[AnyPath] = set()
     parts = [Part.of(one, results.slices[:i]) for i, one in enumerate(results.slices)]
@@ -162,7 +154,7 @@ def verdict_rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def format_summary(rows: list[dict[str, Any]]) -> str:
-    """The rows of `summary_table` as aligned text, one line per member."""
+    """The rows of `summary_rows` as aligned text, one line per member."""
     if not rows:
         return "no members"
     tasks = [key.removesuffix(" before") for key in rows[0] if key.endswith(" before")]

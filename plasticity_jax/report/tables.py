@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from plasticity_jax.report import across
-from plasticity_jax.report.results import MemberResults, StudyResults, collect
-from plasticity_jax.runs.storage import AnyPath
+from plasticity_jax.report.results import MemberResults, StudyResults
 from plasticity_jax.stages import Column, Table, guarded, stages
 from plasticity_jax.stages.stage import Rows
 from plasticity_jax.study.sweep import swept_values
@@ -33,7 +32,7 @@ def columns() -> dict[str, Column]:
     }
 
 
-def summary_table(study_dir: AnyPath) -> Rows:
+def summary_rows(results: StudyResults) -> Rows:
     """One row per member for the terminal.
 
     Returns:
@@ -41,11 +40,6 @@ def summary_table(study_dir: AnyPath) -> Rows:
       token), per task `<task> before`, `<task> after` and `<task> gain` (greedy accuracy), the columns of the stages, such as `W_QK pseudo-rank` (mean
       over heads) and `gap` (nats per token), and `state`.
     """
-    return summary_rows(collect(study_dir))
-
-
-def summary_rows(results: StudyResults) -> Rows:
-    """`summary_table` of results already read."""
     return [
         {"member": m.name, **swept_values(m.member), "timescale": m.member.timescale, "held_out_loss": m.loss}
         | _scores(m, results.tasks)

@@ -33,7 +33,7 @@ class Look:
       unit: of lengths: "tokens", or "characters" where the study trains its tokenizer and has not done so yet.
       lengths: "row" (template, prompt, response and end of text, in all splits), "prompt" and "response" → {"min", "median", "95%", "max"}.
       cut, dropped: training rows longer than the last of finetune.length_buckets, by finetune.too_long; None where tokens are not known.
-      too_long_answers: responses of more than max_new_tokens; None where tokens are not known or nothing limits them.
+      late_answers: training rows whose answer comes after max_new_tokens; None where tokens are not known or nothing limits them.
       answers: split → answer → rows, the most frequent ones.
       n_answers: distinct answers.
       duplicates: rows whose prompt an earlier row of their split has.
@@ -48,7 +48,7 @@ class Look:
     lengths: dict[str, dict[str, int]]
     cut: int | None
     dropped: int | None
-    too_long_answers: int | None
+    late_answers: int | None
     answers: dict[str, dict[str, int]]
     n_answers: int
     duplicates: int
@@ -88,7 +88,8 @@ def look(config: StudyConfig, task: str, tokenizer: Tokenizer | None) -> Look:
         _lengths([format_prompt(row.prompt) for row in everything], tokenizer),
         _lengths([row.response for row in everything], tokenizer),
     )
-    encoded = None if tokenizer is None else encode_examples(learned, tokenizer, max_length=longest, too_long=config.finetune.too_long)
+    how = {"max_length": longest, "too_long": config.finetune.too_long, "answer_limit": most}
+    encoded = None if tokenizer is None else encode_examples(learned, tokenizer, **how)
     answers = {split: Counter(row.answer for row in rows) for split, rows in splits.items() if rows}
     duplicates, contradictions = _duplicates(splits)
     return Look(
@@ -99,7 +100,7 @@ def look(config: StudyConfig, task: str, tokenizer: Tokenizer | None) -> Look:
         lengths={"row": _summary(prompts + responses + 1), "prompt": _summary(prompts), "response": _summary(responses)},
         cut=None if encoded is None else encoded.n_cut,
         dropped=None if encoded is None else encoded.n_dropped,
-        too_long_answers=None if tokenizer is None or most is None else int((responses + 1 > most).sum()),
+        late_answers=None if encoded is None or most is None else encoded.n_late,
         answers={split: dict(found.most_common(MOST_ANSWERS)) for split, found in answers.items()},
         n_answers=len({row.answer for row in everything}),
         duplicates=duplicates,
@@ -147,8 +148,8 @@ def look_lines(found: Look) -> list[str]:
         lines.append("  lengths in tokens: once the tokenizer is there; one that prepare trains is found with --workdir W")
     if found.cut is not None:
         lines.append(f"  longer than the last of finetune.length_buckets: {found.cut:,} training rows lose a part, {found.dropped:,} are left out")
-    if found.too_long_answers is not None:
-        lines.append(f"  responses that max_new_tokens would cut: {found.too_long_answers:,}")
+    if found.late_answers is not None:
+        lines.append(f"  training rows whose answer comes after max_new_tokens: {found.late_answers:,}")
     lines += [f"  answers, {split}: {_shares(answers, found.rows[split])}" for split, answers in found.answers.items()]
     lines.append(f"  the same prompt again: {found.duplicates:,} rows, {found.contradictions:,} of them with another answer")
     for number, text in enumerate(found.rendered, 1):

@@ -13,7 +13,7 @@ from synthetic_study import Planted, write_study  # noqa: E402
 
 from plasticity_jax.config import GridConfig  # noqa: E402
 from plasticity_jax.report.figures import figures  # noqa: E402
-from plasticity_jax.report.page import write_report  # noqa: E402
+from plasticity_jax.report.page import collect, write_report  # noqa: E402
 
 pytestmark = pytest.mark.browser
 
@@ -79,7 +79,7 @@ def pages(tmp_path_factory):
     whole = write_study(folder / "whole")
     partial = write_study(folder / "partial", Planted(loss=(3.3, 3.2, 3.1, None, None)), stages=("prepare", "init", "pretrain"))
     faceted = write_study(folder / "faceted", Planted(grid=GridConfig(fields=(("train.peak_lr", (1e-3, 5e-3)),))))
-    return {"whole": write_report(whole), "partial": write_report(partial), "faceted": write_report(faceted)}
+    return {"whole": write_report(collect(whole)), "partial": write_report(collect(partial)), "faceted": write_report(collect(faceted))}
 
 
 @pytest.mark.parametrize("which", ["whole", "partial", "faceted"])
@@ -117,7 +117,7 @@ addEventListener("load", () => {
 
 
 def test_headers_sort_a_column_and_say_so(tmp_path):
-    page = write_report(write_study(tmp_path / "study", Planted(loss=(3.3, None, 3.1, 3.2)), stages=("prepare", "init", "pretrain")))
+    page = write_report(collect(write_study(tmp_path / "study", Planted(loss=(3.3, None, 3.1, 3.2)), stages=("prepare", "init", "pretrain"))))
     text = page.read_text(encoding="utf-8")
     assert "RESULT" not in _chromium(tmp_path, "--virtual-time-budget=5000", "--dump-dom", page.as_uri())
     refused = tmp_path / "refused.html"

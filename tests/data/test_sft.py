@@ -164,7 +164,7 @@ def test_answers_that_a_completion_has_no_room_for_are_a_warning(tokenizer, capl
         for answer, response in (("mathematics", "The answer is mathematics."), ("x", "The answer is mathematics."))
     ]
     limit = len(tokenizer.encode("The answer is mathematics"))
-    for room, wanted in ((limit - 1, ["1 of 2 training responses give their answer after"]), (limit, []), (None, [])):
+    for room, wanted in ((limit - 1, ["1 of 2 rows give their answer after"]), (limit, []), (None, [])):
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="plasticity_jax"):
             encode_examples(rows, tokenizer, max_length=200, answer_limit=room)

@@ -385,6 +385,8 @@ def test_what_is_marked_is_what_the_loss_counts(tmp_path):
     batch = sft_batch(encode_examples([row], tokenizer, max_length=192), [0], bucket_length=191, batch_size=1, pad_id=tokenizer.pad_id)
     counted = tokenizer.decode([int(token) for token, counts in zip(batch["targets"][0], batch["loss_mask"][0]) if counts])
     assert found.rendered[0].split(OPENS)[1] == f"{counted}<end of text>{CLOSES}" and found.unit == "tokens"
+    short = study(written(tmp_path / "a.csv", TICKETS), max_new_tokens=2)
+    assert (found.late_answers, look(short, "tickets", tokenizer).late_answers) == (None, found.rows["train"])
 
 
 def test_own_text_alone_probes_for_nothing_built_in(tmp_path):

@@ -57,7 +57,7 @@ def test_the_plane_has_a_line_per_task_and_the_mean_of_the_learned(forgets):
 @pytest.mark.slow
 def test_the_plane_says_what_it_lacks_where_it_applies(tmp_path):
     study = write_study(tmp_path, Planted(forgetting=0.1), stages=("pretrain", "evaluate"))
-    page = Page(write_report(study).read_text(encoding="utf-8"))
+    page = Page(write_report(collect(study)).read_text(encoding="utf-8"))
     assert "figure-stability" in page.ids and "Nothing to show yet: no model has a gain and a held-out loss or a zero-shot accuracy" in page.text
     assert not FIGURES["stability"].applies(collect(write_study(tmp_path / "without", Planted(), stages=())).config)
 

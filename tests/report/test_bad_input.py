@@ -32,7 +32,7 @@ def text_of(results) -> str:
 
 def written(study) -> tuple[str, list[dict[str, str]]]:
     """The page's words and the rows of verdicts.csv, by the public call."""
-    page = write_report(study)
+    page = write_report(collect(study))
     with open(page.parent / "tables" / "verdicts.csv", encoding="utf-8", newline="") as file:
         return " ".join(Page(page.read_text(encoding="utf-8")).text.split()), list(csv.DictReader(file))
 
@@ -119,10 +119,10 @@ def test_models_of_a_seed_scored_on_other_problems_are_not_paired():
 def test_the_page_leaves_out_the_numbers_of_a_changed_run_and_says_so(tmp_path):
     study = write_study(tmp_path, Planted())
     [path, *_] = sorted(study.glob("gap/*/results.json"))
-    before = (write_report(study).parent / "tables" / "gap.csv").read_text().splitlines()
+    before = (write_report(collect(study)).parent / "tables" / "gap.csv").read_text().splitlines()
     results = json.loads(path.read_text())
     path.write_text(json.dumps(results | {"gap": results["gap"] + 1.0}))
-    page = write_report(study)
+    page = write_report(collect(study))
     assert "since the run finished" in page.read_text(encoding="utf-8")
     left = (page.parent / "tables" / "gap.csv").read_text().splitlines()
     assert len(left) == len(before) - 1 and set(left) < set(before)

@@ -23,10 +23,9 @@ from plasticity_jax.report.page import (
     format_summary,
     numbers_of,
     render_page,
-    summary_table,
     write_report,
 )
-from plasticity_jax.report.tables import to_tex
+from plasticity_jax.report.tables import summary_rows, to_tex
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.jsonfiles import read_json
 
@@ -83,7 +82,7 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(study):
-    return Page(write_report(study).read_text(encoding="utf-8"))
+    return Page(write_report(collect(study)).read_text(encoding="utf-8"))
 
 
 def words(study) -> str:
@@ -225,8 +224,8 @@ def test_gains_are_after_less_before(study, page):
         assert (row["after_difference"] == "") == (float(row["weight_decay"]) == 0.0)
 
 
-def test_summary_table(study):
-    rows = summary_table(study)
+def test_summary_rows(study):
+    rows = summary_rows(collect(study))
     assert [row["member"] for row in rows] == ["wd0", "wd0.1", "wd0.5", "wd2"]
     last = rows[-1]
     assert last["held_out_loss"] == 3.15 and last["timescale"] == 0.2 and last["gap"] == 0.05 and last["state"] == "done"
@@ -237,8 +236,8 @@ def test_summary_table(study):
 
 def test_diverged_member_has_no_number(tmp_path):
     study = write_study(tmp_path, Planted(loss=(3.3, 3.2, 3.1, None)))
-    page = Page(write_report(study).read_text(encoding="utf-8"))
-    row = summary_table(study)[-1]
+    page = Page(write_report(collect(study)).read_text(encoding="utf-8"))
+    row = summary_rows(collect(study))[-1]
     assert row["state"] == "diverged" and {v for k, v in row.items() if k not in ("member", "weight_decay", "timescale", "state")} == {None}
     assert "pretrain/wd2 diverged: loss nan at step" in page.text
     legend = draw_figure(collect(study), "loss_curves").axes[0].get_legend().get_texts()
@@ -258,14 +257,14 @@ def test_failed_run_is_named(tmp_path):
 @pytest.mark.parametrize("stages", [(), ("prepare", "init", "pretrain"), ("evaluate",), ("probe", "gap")])
 def test_partial_study_has_a_page(tmp_path, stages):
     study = write_study(tmp_path, stages=stages)
-    page = Page(write_report(study).read_text(encoding="utf-8"))
+    page = Page(write_report(collect(study)).read_text(encoding="utf-8"))
     assert SECTIONS <= set(page.ids)
     assert "Partial study" in page.text and "Nothing to show yet" in page.text
 
 
 def test_one_member_and_no_task_have_a_page(tmp_path):
     study = write_study(tmp_path, Planted(loss=(3.3,), before=(0.1,), after=(0.9,), rank_qk=(0.5,), rank_vo=(0.5,), gap=(0.1,), probe=(0.5,)))
-    assert "without a second there is nothing to compare" in Page(write_report(study).read_text(encoding="utf-8")).text
+    assert "without a second there is nothing to compare" in Page(write_report(collect(study)).read_text(encoding="utf-8")).text
     tree = read_json(study / "study.json")
     tree["config"]["tasks"], tree["runs"] = {}, [run for run in tree["runs"] if not run["task"]]
     (study / "study.json").write_text(json.dumps(tree))
@@ -280,7 +279,7 @@ def test_warnings_of_control_and_unlearned_task(tmp_path):
 
 
 def test_a_page_by_itself_links_to_nothing_but_itself(tmp_path):
-    whole = write_report(write_study(tmp_path / "work"), tmp_path / "sent" / "planted.html")
+    whole = write_report(collect(write_study(tmp_path / "work")), tmp_path / "sent" / "planted.html")
     beside, alone = (Page(path.read_text(encoding="utf-8")) for path in (whole, tmp_path / "sent" / "planted.html"))
     assert beside.ids == alone.ids and any("." in link for link in beside.links)
     assert alone.links == [link for link in beside.links if link.startswith("#")]
@@ -307,15 +306,15 @@ def test_report_is_replaced_and_leaves_no_old_figures(tmp_path):
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"old")
     drawn = study / "report" / "figures" / "pseudo_rank.svg"
-    first = write_report(study).read_bytes(), drawn.read_bytes()
+    first = write_report(collect(study)).read_bytes(), drawn.read_bytes()
     assert not stale.exists()
-    assert (write_report(study).read_bytes(), drawn.read_bytes()) == first, "the same results give the same files"
+    assert (write_report(collect(study)).read_bytes(), drawn.read_bytes()) == first, "the same results give the same files"
     assert not [p for p in (study / "report").rglob("*") if "partial" in p.name]
 
 
 def test_interrupted_report_keeps_the_old_page(tmp_path, monkeypatch):
     study = write_study(tmp_path, stages=("spectra",))
-    page = write_report(study)
+    page = write_report(collect(study))
     old, replace = page.read_bytes(), os.replace
 
     def full_disk(partial, path):
@@ -325,7 +324,7 @@ def test_interrupted_report_keeps_the_old_page(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="No space"):
-        write_report(study)
+        write_report(collect(study))
     assert page.read_bytes() == old and [path.name for path in page.parent.iterdir() if path.is_file()] == ["index.html"]
 
 
@@ -343,7 +342,7 @@ def test_figure_without_data_is_refused(tmp_path):
 
 def test_study_json_is_required(tmp_path):
     with pytest.raises(UserError, match=r"holds no study\.json"):
-        write_report(tmp_path)
+        write_report(collect(tmp_path))
 
 
 def test_inline_svg_prefixes_every_id_and_reference():
@@ -359,7 +358,7 @@ def test_inline_svg_prefixes_every_id_and_reference():
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     study = write_study(tmp_path_factory.mktemp("full"), Planted(scorer="log-probability", zero_shot=("piqa", "arc_easy"), forgetting=0.25))
-    write_report(study)
+    write_report(collect(study))
     return study
 
 

@@ -12,7 +12,8 @@ from plasticity_jax.config import GridConfig
 from plasticity_jax.errors import UserError
 from plasticity_jax.report.drawing import positions
 from plasticity_jax.report.effects import difference
-from plasticity_jax.report.page import Part, collect, draw_figure, format_summary, numbers_of, render_page, summary_table, write_report
+from plasticity_jax.report.page import Part, collect, draw_figure, format_summary, numbers_of, render_page, write_report
+from plasticity_jax.report.tables import summary_rows
 from plasticity_jax.report.verdicts import score_measure
 from plasticity_jax.stages.evaluate import correlation_rows, gain_rows
 
@@ -51,7 +52,7 @@ def rows(study, name):
 @pytest.fixture(scope="module")
 def faceted(tmp_path_factory):
     study = write_study(tmp_path_factory.mktemp("faceted"), BY_RATE)
-    write_report(study)
+    write_report(collect(study))
     return study
 
 
@@ -106,7 +107,7 @@ def test_tables_have_a_column_per_swept_field(faceted):
     about = ("pass@1", "topic", 0.0, 8e-4)
     (gain,) = [r for r in rows(faceted, "gains") if (r["metric"], r["task"], float(r["weight_decay"]), float(r["train.peak_lr"])) == about]
     assert gain["gain_difference"] == "" and float(gain["reference_weight_decay"]) == 0.0, "the reference lies in the same part"
-    member = next(line for line in format_summary(summary_table(faceted)).splitlines() if line.startswith("wd0.6-peak_lr0.0004 "))
+    member = next(line for line in format_summary(summary_rows(collect(faceted))).splitlines() if line.startswith("wd0.6-peak_lr0.0004 "))
     assert member.split()[:3] == ["wd0.6-peak_lr0.0004", "0.6", "0.0004"]
 
 
@@ -214,7 +215,7 @@ def test_seeds_are_averaged_within_a_part(tmp_path):
 
 def test_a_partial_faceted_study_has_a_page(tmp_path):
     study = write_study(tmp_path, BY_RATE, stages=("prepare", "init"))
-    page = Page(write_report(study).read_text(encoding="utf-8"))
+    page = Page(write_report(collect(study)).read_text(encoding="utf-8"))
     assert page.text.count("no verdict on any of the six claims") == len(RATES) and "Partial study" in page.text
     fields = (("train.peak_lr", RATES), ("model.d_ff", (64, 96)))
     by_rate = replace(BY_RATE, grid=replace(BY_RATE.grid, weight_decay=(0.1,), changes=(), fields=fields))
@@ -224,7 +225,7 @@ def test_a_partial_faceted_study_has_a_page(tmp_path):
 def test_a_swept_fine_tuning_cuts_the_page_and_shows_what_is_of_the_base_models_once(tmp_path):
     grid = GridConfig(timescales=(None, 4.0), fields=(("finetune.peak_lr", (1e-3, 3e-3)),))
     study = write_study(tmp_path, Planted(loss=(3.3, 3.2), grid=grid))
-    page = write_report(study).read_text(encoding="utf-8")
+    page = write_report(collect(study)).read_text(encoding="utf-8")
     assert "Two language models" in page and "fine-tuned in several ways: the fine-tuning peak learning rate (0.001, 0.003)" in page
     results = collect(study)
     assert [part.title for part in results.slices] == ["SFT lr = 0.001", "SFT lr = 0.003"]
