@@ -11,7 +11,7 @@ from typing import Any
 from side_by_side import RESULTS, ROOT, markdown
 
 PAGES = [ROOT / "docs" / name for name in ("performance.md", "reliability.md")]
-SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def section(result: dict[str, Any]) -> str:
@@ -33,7 +33,7 @@ def main() -> None:
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     for name in names:
         if name not in results:
-            print(f"the page keeps its old {name}: benchmarks/{name}.py has written no results", file=sys.stderr)
+            print(f"the page keeps its old {name}: benchmarks/{name.partition('-')[0]}.py has written no results", file=sys.stderr)
     for name in results.keys() - set(names):
         print(f"no page has a section for {name}: give one the lines <!-- results: {name} --> and <!-- end -->", file=sys.stderr)
     for name, result in results.items():

@@ -166,9 +166,17 @@ def serve(sides: Mapping[str, Side]) -> None:
 
 
 def finish(
-    title: str, tables: Mapping[str, Sequence[Mapping[str, Any]]], *, command: str | None = None, series: Sequence[Mapping[str, Any]] = ()
+    title: str,
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    command: str | None = None,
+    series: Sequence[Mapping[str, Any]] = (),
+    by_units: bool = False,
 ) -> None:
-    """Prints the tables of a benchmark (heading → rows; a row is column → value) and writes them to results/<script>.json, with a longer `series` of rows."""
+    """Prints the tables of a benchmark (heading → rows; a row is column → value) and writes them to results/<script>.json, with a longer `series` of rows.
+
+    `by_units`: who is ahead depends on the processor's vector and matrix units, so every kind has a file of its own, as train_step-amx_bf16.json.
+    """
     script = Path(sys.argv[0])
     result = {
         "title": title,
@@ -177,7 +185,8 @@ def finish(
         "tables": tables,
     } | ({"series": series} if series else {})
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{script.stem}.json"
+    units = result["machine"]["units"][-1:] if by_units else []
+    path = RESULTS / f"{'-'.join([script.stem, *units])}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for heading, rows in tables.items():
         print(f"\n{heading}\n\n{markdown(rows)}")

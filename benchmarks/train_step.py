@@ -195,7 +195,7 @@ def main() -> None:
             row = one.row(side.removeprefix(f"{size}: "), reference)
             lines.append(row if one.missing else row | {key: row[key] / steps for key in ("seconds", "least", "most")})
         tables[f"{size} parameters, {rows} x {length} tokens, seconds a step"] = lines
-    finish("Train step on the CPU", tables)
+    finish("Train step on the CPU", tables, by_units=True)
 
 
 if __name__ == "__main__":

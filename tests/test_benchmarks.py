@@ -51,7 +51,8 @@ def test_a_peer_without_its_environment_leaves_its_row_out(script, tmp_path, mon
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results", raising=False)
 
     benchmark.main()
-    tables = json.loads((tmp_path / "results" / f"{script}.json").read_text(encoding="utf-8"))["tables"]
+    [path] = (tmp_path / "results").glob(f"{script}*.json")
+    tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
     rows = [row for table in tables.values() for row in table]
     commands = {name: side_by_side.ENVIRONMENTS[name][2] for name in PEERS[script]}
     missing = [row["missing"] for row in rows if "missing" in row]
