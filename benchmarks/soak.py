@@ -2,9 +2,8 @@
 
 Command: python benchmarks/soak.py --minutes 60          (writes docs/figures/soak.svg too)
 
-Two numbers say what is held in memory: that of the process, as the operating system counts it, and what is allocated in glibc's heaps. Between them lies
-what was freed and is kept for the next study (`parallel/allocator.py`). The benchmark fails if a number of anything
-but memory has grown.
+Three numbers are about memory: the most that the process held during the study, what it holds after it, both as the operating system counts, and what
+of that is allocated in glibc's heaps. The benchmark fails if a number of anything but memory has grown.
 """
 
 import argparse
@@ -28,6 +27,7 @@ CONFIG = "configs/tiny.py"
 FIGURE = ROOT / "docs" / "figures" / "soak.svg"
 SETTLED = 3  # studies after which every cache is filled
 ROWS = 13  # of the table, spread over the time
+MEMORY = ("MB at most", "MB", "MB allocated")
 COUNTED = ("open files", "threads", "child processes", "live arrays", "programs")
 
 log = logging.getLogger("plasticity_jax")
@@ -57,10 +57,11 @@ def held() -> dict[str, int]:
 
     gc.collect()
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    of = {name: int(status.partition(f"{name}:")[2].split()[0]) for name in ("VmRSS", "Threads")}
+    of = {name: int(status.partition(f"{name}:")[2].split()[0]) for name in ("VmHWM", "VmRSS", "Threads")}
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()
     counts = (len(os.listdir("/proc/self/fd")), of["Threads"], len(children), len(jax.live_arrays()), len(get_backend().live_executables()))
-    return {"MB": of["VmRSS"] * 1024 // 10**6, "MB allocated": allocated() // 10**6} | dict(zip(COUNTED, counts, strict=True))
+    memory = {"MB at most": of["VmHWM"] * 1024 // 10**6, "MB": of["VmRSS"] * 1024 // 10**6, "MB allocated": allocated() // 10**6}
+    return memory | dict(zip(COUNTED, counts, strict=True))
 
 
 def draw(rows: list[dict]) -> None:
@@ -74,7 +75,7 @@ def draw(rows: list[dict]) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4.6))
         above, below = figure.subplots(2, 1, sharex=True)
-        for panel, names in ((above, ("MB", "MB allocated")), (below, COUNTED)):
+        for panel, names in ((above, MEMORY), (below, COUNTED)):
             for name, color in zip(names, SERIES):
                 panel.plot(minutes, [row[name] for row in rows], marker=".", color=color, label=name)
             panel.set_ylim(bottom=0)
@@ -96,7 +97,7 @@ def slope(rows: list[dict], name: str) -> float:
 def tables(rows: list[dict]) -> dict[str, list[dict]]:
     settled = rows[SETTLED - 1 :] or rows
     summary = {"minutes": rows[-1]["minutes"], "studies": len(rows)}
-    for name in ("MB", "MB allocated"):
+    for name in MEMORY:
         summary |= {f"{name} after study {settled[0]['study']}": settled[0][name], f"{name} after the last": rows[-1][name]}
         summary |= {f"{name} per study": round(slope(settled, name), 2)}
     of_time = {round(index * (len(rows) - 1) / (ROWS - 1)) for index in range(ROWS)}
@@ -110,6 +111,7 @@ def main() -> None:
     rows, begin = [], time.monotonic()
     while not rows or time.monotonic() - begin < 60 * arguments.minutes:
         start = time.monotonic()
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts anew from here
         with tempfile.TemporaryDirectory(prefix="soak-") as work, contextlib.redirect_stdout(io.StringIO()):
             status = plasticity(["study", "--quiet", "--config", CONFIG, "--workdir", work])
         assert status == 0, f"study {len(rows) + 1} ended with status {status}"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from plasticity_jax.completion import SHELLS, script
 from plasticity_jax.errors import UserError
 from plasticity_jax.parallel import preemption, processes, supervise
-from plasticity_jax.parallel.allocator import keep_freed_memory, return_freed_memory
+from plasticity_jax.parallel.allocator import keep_freed_memory, release_freed_memory, return_freed_memory
 from plasticity_jax.parallel.flags import leave_out_absent_tpu, prepare_backend
 from plasticity_jax.progress import NORMAL, QUIET, VERBOSE, logged, say_last, start_logging
 from plasticity_jax.text import valid_text
@@ -866,6 +866,7 @@ def _main(argv: list[str], worker: bool, stack: contextlib.ExitStack) -> int:
         with preemption.handled():
             if command.memory:
                 (keep_freed_memory if command.memory == "keep" else return_freed_memory)()
+                stack.callback(release_freed_memory)
             if launch is not None and several:
                 processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=launch.start_timeout)
             return command.run(arguments)

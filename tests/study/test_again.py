@@ -1,4 +1,4 @@
-"""One process that carries out studies one after the other holds no more after the third than after the second."""
+"""One process that carries out studies one after the other holds no more after the third than after the second, and gives freed memory back."""
 
 import json
 
@@ -23,6 +23,7 @@ def study(config):
         "arrays": len(jax.live_arrays()),
         "files": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),
+        **{name: int(open("/proc/self/status").read().partition(f"{name}:")[2].split()[0]) for name in ("VmHWM", "VmRSS")},
         "children": len(open(f"/proc/self/task/{os.getpid()}/children").read().split()),
     }
 
@@ -35,6 +36,7 @@ def test_a_further_study_in_one_process_adds_nothing(wheels_dir):
     first, second, third = json.loads(python(CODE, TINY, PLASTICITY_WHEELS=str(wheels_dir)).splitlines()[-1])
     assert first["programs"] == second["programs"] == third["programs"] > 10
     assert first["arrays"] == second["arrays"] == third["arrays"] == 0
+    assert third["VmRSS"] < 0.8 * third["VmHWM"]
     assert third["files"] <= second["files"]
     assert third["threads"] <= second["threads"]
     assert first["children"] == second["children"] == third["children"] == 0
