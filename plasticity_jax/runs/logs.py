@@ -205,35 +205,37 @@ class MetricsLog:
 class _TensorBoard:
     """TensorBoard events in a folder. On a disk they appear at once, on a store at each flush. Those of an earlier process are hidden after `step`.
 
-    Not tensorboardX's SummaryWriter, which registers itself to be closed at exit: the process would keep each one until then.
+    Not tensorboardX's SummaryWriter, which registers itself to be closed at exit, so that the process would keep each one until then, nor its
+    EventFileWriter, whose thread ends at a full disk or when the clock goes back far, and the training would wait for it for ever.
     """
 
     def __init__(self, folder: AnyPath, step: int):
-        from tensorboardX.event_file_writer import EventFileWriter
+        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         self._folder = folder
         self._temporary = None if is_local(folder) else tempfile.TemporaryDirectory(prefix="plasticity-events-")
         first = step + 1
-        place = self._temporary.name if self._temporary else str(folder)
-        self._events = EventFileWriter(place, filename_suffix=f".{first}")  # its names have whole seconds only
+        place = Path(self._temporary.name if self._temporary else str(folder))
+        place.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(place / "events"), f".{first}")  # its names have whole seconds only
         self._add(first, file_version="brain.Event:2")
         self._add(first, session_log=SessionLog(status=SessionLog.START))
 
     def _add(self, step: int, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-        self._events.add_event(Event(wall_time=time.time(), step=step, **content))
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         from tensorboardX.summary import scalar
 
         for tag, value in numbers.items():
             self._add(step, summary=scalar(tag, value))
+        self._events.flush()
 
     def flush(self) -> None:
         if self._temporary is not None and not is_local(self._folder):
-            self._events.flush()
             upload(Path(self._temporary.name), self._folder)
 
     def close(self, *, hurry: bool) -> None:

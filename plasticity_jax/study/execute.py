@@ -34,6 +34,7 @@ from plasticity_jax.study.together import check_groups, check_memory, grouped, s
 log = logging.getLogger("plasticity_jax")
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
+_STORAGE_ERRORS |= {errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.EHOSTDOWN}  # a mount that was lost
 _STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")
 LOOK_SECONDS, LOOK_SECONDS_ON_STORE = 2.0, 60.0  # between two looks at how far a run is: a small file on a disk, an object on a store
 
@@ -357,6 +358,7 @@ class _Execution:
       total: number of groups.
       left: the time left of all runs.
       exhausted: program → the run that did not fit.
+      begun: which folder the workdir was when this began.
     """
 
     workdir: AnyPath
@@ -368,6 +370,16 @@ class _Execution:
     total: int
     left: TimeLeft
     exhausted: dict[str, str] = field(default_factory=dict)
+    begun: int | None = None
+
+    def __post_init__(self) -> None:
+        self.begun = self.begun or _inode(self.workdir)
+
+    def check_there(self) -> None:
+        """Refuses to go on where the workdir was: on what a lost mount leaves, work would be lost. Raises StudyRefused."""
+        if self.begun is not None and _inode(self.workdir) != self.begun:
+            place = "is gone, or another folder than when this command began (a lost mount? a moved folder?)"
+            raise StudyRefused(f"--workdir={self.workdir} {place}; bring it back, then run again: it resumes.")
 
     def side_by_side(self, devices: Sequence[lanes.Lane], wave: Sequence[Numbered]) -> None:
         """Carries out the groups of a wave, each in its lane."""
@@ -437,9 +449,12 @@ class _Execution:
         """
         preemption.check()
         outcome, path_of = self.outcome, self.path_of
-        missing = processes.broadcast(
-            lambda: [[parent for parent in run.parents.values() if not RunDirectory(path_of(parent)).done] for run in group]
-        )
+
+        def missing_parents() -> list[list[str]]:
+            self.check_there()
+            return [[parent for parent in run.parents.values() if not RunDirectory(path_of(parent)).done] for run in group]
+
+        missing = processes.broadcast(missing_parents)
         for run, parents in zip(group, missing, strict=True):
             if parents:
                 log.warning("%s waits for %s", run.id, ", ".join(parents))
@@ -458,7 +473,7 @@ class _Execution:
             ids = [run.id for run in part]
             self.left.begin(ids)
             try:
-                _carry_out(self.configs, part, path_of, _refuse_storage_problems(self.workdir), too_large, self.left)
+                _carry_out(self.configs, part, path_of, _refuse_storage_problems(self), too_large, self.left)
                 outcome.carried_out += ids
                 self._end(ids, finished=True)
             except (StudyRefused, processes.Disconnected):
@@ -668,16 +683,26 @@ def _record_environment(stage: Stage, context: Context, together: int) -> None:
 
 
 @contextlib.contextmanager
-def _refuse_storage_problems(workdir: AnyPath) -> Iterator[None]:
+def _refuse_storage_problems(execution: _Execution) -> Iterator[None]:
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        problem = storage_problem(error)
+        try:
+            execution.check_there()
+        except StudyRefused as refused:
+            raise refused from error
+        problem = None if isinstance(error, UserError) else storage_problem(error)
         if problem is None:
             raise
-        raise StudyRefused(f"--workdir={workdir}: {problem}; make room or give another --workdir, then run again: it resumes.") from error
+        raise StudyRefused(f"--workdir={execution.workdir}: {problem}; make room or give another --workdir, then run again: it resumes.") from error
+
+
+def _inode(folder: AnyPath) -> int | None:
+    """What tells a folder from another at the same path; None where there is none, or on a store."""
+    try:
+        return folder.stat().st_ino if is_local(folder) else None
+    except OSError:
+        return None
 
 
 def storage_problem(error: BaseException | None) -> str | None:

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -142,16 +143,18 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, make, words):
 
 
 def test_a_log_that_is_closed_is_let_go(tmp_path):
-    from tensorboardX.event_file_writer import EventFileWriter
+    from tensorboardX.event_file_writer import EventsWriter
 
     def writers() -> int:
         gc.collect()
-        return sum(isinstance(thing, EventFileWriter) for thing in gc.get_objects())
+        return sum(isinstance(thing, EventsWriter) for thing in gc.get_objects())
 
-    before = writers()
+    before, threads = writers(), threading.active_count()
     log = MetricsLog(tmp_path, step=0)
     log.write(1, loss=1.0)
-    assert writers() == before + 1
+    [path] = (tmp_path / "tensorboard").iterdir()
+    assert [value.simple_value for event in _events(path) for value in event.summary.value] == [1.0], "at once"
+    assert writers() == before + 1 and threading.active_count() == threads
     log.close()
     del log
     assert writers() == before

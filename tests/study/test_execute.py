@@ -1,4 +1,6 @@
 import errno
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,13 +208,45 @@ def test_a_diverged_member_leaves_the_verifier_to_the_others(tmp_path, stages):
         assert now[run.id] == ("diverged" if run.member == bad.member else "done")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("write failed: No space left on device")])
-def test_a_full_disk_stops_the_study_as_a_users_problem(tmp_path, stages, error):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("write failed: No space left on device"),
+        *(OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOTCONN)),
+    ],
+    ids=["wrapped", "full", "quota", "stale mount", "lost mount"],
+)
+def test_a_disk_that_cannot_be_written_stops_the_study_as_a_users_problem(tmp_path, stages, error):
     stages.fail[RUNS[1].id] = error
-    with pytest.raises(StudyRefused, match=r"(?i)no space left.*resumes"):
+    words = str(error).partition(": ")[2] if isinstance(error, ValueError) else error.strerror
+    with pytest.raises(StudyRefused, match=f"(?i){words}.*resumes"):
         execute(CONFIG, tmp_path, RUNS)
     assert len(stages.called) == 2
     assert states(tmp_path)[RUNS[1].id] != "done"
+
+
+@pytest.mark.parametrize("left_behind", [False, True], ids=["nothing", "an empty folder"])
+def test_a_lost_workdir_ends_the_study_and_nothing_is_made_in_its_place(tmp_path, stages, monkeypatch, left_behind):
+    workdir, elsewhere = tmp_path / "mount" / "work", tmp_path / "elsewhere"
+    workdir.mkdir(parents=True)
+    real = execution.stages()
+
+    def lose(context):
+        workdir.rename(elsewhere)
+        if left_behind:
+            context.directory.path.mkdir(parents=True)
+        return {}
+
+    stage = RUNS[2].stage
+    monkeypatch.setattr(execution, "stages", lambda: real | {stage: replace(real[stage], run=lose)})
+    with pytest.raises(StudyRefused, match=r"mount/work is gone, or another folder.*bring it back.*resumes"):
+        execute(CONFIG, workdir, RUNS[2:5])
+    assert not stages.called
+    shutil.rmtree(workdir, ignore_errors=True)
+    elsewhere.rename(workdir)
+    monkeypatch.setattr(execution, "stages", lambda: real)
+    execute(CONFIG, workdir, RUNS)
+    assert set(states(workdir).values()) == {"done"}
 
 
 def test_an_interrupt_keeps_what_is_done(tmp_path, stages):

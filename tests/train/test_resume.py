@@ -1,7 +1,9 @@
 """A killed training whose files were damaged before it resumes: it goes on from what is whole, says so, and ends in the same bits; or it refuses."""
 
+import itertools
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -212,3 +214,13 @@ def test_members_of_one_program_go_on_from_a_common_step_in_a_program_of_the_sam
         assert_same_run(world.root / f"{name}-harmed", world.root / f"{name}-straight")
     assert untimed(world.root / "wild-harmed") == untimed(world.root / "wild-straight")
     assert not warnings_of(world.root / "calm-harmed") and "16 cannot be read" in warnings_of(world.root / "free-harmed")[0]
+
+
+@pytest.mark.parametrize("jumps", [itertools.count(0, -86400), itertools.cycle([0, 60, -60])], ids=["back by days", "to and fro by a minute"])
+def test_a_clock_that_jumps_changes_nothing(world: World, interrupted, monkeypatch, jumps, request):
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    path = interrupted(f"clock-{request.node.callspec.id.replace(' ', '-')}")
+    world.pretrain({path.name: 0.1}, CONFIG)
+    assert_same_run(path, world.root / "base")
+    assert all(row["seconds"] > 0 for row in read_jsonl(path / "metrics.jsonl"))
