@@ -34,6 +34,10 @@ _DAMAGED = ".damaged"  # ends the name of a step that was set aside
 # What says that nothing is known of the files themselves: another try may read them.
 _NO_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Permission denied", "Input/output error", "Too many open files")
 
+# Orbax counts bytes for its own log at every save and load, by asking tensorstore (0.1.86) for metrics, which never frees what it answers: a megabyte
+# for every tiny study.
+ts_utils.get_tensorstore_raw_bytes = lambda *direction, **more: 0  # pyright: ignore[reportAttributeAccessIssue]
+
 
 class Damaged(UserError):
     """A checkpoint whose files are no longer what was saved; `what` says so without the way out."""
