@@ -78,7 +78,7 @@ def _of_study(path: AnyPath, of_study: list[Run], decays: dict[str | None, float
     rewards = {run.parents["completions"]: path.parent / run.id for run in of_study if run.stage == "reward"}
     for run in of_study:
         decay = decays.get(run.member)
-        if wanted.takes_run(run, decay) and RunDirectory(path.parent / run.id).done:
+        if wanted.takes_run(run, decay) and _is_whole(path.parent / run.id):
             about = {"study": run.study, "member": run.member, "weight_decay": decay, "task": run.task, "when": run.fields["when"], "seed": run.seed}
             for row in _rows(path.parent / run.id, rewards.get(run.id), greedy=not wanted.samples):
                 if wanted.takes(row):
@@ -109,15 +109,21 @@ def _rows(folder: AnyPath, rewards: AnyPath | None, *, greedy: bool) -> Iterator
                 "reward": None,
             }
     elif (folder / COMPLETIONS).is_file():
-        found = (
-            {}
-            if rewards is None or not RunDirectory(rewards).done
-            else {(row["id"], row["sample"]): row["reward"] for row in _lines(rewards / REWARDS)}
-        )
+        found = {} if rewards is None or not _is_whole(rewards) else {(row["id"], row["sample"]): row["reward"] for row in _lines(rewards / REWARDS)}
         for row in completions(folder, greedy=greedy):
             yield {name: row[name] for name in ("id", "sample", "prompt", "gold", "text", "answer", "verdict")} | {
                 "reward": found.get((row["id"], row["sample"]))
             }
+
+
+def _is_whole(folder: AnyPath) -> bool:
+    """Whether a run is finished. Raises UserError if one of its files has changed since."""
+    directory = RunDirectory(folder)
+    if not directory.done:
+        return False
+    if damage := directory.damage():
+        raise UserError(damage)
+    return True
 
 
 def _lines(path: AnyPath) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from plasticity_jax.errors import UserError, reason
-from plasticity_jax.runs.storage import AnyPath, replacing, write_bytes
+from plasticity_jax.runs.storage import AnyPath, open_file, replacing, write_bytes
+
+LONGEST = 2**29  # bytes of a JSON file, and of a line
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -48,8 +50,12 @@ def write_json(path: AnyPath, value: Any) -> None:
 
 def read_json(path: AnyPath) -> dict[str, Any]:
     """Reads a JSON object; `float(x)` turns the strings "inf", "-inf" and "nan" back into numbers. Raises UserError if it is none."""
+    with open_file(path) as file:
+        content = file.read(LONGEST + 1)
+    if len(content) > LONGEST:
+        raise UserError(f"{path} holds more than {LONGEST / 2**20:,.0f} MiB, which nothing here writes as one piece; delete it and run again.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({reason(error)}); delete it and run again.") from error
     if not isinstance(found, dict):
@@ -65,9 +71,11 @@ def write_jsonl(path: AnyPath, rows: Iterable[dict]) -> None:
 
 def iter_jsonl(path: AnyPath) -> Iterator[dict]:
     """The objects of a file with one per line; a half-written last line (after a kill) is left out. Raises UserError at a line that holds none."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    with open_file(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
             if not line.endswith(b"\n"):
+                if len(line) == LONGEST:
+                    raise UserError(f"{path}: line {number} is longer than {LONGEST / 2**20:,.0f} MiB; delete {path.parent} and run again.")
                 continue
             try:
                 row = json.loads(line)

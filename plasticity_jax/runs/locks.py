@@ -31,12 +31,14 @@ def lock(path: AnyPath) -> Iterator[None]:
     of another machine the refusal says what to delete.
 
     Raises:
-      StudyRefused: another process holds it.
+      StudyRefused: another process holds it, or it is no file.
     """
     if not is_local(path):
         with _lease(path):
             yield
         return
+    if os.path.lexists(path) and not path.is_file():
+        raise StudyRefused(f"{path} is no regular file; delete it and run again.")
     held = filelock.UnixFileLock(path, timeout=LOOK_SECONDS)
     try:
         held.acquire()
@@ -84,6 +86,8 @@ def is_locked(path: AnyPath) -> bool:
     if not is_local(path):
         holder = _holder(path)
         return holder is not None and not _is_gone(holder)
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         with open(path) as file:  # shared, so that those who only look do not get into each other's way
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

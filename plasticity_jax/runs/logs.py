@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plasticity_jax.runs.jsonfiles import iter_jsonl, to_json
-from plasticity_jax.runs.storage import AnyPath, is_local, replacing, upload, write_bytes
+from plasticity_jax.runs.storage import AnyPath, is_local, read_bytes, replacing, upload, write_bytes
 from plasticity_jax.runs.tracker import Tracker
 
 METRICS = "metrics.jsonl"
@@ -34,7 +34,7 @@ class AppendLog:
         self._file = None
         if is_local(path):
             if path.exists():
-                _write(path, _kept(_lines(path.read_bytes()), keep))
+                _write(path, _kept(_lines(read_bytes(path)), keep))
             self._file = open(path, "a", encoding="utf-8")
         else:
             self._part = io.StringIO()
@@ -74,7 +74,7 @@ def read_log(path: AnyPath) -> list[dict]:
 def read_whole_rows(path: AnyPath) -> list[dict]:
     """The rows of a log before the first line that holds none."""
     lines = [
-        line for part in ([path] if is_local(path) else [part for _, part in _parts(path)]) if part.is_file() for line in _lines(part.read_bytes())
+        line for part in ([path] if is_local(path) else [part for _, part in _parts(path)]) if part.is_file() for line in _lines(read_bytes(part))
     ]
     return [row for line in _kept(lines, lambda row: True) if (row := _row(line)) is not None]
 
@@ -93,7 +93,7 @@ def _cut(path: AnyPath, keep: Callable[[dict], bool]) -> int:
     parts = _parts(path)
     kept = []
     for number, part in parts:
-        lines = _lines(part.read_bytes())
+        lines = _lines(read_bytes(part))
         good = len(_kept(lines, keep))
         kept.append((number, part, lines, good))
         if good < len(lines):

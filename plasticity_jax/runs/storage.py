@@ -108,6 +108,19 @@ def replacing(path: AnyPath, *, durable: bool = True) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+def open_file(path: AnyPath) -> IO[bytes]:
+    """Opens a file of a run to read. Raises UserError at a pipe, which would be waited for, a device, which may not end, and a folder."""
+    if is_local(path) and os.path.lexists(path) and not path.is_file():
+        raise UserError(f"{path} is no regular file; delete it and run again.")
+    return path.open("rb")
+
+
+def read_bytes(path: AnyPath) -> bytes:
+    """All of a file that `open_file` opens."""
+    with open_file(path) as file:
+        return file.read()
+
+
 def remove_partial(folder: AnyPath) -> None:
     """Removes the files of a folder that a killed `replacing` has left half-written. Only where no other process writes there."""
     for partial in folder.glob(".*.partial") if is_local(folder) else ():

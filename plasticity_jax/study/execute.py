@@ -33,7 +33,8 @@ from plasticity_jax.study.together import check_groups, check_memory, grouped, s
 
 log = logging.getLogger("plasticity_jax")
 
-_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_STORAGE_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP}  # something else lies where a file or a folder goes
 _STORAGE_ERRORS |= {errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN}  # a mount that was lost
 _STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")
 LOOK_SECONDS, LOOK_SECONDS_ON_STORE = 2.0, 60.0  # between two looks at how far a run is: a small file on a disk, an object on a store

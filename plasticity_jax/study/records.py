@@ -17,7 +17,7 @@ from plasticity_jax.progress import Progress
 from plasticity_jax.runs.directory import ASKED, CONFIG, DONE, PROVENANCE, RESULTS, STUDY, WARNINGS, RunDirectory
 from plasticity_jax.runs.jsonfiles import damaged, read_json, to_json
 from plasticity_jax.runs.logs import METRICS
-from plasticity_jax.runs.storage import AnyPath, make_folder, write_bytes
+from plasticity_jax.runs.storage import AnyPath, make_folder, read_bytes, write_bytes
 from plasticity_jax.study.graph import read_study, runs_beside
 
 KEPT = (CONFIG, PROVENANCE, RESULTS, WARNINGS, ASKED)  # of every run
@@ -46,7 +46,7 @@ def save_records(study_dir: AnyPath, out: AnyPath) -> list[AnyPath]:
     with damaged(study_dir / STUDY):
         seeds = {name: member.seed for member in grid_members(restore_config(tree["config"])) for name in (member.name, member.base)}
     runs += [other.run for other in runs_beside(study_dir / STUDY) if not other.stale]  # what commands were asked for by themselves
-    archives: dict[str, dict[str, bytes]] = {SHARED: {STUDY: (study_dir / STUDY).read_bytes()}}
+    archives: dict[str, dict[str, bytes]] = {SHARED: {STUDY: read_bytes(study_dir / STUDY)}}
     with Progress(f"records of {study_dir.name}", total=len(runs), unit="runs") as progress:
         for run in runs:
             directory = RunDirectory(study_dir / run.id)
@@ -88,7 +88,7 @@ def _unpack(records: AnyPath, workdir: AnyPath) -> AnyPath:
     if not re.fullmatch(_PART, study):
         raise UserError(f"{shared} names its study {study!r}, which is no name of a folder; write the records again with plasticity records.")
     folder = workdir / study
-    if (folder / STUDY).is_file() and (folder / STUDY).read_bytes() != files[STUDY]:
+    if (folder / STUDY).is_file() and read_bytes(folder / STUDY) != files[STUDY]:
         raise UserError(f"{folder} holds another study than {records}; give another --workdir.")
     with Progress(f"unpack {records.name}", total=len(files), unit="files") as progress:
         for name in sorted(files, key=lambda name: (name.endswith(f"/{DONE}"), name)):  # DONE last, as a run writes it
@@ -104,7 +104,7 @@ def _small_files(directory: RunDirectory, *, curves: bool) -> dict[str, bytes]:
     if damage := directory.damage():
         raise UserError(damage)
     patterns = (*KEPT, *([_METRICS] if curves else []))
-    files = {path.name: path.read_bytes() for pattern in patterns for path in sorted(directory.path.glob(pattern))}
+    files = {path.name: read_bytes(path) for pattern in patterns for path in sorted(directory.path.glob(pattern))}
     done = read_json(directory.path / DONE)
     done["files"] = {name: checksum for name, checksum in done.get("files", {}).items() if name in files}
     done["record"] = True

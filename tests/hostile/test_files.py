@@ -28,8 +28,11 @@ from plasticity_jax.data.tokenizer import Tokenizer
 from plasticity_jax.errors import UserError
 from plasticity_jax.report.browse import Filter, browse
 from plasticity_jax.runs.directory import RunDirectory, open_run
+from plasticity_jax.runs.logs import AppendLog
 from plasticity_jax.runs.run import Run
+from plasticity_jax.study.execute import storage_problem
 from plasticity_jax.study.graph import save_study
+from plasticity_jax.study.records import save_records
 from plasticity_jax.study.status import study_status
 
 ROWS = [{"text": f"a text of some words, {number} é", "label": number % 3} for number in range(12)]
@@ -87,9 +90,10 @@ def test_a_table_that_was_changed(tmp_path_factory, random: Random):
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(
-    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path), lambda path: path.mkdir()]
-)
+NO_FILES = [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path), lambda path: path.mkdir()]
+
+
+@pytest.mark.parametrize("make", NO_FILES)
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.txt", "rows.parquet", "tokens.npy", "tokenizer.json", "config.json"])
 def test_what_is_no_file_is_not_read(tmp_path, make, name):
     """A pipe would be waited for, a device never ends."""
@@ -172,19 +176,50 @@ def test_files_of_a_run_that_were_changed(study, tmp_path_factory, random: Rando
     else:
         path.write_text(json.dumps(change_tree(json.loads(content), random)))
 
-    def read_it_all():
-        for read in (
-            lambda: read_completions(folder),
-            lambda: list(browse(work, Filter())),
-            lambda: study_status(work, verify=True),
-            lambda: open_run(folder).run(),
-            lambda: open_run(folder).config(),
-        ):
-            try:
-                read()
-            except UserError:
-                pass
+    with within_limits() as answered:
+        answered(lambda: read_it_all(work, folder))
+    shutil.rmtree(work.parent)
+
+
+def read_it_all(work: Path, folder: Path) -> None:
+    for read in (
+        lambda: read_completions(folder),
+        lambda: list(browse(work, Filter())),
+        lambda: study_status(work, verify=True),
+        lambda: open_run(folder).run(),
+        lambda: open_run(folder).config(),
+        lambda: save_records(work / "study", work / "records"),
+    ):
+        try:
+            read()
+        except UserError:
+            pass
+
+
+@pytest.mark.parametrize("make", NO_FILES)
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["study.json", "DONE", "LOCK", "FAILED", "progress.json", "warnings.json", "config.json", "results.json", "completions.jsonl", "generated.jsonl"],
+)
+def test_what_is_no_file_among_those_of_a_run(study, tmp_path, make, finished, name):
+    work = Path(shutil.copytree(study, tmp_path / "work"))
+    (folder,) = (work / "study" / "evaluate").iterdir()
+    again = json.loads((folder / "config.json").read_text())["run"]
+    if not finished:
+        (folder / "DONE").unlink()
+    path = work / "study" / name if name == "study.json" else folder / name
+    path.unlink(missing_ok=True)
+    make(path)
+
+    def read_and_work():
+        read_it_all(work, folder)
+        try:
+            with RunDirectory(folder).work(Run.from_dict(again), StudyConfig(name="study")) as directory:
+                AppendLog(folder / "generated.jsonl", keep=lambda row: True).close()
+                directory.finish({})
+        except (UserError, OSError) as error:
+            assert isinstance(error, UserError) or storage_problem(error), error
 
     with within_limits() as answered:
-        answered(read_it_all)
-    shutil.rmtree(work.parent)
+        answered(read_and_work)

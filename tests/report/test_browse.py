@@ -1,6 +1,8 @@
 """Reading completions of a planted study, and what a terminal gets to see of them."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from synthetic_study import PROBLEMS, Planted, write_study
@@ -8,6 +10,8 @@ from synthetic_study import PROBLEMS, Planted, write_study
 from plasticity_jax import cli
 from plasticity_jax.errors import UserError
 from plasticity_jax.report.browse import Filter, browse, text_of
+from plasticity_jax.runs.directory import CHANGING, RunDirectory
+from plasticity_jax.runs.integrity import checksums
 
 PLANTED = Planted(scorer="log-probability")
 
@@ -49,6 +53,20 @@ def test_a_filter_gives_the_completions_it_names_and_no_others(workdir):
 def test_what_the_study_does_not_have_is_refused_with_what_it_has(workdir, wanted, message):
     with pytest.raises(UserError, match=message):
         list(browse(workdir, wanted))
+
+
+@pytest.mark.parametrize("stage, name", [("evaluate", "completions.jsonl"), ("reward", "rewards.jsonl")])
+def test_a_run_that_was_altered_is_not_shown(workdir, tmp_path, stage, name):
+    copied = Path(shutil.copytree(workdir, tmp_path / "work"))
+    folder = next(path for path in sorted(copied.glob(f"*/{stage}/*")) if (path / name).is_file())
+    lines = (folder / name).read_text().splitlines(keepends=True)
+    (folder / name).write_text("".join(lines[: len(lines) // 2]))
+    directory = RunDirectory(folder)
+    (folder / "DONE").write_text(json.dumps({"diverged": "", "files": checksums(folder, without=CHANGING)}))
+    assert directory.damage() is None and list(browse(copied, Filter(samples=True)))
+    (folder / name).write_text("".join(lines))
+    with pytest.raises(UserError, match=f"{folder.name}: {name} has .* run again"):
+        list(browse(copied, Filter(samples=True)))
 
 
 def test_the_command_shows_as_many_as_asked_for(workdir, capsys):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from plasticity_jax.config import StudyConfig
 from plasticity_jax.errors import UserError
+from plasticity_jax.runs import jsonfiles
 from plasticity_jax.runs.directory import RunDirectory, open_run
 from plasticity_jax.runs.jsonfiles import read_json, read_jsonl, to_json, write_json, write_jsonl
 from plasticity_jax.runs.logs import MetricsLog
@@ -59,6 +60,15 @@ def test_half_written_last_line_is_left_out(tmp_path):
     with open(path, "a") as file:
         file.write('{"a": 3')
     assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("text", ['{"a": "' + "b" * 2000 + '"}', '{"a": "' + "b" * 2000 + '"}\n', " " * 5000])
+def test_a_file_without_end_is_one_line(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(jsonfiles, "LONGEST", 1000)
+    (tmp_path / "x").write_text(text)
+    for read in (read_json, read_jsonl):
+        with pytest.raises(UserError, match="more than|longer than"):
+            read(tmp_path / "x")
 
 
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
