@@ -11,6 +11,7 @@ from plasticity_jax.config.schema import GridConfig, StudyConfig, execution_fiel
 from plasticity_jax.errors import UserError
 
 MOST_MEMBERS = 10_000
+_LEAST = 2.0**-126  # of the normal numbers of float32
 SWEPT_SECTIONS = ("model", "train", "decay", "data", "finetune")
 
 
@@ -68,7 +69,7 @@ def grid_members(config: StudyConfig) -> tuple[Member, ...]:
                 base += of_seed
                 changes = tuple(pair for pattern, changed in grid.changes if re.search(pattern, name) for pair in changed.items())
                 if changes and decay:
-                    timescale = 1.0 / (decay * _decay_per_run(_with(own, changes)))
+                    timescale = _inverse(decay, _decay_per_run(_with(own, changes)), "weight_decay")
                 members.append(Member(name, base, decay, timescale, seed, overrides, changes))
     return _left(grid, members)
 
@@ -150,9 +151,19 @@ def _decays(config: StudyConfig) -> Iterator[tuple[float, float | None]]:
     """(λ, timescale) for each of the grid's weight decays or timescales."""
     per_run = _decay_per_run(config)
     if config.grid.timescales is not None:
-        yield from ((0.0 if t is None else 1.0 / (t * per_run), t) for t in config.grid.timescales)
+        yield from ((0.0 if t is None else _inverse(t, per_run, "timescales"), t) for t in config.grid.timescales)
     else:
-        yield from ((float(w), None if w == 0 else 1.0 / (w * per_run)) for w in config.grid.weight_decay or ())
+        yield from ((float(w), None if w == 0 else _inverse(w, per_run, "weight_decay")) for w in config.grid.weight_decay or ())
+
+
+def _inverse(value: float, per_run: float, field: str) -> float:
+    """The timescale of a λ, or the λ of a timescale. Raises UserError where one of them, or their product, is no number of float32."""
+    product = value * per_run
+    if not all(_LEAST <= found <= 1 / _LEAST for found in (value, product)):
+        raise UserError(
+            f"grid.{field}={value:.4g} at a learning rate that would decay by {per_run:.4g} with λ = 1 is beyond what float32 holds; change it."
+        )
+    return 1.0 / product
 
 
 def _decay_per_run(config: StudyConfig) -> float:

@@ -29,6 +29,7 @@ PositiveInt = Annotated[int, Gt(0), Le(MOST)]
 NonNegativeInt = Annotated[int, Ge(0), Le(MOST)]
 Epochs = Annotated[int, Gt(0), Le(10_000)]
 Resamples = Annotated[int, Gt(0), Le(1_000_000)]
+Samples = Annotated[int, Gt(0), Le(10_000)]  # per problem: those of one prompt are generated together
 Seed = Annotated[int, Ge(0), Le(MOST_SEED)]
 MeshAxis = Annotated[int, Ge(-1), Le(2**24)]
 PositiveFloat = Annotated[float, Gt(0)]
@@ -466,7 +467,7 @@ class FinetuneConfig:
 class EvaluateConfig:
     """Generation and grading: one greedy completion and `n_samples` sampled ones per problem."""
 
-    n_samples: PositiveInt = result(8, "sampled completions per problem")
+    n_samples: Samples = result(8, "sampled completions per problem")
     temperature: PositiveFloat = result(1.0, "of the sampled completions")
     top_k: NonNegativeInt = result(0, "sample from the k likeliest tokens; 0: from all")
     top_p: PositiveFraction = result(1.0, "sample from the fewest tokens whose probabilities add up to this; 1: from all")

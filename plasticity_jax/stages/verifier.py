@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from plasticity_jax.config import StudyConfig, result_fields
-from plasticity_jax.config.schema import Epochs, Fraction, PositiveFloat, PositiveInt, ProperFraction, Seed, execution, result
+from plasticity_jax.config.schema import Epochs, Fraction, PositiveFloat, PositiveInt, ProperFraction, Samples, Seed, execution, result
 from plasticity_jax.errors import UserError
 from plasticity_jax.runs.directory import RunDirectory
 from plasticity_jax.runs.run import Run
@@ -25,7 +25,7 @@ SAMPLES_ROLE = "samples-"  # roles of a verifier's parents with graded samples b
 class VerifierConfig:
     """The outcome verifier: per task, a fine-tuned model with a scalar head, trained on graded samples of rows kept for it (`tasks.<name>.verifier_rows`)."""
 
-    n_samples: PositiveInt = result(4, "samples per row and member")
+    n_samples: Samples = result(4, "samples per row and member")
     epochs: Epochs = result(3, "passes over the samples")
     peak_lr: PositiveFloat = result(1e-3, "learning rate after the warm-up")
     batch_size: PositiveInt = result(64, "samples per step")
