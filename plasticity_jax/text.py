@@ -21,6 +21,8 @@ def valid_text(what: str, text: str) -> str:
 
 def local_path(place: str) -> Path:
     """The path that a text names. Raises UserError for one that no file can have."""
+    if not place:
+        raise UserError("a path is empty, perhaps a variable that is not set; give one, or . for this folder.")
     if "\0" in place:
         raise UserError(f"{place} holds a NUL character, which no path may; correct it.")
     path = Path(valid_text("a path", place))

@@ -334,7 +334,12 @@ def _read_python(path: Path, *, faithful: Any) -> dict[str, Any]:
         if not hasattr(module, "get_config"):
             raise UserError(f"{path} has no get_config(); a config file defines get_config() -> ConfigDict.")
         takes = isinstance(faithful, bool) and "faithful" in inspect.signature(module.get_config).parameters
-        return _complete((module.get_config(faithful=faithful) if takes else module.get_config()).to_dict())
+        from ml_collections import config_dict
+
+        made = module.get_config(faithful=faithful) if takes else module.get_config()
+        if not isinstance(made, config_dict.ConfigDict):
+            raise UserError(f"{path}: get_config() returned {type(made).__name__}; return a ConfigDict, such as that of base_config().")
+        return _complete(made.to_dict())
     except UserError:
         raise
     except Exception as error:

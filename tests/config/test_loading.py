@@ -120,6 +120,16 @@ def test_bad_json_is_one_line(change, said, inside, tmp_path):
     assert said in refusal(file)
 
 
+def test_a_file_that_gives_no_config_is_one_line(tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config():\n    return 5\n")
+    assert refusal(tmp_path / "mine.py") == f"{tmp_path / 'mine.py'}: get_config() returned int; return a ConfigDict, such as that of base_config()."
+
+
+def test_an_empty_path_is_refused(capsys):
+    assert main(["status", "--workdir", ""]) == 2
+    assert "--workdir: a path is empty" in capsys.readouterr().err
+
+
 RENAMED = [
     ("train.warmup_share", "train.warmup_fraction"),
     ("train.decay_share", "train.decay_fraction"),
