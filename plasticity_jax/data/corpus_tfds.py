@@ -123,11 +123,11 @@ def open_split(folder: str, split: str, *, setting: str = "data.tfds", split_set
     """
     import tensorflow_datasets as tfds
 
-    from plasticity_jax.data.documents import quiet_tfds
+    from plasticity_jax.data.documents import FinishedDocuments, quiet_tfds
 
     with quiet_tfds():
         try:
-            builder = tfds.builder_from_directory(folder)
+            builder = FinishedDocuments(folder)
         except Exception as error:  # TFDS raises many kinds of exceptions
             raise UserError(f"{setting}: {folder} holds no TFDS data set that can be read ({reason(error)}); prepare it again") from error
         info = builder.info

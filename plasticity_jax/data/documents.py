@@ -1,6 +1,7 @@
 """Writes the corpus as a TFDS data set of documents with their origin, split by document hash."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.read_only_builder import ReadOnlyBuilder
 
 from plasticity_jax.data.sources import SOURCES, SPLITS, Document, split_of
 from plasticity_jax.data.wheels import Wheels
@@ -23,7 +25,19 @@ MANIFEST = "documents.json"
 tfds.disable_progress_bar()  # ours is shown instead
 
 
-class CorpusDocuments(tfds.core.GeneratorBasedBuilder):
+class _OwnInfo:
+    """Keeps a builder's info with the builder. TFDS memoizes `info` for all builders, so that a process would keep every one that it has made."""
+
+    @functools.cached_property
+    def info(self) -> tfds.core.DatasetInfo:
+        return self._info()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class FinishedDocuments(_OwnInfo, ReadOnlyBuilder, skip_registration=True):
+    """A data set that lies in a folder, as `tfds.builder_from_directory` opens it."""
+
+
+class CorpusDocuments(_OwnInfo, tfds.core.GeneratorBasedBuilder):
     """Documents of several domains, one per example: id, text, domain, source (package==version:file) and license.
 
     The configuration is named by the hash of the content, because TFDS considers any folder with that name and version complete,
@@ -36,11 +50,6 @@ class CorpusDocuments(tfds.core.GeneratorBasedBuilder):
         self._documents = documents
         config = tfds.core.BuilderConfig(name=fingerprint, version=self.VERSION, description="content hash of the documents")
         super().__init__(config=config, file_format="array_record", **kwargs)
-
-    def write(self) -> None:
-        """Writes the data set and lets go of the documents: TFDS memoizes properties of builders, so a process keeps every builder that it has made."""
-        self.download_and_prepare()
-        self._documents = {}
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -84,7 +93,7 @@ def build_documents(out: Path, sources: tuple[str, ...], wheels: Wheels, *, held
         shutil.rmtree(out / CorpusDocuments.name, ignore_errors=True)
     with quiet_tfds():
         builder = CorpusDocuments(documents=splits, fingerprint=fingerprint[:16], data_dir=str(out))
-        builder.write()
+        builder.download_and_prepare()
     manifest = {
         "directory": str(Path(builder.data_dir).relative_to(out)),
         "fingerprint": fingerprint,
@@ -112,7 +121,7 @@ def read_documents(directory: Path, split: str) -> Iterator[tuple[str, str, str]
     if split not in SPLITS:
         raise UserError(f"split {split!r} is unknown; the corpus has {' and '.join(SPLITS)}")
     with quiet_tfds():
-        examples = tfds.builder_from_directory(str(Path(directory) / manifest["directory"])).as_data_source(split)  # pyright: ignore[reportCallIssue]
+        examples = FinishedDocuments(str(Path(directory) / manifest["directory"])).as_data_source(split)  # pyright: ignore[reportCallIssue]
     documents = [
         tuple(example[field].decode("utf-8") for field in ("id", "text", "domain")) for example in examples.__getitems__(range(len(examples)))
     ]
