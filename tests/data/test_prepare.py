@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from plasticity_jax.data.documents import build_documents, read_documents
 from plasticity_jax.data.loader import TokenRecords
@@ -143,11 +144,12 @@ def test_a_split_without_documents_is_refused(tmp_path, wheels_dir):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_documents_that_are_written_are_let_go(tmp_path, wheels_dir):
-    def documents() -> int:
+def test_documents_and_builders_are_let_go(tmp_path, wheels_dir):
+    def held() -> int:
         gc.collect()
-        return sum(isinstance(thing, Document) for thing in gc.get_objects())
+        return sum(isinstance(thing, (Document, tfds.core.DatasetBuilder, tfds.core.DatasetInfo)) for thing in gc.get_objects())
 
-    before = documents()
+    before = held()
     build_documents(tmp_path, ("commons",), Wheels(wheels_dir), held_out_fraction=0.5, max_documents=20)
-    assert documents() == before
+    assert list(read_documents(tmp_path, "train"))
+    assert held() == before
