@@ -37,6 +37,7 @@ _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.
 _STORAGE_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP}  # something else lies where a file or a folder goes
 _STORAGE_ERRORS |= {errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN}  # a mount that was lost
 _STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")
+_LESS_MEMORY = "raise grad_accum_steps, set train.remat, spread it over more devices (mesh), or lower batch_size"
 LOOK_SECONDS, LOOK_SECONDS_ON_STORE = 2.0, 60.0  # between two looks at how far a run is: a small file on a disk, an object on a store
 
 
@@ -489,7 +490,10 @@ class _Execution:
                     log.warning("%s failed together (%s); now one by one", ", ".join(run.id for run in part), reason(error))
                     parts += [[run] for run in part]
                     continue
-                log.error("%s failed: %s", part[0].id, error if refused else f"{reason(error)} ({path_of(part[0].id) / ERROR_LOG})")
+                said = str(error) if refused else f"{reason(error)} ({path_of(part[0].id) / ERROR_LOG})"
+                if too_large is None and _out_of_memory(error):
+                    said += f"; {_LESS_MEMORY}, then run again"
+                log.error("%s failed: %s", part[0].id, said)
                 outcome.failed += ids
                 self.left.end(ids, finished=False)
                 if self.fail_fast:
@@ -612,8 +616,7 @@ def _carry_out(
             if diverged:
                 results = [{"diverged": f"its {diverged[0]} diverged"} for _ in contexts]
             elif too_large:
-                way_out = "raise grad_accum_steps, set train.remat, spread it over more devices (mesh), or lower batch_size"
-                raise UserError(f"same program as {too_large}, which ran out of device memory; {way_out}.")
+                raise UserError(f"same program as {too_large}, which ran out of device memory; {_LESS_MEMORY}.")
             else:
                 with _watched(contexts, left):
                     results = [_as_dict(stage, found) for found in _results(stage, contexts)]

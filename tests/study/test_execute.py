@@ -104,7 +104,7 @@ def exhausted():
     return error
 
 
-def test_a_program_that_does_not_fit_is_tried_once(tmp_path, stages):
+def test_a_program_that_does_not_fit_is_tried_once(tmp_path, stages, caplog):
     """Weight decay, learning rate and seeds make no other program; another width and another task do."""
     fields = "(('model.d_ff',(64,96)),('train.peak_lr',(1e-3,2e-3)))"
     overrides = [("train.compute_dtype", "float32"), ("grid.fields", fields), ("grid.weight_decay", "(0.0,0.1)"), ("grid.seeds", "(0,1)")]
@@ -123,6 +123,7 @@ def test_a_program_that_does_not_fit_is_tried_once(tmp_path, stages):
         for run in others:
             state, said = RunDirectory(tmp_path / config.name / run.id).state()
             assert state == "failed" and said.startswith(f"same program as {tried.id}, which ran out of device memory; raise grad_accum_steps")
+        assert [f"{tried.id} failed: " in line and "or lower batch_size, then run again" in line for line in caplog.messages].count(True) == 1
     stages.fail.clear()
     assert not execute(config, tmp_path, runs).failed, "the next call tries them again"
 
