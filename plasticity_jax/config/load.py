@@ -325,6 +325,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_python(path: Path, *, faithful: Any) -> dict[str, Any]:
+    from ml_collections import config_dict
+
     spec = importlib.util.spec_from_file_location(f"plasticity_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config={path} is neither a Python file nor JSON; give one such as configs/default.py.")
@@ -334,8 +336,6 @@ def _read_python(path: Path, *, faithful: Any) -> dict[str, Any]:
         if not hasattr(module, "get_config"):
             raise UserError(f"{path} has no get_config(); a config file defines get_config() -> ConfigDict.")
         takes = isinstance(faithful, bool) and "faithful" in inspect.signature(module.get_config).parameters
-        from ml_collections import config_dict
-
         made = module.get_config(faithful=faithful) if takes else module.get_config()
         if not isinstance(made, config_dict.ConfigDict):
             raise UserError(f"{path}: get_config() returned {type(made).__name__}; return a ConfigDict, such as that of base_config().")

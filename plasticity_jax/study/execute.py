@@ -33,9 +33,9 @@ from plasticity_jax.study.together import check_groups, check_memory, grouped, s
 
 log = logging.getLogger("plasticity_jax")
 
-_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-_STORAGE_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP}  # something else lies where a file or a folder goes
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
 _STORAGE_ERRORS |= {errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN}  # a mount that was lost
+_IN_THE_WAY = {errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP}  # something else lies where a file or a folder goes
 _STORAGE_WORDS = ("no space left on device", "read-only file system", "disk quota exceeded")
 _LESS_MEMORY = "raise grad_accum_steps, set train.remat, spread it over more devices (mesh), or lower batch_size"
 LOOK_SECONDS, LOOK_SECONDS_ON_STORE = 2.0, 60.0  # between two looks at how far a run is: a small file on a disk, an object on a store
@@ -711,11 +711,12 @@ def _inode(folder: AnyPath) -> int | None:
 
 def storage_problem(error: BaseException | None) -> str | None:
     """Says in a few words that the disk is full or cannot be written, if that is what the error (or its cause) means."""
+    mean = _STORAGE_ERRORS | _IN_THE_WAY
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+        if isinstance(error, OSError) and error.errno in mean:
             return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
         for words in _STORAGE_WORDS:
             if words in str(error).lower():
                 return words
-        error = error.__cause__ or error.__context__
+        error, mean = error.__cause__ or error.__context__, _STORAGE_ERRORS  # libraries try and handle what lies in the way
     return None
