@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,6 +55,7 @@ class Workers:
     def __init__(self, number: int, program: str, task: Message):
         self._program, self._task = program, to_json(task)
         self._workers: list[_Worker | None] = [None] * number
+        self._kinds: dict[int, str] = {}  # of the last question that each was asked
 
     def __enter__(self) -> "Workers":
         return self
@@ -64,29 +64,46 @@ class Workers:
         for worker in filter(None, self._workers):
             worker.end()
 
-    def ask(self, questions: Sequence[Message], answered: Callable[[int, Any], bool], *, asked: Callable[[int], Message] = lambda index: {}) -> None:
+    def ask(
+        self,
+        questions: Sequence[Message],
+        answered: Callable[[int, Any], bool],
+        *,
+        asked: Callable[[int], Message] = lambda index: {},
+        kinds: Sequence[str] = (),
+    ) -> None:
         """Has questions answered, each by the first worker that is free.
 
         Args:
+          kinds: of the questions; those of one kind go to one worker while others have any, because what it has compiled serves for all. None is made to
+            wait for that. Without them questions are asked in order.
           asked: (index of a question) → what is added to it, when a worker is about to get it.
           answered: (index of a question, its answer) → whether to ask what has not been asked yet. A worker that dies answers {"died": how}.
         Raises:
           KeyboardInterrupt, Preempted: this process was told to end, and has told the workers, which have ended.
           UserError, Failed: what a worker raised; the others have ended.
         """
-        left, one_by_one = deque(enumerate(questions)), threading.Lock()
+        left, one_by_one, choosing = list(range(len(questions))), threading.Lock(), threading.Lock()
         errors: list[BaseException] = []
 
+        def next_for(place: int) -> int | None:
+            """The question that is left for a worker: of its own kind, else of one that no other is at, else the first."""
+            with choosing:
+                if not left or errors:
+                    return None
+                of_others = {kind for other, kind in self._kinds.items() if other != place}
+                index = min(left, key=lambda index: (kinds[index] != self._kinds.get(place), kinds[index] in of_others)) if kinds else left[0]
+                left.remove(index)
+                self._kinds[place] = kinds[index] if kinds else ""
+                return index
+
         def work(place: int) -> None:
-            while left and not errors:
+            while (index := next_for(place)) is not None:
                 try:
-                    index, question = left.popleft()
-                    answer = self._answer(place, question | asked(index))
+                    answer = self._answer(place, questions[index] | asked(index))
                     with one_by_one:
                         if not answered(index, answer):
                             left.clear()
-                except IndexError:  # another took the last
-                    return
                 except BaseException as error:
                     errors.append(error)
 

@@ -433,7 +433,7 @@ class _Execution:
             return {"left": left}
 
         questions = [{"number": number, "runs": [run.id for run in group]} for number, group in wave]
-        hands.ask(questions, answered, asked=asked)
+        hands.ask(questions, answered, asked=asked, kinds=[_program(self.configs[group[0].id], group) for _, group in wave])
         for _, answer in sorted(answers.items()):
             for name, ids in answer.items():
                 getattr(self.outcome, name).extend(ids)

@@ -26,6 +26,9 @@ def prepare(task):
             case "add":
                 print("not an answer")
                 return task["first"] + question["value"]
+            case "who":
+                time.sleep(0.05)
+                return os.getpid()
             case "die":
                 os.kill(os.getpid(), 9)
             case "refuse" | "fail":
@@ -59,6 +62,20 @@ def asked(questions, number=2, go_on=lambda answer: True):
 
 def test_every_question_is_answered_once_and_what_is_printed_is_no_answer():
     assert asked([("add", value) for value in range(20)]) == {value: 100 + value for value in range(20)}
+
+
+def test_questions_of_one_kind_go_to_one_worker_while_the_other_has_any():
+    places: dict[str, list] = {}
+
+    def answered(index, answer):
+        places.setdefault("abcdab"[index % 6], []).append(answer)
+        return True
+
+    with workers.Workers(2, PROGRAM, {"first": 100}) as crew:
+        crew.ask([{"do": "who", "value": None}] * 12, answered, kinds=list("abcdab" * 2))
+    assert sum(map(len, places.values())) == 12 and len({pid for pids in places.values() for pid in pids}) == 2
+    # Four kinds and two workers: only the last kind can be shared.
+    assert sum(len(set(pids)) == 1 for pids in places.values()) >= 3
 
 
 def test_a_worker_that_dies_costs_its_question_only():
