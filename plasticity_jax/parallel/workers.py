@@ -84,6 +84,7 @@ class Workers:
           UserError, Failed: what a worker raised; the others have ended.
         """
         left, one_by_one, choosing = list(range(len(questions))), threading.Lock(), threading.Lock()
+        of = kinds or [""] * len(questions)
         errors: list[BaseException] = []
 
         def next_for(place: int) -> int | None:
@@ -92,9 +93,9 @@ class Workers:
                 if not left or errors:
                     return None
                 of_others = {kind for other, kind in self._kinds.items() if other != place}
-                index = min(left, key=lambda index: (kinds[index] != self._kinds.get(place), kinds[index] in of_others)) if kinds else left[0]
+                index = min(left, key=lambda index: (of[index] != self._kinds.get(place), of[index] in of_others))
                 left.remove(index)
-                self._kinds[place] = kinds[index] if kinds else ""
+                self._kinds[place] = of[index]
                 return index
 
         def work(place: int) -> None:

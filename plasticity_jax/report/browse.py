@@ -121,8 +121,7 @@ def _is_whole(folder: AnyPath) -> bool:
     directory = RunDirectory(folder)
     if not directory.done:
         return False
-    if damage := directory.damage():
-        raise UserError(damage)
+    directory.check_whole()
     return True
 
 

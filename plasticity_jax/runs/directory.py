@@ -79,6 +79,11 @@ class RunDirectory:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         return f"{self.path}: {found[0]} since the run finished{more}; put the file back, or delete {self.path} and run again, which makes it anew."
 
+    def check_whole(self) -> None:
+        """Raises UserError if a file of the finished run has changed since."""
+        if damage := self.damage():
+            raise UserError(damage)
+
     def recorded(self) -> Checksums:
         """The checksums of a finished run's files; none where it was finished before there were any. Raises UserError if they cannot be read."""
         return self._done()["files"]
@@ -190,6 +195,5 @@ def open_run(path: str | AnyPath) -> RunDirectory:
         raise UserError(f"{path} holds no config.json, so it is not a run directory; give one that plasticity status lists as done.")
     if not directory.done:
         raise UserError(f"{path} is not finished (no DONE in it); run its stage to the end first.")
-    if damage := directory.damage():
-        raise UserError(damage)
+    directory.check_whole()
     return directory

@@ -88,7 +88,7 @@ def _unpack(records: AnyPath, workdir: AnyPath) -> AnyPath:
     if not re.fullmatch(_PART, study):
         raise UserError(f"{shared} names its study {study!r}, which is no name of a folder; write the records again with plasticity records.")
     folder = workdir / study
-    if (folder / STUDY).is_file() and read_bytes(folder / STUDY) != files[STUDY]:
+    if (folder / STUDY).is_file() and (folder / STUDY).read_bytes() != files[STUDY]:
         raise UserError(f"{folder} holds another study than {records}; give another --workdir.")
     with Progress(f"unpack {records.name}", total=len(files), unit="files") as progress:
         for name in sorted(files, key=lambda name: (name.endswith(f"/{DONE}"), name)):  # DONE last, as a run writes it
@@ -101,8 +101,7 @@ def _unpack(records: AnyPath, workdir: AnyPath) -> AnyPath:
 
 def _small_files(directory: RunDirectory, *, curves: bool) -> dict[str, bytes]:
     """The files of a finished run that its record holds, and a DONE that vouches for these."""
-    if damage := directory.damage():
-        raise UserError(damage)
+    directory.check_whole()
     patterns = (*KEPT, *([_METRICS] if curves else []))
     files = {path.name: read_bytes(path) for pattern in patterns for path in sorted(directory.path.glob(pattern))}
     done = read_json(directory.path / DONE)
