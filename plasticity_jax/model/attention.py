@@ -1,6 +1,5 @@
 """Grouped-query attention with rotary positions."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -61,15 +60,15 @@ def attend(
     q_BxKxGTxD = q_BxTxHxD.reshape(batch, queries, n_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q_BxKxGTxD = q_BxKxGTxD.reshape(batch, n_kv_heads, group * queries, head_dim)
     wide = at_least_float32(q_BxTxHxD.dtype)
-    if cpu.allowed():
+    if cpu.narrow_products(q_BxTxHxD.dtype):
         scores = cpu.matmul(q_BxKxGTxD, k_BxSxKxD.transpose(0, 2, 3, 1), wide)
     else:
         scores = jnp.einsum("bkrd,bskd->bkrs", q_BxKxGTxD, k_BxSxKxD, preferred_element_type=wide)
     scores_BxKxGxTxS = scores.reshape(batch, n_kv_heads, group, queries, keys) * head_dim**-0.5
     scores_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS, jnp.finfo(scores.dtype).min)
-    probs_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1)
+    probs_BxKxGxTxS = cpu.softmax(scores_BxKxGxTxS)
     rows_BxKxGTxS = probs_BxKxGxTxS.reshape(batch, n_kv_heads, group * queries, keys).astype(v_BxSxKxD.dtype)
-    if cpu.allowed():
+    if cpu.narrow_products(v_BxSxKxD.dtype):
         out = cpu.matmul(rows_BxKxGTxS, v_BxSxKxD.transpose(0, 2, 1, 3), v_BxSxKxD.dtype)
     else:
         out = jnp.einsum("bkrs,bskd->bkrd", rows_BxKxGTxS, v_BxSxKxD)

@@ -55,9 +55,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        wide = x.astype(at_least_float32(x.dtype))
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse_rms * self.scale[...]).astype(x.dtype)
+        return cpu.rms_norm(x, self.scale[...], self.eps)
 
 
 class MLP(nnx.Module):

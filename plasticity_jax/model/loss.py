@@ -72,7 +72,7 @@ def vocabulary_losses(
     """
     chunks = math.gcd(chunks, targets_BxT.shape[1])
 
-    @cpu.forms(mesh, compute_dtype)
+    @cpu.forms(mesh)
     def losses(x, targets):
         logits_BxTxV = project(x, kernel_DxV, compute_dtype, out_dtype=at_least_float32(compute_dtype))
         return token_losses(constrain(mesh, logits_BxTxV, ROWS, None, "tensor"), targets)

@@ -196,10 +196,10 @@ def hidden_states(
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     decoder_graph, block_graph = graphs(config)
     decoder = nnx.merge(decoder_graph, params | gather(mesh, {"embed": params["embed"]}, compute_dtype, sums=True))
-    rope = cpu.forms(mesh, compute_dtype)(rope_of)(config, jnp.arange(tokens_BxT.shape[1])[None] if positions is None else jnp.asarray(positions))
+    rope = cpu.forms(mesh)(rope_of)(config, jnp.arange(tokens_BxT.shape[1])[None] if positions is None else jnp.asarray(positions))
     mask = attention_mask(tokens_BxT.shape[1], segment_ids) if attention == "xla" else None
 
-    @cpu.forms(mesh, compute_dtype)
+    @cpu.forms(mesh)
     def run_block(x_BxTxD, layer: Params):
         block = nnx.merge(block_graph, gather(mesh, layer, compute_dtype, prefix="blocks", of_layer=True))
         q, k, v = block.qkv(x_BxTxD, rope, compute_dtype)
@@ -230,7 +230,7 @@ def hidden_states(
             x_BxTxD, captures = run_block(x_BxTxD, layer)
             by_layer.append(captures)
         of_layers = jax.tree.map(lambda *layers: jnp.stack(layers), *by_layer)
-    x_BxTxD = decoder.final_norm(x_BxTxD)
+    x_BxTxD = cpu.forms(mesh)(decoder.final_norm)(x_BxTxD)
     activations |= of_layers | {"final_norm": x_BxTxD}
     return x_BxTxD, {name: activations[name] for name in capture}
 

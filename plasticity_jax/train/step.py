@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from plasticity_jax.config import ModelConfig, TrainConfig
+from plasticity_jax.model import cpu
 from plasticity_jax.model.loss import chunks_that_fit, masked_sum, vocabulary_losses
 from plasticity_jax.model.transformer import abstract_params, hidden_states, output_kernel
 from plasticity_jax.parallel.batches import row_shards
@@ -238,7 +239,9 @@ def compile_train_step(settings: StepSettings, mesh: Mesh, *, members: bool) -> 
         step = jax.vmap(step, in_axes=(0, None, 0), spmd_axis_name="member")
     state = state_shardings(settings, mesh, members=members)
     scalars = NamedSharding(mesh, PartitionSpec("member") if members else PartitionSpec())
-    return jax.jit(step, in_shardings=(state, batch_sharding(mesh), scalars), out_shardings=(state, scalars), donate_argnums=0)
+    options = cpu.compiler_options(mesh, settings.compute_dtype)
+    shardings = {"in_shardings": (state, batch_sharding(mesh), scalars), "out_shardings": (state, scalars)}
+    return jax.jit(step, donate_argnums=0, compiler_options=options, **shardings)
 
 
 def lower_train_step(settings: StepSettings, mesh: Mesh, batch: Batch, *, members: int) -> Any:
