@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all", "collective-broadcast")
@@ -13,6 +14,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
+_WHOLE = re.compile(r"[su]\d+\[\]")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|branch_computations|called_computations|true_computation|false_computation)=\{?(%?[\w.\-]+(?:, ?%[\w.\-]+)*)"
 )
@@ -42,8 +44,7 @@ def collective_bytes(hlo: str) -> dict[str, int]:
         for instruction in computations[name]:
             kind = instruction.opcode.removesuffix("-start")
             if kind in KINDS:
-                operands = re.findall(r"%([\w.\-]+)", _operands(instruction.rest))
-                taken = sum(shape_bytes(shapes.get(operand, "")) for operand in operands)
+                taken = sum(shape_bytes(shapes.get(operand, "")) for operand in _operand_names(instruction))
                 total[kind] += times * max(taken, _result_bytes(instruction))
     return dict(sorted(total.items()))
 
@@ -82,7 +83,7 @@ def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
     """Returns the computations by name, and the name of the entry computation."""
     computations: dict[str, list[_Instruction]] = {}
     current, entry = None, ""
-    for line in hlo.splitlines():
+    for line in _lines(hlo):
         if not line.startswith((" ", "\t")):
             found = _COMPUTATION.match(line) if not line.startswith("HloModule") else None
             current = computations.setdefault(found[2], []) if found else None
@@ -94,6 +95,19 @@ def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
             if opcode:
                 current.append(_Instruction(name, text[:end], opcode[1], text[end + opcode.end() - 1 :]))
     return computations, entry
+
+
+def _lines(hlo: str) -> Iterator[str]:
+    """The lines of the text, an instruction in one: a kernel's metadata has line ends of its own."""
+    inside, whole = False, ""
+    for line in hlo.splitlines():
+        if inside and line != "}" and not line.startswith((" ", "\t")):
+            whole += line
+            continue
+        if whole:
+            yield whole
+        inside, whole = line != "}" and (inside or _COMPUTATION.match(line) is not None and not line.startswith("HloModule")), line
+    yield whole
 
 
 def _executions(computations: dict[str, list[_Instruction]], entry: str, through: tuple[str, ...] | None = None) -> Counter[str]:
@@ -117,14 +131,34 @@ def _executions(computations: dict[str, list[_Instruction]], entry: str, through
 
 
 def _trip_count(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
-    """Trip count of a loop: the one the compiler states, or else the only constant in the loop's condition."""
+    """Trip count of a loop: the one the compiler states, or else from the only constant in the loop's condition and what a turn adds to its counter."""
     stated = _TRIPS.search(instruction.rest)
     if stated:
         return int(stated[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", instruction.rest)
-    constants = [i for i in computations.get(condition[1] if condition else "", ()) if i.opcode == "constant" and i.shape.startswith("s32[]")]
-    number = re.match(r"\((\d+)\)", constants[0].rest) if len(constants) == 1 else None
-    return int(number[1]) if number else 1
+    found = (re.search(rf"{part}=%?([\w.\-]+)", instruction.rest) for part in ("condition", "body"))
+    condition, body = (computations.get(name[1] if name else "", []) for name in found)
+    limits = [number for i in condition if (number := _integer(i)) is not None]
+    return math.ceil(limits[0] / _step(condition, body)) if len(limits) == 1 else 1
+
+
+def _step(condition: list[_Instruction], body: list[_Instruction]) -> int:
+    """What a turn of a loop adds to the counter that its condition reads. It is 2 where a product is windowed: a turn goes both ways around the ring."""
+    read = [re.search(r"index=(\d+)", i.rest) for i in condition if i.opcode == "get-tuple-element"]
+    of_body = {i.name: i for i in body}
+    results = [_operand_names(i) for i in body if i.opcode == "tuple"][-1:]
+    if len(read) != 1 or not read[0] or not results:
+        return 1
+    added = of_body.get(results[0][int(read[0][1])])
+    steps = [_integer(of_body[name]) for name in (_operand_names(added) if added and added.opcode == "add" else []) if name in of_body]
+    return next((step for step in steps if step), 1)
+
+
+def _integer(instruction: _Instruction) -> int | None:
+    """The value of a constant whole number."""
+    if instruction.opcode != "constant" or not _WHOLE.match(instruction.shape):
+        return None
+    number = re.match(r"\((\d+)\)", instruction.rest)
+    return int(number[1]) if number else None
 
 
 def _closing(text: str, start: int) -> int:
@@ -136,8 +170,8 @@ def _closing(text: str, start: int) -> int:
     return len(text) - 1
 
 
-def _operands(rest: str) -> str:
-    return rest[: _closing(rest, 0) + 1]
+def _operand_names(instruction: _Instruction) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", instruction.rest[: _closing(instruction.rest, 0) + 1])
 
 
 def _elements(shape: str) -> list[str]:

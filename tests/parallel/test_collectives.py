@@ -50,6 +50,20 @@ def test_an_unstated_trip_count_is_read_from_the_condition():
     assert collective_bytes(with_trips(""))["all-gather"] == 3 * FULL
 
 
+def test_a_loop_whose_turns_take_two_steps_turns_half_as_often():
+    windowed = with_trips("").replace("s32[]", "u32[]").replace("constant(3)", "constant(8)")
+    step = "  %two = u32[] constant(2)\n  %i.2 = u32[] add(%i.1, %two)\n"
+    windowed = windowed.replace("  ROOT %next", step + "  ROOT %next").replace("tuple(%i.1, ", "tuple(%i.2, ")
+    assert collective_bytes(windowed)["all-gather"] == 4 * FULL
+
+
+def test_what_comes_after_a_kernel_whose_metadata_has_line_ends_counts_too():
+    call = '%kernel = f32[8,16]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
+    call += '"xprof_metadata":"{\\"block_q\\": 512}"\n}}, metadata={op_name="attention"}\n  '
+    hlo = with_trips("")
+    assert collective_bytes(hlo.replace("%gather = ", call + "%gather = ")) == collective_bytes(hlo)
+
+
 def test_largest_arrays_are_sorted_and_named():
     sizes = [size for size, _ in largest_arrays(with_trips(""), 9)]
     assert sizes == sorted(sizes, reverse=True) and any("jit(step)/total" in text for _, text in largest_arrays(with_trips(""), 9))
