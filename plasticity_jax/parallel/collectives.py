@@ -9,6 +9,8 @@ from dataclasses import dataclass
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all", "collective-broadcast")
 _NO_BUFFER = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "constant", "call")
 
+_CONTROL = ("while", "conditional", "call")
+
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -38,14 +40,21 @@ def collective_bytes(hlo: str) -> dict[str, int]:
       hlo: `compiled.as_text()`.
     """
     computations, entry = _parse(hlo)
-    total: Counter[str] = Counter()
-    for name, times in _executions(computations, entry).items():
+    executions = _executions(computations, entry)
+    found: dict[tuple[str, str, str], int] = {}
+    for (name, within), times in executions.items():
         shapes = {i.name: i.shape for i in computations[name]}
         for instruction in computations[name]:
             kind = instruction.opcode.removesuffix("-start")
             if kind in KINDS:
                 taken = sum(shape_bytes(shapes.get(operand, "")) for operand in _operand_names(instruction))
-                total[kind] += times * max(taken, _result_bytes(instruction))
+                channel = re.search(r"channel_id=(\d+)", instruction.rest)
+                # One that runs behind several fusions stands in each of them, with one channel.
+                which, often = (channel[1], executions[within, within]) if channel else (f"{name} {instruction.name}", times)
+                found[kind, within, which] = often * max(taken, _result_bytes(instruction))
+    total: Counter[str] = Counter()
+    for (kind, *_), size in found.items():
+        total[kind] += size
     return dict(sorted(total.items()))
 
 
@@ -53,7 +62,7 @@ def largest_arrays(hlo: str, number: int) -> list[tuple[int, str]]:
     """Largest distinct arrays produced outside fusions, as (bytes per device, "shape, operation in the model")."""
     computations, entry = _parse(hlo)
     sizes = {}
-    for name in _executions(computations, entry, through=("while", "conditional", "call")):
+    for name, _ in _executions(computations, entry, through=_CONTROL):
         for instruction in computations[name]:
             if instruction.opcode not in _NO_BUFFER:
                 where = re.search(r'op_name="([^"]*)"', instruction.rest)
@@ -110,12 +119,12 @@ def _lines(hlo: str) -> Iterator[str]:
     yield whole
 
 
-def _executions(computations: dict[str, list[_Instruction]], entry: str, through: tuple[str, ...] | None = None) -> Counter[str]:
-    """How often each computation runs. If given, `through` lists the only opcodes whose called computations are visited."""
-    times: Counter[str] = Counter()
+def _executions(computations: dict[str, list[_Instruction]], entry: str, through: tuple[str, ...] | None = None) -> Counter[tuple[str, str]]:
+    """How often each computation runs, by (its name, the computation that it is a part of: itself unless fused). `through`: only what these opcodes call."""
+    times: Counter[tuple[str, str]] = Counter()
 
-    def visit(name: str, factor: int) -> None:
-        times[name] += factor
+    def visit(name: str, within: str, factor: int) -> None:
+        times[name, within] += factor
         for instruction in computations.get(name, ()):
             if through is not None and instruction.opcode not in through or instruction.opcode in ("async-done", "async-update"):
                 continue
@@ -124,9 +133,9 @@ def _executions(computations: dict[str, list[_Instruction]], entry: str, through
                 for child in re.split(r", ?", called):
                     child = child.removeprefix("%")
                     if child in computations:
-                        visit(child, factor * trips)
+                        visit(child, child if instruction.opcode in _CONTROL else within, factor * trips)
 
-    visit(entry, 1)
+    visit(entry, entry, 1)
     return times
 
 

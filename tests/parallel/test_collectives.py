@@ -57,6 +57,14 @@ def test_a_loop_whose_turns_take_two_steps_turns_half_as_often():
     assert collective_bytes(windowed)["all-gather"] == 4 * FULL
 
 
+def test_a_collective_that_runs_behind_several_fusions_counts_once():
+    fused = "%fused.{n} (x.{n}: f32[8,16]) -> f32[32,16] {{\n  %x.{n} = f32[8,16]{{1,0}} parameter(0)\n"
+    fused += "  ROOT %part.{n} = f32[32,16]{{1,0}} all-gather(%x.{n}), channel_id=7, dimensions={{0}}\n}}\n\n"
+    calls = "".join(f"  %step.{n} = f32[32,16]{{1,0}} fusion(%x), kind=kOutput, calls=%fused.{n}\n" for n in range(3))
+    hlo = with_trips("").replace("%body (", "".join(fused.format(n=n) for n in range(3)) + "%body (").replace("  %gather = ", calls + "  %gather = ")
+    assert collective_bytes(hlo)["all-gather"] == 2 * 3 * FULL
+
+
 def test_what_comes_after_a_kernel_whose_metadata_has_line_ends_counts_too():
     call = '%kernel = f32[8,16]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
     call += '"xprof_metadata":"{\\"block_q\\": 512}"\n}}, metadata={op_name="attention"}\n  '
