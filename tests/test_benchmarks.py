@@ -9,7 +9,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PEERS = {  # script → environments of its sides beside the test environment
-    "generation": {"extra", "newest"},
+    "generation": {"extra", "vllm", "newest"},
     "grid": {"extra", "newest"},
     "train_step": {"extra", "newest"},
     "probes": {"newest"},
