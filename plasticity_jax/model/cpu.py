@@ -143,7 +143,8 @@ def _softmax_forward(x):
 
 
 def _softmax_backward(probs, g):
-    # From the probabilities alone. Autodiff keeps the exponentials, and the compiler writes out what divides them, as large as they are.
+    # From the probabilities alone. Autodiff keeps the exponentials, and on CPUs the compiler writes out what divides them, as large as they are. The
+    # formula is autodiff's, so that other platforms need no other.
     return (probs * (g - jnp.sum(probs * g, axis=-1, keepdims=True)),)
 
 
