@@ -51,7 +51,8 @@ def collective_bytes(hlo: str) -> dict[str, int]:
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
                 # One that runs behind several fusions stands in each of them, with one channel.
                 which, often = (channel[1], executions[within, within]) if channel else (f"{name} {instruction.name}", times)
-                found[kind, within, which] = often * max(taken, _result_bytes(instruction))
+                size = often * max(taken, _result_bytes(instruction))
+                found[kind, within, which] = max(size, found.get((kind, within, which), 0))
     total: Counter[str] = Counter()
     for (kind, *_), size in found.items():
         total[kind] += size
