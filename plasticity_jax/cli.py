@@ -907,7 +907,7 @@ def entry() -> None:
     if status in (REFUSED, preemption.INTERRUPTED) or (status and processes.count() > 1):
         # Orbax would print a trace for every array that was still to be read or written, and jax would wait for processes that wait for this one, or for
         # what was interrupted; all that is to be said has been.
-        processes.leave()
+        processes.leave(status)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

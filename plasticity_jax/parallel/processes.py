@@ -14,7 +14,7 @@ from plasticity_jax.parallel import lanes
 log = logging.getLogger("plasticity_jax")
 
 HEARTBEAT_TIMEOUT = 25  # seconds without a heartbeat after which jax's coordination service considers a process lost
-JOINING, JOINED = "joining: ", "this is process "  # prefixes of the lines for the supervising process
+JOINING, JOINED, LEAVING = "joining: ", "this is process ", "leaving with status "  # prefixes of the lines for the supervising process
 _POLL = 10  # seconds that one read waits for a value, short enough to notice an interrupt
 
 # Errors of reading a value from process 0, which stores the values.
@@ -62,6 +62,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         jax.distributed.initialize(
             coordinator, num_processes, process_id, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
         )
+        _to_supervisor(f"{JOINED}{index()} of {count()}")
         everyone = _meet(timeout)
     except UserError:
         raise
@@ -70,7 +71,6 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     if len({(one["devices"], one["kind"]) for one in everyone}) > 1:
         shown = ", ".join(f"process {i} ({one['host']}) has {one['devices']} x {one['kind']}" for i, one in enumerate(everyone))
         raise UserError(f"unequal hosts: {shown}; give every process the same number and kind of devices.")
-    _to_supervisor(f"{JOINED}{index()} of {count()}")
     hosts = len({one["host"] for one in everyone})
     log.info("%d hosts, %d processes, %d devices each (%s); this is process %d", hosts, count(), everyone[0]["devices"], everyone[0]["kind"], index())
     if not primary():
@@ -105,10 +105,15 @@ def _to_supervisor(line: str) -> None:
     os.write(2, f"{line}\n".encode())
 
 
-def leave() -> None:
-    """Call before a process ends in the middle of a run. Process 0 serves the messages, so it waits until the others have read them."""
+def leave(status: int) -> None:
+    """Call before a process ends in the middle of a run. Process 0 serves the messages, so it waits until the others have read them.
+
+    Args:
+      status: the exit status to come. The supervising process reports it even if the runtime aborts this process first, because process 0 is gone.
+    """
     if count() == 1:
         return
+    _to_supervisor(f"{LEAVING}{status}")
     try:
         _client().key_value_set(f"plasticity/leave/{index()}", "")
         if primary():

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from plasticity_jax.parallel.processes import JOINED, JOINING
+from plasticity_jax.parallel.processes import JOINED, JOINING, LEAVING
 
 WORKER = "PLASTICITY_WORKER"  # set in a worker: file descriptors of its parent's stdout and stderr
 
@@ -65,6 +65,10 @@ def supervise(argv: list[str], log_dir: Path | None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     status = worker.wait()
+    marks = log_path.read_text(encoding="utf-8", errors="replace")
+    leaving = re.search(rf"^{LEAVING}(\d+)$", marks, re.MULTILINE)
+    if status == -signal.SIGABRT and leaving:
+        status = int(leaving[1])
     if status in (0, 2):
         log_path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # folders made for the log; rmdir keeps any that hold other files
@@ -72,7 +76,6 @@ def supervise(argv: list[str], log_dir: Path | None) -> int:
                 folder.rmdir()
     if status in (0, 2, 130) or (interrupted and status >= 0):
         return status
-    marks = log_path.read_text(encoding="utf-8", errors="replace")
     joining = re.search(rf"^{JOINING}(.+)$", marks, re.MULTILINE)
     if status == -signal.SIGABRT and joining and JOINED not in marks:
         print(f"plasticity: {joining[1]}", file=sys.stderr)

@@ -323,15 +323,30 @@ def test_what_one_process_finds_wrong_all_say(tmp_path, devices, each, words):
     assert not list(tmp_path.glob("*/*/study.json"))
 
 
-@pytest.mark.parametrize(("ending", "shown"), [("exit 3", "status 3"), ("kill -SEGV $$", "signal 11 (SIGSEGV)")])
-def test_a_worker_that_dies_without_a_word_is_one_line_with_its_log(tmp_path, ending, shown):
-    """A stand-in for the worker, which joins, writes to its log and dies as a runtime does that ends the process from C++."""
+def supervised(tmp_path, ending):
+    """A run whose worker is a stand-in: it joins, writes to its log and ends like this. The run, and the log if it is kept."""
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho 'this is process 1 of 2' >&2\necho 'from the runtime' >&2\n{ending}\n")
     python.chmod(0o755)
     code = f"import sys; sys.executable = {str(python)!r}\nfrom pathlib import Path\nfrom plasticity_jax.parallel.supervise import supervise\n"
     code += f"sys.exit(supervise([], Path({str(tmp_path / 'logs')!r})))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    [log] = (tmp_path / "logs").iterdir()
+    return ended, next((tmp_path / "logs").glob("*"), None)
+
+
+@pytest.mark.parametrize(
+    ("ending", "shown"), [("exit 3", "status 3"), ("kill -SEGV $$", "signal 11 (SIGSEGV)"), ("kill -ABRT $$", "signal 6 (SIGABRT)")]
+)
+def test_a_worker_that_dies_without_a_word_is_one_line_with_its_log(tmp_path, ending, shown):
+    """As a runtime dies that ends the process from C++."""
+    ended, log = supervised(tmp_path, ending)
     assert ended.returncode == 1 and "from the runtime" in log.read_text()
     assert ended.stderr == f"plasticity: process 1 of 2 ended with {shown}; see {log}; run the same commands again: they resume\n"
+
+
+@pytest.mark.parametrize("status", [1, 2, 130])
+def test_a_worker_that_is_aborted_after_its_last_word_ends_as_it_said(tmp_path, status):
+    """Process 0 may be gone before this one is, for which the runtime aborts it."""
+    ended, log = supervised(tmp_path, f"echo 'leaving with status {status}' >&2\nkill -ABRT $$")
+    assert (ended.returncode, ended.stderr) == (status, "")
+    assert (log is None) == (status == 2)
