@@ -108,4 +108,4 @@ if __name__ == "__main__":
     found = main(Path(root), tag, int(fsdp))
     if processes.primary():
         (Path(root) / f"{tag}.json").write_text(json.dumps(found))
-    processes.leave()
+    processes.leave(0)
