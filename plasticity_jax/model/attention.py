@@ -60,20 +60,25 @@ def attend(
     q_BxKxGTxD = q_BxTxHxD.reshape(batch, queries, n_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q_BxKxGTxD = q_BxKxGTxD.reshape(batch, n_kv_heads, group * queries, head_dim)
     wide = at_least_float32(q_BxTxHxD.dtype)
-    if cpu.narrow_products(q_BxTxHxD.dtype):
-        scores = cpu.matmul(q_BxKxGTxD, k_BxSxKxD.transpose(0, 2, 3, 1), wide)
-    else:
-        scores = jnp.einsum("bkrd,bskd->bkrs", q_BxKxGTxD, k_BxSxKxD, preferred_element_type=wide)
+    scores = cpu.matmul(q_BxKxGTxD, k_BxSxKxD.transpose(0, 2, 3, 1), wide)
     scores_BxKxGxTxS = scores.reshape(batch, n_kv_heads, group, queries, keys) * head_dim**-0.5
     scores_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS, jnp.finfo(scores.dtype).min)
     probs_BxKxGxTxS = cpu.softmax(scores_BxKxGxTxS)
     rows_BxKxGTxS = probs_BxKxGxTxS.reshape(batch, n_kv_heads, group * queries, keys).astype(v_BxSxKxD.dtype)
-    if cpu.narrow_products(v_BxSxKxD.dtype):
-        out = cpu.matmul(rows_BxKxGTxS, v_BxSxKxD.transpose(0, 2, 1, 3), v_BxSxKxD.dtype)
-    else:
-        out = jnp.einsum("bkrs,bskd->bkrd", rows_BxKxGTxS, v_BxSxKxD)
+    out = cpu.matmul(rows_BxKxGTxS, v_BxSxKxD.transpose(0, 2, 1, 3), v_BxSxKxD.dtype)
     out_BxTxKxGxD = out.reshape(batch, n_kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4)
     return out_BxTxKxGxD.reshape(q_BxTxHxD.shape), probs_BxKxGxTxS.reshape(batch, n_heads, queries, keys)
+
+
+def attend_causally(
+    q_BxTxHxD: Float[Array, "B T H D"], k_BxTxKxD: Float[Array, "B T K D"], v_BxTxKxD: Float[Array, "B T K D"], mask_BxTxT: Bool[Array, "m T T"]
+) -> Float[Array, "B T H D"]:
+    """The output of `attend` under a causal mask."""
+    blocks = [
+        attend(q_BxTxHxD[:, block], k_BxTxKxD[:, : block.stop], v_BxTxKxD[:, : block.stop], mask_BxTxT[:, block, : block.stop])[0]
+        for block in cpu.query_blocks(q_BxTxHxD.shape[1])
+    ]
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
 class Attention(nnx.Module):

@@ -40,8 +40,8 @@ def _backward(saved, cotangents_BxT):
 token_losses.defvjp(_forward, _backward)
 
 
-def chunks_that_fit(chunks: int, *, rows: int, seq_len: int, vocab_size: int) -> int:
-    """`chunks` itself, or for 0 the smallest divisor of `seq_len` with at most LOGIT_BYTES of float32 logits per chunk.
+def chunks_that_fit(chunks: int, *, rows: int, seq_len: int, vocab_size: int, logit_bytes: int = LOGIT_BYTES) -> int:
+    """`chunks` itself, or for 0 the smallest divisor of `seq_len` with at most `logit_bytes` of float32 logits per chunk.
 
     Args:
       rows, vocab_size: of the logits, on one device.
@@ -49,7 +49,7 @@ def chunks_that_fit(chunks: int, *, rows: int, seq_len: int, vocab_size: int) ->
     if chunks:
         return chunks
     divisors = (n for n in range(1, seq_len + 1) if seq_len % n == 0)
-    return next((n for n in divisors if 4 * rows * seq_len * vocab_size <= n * LOGIT_BYTES), seq_len)
+    return next((n for n in divisors if 4 * rows * seq_len * vocab_size <= n * logit_bytes), seq_len)
 
 
 def vocabulary_losses(

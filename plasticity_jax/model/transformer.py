@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from plasticity_jax.config import ModelConfig
 from plasticity_jax.model import cpu
-from plasticity_jax.model.attention import Attention, Rope, attend, attention_mask, rope_tables
+from plasticity_jax.model.attention import Attention, Rope, attend, attend_causally, attention_mask, rope_tables
 from plasticity_jax.model.layers import MLP, Embedding, Initializer, Linear, RMSNorm, at_least_float32, project
 from plasticity_jax.model.param_count import count_params as count_params
 from plasticity_jax.parallel.sharding import GATHERED, ROWS, constrain, gather
@@ -204,7 +204,9 @@ def hidden_states(
         block = nnx.merge(block_graph, gather(mesh, layer, compute_dtype, prefix="blocks", of_layer=True))
         q, k, v = block.qkv(x_BxTxD, rope, compute_dtype)
         if attention == "xla":
-            out_BxTxHxDh, probs_BxHxTxT = attend(q, k, v, mask)  # pyright: ignore[reportArgumentType]
+            assert mask is not None
+            captured = "attn_probs" in capture
+            out_BxTxHxDh, probs_BxHxTxT = attend(q, k, v, mask) if captured else (attend_causally(q, k, v, mask), None)
         else:
             from plasticity_jax.model.kernels import kernel_attention  # Pallas takes a second to import
 

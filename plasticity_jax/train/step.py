@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from plasticity_jax.config import ModelConfig, TrainConfig
 from plasticity_jax.model import cpu
-from plasticity_jax.model.loss import chunks_that_fit, masked_sum, vocabulary_losses
+from plasticity_jax.model.loss import LOGIT_BYTES, chunks_that_fit, masked_sum, vocabulary_losses
 from plasticity_jax.model.transformer import abstract_params, hidden_states, output_kernel
 from plasticity_jax.parallel.batches import row_shards
 from plasticity_jax.parallel.sharding import ROWS, batch_sharding, constrain, gather, param_shardings
@@ -68,6 +68,14 @@ class Objective:
 
 def next_token_losses(settings: "StepSettings", mesh: Mesh | None, params: Params, batch: Batch) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """Loss in nats and log-normalizer of every target of the batch, masked ones included."""
+    x_BxTxD, kernel_DxV = _states_and_kernel(settings, mesh, params, batch)
+    dtype, chunks = jnp.dtype(settings.compute_dtype), settings.execution.loss_chunks
+    return vocabulary_losses(x_BxTxD, kernel_DxV, batch["targets"], compute_dtype=dtype, chunks=chunks, mesh=mesh)
+
+
+def _states_and_kernel(
+    settings: "StepSettings", mesh: Mesh | None, params: Params, batch: Batch
+) -> tuple[Float[Array, "b t d"], Float[Array, "d v"]]:
     execution, dtype = settings.execution, jnp.dtype(settings.compute_dtype)
     x_BxTxD, _ = hidden_states(
         settings.model,
@@ -83,18 +91,22 @@ def next_token_losses(settings: "StepSettings", mesh: Mesh | None, params: Param
     )
     name = "embed" if settings.model.tie_embeddings else "head"
     many = execution.loss_chunks > CHUNKS_SUMMED_IN_COMPUTE_DTYPE
-    kernel_DxV = output_kernel(settings.model, gather(mesh, {name: params[name]}, dtype, sums=many))
-    return vocabulary_losses(x_BxTxD, kernel_DxV, batch["targets"], compute_dtype=dtype, chunks=execution.loss_chunks, mesh=mesh)
+    return x_BxTxD, output_kernel(settings.model, gather(mesh, {name: params[name]}, dtype, sums=many))
 
 
 def _next_token_loss(settings: "StepSettings", mesh: Mesh | None, params: Params, batch: Batch) -> tuple[Float[Array, ""], Sums]:
-    losses_BxT, log_sums_BxT = next_token_losses(settings, mesh, params, batch)
-    total, tokens = masked_sum(losses_BxT, batch["loss_mask"])
-    sums = {"loss": total, "count": tokens, "tokens": tokens}
-    if not settings.z_loss:
-        return total, sums
-    z_loss = settings.z_loss * masked_sum(jnp.square(log_sums_BxT), batch["loss_mask"])[0]
-    return total + z_loss, sums | {"z_loss": z_loss}
+    if cpu.one_cpu(mesh):
+        x_BxTxD, kernel_DxV = _states_and_kernel(settings, mesh, params, batch)
+        mask_BxT, chunks = batch["loss_mask"].astype(jnp.float32), math.gcd(settings.execution.loss_chunks, x_BxTxD.shape[1])
+        kernel_DxV, tokens = kernel_DxV.astype(x_BxTxD.dtype), jnp.sum(mask_BxT)
+        total, loss, z_loss = cpu.summed_losses(x_BxTxD, kernel_DxV, batch["targets"], mask_BxT, z_loss=settings.z_loss, chunks=chunks)
+    else:
+        losses_BxT, log_sums_BxT = next_token_losses(settings, mesh, params, batch)
+        loss, tokens = masked_sum(losses_BxT, batch["loss_mask"])
+        z_loss = settings.z_loss * masked_sum(jnp.square(log_sums_BxT), batch["loss_mask"])[0] if settings.z_loss else jnp.zeros(())
+        total = loss + z_loss
+    sums = {"loss": loss, "count": tokens, "tokens": tokens}
+    return total, sums | {"z_loss": z_loss} if settings.z_loss else sums
 
 
 NEXT_TOKEN = Objective(_next_token_loss, abstract_params, lambda mesh, config: param_shardings(mesh, abstract_params(config)))
@@ -130,7 +142,9 @@ def execution_of(train: TrainConfig, model: ModelConfig, mesh: Mesh, *, batch_si
     """
     kernel = _kernel(train.attention, mesh.devices.flat[0].platform, model.head_dim, train.compute_dtype, train.seq_len)
     rows = -(-batch_size // (grad_accum_steps * row_shards(mesh)))
-    chunks = chunks_that_fit(train.loss_chunks, rows=rows, seq_len=seq_len, vocab_size=-(-model.vocab_size // mesh.shape["tensor"]))
+    vocab_size = -(-model.vocab_size // mesh.shape["tensor"])
+    logit_bytes = cpu.logit_bytes(vocab_size) if cpu.one_cpu(mesh) else LOGIT_BYTES
+    chunks = chunks_that_fit(train.loss_chunks, rows=rows, seq_len=seq_len, vocab_size=vocab_size, logit_bytes=logit_bytes)
     return Execution(grad_accum_steps, train.scan_layers, train.remat, kernel, chunks)
 
 

@@ -1,15 +1,36 @@
-"""The forms for CPUs: the same products, norms, softmax and gradients as NumPy's in float64, on CPUs only, and only where one device holds the arrays."""
+"""The forms for CPUs: products, norms, softmax, losses, attention and gradients as NumPy's in float64, on CPUs only, where one device holds the arrays."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from plasticity_jax.config import MeshConfig
 from plasticity_jax.model import cpu
+from plasticity_jax.model.attention import attend, attend_causally, attention_mask
 from plasticity_jax.parallel.mesh import make_mesh
 
-SHAPES = {"matrices": ((24, 16), (16, 8)), "heads": ((2, 3, 24, 16), (2, 3, 16, 8))}
+SHAPES = {
+    "narrower": ((24, 16), (16, 8)),
+    "wider": ((24, 8), (8, 16)),
+    "heads": ((2, 3, 24, 16), (2, 3, 16, 8)),
+    "wider heads": ((2, 3, 24, 8), (2, 3, 8, 16)),
+}
+FOUR_CPUS = Mesh(np.array(jax.devices()[:1] * 4), ("data",))
+
+
+class Device:
+    """A stand-in for a device that is not here."""
+
+    def __init__(self, platform: str):
+        self.platform, self.id, self.process_index = platform, 0, 0
+
+
+def one_device(platform: str) -> Mesh:
+    return Mesh(np.array([Device(platform)]), ("data",))
 
 
 def gradients(x, w, g, out_dtype, mesh=None):
@@ -77,38 +98,90 @@ def test_norms_softmax_and_their_gradients_are_those_of_numpy_in_float64(dtype, 
         assert error < tolerance, f"{what}: relative error {error}"
 
 
-def test_the_norm_of_several_devices_and_of_other_platforms_is_the_plain_one():
-    def lowered_norm(platform, mesh):
-        norm = cpu.forms(mesh)(jax.grad(lambda x: jnp.sum(cpu.rms_norm(x, jnp.ones(8), 1e-5))))
-        return jax.jit(norm).trace(jnp.ones((4, 8))).lower(lowering_platforms=(platform,)).as_text()
+def losses_in_float64(x, kernel, targets, weights, z_loss):
+    """What is minimized, and its gradients."""
+    logits = x @ kernel
+    log_sums = np.log(np.exp(logits).sum(-1))
+    chosen = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    hot = np.eye(kernel.shape[1])[targets]
+    of_logits = weights[..., None] * (np.exp(logits - log_sums[..., None]) * (1 + 2 * z_loss * log_sums[..., None]) - hot)
+    losses, squares = (weights * (log_sums - chosen)).sum(), z_loss * (weights * log_sums**2).sum()
+    return losses + squares, losses, squares, of_logits @ kernel.T, np.einsum("btd,btv->dv", x, of_logits)
 
-    assert "optimization_barrier" in lowered_norm("cpu", None)
-    for platform, mesh in (("tpu", None), ("cuda", None), ("cpu", jax.sharding.AbstractMesh((4,), ("data",)))):
-        assert "optimization_barrier" not in lowered_norm(platform, mesh)
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2**-8)])
+@pytest.mark.parametrize("vocab_size", [7, 40], ids=["narrower", "wider"])
+@pytest.mark.parametrize("z_loss, chunks", [(0.0, 1), (1e-2, 4)])
+def test_losses_and_their_gradients_are_those_of_numpy_in_float64(dtype, tolerance, vocab_size, z_loss, chunks):
+    random = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(random.normal(size=shape), dtype) for shape in ((3, 8, 24), (24, vocab_size)))
+    targets, weights = random.integers(0, vocab_size, (3, 8)), random.integers(0, 2, (3, 8)).astype(np.float32)
+
+    def minimized(x, kernel):
+        total, *sums = cpu.summed_losses(x, kernel, jnp.asarray(targets), jnp.asarray(weights), z_loss=z_loss, chunks=chunks)
+        return 2 * total + sum(sums), (total, *sums)  # the sums have no gradient
+
+    gradients, sums = jax.jit(jax.grad(minimized, argnums=(0, 1), has_aux=True))(x, kernel)
+    assert [of.dtype for of in gradients] == [x.dtype, kernel.dtype]
+    *exact, of_x, of_kernel = losses_in_float64(*(np.asarray(a, np.float64) for a in (x, kernel)), targets, weights, z_loss)
+    np.testing.assert_allclose(np.asarray(sums), exact, rtol=1e-6)
+    for ours, right in zip(gradients, (of_x, of_kernel), strict=True):
+        assert np.linalg.norm(np.asarray(ours, np.float64) - 2 * right) < tolerance * np.linalg.norm(2 * right)
 
 
-def lowered(platform: str, mesh=None, dtype=jnp.bfloat16) -> str:
+@pytest.mark.parametrize("length", [127, 128, 300, 700])
+@pytest.mark.parametrize("segments", [False, True], ids=["causal", "segments"])
+def test_attention_in_blocks_is_attention(length, segments):
+    """Every block's output and all gradients are those of whole rows, up to rounding."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, g = (jax.random.normal(key, (2, length, 4, 8)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, length, 2, 8)) for key in keys[2:4])
+    mask = attention_mask(length, jnp.sort(jax.random.randint(keys[4], (2, length), 0, 5)) if segments else None)
+    blocked = cpu.forms(None)(lambda q, k, v: attend_causally(q, k, v, mask))
+    blocks = cpu.forms(None)(cpu.query_blocks)(length)
+    assert (len(blocks) > 1) == (length >= 128) and [i for block in blocks for i in range(length)[block]] == list(range(length))
+    found, expected = (jax.tree.leaves((f(q, k, v), jax.vjp(f, q, k, v)[1](g))) for f in (blocked, lambda *x: attend(*x, mask)[0]))
+    for ours, right in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_no_weight_gradient_is_computed_higher_than_wide(dtype, shapes):
+    x, w = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+    g = jax.ShapeDtypeStruct((*shapes[0][:-1], shapes[1][-1]), dtype)
+    # With a transpose of the result, which would turn the product around.
+    program = jax.jit(lambda x, w, g: gradients(x, w, g, dtype)[1].swapaxes(-1, -2)).lower(x, w, g).compile().as_text()
+    found = re.findall(r"= (?:f32|bf16)\[([\d,]+)\]\S* (?:dot\(|fusion\(.*kind=kCustom).*dot_general", program)
+    assert found and all(int(size.split(",")[-2]) <= int(size.split(",")[-1]) for size in found)
+
+
+def lowered(mesh=None, dtype=jnp.bfloat16) -> str:
     x, w = (jax.ShapeDtypeStruct(shape, dtype) for shape in SHAPES["heads"])
     g = jax.ShapeDtypeStruct((2, 3, 24, 8), dtype)
-    function = jax.jit(lambda x, w, g: (cpu.forms(mesh)(cpu.computed_once)(x), gradients(x, w, g, dtype, mesh)))
-    return function.trace(x, w, g).lower(lowering_platforms=(platform,)).as_text()
+
+    def function(x, w, g):
+        norm = jax.grad(lambda x: jnp.sum(cpu.rms_norm(x, jnp.ones(16), 1e-5)))(x.astype(float))
+        return norm, cpu.computed_once(x), gradients(x, w, g, dtype, mesh)
+
+    return jax.jit(cpu.forms(mesh)(function)).lower(x, w, g).as_text()
 
 
-def test_only_a_cpu_gets_them():
-    assert "LayoutConstraint" in lowered("cpu") and "optimization_barrier" in lowered("cpu")
-    for platform in ("tpu", "cuda"):
-        assert "LayoutConstraint" not in lowered(platform) and "optimization_barrier" not in lowered(platform)
-
-
-def test_several_devices_and_float32_get_plain_products():
-    mesh = jax.sharding.AbstractMesh((4,), ("data",))
-    assert "LayoutConstraint" not in lowered("cpu", mesh) and "optimization_barrier" not in lowered("cpu", mesh)
-    assert "LayoutConstraint" not in lowered("cpu", dtype=jnp.float32)
+def test_several_devices_and_other_platforms_get_the_plain_ones():
+    assert "LayoutConstraint" in lowered() and "optimization_barrier" in lowered() and cpu.one_cpu(make_mesh(MeshConfig()))
+    for mesh in (FOUR_CPUS, one_device("tpu"), one_device("gpu")):
+        assert not cpu.one_cpu(mesh)
+        assert "LayoutConstraint" not in lowered(mesh) and "optimization_barrier" not in lowered(mesh)
+        assert cpu.forms(mesh)(cpu.query_blocks)(1024) == [slice(0, 1024)]
     assert not cpu.allowed(), "nothing is left allowed"
 
 
+def test_float32_writes_nothing_out():
+    assert "LayoutConstraint" not in lowered(dtype=jnp.float32)
+
+
 def test_members_of_one_program_get_them_too():
-    x, w = (jnp.asarray(np.random.default_rng(1).normal(size=(4, *shape)), jnp.bfloat16) for shape in SHAPES["matrices"])
+    x, w = (jnp.asarray(np.random.default_rng(1).normal(size=(4, *shape)), jnp.bfloat16) for shape in SHAPES["narrower"])
     g = jnp.ones((4, 24, 8), jnp.bfloat16)
     together = jax.jit(jax.vmap(lambda x, w, g: gradients(x, w, g, "bfloat16", make_mesh(MeshConfig()))))
     assert "LayoutConstraint" in together.lower(x, w, g).as_text()
