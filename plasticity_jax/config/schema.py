@@ -218,7 +218,9 @@ class TrainConfig:
     profile_steps: tuple[PositiveInt, PositiveInt] | None = execution(
         None, "first and last step to record for TensorBoard and Perfetto, such as (20, 24)"
     )
-    loss_chunks: NonNegativeInt = execution(0, "parts of a sequence whose logits are held at once; 0: as few as stay within 256 MiB per device")
+    loss_chunks: NonNegativeInt = execution(
+        0, "parts of a sequence whose logits are held at once; 0: as few as stay within 256 MiB per device, or one CPU's caches"
+    )
 
     @property
     def kept_steps(self) -> tuple[int, ...]:

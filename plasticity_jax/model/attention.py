@@ -24,8 +24,7 @@ def rope_tables(positions_BxT: Int[Array, "b T"], head_dim: int, theta: float, s
         kept_E = jnp.clip((turns_E - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0)
         frequency_E = frequency_E * (kept_E + (1.0 - kept_E) / scaling.factor)
     angle_BxTxE = positions_BxT[..., None].astype(frequency_E.dtype) * frequency_E
-    cos_BxTxE, sin_BxTxE = cpu.computed_once(jnp.cos(angle_BxTxE), jnp.sin(angle_BxTxE))
-    return cos_BxTxE, sin_BxTxE
+    return cpu.computed_once(jnp.cos(angle_BxTxE)), cpu.computed_once(jnp.sin(angle_BxTxE))
 
 
 def apply_rope(x_BxTxHxD: Float[Array, "B T H D"], rope: Rope) -> Float[Array, "B T H D"]:

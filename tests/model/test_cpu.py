@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from plasticity_jax.config import MeshConfig
-from plasticity_jax.model import cpu
+from plasticity_jax.config import MeshConfig, ModelConfig
+from plasticity_jax.model import apply, cpu, init_params
 from plasticity_jax.model.attention import attend, attend_causally, attention_mask
 from plasticity_jax.parallel.mesh import make_mesh
 
@@ -154,6 +154,13 @@ def test_no_weight_gradient_is_computed_higher_than_wide(dtype, shapes):
     program = jax.jit(lambda x, w, g: gradients(x, w, g, dtype)[1].swapaxes(-1, -2)).lower(x, w, g).compile().as_text()
     found = re.findall(r"= (?:f32|bf16)\[([\d,]+)\]\S* (?:dot\(|fusion\(.*kind=kCustom).*dot_general", program)
     assert found and all(int(size.split(",")[-2]) <= int(size.split(",")[-1]) for size in found)
+
+
+def test_rotary_tables_are_computed_once():
+    config = ModelConfig(d_model=16, n_layers=3, n_heads=2, n_kv_heads=2, d_ff=32, vocab_size=20)
+    params, tokens = init_params(config, 0), jnp.zeros((2, 8), jnp.int32)
+    program = jax.jit(jax.grad(lambda params: jnp.sum(apply(config, params, tokens)[0] ** 2))).lower(params).compile().as_text()
+    assert program.count(" cosine(") == program.count(" sine(") == 1
 
 
 def lowered(mesh=None, dtype=jnp.bfloat16) -> str:
