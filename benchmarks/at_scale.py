@@ -11,6 +11,7 @@ trainer, in its own environment.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from typing import Any
@@ -19,7 +20,7 @@ from side_by_side import RESULTS, Round, Side, finish, measure, serve
 
 # name → config file, overrides, topology, environment. Where the config has no rule for the device, remat is that of its other rules.
 DOTS = (("train.remat", "dots"), ("train.grad_accum_steps", "1"))
-CASES = {
+CASES: dict[str, tuple[str, tuple[tuple[str, str], ...], str, str]] = {
     "0.5b, v5e:4x4": ("llama_0p5b_20tpp", (), "v5e:4x4", "extra"),
     "0.5b, v5p:2x2x4": ("llama_0p5b_20tpp", DOTS, "v5p:2x2x4", "extra"),
     "0.5b, h100:8": ("llama_0p5b_20tpp", (), "h100:8", "cuda"),
@@ -29,20 +30,28 @@ CASES = {
     "4b, v5p:4x4x4": ("llama_4b_20tpp", (), "v5p:4x4x4", "extra"),
     "4b, h100:32": ("llama_4b_20tpp", (), "h100:32", "cuda"),
 }
-HEADING = "The training steps of configs/llama_*_20tpp.py"
-MAXTEXT = "1b, v5e:8x8, MaxText"
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-SHAPE = {
-    "base_emb_dim": 2048,
-    "base_num_query_heads": 32,
-    "base_num_kv_heads": 4,
-    "head_dim": 64,
-    "base_mlp_dim": 4896,
-    "base_num_decoder_layers": 22,
-    "vocab_size": 32000,
-    "max_target_length": 2048,
-    "per_device_batch_size": 8,
+# Cases that MaxText compiles too, and its names for their topologies. It has full remat by default, so ours are compiled with it besides.
+OF_MAXTEXT = {
+    "0.5b, v5e:4x4": "v5e-16",
+    "0.5b, v5p:2x2x4": "v5p-32",
+    "1b, v5e:8x8": "v5e-64",
+    "1b, v5p:2x2x4": "v5p-32",
+    "4b, v5p:4x4x4": "v5p-128",
 }
+FULL = ", full remat"
+for case in OF_MAXTEXT:
+    name, overrides, *where = CASES[case]
+    CASES[case + FULL] = (name, (*dict(overrides, **{"train.remat": "full"}).items(),), *where)  # pyright: ignore[reportArgumentType]
+HEADING = "The training steps of configs/llama_*_20tpp.py"
+# Cases that MaxText compiles too, and its names for their topologies.
+OF_MAXTEXT = {
+    "0.5b, v5e:4x4": "v5e-16",
+    "0.5b, v5p:2x2x4": "v5p-32",
+    "1b, v5e:8x8": "v5e-64",
+    "1b, v5p:2x2x4": "v5p-32",
+    "4b, v5p:4x4x4": "v5p-128",
+}
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
 def config_of(name: str) -> Any:
@@ -69,8 +78,39 @@ def compiled(name: str) -> Round:
     return one_round
 
 
-def by_maxtext() -> Round:
-    """A round that compiles MaxText's step for llama-1b's shape: its defaults, so with full remat; "minimal_with_context", which recomputes less, needs more than a v5e has."""
+def maxtext_settings(name: str) -> dict[str, Any]:
+    """The case as MaxText's settings: its defaults, so with full remat, and as many parts of the batch."""
+    import math
+
+    from plasticity_jax.config import for_device
+
+    kind, _, shape = CASES[name][2].partition(":")
+    config, devices = for_device(config_of(name), kind_of(kind)), math.prod(map(int, shape.split("x")))
+    model, train = config.model, config.train
+    return {
+        "base_emb_dim": model.d_model,
+        "base_num_query_heads": model.n_heads,
+        "base_num_kv_heads": model.n_kv_heads,
+        "head_dim": model.head_dim,
+        "base_mlp_dim": model.d_ff,
+        "base_num_decoder_layers": model.n_layers,
+        "vocab_size": model.vocab_size,
+        "max_target_length": train.seq_len,
+        "per_device_batch_size": train.batch_size // devices // train.grad_accum_steps,
+        "gradient_accumulation_steps": train.grad_accum_steps,
+        "decoder_block": "llama2",
+        "remat_policy": "full",
+        "dataset_type": "synthetic",
+        "compile_topology": OF_MAXTEXT[name],
+        "compile_topology_num_slices": 1,
+        "run_name": "benchmark",
+        "base_output_directory": "/tmp",
+        "skip_jax_distributed_system": True,
+    }
+
+
+def by_maxtext(name: str) -> Round:
+    """A round that compiles MaxText's step for the shapes of a case."""
 
     def one_round() -> dict[str, float]:
         import os
@@ -89,19 +129,15 @@ def by_maxtext() -> Round:
             return kept[0]
 
         train_compile.jit_and_compile = keeping
-        settings = SHAPE | {"decoder_block": "llama2", "remat_policy": "full", "dataset_type": "synthetic", "run_name": "benchmark"}
-        settings |= {
-            "compile_topology": "v5e-64",
-            "compile_topology_num_slices": 1,
-            "base_output_directory": "/tmp",
-            "skip_jax_distributed_system": True,
-        }
+        settings = maxtext_settings(name)
         base = os.path.join(os.path.dirname(maxtext.__file__), "configs", "base.yml")
         train_compile.main(["train_compile", base, *(f"{key}={value}" for key, value in settings.items())])
         program, seconds = kept
-        return {"memory": program.memory_analysis().peak_memory_in_bytes, "compile seconds": seconds, "parts": 1, "full": True} | collective_bytes(
-            program.as_text()
-        )
+        return {
+            "memory": program.memory_analysis().peak_memory_in_bytes,
+            "compile seconds": seconds,
+            "parts": settings["gradient_accumulation_steps"],
+        }
 
     return one_round
 
@@ -127,10 +163,17 @@ def target_of(name: str) -> Any:
     """A stand-in for the devices of a case, whose compiler need not be here: a config's hardware rules go by the kind alone."""
     from types import SimpleNamespace
 
+    kind = kind_of(CASES[name][2].partition(":")[0])
+    return SimpleNamespace(devices=[SimpleNamespace(device_kind=kind, platform="tpu" if "TPU" in kind else "gpu")])
+
+
+def kind_of(name: str) -> str:
+    """jax's `device_kind` of the hardware with this name."""
     from plasticity_jax.parallel.hardware import named
 
-    known = named(CASES[name][2].partition(":")[0])
-    return SimpleNamespace(devices=[SimpleNamespace(device_kind=known.kind, platform="tpu" if "TPU" in known.kind else "gpu")])
+    known = named(name)
+    assert known is not None
+    return known.kind
 
 
 def row_of(name: str, found: Any) -> dict[str, Any]:
@@ -139,20 +182,26 @@ def row_of(name: str, found: Any) -> dict[str, Any]:
     if found.missing:
         return {"step": name, "missing": found.missing}
     numbers = found.numbers
-    bytes_of_params = 2 * count_params(config_of(name if name in CASES else "1b, v5e:8x8").model)
-    moved = sum(numbers.get(kind, 0) for kind in KINDS)
     parts = int(numbers["parts"])
-    least = bytes_of_params * (2 * parts + 1)
     row: dict[str, Any] = {"step": name, "parts": parts, "GiB per device": numbers["memory"] / 2**30}
     row |= {"of": numbers["limit"] / 2**30, "state, GiB": numbers["state"] / 2**30} if "limit" in numbers else {"of": None, "state, GiB": None}
     row["compile, s"] = numbers["compile seconds"]
-    if name in CASES:  # of another compiler's program the collectives are not counted: its text may name them otherwise
+    if name in CASES:  # of another trainer's program the collectives are not counted: its text may name them otherwise
+        moved = sum(numbers.get(kind, 0) for kind in KINDS)
+        least = 2 * count_params(config_of(name).model) * (2 * parts + 1)
         row |= {"moved, GiB": moved / 2**30, "moved / least": moved / least} | {kind: numbers.get(kind, 0) / 2**30 for kind in KINDS}
         row["FLOPs / model's"] = flops_over_model(name)
     return row | {"versions": found.versions}
 
 
-SIDES = {name: Side(lambda name=name: compiled(name), environment=case[3]) for name, case in CASES.items()} | {MAXTEXT: Side(by_maxtext, "maxtext")}
+SIDES = {}
+for case in CASES:
+    if not case.endswith(FULL):
+        for name in (case, case + FULL):
+            if name in CASES:
+                SIDES[name] = Side(functools.partial(compiled, name), environment=CASES[name][3])
+        if case in OF_MAXTEXT:
+            SIDES[f"{case}, MaxText"] = Side(functools.partial(by_maxtext, case), environment="maxtext")
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ ENVIRONMENTS = {
     "maxtext": (
         ROOT / ".venv-maxtext/bin/python",
         "maxtext, jax, libtpu",
-        "python3.13 -m venv .venv-maxtext && .venv-maxtext/bin/pip install 'maxtext[tpu]'",
+        "python3.13 -m venv .venv-maxtext && .venv-maxtext/bin/pip install 'maxtext[tpu]' universal-pathlib",
     ),
 }
 LOAD = os.getloadavg()[0]  # when the script began
