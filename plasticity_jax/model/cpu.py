@@ -165,8 +165,8 @@ _softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def logit_bytes(vocab_size: int) -> int:
-    """Bytes of float32 logits that a part of the loss may have: they stay in the caches, and the products keep a size that is fast."""
-    return max(8 << 20, 4 * vocab_size * 256)
+    """Bytes of float32 logits that a part of the loss may have: those of 256 tokens, of which the products have a size that is still fast."""
+    return 4 * vocab_size * 256
 
 
 def summed_losses(
@@ -180,23 +180,24 @@ def summed_losses(
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """What is minimized, in nats, and the two sums that it consists of, which have no gradient: the cross-entropies and the z-loss.
 
-    The gradient is computed along with the loss, one part of the tokens after another: no logits leave the caches, and none are computed twice.
+    The gradient is computed along with the loss, one part of the tokens after another: no logits leave the caches, and none are computed twice. Tokens of
+    weight 0 come last, and parts that hold nothing else are left out.
 
     Args:
       x_BxTxD, kernel_DxV: of one dtype, normalized states and the output matrix.
       weights_BxT: of the targets; they have no gradient.
       z_loss: weight of the squared log of the softmax's normalizer.
-      chunks: parts, a divisor of T.
+      chunks: parts, a divisor of B·T.
     """
     total, *sums = _summed_losses(z_loss, chunks, x_BxTxD, kernel_DxV, targets_BxT, jax.lax.stop_gradient(weights_BxT))
     return total, *jax.lax.stop_gradient(sums)
 
 
 def _losses_and_gradients(z_loss, chunks, x_BxTxD, kernel_DxV, targets_BxT, weights_BxT):
-    wide = jnp.promote_types(x_BxTxD.dtype, jnp.float32)
+    wide, width = jnp.promote_types(x_BxTxD.dtype, jnp.float32), x_BxTxD.shape[-1]
 
     def add_part(of_kernel_DxV, part):
-        x_NxD, targets_N, weights_N = (array.reshape(-1, *array.shape[2:]) for array in part)
+        x_NxD, targets_N, weights_N = part
         logits_NxV = jnp.matmul(x_NxD, kernel_DxV, preferred_element_type=wide)
         largest_N = jnp.max(logits_NxV, axis=-1)
         exponentials_NxV = jnp.exp(logits_NxV - largest_N[:, None])
@@ -207,15 +208,24 @@ def _losses_and_gradients(z_loss, chunks, x_BxTxD, kernel_DxV, targets_BxT, weig
         is_target_NxV = jax.lax.broadcasted_iota(jnp.int32, logits_NxV.shape, 1) == targets_N[:, None]
         of_logits_NxV = exponentials_NxV * (of_log_sum_N / total_N)[:, None] - jnp.where(is_target_NxV, weights_N[:, None], 0.0)
         of_logits_NxV = jax.lax.optimization_barrier(of_logits_NxV.astype(x_NxD.dtype))  # both products read it
-        of_x_NxD = _by_transposed(of_logits_NxV, kernel_DxV)
         of_kernel_DxV += _transposed_product(x_NxD, of_logits_NxV, wide)
         sums = jnp.sum(weights_N * (log_sum_N - chosen_N)), z_loss * jnp.sum(weights_N * jnp.square(log_sum_N))
-        return of_kernel_DxV, (sums, of_x_NxD.reshape(part[0].shape))
+        return of_kernel_DxV, (jnp.stack(sums), _by_transposed(of_logits_NxV, kernel_DxV))
 
-    parts = tuple(jnp.stack(jnp.split(array, chunks, axis=1)) for array in (x_BxTxD, targets_BxT, weights_BxT))
-    of_kernel_DxV, (sums, of_x) = jax.lax.scan(add_part, jnp.zeros(kernel_DxV.shape, wide), parts)
-    losses, of_z_loss = map(jnp.sum, sums)
-    return (losses + of_z_loss, losses, of_z_loss), (jnp.concatenate(list(of_x), axis=1), of_kernel_DxV.astype(kernel_DxV.dtype))
+    def add_unless_empty(of_kernel_DxV, part):
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(add_part, of_kernel_DxV, part)[1])
+        return jax.lax.cond(jnp.any(part[2]), add_part, lambda of_kernel_DxV, _: (of_kernel_DxV, nothing), of_kernel_DxV, part)
+
+    # Of a fine-tuning batch most tokens are prompts.
+    counts_N = weights_BxT.reshape(-1) != 0
+    place_N = jnp.where(counts_N, jnp.cumsum(counts_N), jnp.sum(counts_N) + jnp.cumsum(~counts_N)) - 1
+    order_N = jnp.zeros_like(place_N).at[place_N].set(jnp.arange(place_N.size), unique_indices=True)
+    parts = [array.reshape(-1, *array.shape[2:])[order_N] for array in (x_BxTxD, targets_BxT, weights_BxT)]
+    parts = tuple(array.reshape(chunks, -1, *array.shape[1:]) for array in parts)
+    of_kernel_DxV, (sums, of_x) = jax.lax.scan(add_unless_empty, jnp.zeros(kernel_DxV.shape, wide), parts)
+    losses, of_z_loss = jnp.sum(sums, axis=0)
+    of_x_BxTxD = of_x.reshape(-1, width)[place_N].reshape(x_BxTxD.shape)
+    return (losses + of_z_loss, losses, of_z_loss), (of_x_BxTxD, of_kernel_DxV.astype(kernel_DxV.dtype))
 
 
 _summed_losses = jax.custom_vjp(lambda *arguments: _losses_and_gradients(*arguments)[0], nondiff_argnums=(0, 1))

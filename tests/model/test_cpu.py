@@ -129,6 +129,24 @@ def test_losses_and_their_gradients_are_those_of_numpy_in_float64(dtype, toleran
         assert np.linalg.norm(np.asarray(ours, np.float64) - 2 * right) < tolerance * np.linalg.norm(2 * right)
 
 
+def test_parts_without_a_token_that_counts_are_not_computed():
+    """Six of 24 tokens count, so that the other three of four parts may hold anything."""
+    random = np.random.default_rng(0)
+    weights = np.zeros((3, 8), np.float32)
+    weights.reshape(-1)[random.permutation(24)[:6]] = random.uniform(1, 2, 6)
+    x = np.where(weights[..., None] > 0, random.normal(size=(3, 8, 24)), np.nan).astype(np.float32)
+    kernel, targets = random.normal(size=(24, 40)).astype(np.float32), random.integers(0, 40, (3, 8))
+
+    def total(x, kernel):
+        return cpu.summed_losses(x, kernel, jnp.asarray(targets), jnp.asarray(weights), z_loss=1e-2, chunks=4)[0]
+
+    found, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(jnp.asarray(x), jnp.asarray(kernel))
+    exact, _, _, *of = losses_in_float64(np.nan_to_num(x).astype(np.float64), kernel.astype(np.float64), targets, weights, 1e-2)
+    assert found == pytest.approx(exact, rel=1e-6)
+    for ours, right in zip(gradients, of, strict=True):
+        np.testing.assert_allclose(ours, right, atol=1e-5)
+
+
 @pytest.mark.parametrize("length", [127, 128, 300, 700])
 @pytest.mark.parametrize("segments", [False, True], ids=["causal", "segments"])
 def test_attention_in_blocks_is_attention(length, segments):
