@@ -18,18 +18,6 @@ from typing import Any
 
 from side_by_side import RESULTS, Round, Side, finish, measure, serve
 
-# name → config file, overrides, topology, environment. Where the config has no rule for the device, remat is that of its other rules.
-DOTS = (("train.remat", "dots"), ("train.grad_accum_steps", "1"))
-CASES: dict[str, tuple[str, tuple[tuple[str, str], ...], str, str]] = {
-    "0.5b, v5e:4x4": ("llama_0p5b_20tpp", (), "v5e:4x4", "extra"),
-    "0.5b, v5p:2x2x4": ("llama_0p5b_20tpp", DOTS, "v5p:2x2x4", "extra"),
-    "0.5b, h100:8": ("llama_0p5b_20tpp", (), "h100:8", "cuda"),
-    "1b, v5e:8x8": ("llama_1b_20tpp", (), "v5e:8x8", "extra"),
-    "1b, v5p:2x2x4": ("llama_1b_20tpp", DOTS, "v5p:2x2x4", "extra"),
-    "1b, h100:8": ("llama_1b_20tpp", (), "h100:8", "cuda"),
-    "4b, v5p:4x4x4": ("llama_4b_20tpp", (), "v5p:4x4x4", "extra"),
-    "4b, h100:32": ("llama_4b_20tpp", (), "h100:32", "cuda"),
-}
 # Cases that MaxText compiles too, and its names for their topologies. It has full remat by default, so ours are compiled with it besides.
 OF_MAXTEXT = {
     "0.5b, v5e:4x4": "v5e-16",
@@ -38,19 +26,23 @@ OF_MAXTEXT = {
     "1b, v5p:2x2x4": "v5p-32",
     "4b, v5p:4x4x4": "v5p-128",
 }
-FULL = ", full remat"
-for case in OF_MAXTEXT:
-    name, overrides, *where = CASES[case]
-    CASES[case + FULL] = (name, (*dict(overrides, **{"train.remat": "full"}).items(),), *where)  # pyright: ignore[reportArgumentType]
+# name → config file, overrides, topology, environment. Where the config has no rule for the device, remat is that of its other rules.
+DOTS, FULL = {"train.remat": "dots", "train.grad_accum_steps": "1"}, {"train.remat": "full"}
+CASES: dict[str, tuple[str, dict[str, str], str, str]] = {}
+for _name, _config, _overrides, _topology, _environment in (
+    ("0.5b, v5e:4x4", "llama_0p5b_20tpp", {}, "v5e:4x4", "extra"),
+    ("0.5b, v5p:2x2x4", "llama_0p5b_20tpp", DOTS, "v5p:2x2x4", "extra"),
+    ("0.5b, h100:8", "llama_0p5b_20tpp", {}, "h100:8", "cuda"),
+    ("1b, v5e:8x8", "llama_1b_20tpp", {}, "v5e:8x8", "extra"),
+    ("1b, v5p:2x2x4", "llama_1b_20tpp", DOTS, "v5p:2x2x4", "extra"),
+    ("1b, h100:8", "llama_1b_20tpp", {}, "h100:8", "cuda"),
+    ("4b, v5p:4x4x4", "llama_4b_20tpp", {}, "v5p:4x4x4", "extra"),
+    ("4b, h100:32", "llama_4b_20tpp", {}, "h100:32", "cuda"),
+):
+    CASES[_name] = (_config, _overrides, _topology, _environment)
+    if _name in OF_MAXTEXT:
+        CASES[f"{_name}, full remat"] = (_config, _overrides | FULL, _topology, _environment)
 HEADING = "The training steps of configs/llama_*_20tpp.py"
-# Cases that MaxText compiles too, and its names for their topologies.
-OF_MAXTEXT = {
-    "0.5b, v5e:4x4": "v5e-16",
-    "0.5b, v5p:2x2x4": "v5p-32",
-    "1b, v5e:8x8": "v5e-64",
-    "1b, v5p:2x2x4": "v5p-32",
-    "4b, v5p:4x4x4": "v5p-128",
-}
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
@@ -58,7 +50,7 @@ def config_of(name: str) -> Any:
     from plasticity_jax.config import load_config
 
     config, overrides, *_ = CASES[name]
-    return load_config(f"configs/{config}.py", list(overrides))
+    return load_config(f"configs/{config}.py", list(overrides.items()))
 
 
 def compiled(name: str) -> Round:
@@ -197,13 +189,11 @@ def row_of(name: str, found: Any) -> dict[str, Any]:
 
 
 SIDES = {}
-for case in CASES:
-    if not case.endswith(FULL):
-        for name in (case, case + FULL):
-            if name in CASES:
-                SIDES[name] = Side(functools.partial(compiled, name), environment=CASES[name][3])
-        if case in OF_MAXTEXT:
-            SIDES[f"{case}, MaxText"] = Side(functools.partial(by_maxtext, case), environment="maxtext")
+for _name, (*_, _environment) in CASES.items():
+    SIDES[_name] = Side(functools.partial(compiled, _name), environment=_environment)
+    _base = _name.removesuffix(", full remat")
+    if _base != _name:
+        SIDES[f"{_base}, MaxText"] = Side(functools.partial(by_maxtext, _base), environment="maxtext")
 
 
 def main() -> None:

@@ -103,8 +103,8 @@ def _next_token_loss(settings: "StepSettings", mesh: Mesh | None, params: Params
     else:
         losses_BxT, log_sums_BxT = next_token_losses(settings, mesh, params, batch)
         loss, tokens = masked_sum(losses_BxT, batch["loss_mask"])
-        z_loss = settings.z_loss * masked_sum(jnp.square(log_sums_BxT), batch["loss_mask"])[0] if settings.z_loss else jnp.zeros(())
-        total = loss + z_loss
+        z_loss = settings.z_loss * masked_sum(jnp.square(log_sums_BxT), batch["loss_mask"])[0]
+        total = loss + z_loss if settings.z_loss else loss  # the compiler takes out what is not used
     sums = {"loss": loss, "count": tokens, "tokens": tokens}
     return total, sums | {"z_loss": z_loss} if settings.z_loss else sums
 
