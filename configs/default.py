@@ -1,7 +1,7 @@
 """The first study: a 0.15M-parameter Llama at 20 tokens per parameter, four weight decays, three seeds, real text, on a CPU.
 
 Command:   make study          (plasticity study --config configs/default.py --workdir work)
-Machine:   2 CPU cores, 1.3 GiB in the largest of three processes, 7 to 15 minutes from an empty folder (408 s measured); nothing is downloaded but
+Machine:   2 CPU cores, 1.5 GiB in the largest of three processes, 7 to 15 minutes from an empty folder (408 s measured); nothing is downloaded but
            packages and the pinned wheels.
 Result:    held-out loss 3.928, 3.930, 4.006, 4.340 nats per token and mean accuracy of the three tasks after fine-tuning 0.555, 0.586, 0.617, 0.579 for no
            decay and timescales 0.8, 0.4, 0.2 (means over seeds 3, 4, 5; Python 3.11, float32; docs/results.md).
